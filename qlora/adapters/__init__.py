@@ -1,0 +1,53 @@
+"""The small trainable layers beside the frozen ones.
+
+An adapter wraps a FrozenLinear and adds to its output. It relies only on the FrozenLinear's forward(x) and
+weight(dtype), starts at the base's own output, and can be merged: the sum is again one matrix [O, I].
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from qlora.config import KindOf, Rule, Section, setting
+from qlora.kinds import Kinds
+
+ADAPTERS = Kinds(
+    "adapter.kind",
+    lora="qlora.adapters.lora:Lora",  # W + (alpha / rank) B A                              arXiv:2106.09685
+    rslora="qlora.adapters.rslora:RsLora",  # W + (alpha / sqrt rank) B A                   arXiv:2312.03732
+    dora="qlora.adapters.dora:Dora",  # m (W + s B A) / |W + s B A| row by row              arXiv:2402.09353
+    full="qlora.adapters.full:Full",  # W itself trains
+)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{text[:60]!r} is no regular expression ({error}). Allowed: all-linear, a list of names."
+        ) from None
+    return text
+
+
+class Adapter(Section):
+    """The small trainable layers."""
+
+    kind: Annotated[str, KindOf(ADAPTERS)] = setting(
+        "lora", "lora | rslora | dora | full (every weight trains; dense only)"
+    )
+    rank: int = setting(16, "columns of B; trainable bytes grow with it", ge=1, unsaid=True)
+    alpha: float = setting(32.0, "strength: the update is scaled by alpha / rank", gt=0, unsaid=True)
+    dropout: float = setting(0.0, "on the adapter's input, in training only", ge=0, lt=1, unsaid=True)
+    targets: Annotated[str, Rule(_pattern)] | tuple[str, ...] = setting(
+        "all-linear",
+        "all-linear (of the decoder), a list of names, or one regular expression",
+        min_length=1,
+        unsaid=True,
+    )
+    init: Literal["default", "gaussian", "pissa", "loftq"] = setting("default", "how A and B start", unsaid=True)
+
+    def idle(self) -> Mapping[str, str]:
+        """Full fine-tuning adds no matrices."""
+        keys = ("rank", "alpha", "dropout", "targets", "init")
+        return dict.fromkeys(keys, "adapter.kind full trains the weights themselves") if self.kind == "full" else {}

@@ -1,0 +1,67 @@
+"""LoRA (arXiv:2106.09685): a low-rank update beside each frozen matrix."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora.quant.linear import FrozenLinear
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + s (x A^T) B^T, s = alpha / rank; A [R, I], B [O, R]. B = 0, so training starts at the base's output.
+
+    A and B are float32 whatever the base computes in. `active = False` leaves the base alone.
+    """
+
+    def __init__(self, base: FrozenLinear, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__()
+        device = next(base.parameters()).device
+        self.base, self.rank, self.scaling, self.dropout = base, rank, scaling, dropout
+        self.active = True
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """A uniform in +-1/sqrt(I), as PEFT starts it; B zero. `generator` lives on the CPU, so cards start alike."""
+        bound = 1 / math.sqrt(self.base.in_features)
+        with torch.no_grad():
+            self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+            self.B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O], both in the base's compute dtype."""
+        if not self.active:
+            return self.base(x)  # type: ignore[no-any-return]
+        # The branch comes first: a recomputed block then stops before its last base product.
+        dropped = F.dropout(x, self.dropout, self.training)
+        update = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype) * self.scaling)
+        return self.base(x) + update  # type: ignore[no-any-return]
+
+    def delta(self) -> Tensor:
+        """s B A [O, I] in float32: what the adapter adds to the frozen matrix."""
+        return self.scaling * (self.B.detach().float() @ self.A.detach().float())
+
+    def merged_weight(self) -> Tensor:
+        """The frozen matrix as it is stored, plus the update, [O, I] in float32."""
+        return self.base.weight(torch.float32) + self.delta()
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of plain LoRA; builds one LoraLinear per frozen matrix."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+    @property
+    def scaling(self) -> float:
+        """Strength of the update: alpha / rank."""
+        return self.alpha / self.rank
+
+    def wrap(self, base: FrozenLinear) -> LoraLinear:
+        """`base` with an untrained update beside it."""
+        return LoraLinear(base, self.rank, self.scaling, self.dropout)

@@ -1,0 +1,234 @@
+"""An adapter on disk, in PEFT's file format, both ways; refuses what does not fit.  Door: safetensors.
+
+Every file carries the fingerprint of its base in the safetensors header, where PEFT and the servers ignore it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from qlora.adapters.inject import adapted, frozen_linears, replace
+from qlora.adapters.lora import Lora, LoraLinear
+from qlora.adapters.rslora import RsLora
+from qlora.errors import AdapterError
+from qlora.files import write_bytes, write_json
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+FINGERPRINT = "qlora.base_sha256"
+MAX_RANK = 65_536
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which base an adapter belongs to: name and commit as the user knows them, fingerprint of its weights."""
+
+    name: str
+    revision: str | None
+    sha256: str
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I], `.lora_B.weight` [O, R]."""
+    named: dict[str, Tensor] = {}
+    for path, layer in adapted(model).items():
+        named[f"{PREFIX}{path}.lora_A.weight"] = layer.A.detach()
+        named[f"{PREFIX}{path}.lora_B.weight"] = layer.B.detach()
+    return named
+
+
+def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them.
+
+    AdapterError, and nothing is written, if a value is not finite.
+    """
+    named = {key: value.cpu().contiguous() for key, value in tensors(model).items()}
+    for key, value in named.items():
+        if not torch.isfinite(value).all():
+            raise AdapterError(f"{folder / WEIGHTS}: {key} has a value that is not finite; nothing was written.")
+    write_bytes(folder / WEIGHTS, serialize(named, {FINGERPRINT: base.sha256}))
+    write_json(folder / CONFIG, config_of(model, adapter, base))
+
+
+def serialize(named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file in memory, its header marked as PyTorch's."""
+    return save(dict(named), metadata={"format": "pt", **(metadata or {})})
+
+
+def read_named(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. AdapterError if it is missing or damaged."""
+    return _read_tensors(path)[0]
+
+
+def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]:
+    """adapter_config.json with the fields every PEFT since 0.10 knows."""
+    alpha = adapter.alpha
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # Ollama reads it as a whole number
+        "lora_dropout": adapter.dropout,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "rank_pattern": {},
+        "revision": base.revision,
+        "target_modules": target_names(model),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": isinstance(adapter, RsLora),
+    }
+
+
+def target_names(model: nn.Module) -> list[str]:
+    """The shortest names that mean exactly the adapted layers: leaf names (servers want those), else whole paths."""
+    chosen = set(adapted(model))
+    leaves = {path.rpartition(".")[2] for path in chosen}
+    # PEFT matches names against every module, so a leaf must not occur outside the adapted layers.
+    reached = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in leaves}
+    return sorted(leaves if reached == chosen else chosen)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder as read: settings, tensors by module path, and the base's fingerprint if it carries one."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R])
+    base_sha256: str | None
+
+
+def read(folder: Path) -> AdapterFile:
+    """Read an adapter folder written by us or by PEFT. AdapterError if it is damaged or holds more than LoRA pairs."""
+    config = _read_config(folder / CONFIG)
+    named, metadata = _read_tensors(folder / WEIGHTS)
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, value in named.items():
+        path, side = _split(key, folder)
+        sides.setdefault(path, {})[side] = value
+    lonely = next((path for path, pair in sides.items() if len(pair) != 2), None)
+    if lonely or not sides:
+        raise AdapterError(f"{folder / WEIGHTS}: {lonely or 'the file'} lacks a lora_A or a lora_B.")
+    pairs = {path: (pair["A"], pair["B"]) for path, pair in sides.items()}
+    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT))
+
+
+def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False) -> str | None:
+    """Put an adapter file's layers on `model`; returns a line to show when its base can't be checked.
+
+    AdapterError if it was trained on other weights, or one of its tensors has no place or another shape here.
+    """
+    note = _check_base(file, base_sha256, allow_other_base)
+    frozen = frozen_linears(model)
+    problems = [problem for path, pair in file.pairs.items() if (problem := _misfit(path, pair, frozen))]
+    if problems:
+        listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
+    for path, (a, b) in file.pairs.items():
+        layer = LoraLinear(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
+        copy_pair(layer, a, b)
+        replace(model, path, layer)
+    return note
+
+
+def settings(file: AdapterFile, path: str, rank: int) -> Lora:
+    """Kind, rank and alpha of one module, the patterns of the config taken into account."""
+    alpha = _by_pattern(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", rank))
+    kind = RsLora if file.config.get("use_rslora") else Lora
+    return kind(rank=rank, alpha=float(alpha), dropout=float(file.config.get("lora_dropout") or 0.0))
+
+
+def copy_pair(layer: LoraLinear, a: Tensor, b: Tensor) -> None:
+    """Overwrite a layer's A and B in place."""
+    with torch.no_grad():
+        layer.A.copy_(a)
+        layer.B.copy_(b)
+
+
+def _check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> str | None:
+    if file.base_sha256 is None:
+        return f"{file.folder} carries no fingerprint of its base: that it belongs to this one can't be checked."
+    if file.base_sha256 != base_sha256 and not allow_other_base:
+        named = file.config.get("base_model_name_or_path")
+        raise AdapterError(
+            f"{file.folder}: was trained on other weights (base {named!r}, sha256 {file.base_sha256[:12]}...; "
+            f"this base is {base_sha256[:12]}...). Load the base it was trained on."
+        )
+    return None
+
+
+def _misfit(path: str, pair: tuple[Tensor, Tensor], frozen: Mapping[str, Any]) -> str | None:
+    a, b = pair
+    if path not in frozen:
+        return f"{path} is no linear layer here"
+    layer = frozen[path]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK:
+        return f"{path} has A {list(a.shape)} and B {list(b.shape)}"
+    if (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
+        return f"{path} is made for [{b.shape[0]}, {a.shape[1]}], here is [{layer.out_features}, {layer.in_features}]"
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return f"{path} has values that are not finite"
+    return None
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that is the path's end wins."""
+    return next((value for key, value in patterns.items() if path == key or path.endswith(f".{key}")), default)
+
+
+def _split(key: str, folder: Path) -> tuple[str, str]:
+    for side in ("A", "B"):
+        suffix = f".lora_{side}.weight"
+        if key.startswith(PREFIX) and key.endswith(suffix):
+            return key[len(PREFIX) : -len(suffix)], side
+    raise AdapterError(f"{folder / WEIGHTS}: {key!r} is no LoRA matrix; only lora_A and lora_B pairs can be read.")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AdapterError(f"{path} is not there: an adapter folder has {CONFIG} and {WEIGHTS}.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type must be LORA.")
+    refused = next((key for key in ("use_dora", "modules_to_save", "lora_bias") if found.get(key)), None)
+    if refused:
+        raise AdapterError(f"{path}: {refused} can't be read yet.")
+    numbers = [found.get("lora_alpha", 1), *_values(found.get("alpha_pattern"))]
+    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+        raise AdapterError(f"{path}: lora_alpha must be a number above 0.")
+    return found
+
+
+def _values(pattern: Any) -> list[Any]:
+    return list(pattern.values()) if isinstance(pattern, dict) else []
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise AdapterError(f"{path} is not there: an adapter folder has {CONFIG} and {WEIGHTS}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error

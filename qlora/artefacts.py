@@ -1,0 +1,101 @@
+"""What a run leaves in its folder: the adapter as PEFT reads it, tokenizer files, recipe, manifest, card and report."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora.adapters import weights
+from qlora.adapters.inject import Injection
+from qlora.adapters.lora import Lora
+from qlora.base.folder import tokenizer_files
+from qlora.base.load import Base
+from qlora.data.prepare import Prepared
+from qlora.distributed.processes import Processes
+from qlora.files import manifest_of, write_bytes, write_json, write_text
+from qlora.memory.meter import peak_bytes
+from qlora.recipe import Recipe, dump
+from qlora.report.card import model_card
+from qlora.report.manifest import run_manifest
+from qlora.report.page import RunData, report_page
+from qlora.train.log import read_metrics
+from qlora.train.loop import Fitted, Job
+
+RECIPE, MANIFEST, CARD, PAGE = "recipe.yaml", "run.json", "README.md", "report.html"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the walk has gathered before the first step."""
+
+    recipe: Recipe
+    processes: Processes
+    base: Base
+    adapter: Lora
+    injected: Injection
+    data: Prepared
+
+
+def leave(parts: Parts, job: Job, fitted: Fitted, seconds: float) -> Mapping[str, Any]:
+    """Write the final adapter and everything that describes it; returns run.json."""
+    output = Path(parts.recipe.train.output)
+    write_adapter(parts, output)
+    for file in tokenizer_files(parts.base.folder.path):
+        write_bytes(output / file.name, file.read_bytes())
+    recipe_text = dump(parts.recipe)
+    write_text(output / RECIPE, recipe_text)
+    kept = (weights.WEIGHTS, weights.CONFIG, *(file.name for file in tokenizer_files(parts.base.folder.path)))
+    files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
+    described = describe(parts, job, fitted) | {"seconds": round(seconds, 3), "files": files}
+    manifest = run_manifest(described, parts.processes.device, parts.processes.world)
+    write_json(output / MANIFEST, manifest)
+    write_text(output / CARD, model_card(manifest, recipe_text))
+    write_text(output / PAGE, report_page([RunData(output.name, manifest, read_metrics(output), recipe_text, [])]))
+    return manifest
+
+
+def write_adapter(parts: Parts, folder: Path) -> None:
+    """The adapter as it is now, in PEFT's format."""
+    manifest = parts.base.manifest
+    identity = weights.Identity(manifest.name, manifest.revision, manifest.sha256)
+    weights.write(folder, parts.base.model, parts.adapter, identity)
+
+
+def describe(parts: Parts, job: Job, fitted: Fitted) -> dict[str, Any]:
+    """The parts of run.json that this run made."""
+    report, injected = parts.data.report, parts.injected
+    return {
+        "base": parts.base.manifest.as_json(),
+        "adapter": {
+            "kind": parts.recipe.adapter.kind,
+            **asdict(parts.adapter),
+            "trainable_parameters": injected.trainable_parameters,
+            "parameters": injected.parameters,
+            "paths": list(injected.paths),
+        },
+        "data": {
+            "sha256": report.sha256,
+            "rows": report.rows,
+            "kept": report.kept,
+            "dropped": dict(report.dropped),
+            "tokens": report.tokens,
+            "trained_tokens": report.trained_tokens,
+            "eval_rows": len(parts.data.eval),
+        },
+        "result": result_of(parts, job, fitted),
+        "memory": {"planned_bytes": None, "peak_bytes": peak_bytes(parts.processes.device)},
+    }
+
+
+def result_of(parts: Parts, job: Job, fitted: Fitted) -> dict[str, Any]:
+    """Losses at the start and the end, and how many steps it took."""
+    evaluations = [line for line in read_metrics(Path(parts.recipe.train.output)) if line.get("event") == "eval"]
+    return {
+        "steps": fitted.position.step,
+        "loss": fitted.loss,
+        "eval_loss": fitted.evaluation.loss if fitted.evaluation else None,
+        "eval_loss_before": evaluations[0].get("eval_loss") if evaluations else None,
+        "best_eval_loss": fitted.position.best_loss,
+        "best_step": fitted.position.best_step,
+        "skipped_steps": fitted.skipped_steps,
+    }

@@ -1,0 +1,70 @@
+"""Which base this is: sha256 over the values of every tensor, and what was quantised how.
+
+The fingerprint does not depend on the file layout, the shard order or the stored dtype, only on names, shapes and
+values: each tensor is hashed in the smallest of bfloat16, float16 and float32 that holds it exactly.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # values hashed at a time: bounds the copy that hashing needs
+
+
+@dataclass(frozen=True)
+class BaseManifest:
+    """What resume, merge and serving check: the base's name, commit, fingerprint, dtype and quantised tensors."""
+
+    name: str
+    revision: str | None
+    sha256: str
+    dtype: str
+    quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module path -> FrozenLinear.describe()
+    ignored: tuple[str, ...] = ()  # keys of the files that the model has no place for
+
+    def as_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values."""
+        return {**asdict(self), "quantized": dict(self.quantized), "ignored": list(self.ignored)}
+
+
+class Fingerprint:
+    """Gathers tensors in any order; `hexdigest()` names them all."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def add(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Hash what is stored under `name` (one tensor, or the parts of a quantised one)."""
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            _update(digest, tensor)
+        self._digests[name] = digest.hexdigest()
+
+    def hexdigest(self) -> str:
+        """One sha256 over all names and their digests."""
+        lines = "".join(f"{name} {self._digests[name]}\n" for name in sorted(self._digests))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    dtype = _smallest_exact(values) if values.is_floating_point() else values.dtype
+    digest.update(f"{list(tensor.shape)} {dtype}".encode())
+    for start in range(0, values.numel(), CHUNK):
+        chunk = values[start : start + CHUNK].to(dtype).contiguous()
+        digest.update(chunk.view(torch.uint8).numpy())
+
+
+def _smallest_exact(values: Tensor) -> torch.dtype:
+    """The first of bfloat16, float16, float32 that holds every value exactly."""
+    if values.dtype == torch.bfloat16:
+        return torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        chunks = (values[start : start + CHUNK] for start in range(0, values.numel(), CHUNK))
+        if all(torch.equal(chunk.to(dtype).to(chunk.dtype), chunk) for chunk in chunks):
+            return dtype
+    return torch.float32

@@ -1,0 +1,67 @@
+"""Answers from a model: batches of prompts in, token ids out.  Door: transformers (generation)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from qlora.base.load import Base
+
+BATCH_ROWS = 16
+
+
+@torch.no_grad()
+def generate(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """Token ids that follow each prompt, up to and including the end token; temperature 0 is greedy.
+
+    Prompts of like length share a batch, padded on the left; sampling starts from `seed`.
+    """
+    torch.manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    training = base.model.training
+    base.model.eval()
+    for start in range(0, len(order), BATCH_ROWS):
+        rows = order[start : start + BATCH_ROWS]
+        for row, answer in zip(rows, _batch(base, [prompts[row] for row in rows], max_new_tokens, temperature), strict=True):
+            answers[row] = answer
+        report(min(start + BATCH_ROWS, len(order)), len(order))
+    base.model.train(training)
+    return answers
+
+
+def _batch(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    model: Any = base.model
+    found = model.generate(
+        input_ids=ids.to(base.device),
+        attention_mask=mask.to(base.device),
+        generation_config=_settings(base, max_new_tokens, temperature),
+    )
+    return [_until_stop(row[width:].tolist(), base.stops) for row in found]
+
+
+def _settings(base: Base, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    stops = list(base.stops) or None
+    pad = stops[0] if stops else 0
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling)
+
+
+def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """An answer ends with its first end token; what pads the batch after it is cut."""
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids) - 1)
+    return ids[: end + 1]

@@ -1,0 +1,83 @@
+"""The base's tensors on disk: one safetensors file or many, read one tensor at a time.  Door: safetensors (reading)."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qlora.errors import BaseModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Shards(Mapping[str, Tensor]):
+    """Key -> tensor over all shards of a folder; a tensor is read when asked for, and nothing is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _files_by_key(folder)
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The tensor `key`, on the CPU in its stored dtype. BaseModelError if the file is damaged or lacks it."""
+        try:
+            return self._handle(self.files[key]).get_tensor(key)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise BaseModelError(f"model: {self.folder / self.files[key]}: can't read {key!r}: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        """Keys file by file, so that each shard is walked once."""
+        return iter(sorted(self.files, key=lambda key: (self.files[key], key)))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.files
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading its data."""
+        return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
+
+    def is_float(self, key: str) -> bool:
+        """Whether the tensor holds floating point numbers, without reading its data."""
+        return str(self._handle(self.files[key]).get_slice(key).get_dtype()).startswith(("F", "BF"))
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            # One open shard at a time: mapped pages of the ones before are given back.
+            self._open = {file: _opened(self.folder / file)}
+        return self._open[file]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(f"model: {path} is not a whole safetensors file: {error}") from error
+
+
+def _files_by_key(folder: Path) -> dict[str, str]:
+    if (folder / INDEX).is_file():
+        return _from_index(folder)
+    names = [SINGLE] if (folder / SINGLE).is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
+    return {key: name for name in names for key in _opened(folder / name).keys()}  # noqa: SIM118
+
+
+def _from_index(folder: Path) -> dict[str, str]:
+    """The index's weight map; every file it names must be a plain name inside the folder."""
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = {str(key): str(file) for key, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"model: {folder / INDEX} is no safetensors index: {error!r}") from error
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise BaseModelError(f"model: {folder / INDEX} points to {file!r}; only files of its own folder are read.")
+        if not (folder / file).is_file():
+            raise BaseModelError(f"model: {folder / INDEX} names {file}, which is not there. Fetch the folder again.")
+    return files

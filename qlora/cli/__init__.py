@@ -1,0 +1,25 @@
+"""The door: one small file per verb, which parses, calls and prints."""
+
+from qlora.cli import (
+    chat,
+    check,
+    combine,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    preview,
+    recipes,
+    resize,
+    schema,
+    train,
+)
+from qlora.cli.app import app, main
+
+__all__ = [
+    "app", "chat", "check", "combine", "demo", "doctor", "evaluate", "export", "generate", "inspect", "main", "plan",
+    "preview", "recipes", "resize", "schema", "train",
+]  # fmt: skip

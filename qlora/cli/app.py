@@ -1,0 +1,65 @@
+"""The command line's frame: the program, how errors end it, who reads what.  Door: typer.
+
+People read stderr; programs read stdout.  Nothing heavy is imported before a verb needs it.
+"""
+
+import json
+import sys
+from typing import Any
+
+import typer
+from typer.exceptions import TyperException
+
+from qlora.errors import QloraError
+
+app = typer.Typer(
+    name="qlora",
+    help="Fine-tune large language models on a frozen 4-bit base, with every promise measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+# Verbs on a recipe take any `key=value`, `--key value` or `--key=value` after it.
+WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    typer.echo(text, err=True)
+
+
+def answer(value: Any) -> None:
+    """The one JSON object that a program reads."""
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the program; returns its exit code. A mistake of the user's is one line, a stack trace only with --debug."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="qlora", standalone_mode=False)
+    except QloraError as error:
+        if debug:
+            raise
+        say(f"error: {error}")
+        return error.exit_code
+    except TyperException as error:
+        if not arguments:
+            error.show()  # type: ignore[attr-defined]
+        else:
+            say(f"error: {error.format_message()} See `qlora {arguments[0]} --help`.")
+        return 2
+    if code == INTERRUPTED:
+        say("stopped before the first step; nothing was written")
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """The `qlora` command."""
+    sys.exit(run(sys.argv[1:]))

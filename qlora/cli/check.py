@@ -1,0 +1,31 @@
+"""`qlora check`: everything that can be known about a recipe without loading weights."""
+
+from typing import Annotated
+
+import typer
+
+from qlora.cli.app import WITH_OVERRIDES, answer, app, say
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def check(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="a recipe's YAML file; key=value after it overrides its settings")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Check a recipe: schema, files, labels and memory, without loading weights.
+
+    Example: qlora check recipe.yaml
+    """
+    from qlora.look import check_recipe
+
+    found = check_recipe(recipe, context.args)
+    if as_json:
+        answer(found)
+    else:
+        for kind in ("problems", "warnings"):
+            for finding in found[kind]:
+                say(f"{kind[:-1]}: {finding['where']}: {finding['message']}")
+        say("ok" if found["ok"] else "not ok: the problems above stop a run")
+    if not found["ok"]:
+        raise typer.Exit(2)

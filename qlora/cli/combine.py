@@ -1,0 +1,14 @@
+"""`qlora combine`: not built yet, and it says so."""
+
+from qlora.cli.app import WITH_OVERRIDES, app
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def combine() -> None:
+    """Make one adapter out of several. (Not built yet.)
+
+    Example: qlora combine --help
+    """
+    from qlora.errors import NotBuiltYet
+
+    raise NotBuiltYet("`qlora combine` is not built yet. Built: train, eval, generate, export, check, preview, plan, demo, doctor.")

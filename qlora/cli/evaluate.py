@@ -1,0 +1,30 @@
+"""`qlora eval`: how good a run or a model is, measured."""
+
+from typing import Annotated
+
+import typer
+
+from qlora.cli.app import answer, app, say
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run's folder, a checkpoint, or a model")],
+    adapter: Annotated[str | None, typer.Option(help="an adapter folder to put on it instead of its own")] = None,
+    data: Annotated[str | None, typer.Option(help="rows to measure on; default: the run's held-out ones")] = None,
+    task: Annotated[str, typer.Option(help="loss | exact-match | choice")] = "loss",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Measure loss and perplexity, or the share of right answers, on held-out rows.
+
+    Example: qlora eval runs/example --task exact-match --data test.jsonl
+    """
+    from qlora.ask import measure
+    from qlora.reopen import open_run
+
+    found = measure(open_run(run, adapter, say), data, task)
+    if as_json:
+        return answer(found)
+    score = "" if found["score"] is None else f", score {100 * found['score']:.1f} %"
+    say(f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}{score} on {found['rows']} rows")
+    return None

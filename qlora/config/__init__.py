@@ -1,0 +1,30 @@
+"""Strict reading: YAML and overrides -> frozen typed sections, every error at the line of its setting.
+
+A room declares its settings as a Section beside its table: `setting` gives each its default, its one line of
+documentation and its limits, in one place. Nothing else in the house reads YAML or validates settings.
+"""
+
+from qlora.config.document import Document, decode, parse, write
+from qlora.config.places import Path, Place, Problem, complain, dotted
+from qlora.config.sections import REQUIRED, Between, KindOf, OneOrMany, Rule, Section, Short, setting, validate
+
+__all__ = [
+    "REQUIRED",
+    "Between",
+    "Document",
+    "KindOf",
+    "OneOrMany",
+    "Path",
+    "Place",
+    "Problem",
+    "Rule",
+    "Section",
+    "Short",
+    "complain",
+    "decode",
+    "dotted",
+    "parse",
+    "setting",
+    "validate",
+    "write",
+]

@@ -1,0 +1,22 @@
+"""text: a document, trained whole, with the end token after it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora.data import checks
+from qlora.data.types import TEXT, Message, Row, RowError
+
+
+class Text:
+    """Rows of plain text."""
+
+    def matches(self, fields: Mapping[str, Any]) -> bool:
+        """Whether the columns are those of this format."""
+        return "text" in fields
+
+    def messages(self, row: Row) -> list[Message]:
+        """One message that is the document. RowError if there is none."""
+        document = checks.text(row.fields, "text")
+        if not document.strip():
+            raise RowError("empty text")
+        return [Message(TEXT, document, True)]

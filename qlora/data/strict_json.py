@@ -1,0 +1,143 @@
+"""Strict JSON: one object out of one piece of text, or a RowError that says why not."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from qlora.data.types import RowError
+
+MAX_ROW_BYTES = 4 * 2**20  # about a million tokens: no row of a fine-tune is longer
+MAX_DEPTH = 32  # nested tool schemas need about ten
+
+_SURROGATE = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The object that `line` holds. RowError for anything else, hostile or broken."""
+    text = decode(line)
+    try:
+        value, end = _DECODER.raw_decode(text, _skip_space(text, 0))
+    except RowError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise unreadable(error) from None
+    if _skip_space(text, end) != len(text):
+        raise RowError("more than one value on the line", f"the first ends at column {end}")
+    return checked(value, text)
+
+
+def decode(raw: bytes) -> str:
+    """`raw` as text. RowError if it is not UTF-8 or holds a NUL byte."""
+    if b"\0" in raw:
+        raise RowError("NUL character", f"at byte {raw.index(0) + 1}")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError("not UTF-8", f"at byte {error.start + 1}") from None
+
+
+def unreadable(error: Exception) -> RowError:
+    """The RowError for what the standard decoder raised."""
+    if isinstance(error, json.JSONDecodeError):
+        return RowError("not JSON", f"{error.msg} at column {error.colno}")
+    if isinstance(error, RecursionError):
+        return RowError("nested too deep", f"at most {MAX_DEPTH} levels")
+    return RowError("number out of range", str(error).split(";")[0][:80])
+
+
+def checked(value: Any, text: str) -> dict[str, Any]:
+    """`value`, read from `text`, if it is an object of bounded depth and clean strings."""
+    if not isinstance(value, dict):
+        raise RowError("not an object", f"found {_KINDS.get(type(value), type(value).__name__)}")
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise RowError("nested too deep", f"at most {MAX_DEPTH} levels")
+    if "\\u0000" in text and any("\0" in part for part in strings(value)):
+        raise RowError("NUL character", "written as \\u0000")
+    if _SURROGATE.search(text) and any(_has_surrogate(part) for part in strings(value)):
+        raise RowError("lone surrogate", "half of a UTF-16 pair is no character")
+    return value
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in `value`, keys included, however deep."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            todo.extend(item)
+            todo.extend(item.values())
+        elif isinstance(item, list | tuple):
+            todo.extend(item)
+
+
+_KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
+
+
+def _depth(value: Any) -> int:
+    deepest, todo = 0, [(value, 1)]
+    while todo:
+        item, level = todo.pop()
+        deepest = max(deepest, level)
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        todo.extend((part, level + 1) for part in inner)
+    return deepest
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _skip_space(text: str, start: int) -> int:
+    while start < len(text) and text[start] in " \t\r\n":
+        start += 1
+    return start
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError("duplicate key", repr(next(key for key in keys if keys.count(key) > 1)))
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise RowError("NaN or Infinity", f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise RowError("number out of range", text[:40])
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+
+
+def array_items(text: str) -> Iterator[dict[str, Any] | RowError]:
+    """The objects of a JSON array, one by one; a RowError in the place of each that can't be used."""
+    at = _skip_space(text, 0) + 1  # past the opening bracket
+    while (at := _skip_space(text, at)) < len(text) and text[at] != "]":
+        try:
+            item, end = _item(text, at)
+        except (ValueError, RecursionError) as error:
+            yield RowError(unreadable(error).reason, f"{unreadable(error).detail}; the rest of the file is not read")
+            return
+        yield item
+        at = _skip_space(text, end)
+        at += text[at : at + 1] == ","
+    if _skip_space(text, at + 1) < len(text) or at >= len(text):
+        yield RowError("not JSON", "the array does not end where the file ends")
+
+
+def _item(text: str, at: int) -> tuple[dict[str, Any] | RowError, int]:
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+        return checked(value, text[at:end]), end
+    except RowError as error:
+        return error, json.JSONDecoder().raw_decode(text, at)[1]

@@ -1,0 +1,156 @@
+"""Which stretches of a rendered conversation the assistant must produce itself: found by prefix rendering, and proved.
+
+The prompt that the template gives for the turns before an answer must be the beginning of the rendering with the
+answer, and that, up to the end-of-turn token, the beginning of the rendering of all turns. Where this holds, an
+inference engine that is at this place sees exactly what training saw. Where it doesn't, the turn is not trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.data.chats import Chat
+from qlora.data.pieces import Piece, Tokeniser
+from qlora.data.template import Template, Turn
+from qlora.data.types import RowError
+
+_SENTINEL = "Sphinx of black quartz"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A rendered conversation in pieces; `skipped` counts answers that could not be shown to keep their prefix."""
+
+    pieces: tuple[Piece, ...]
+    skipped: int
+    ends: bool  # the last trained piece closes with an end-of-turn token
+    bare: bool  # the conversation ends with an answer that no control token closes
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the template closes an answer. `token` is empty where it writes no control token."""
+
+    text: str
+    token: str
+    prompts: bool  # its generation prompt is the beginning of an answered conversation
+
+
+def ending_of(template: Template, tokeniser: Tokeniser) -> Ending:
+    """How `template` closes an answer, seen on a probe conversation."""
+    asked: list[Turn] = [{"role": "user", "content": "Judge my vow."}]
+    prompt = template.render(asked, prompt=True)
+    text = template.render([*asked, {"role": "assistant", "content": _SENTINEL}])
+    if _SENTINEL not in text:
+        raise RowError("refused by the chat template", "it does not write what the assistant says")
+    after = text[text.index(_SENTINEL) + len(_SENTINEL) :]
+    token = tokeniser.control.search(after)
+    closing = after[: token.end()] if token else (after.rstrip() or after)
+    return Ending(closing, token[0] if token else "", text.startswith(prompt))
+
+
+class Cutter:
+    """Cuts conversations into pieces at the answers, many at once."""
+
+    def __init__(self, template: Template, tokeniser: Tokeniser) -> None:
+        self._template = template
+        self._tokeniser = tokeniser
+        self.ending = ending_of(template, tokeniser)
+
+    def cut(self, chats: Sequence[Chat], prompt: bool = False) -> list[Cut | RowError]:
+        """The pieces of each conversation; with `prompt`, of the prompt for its next answer. RowError where refused."""
+        jobs = [(chat, _answers(chat)) for chat in chats]
+        before = self._render([(c, c.turns[:i]) for c, answers in jobs for i in answers], prompt=True)
+        full = self._render([(chat, chat.turns) for chat in chats], prompt)
+        early = [(c, c.turns[: i + 1]) for c, answers in jobs for i in answers if prompt or i + 1 < len(c.turns)]
+        after = iter(self._render(early, prompt=False))
+        cuts, asked = list[Cut | RowError](), iter(before)
+        for (chat, answers), text in zip(jobs, full, strict=True):
+            ends = [next(after) if prompt or i + 1 < len(chat.turns) else text for i in answers]
+            views = [(i, next(asked), end) for i, end in zip(answers, ends, strict=True)]
+            cuts.append(self._cut_one(chat, text, views))
+        return cuts
+
+    def _render(self, jobs: list[tuple[Chat, list[Turn]]], prompt: bool) -> list[str | RowError]:
+        """Render many; those with tools one by one, since tools are an argument of the call."""
+        plain = iter(self._template.render_all([turns for chat, turns in jobs if not chat.tools], prompt))
+        return [self._alone(chat, turns, prompt) if chat.tools else next(plain) for chat, turns in jobs]
+
+    def _alone(self, chat: Chat, turns: list[Turn], prompt: bool) -> str | RowError:
+        try:
+            return self._template.render(turns, chat.tools, prompt)
+        except RowError as error:
+            return error
+
+    def _cut_one(self, chat: Chat, full: str | RowError, views: list[tuple[int, Any, Any]]) -> Cut | RowError:
+        if isinstance(full, RowError):
+            return full
+        pieces, at, ends, bare = list[Piece](), 0, False, False
+        skipped = int(chat.wanted[0] and 0 not in [i for i, _, _ in views])
+        for i, before, after in views:
+            try:
+                span = self._span(chat.turns[i], before, after, full)
+            except RowError as error:
+                return error
+            if span is None or span[0] < at:
+                skipped += chat.wanted[i]
+                continue
+            pieces += [Piece(full[at : span[0]]), Piece(full[span[0] : span[1]], chat.wanted[i])]
+            at = span[1]
+            ends = self._closes(pieces[-1].text) if chat.wanted[i] else ends
+            bare = i == len(chat.turns) - 1 and not self._closes(pieces[-1].text)
+        if not bare:  # where the end token is still to come, it follows the answer at once
+            pieces.append(Piece(full[at:]))
+        return Cut(tuple(piece for piece in pieces if piece.text), skipped, ends, bare)
+
+    def _span(self, turn: Turn, before: str | RowError, after: str | RowError, full: str) -> tuple[int, int] | None:
+        """Where in `full` the answer `turn` stands, its end token included; None if the prefix law does not hold."""
+        if isinstance(before, RowError) or isinstance(after, RowError):
+            return None
+        content = str(turn.get("content") or "").strip()
+        start = len(before) if after.startswith(before) else self._parting(before, after, content)
+        end = start + self._end(after[start:], content)
+        if not full.startswith(after[:end]):
+            return None
+        _prove(turn, content, after[start:end])
+        return start, end
+
+    def _parting(self, before: str, after: str, content: str) -> int:
+        """Where answer and generation prompt part, for templates whose prompt goes on differently (forced thinking)."""
+        shared = min(len(before), len(after))
+        parting = next((i for i in range(shared) if before[i] != after[i]), shared)
+        spoken = after.find(content) if content else -1
+        return parting if spoken < 0 else min(parting, spoken)
+
+    def _end(self, said: str, content: str) -> int:
+        """Where the answer's closing ends in `said`."""
+        closing = self.ending.text
+        at = said.rfind(closing) if closing else -1
+        if at >= 0 and (self.ending.token or at >= len(content)):
+            return at + len(closing)
+        past = said.find(content) + len(content) if content and content in said else 0
+        tokens = [token.end() for token in self._tokeniser.special.finditer(said, past)]
+        return (tokens[0] if past else tokens[-1]) if tokens else len(said)
+
+    def _closes(self, text: str) -> bool:
+        found = self._tokeniser.control.findall(text)
+        return bool(found) and text.endswith(found[-1])
+
+
+def _answers(chat: Chat) -> list[int]:
+    """The assistant's turns that something comes before: the prompt of the very first word can't be rendered."""
+    return [i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant" and i > 0]
+
+
+def _prove(turn: Turn, content: str, said: str) -> None:
+    """RowError unless the stretch to be trained holds all that the assistant says in the data, spacing aside."""
+    if content and content not in said and _squashed(content) not in _squashed(said):
+        raise RowError("the template drops part of an answer", f"{content[:60]!r}")
+    for call in turn.get("tool_calls") or ():
+        name = str(call.get("function", call).get("name", "")) if isinstance(call, Mapping) else ""
+        if not name or name not in said:
+            raise RowError("the template does not write tool calls", name[:60])
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())

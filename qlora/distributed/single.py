@@ -1,0 +1,7 @@
+"""One process on one device."""
+
+from qlora.distributed.processes import Processes
+
+
+class Single(Processes):
+    """Nothing to exchange."""

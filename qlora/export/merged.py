@@ -1,0 +1,105 @@
+"""The merged model: what was trained on, plus the update, as one plain transformers folder, written tensor by tensor.
+
+The default base is the dequantised one that training saw. Sums are float32 and rounded once. Only tensors that the run
+quantised are round-tripped; embeddings, norms and the head are copied.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora.adapters.weights import settings
+from qlora.base.dtypes import name_of
+from qlora.base.folder import tokenizer_files
+from qlora.base.prequantized import companions, is_prequantized, read
+from qlora.base.shards import Shards
+from qlora.base.skeleton import build, read_config, renamer
+from qlora.errors import InputError
+from qlora.export.trained import Choice, Trained
+from qlora.export.stream import Planned, write_model
+from qlora.files import write_bytes, write_json
+from qlora.quant.linear import FrozenLinear
+
+class Merged:
+    """Export target `merged`."""
+
+    def write(self, trained: Trained, folder: Path, choice: Choice) -> int:
+        """Write the folder that transformers and the servers load; returns the bytes of its tensors.
+
+        InputError if the original 16-bit weights are asked for and the base was stored in 4 bits.
+        """
+        size = write_model(folder, list(_Merge(trained, choice).planned()), report=choice.report)
+        for file in (*tokenizer_files(trained.base), trained.base / "generation_config.json"):
+            if file.is_file():
+                write_bytes(folder / file.name, file.read_bytes())
+        write_json(folder / "config.json", merged_config(trained.base / "config.json", choice.dtype))
+        return size
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One pass over the base's keys: which are copied, which are merged, and how."""
+
+    trained: Trained
+    choice: Choice
+
+    def planned(self) -> Iterator[Planned]:
+        """Every tensor of the merged model, in the order of the base's files."""
+        trained, onto = self.trained, self.choice.onto
+        shards = Shards(trained.base)
+        skeleton = build(read_config(trained.base), trained.compute, "auto", torch.device("cpu"))
+        rename, tied = renamer(skeleton, trained.base), set(skeleton.all_tied_weights_keys)  # type: ignore[arg-type]
+        packed = {key for key in shards if is_prequantized(key, shards)}
+        parts = {part for key in packed for part in companions(key)}
+        if packed and onto == "original":
+            raise InputError("--base original: this base is stored in 4 bits, there are no 16-bit weights. Use dequantized.")
+        for key in shards:
+            name = rename(key)
+            if key in parts or name in tied:
+                continue
+            path = name.removesuffix(".weight")
+            if key in packed or path in trained.adapter.pairs or (path in trained.quantized and onto == "dequantized"):
+                yield self._matrix(shards, key, path, tuple(skeleton.get_submodule(path).weight.shape))
+            else:
+                yield self._copied(shards, key)
+
+    def _copied(self, shards: Shards, key: str) -> Planned:
+        dtype = self.choice.dtype if shards.is_float(key) else shards[key].dtype
+        # Through the compute dtype first: that is what the trained model read.
+        return Planned(key, shards.shape(key), dtype, lambda: self._rounded(shards[key]))
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.trained.compute) if tensor.is_floating_point() else tensor
+
+    def _matrix(self, shards: Shards, key: str, path: str, shape: tuple[int, ...]) -> Planned:
+        return Planned(key, shape, self.choice.dtype, lambda: self._base_weight(shards, key).add_(self._delta(path)))
+
+    def _base_weight(self, shards: Shards, key: str) -> Tensor:
+        """The matrix that the update is added to, [O, I] in float32, not shared with anything."""
+        if is_prequantized(key, shards):
+            return read(key, shards.__getitem__, shards, None).to(self.trained.device).weight(torch.float32)
+        weight = shards[key].to(self.trained.device, self.trained.compute)
+        if self.choice.onto == "original":
+            return weight.to(torch.float32, copy=True)
+        layer: FrozenLinear = self.trained.quantizer.quantize(weight, None)
+        return layer.weight(torch.float32).clone()
+
+    def _delta(self, path: str) -> Tensor:
+        if path not in self.trained.adapter.pairs:
+            return torch.zeros((), device=self.trained.device)
+        a, b = (side.to(self.trained.device, torch.float32) for side in self.trained.adapter.pairs[path])
+        return settings(self.trained.adapter, path, a.shape[0]).scaling * (b @ a)
+
+
+def merged_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The base's config.json without its quantisation, its dtype as written; nothing else is touched."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = name_of(dtype)
+    return config

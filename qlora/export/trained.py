@@ -1,0 +1,34 @@
+"""A trained adapter and its base as the export targets see them, and what a user chooses about an export."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.adapters.weights import AdapterFile
+from qlora.base.load import Quantizer
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter, the files of its base, and how the run stored and computed that base."""
+
+    adapter: AdapterFile
+    base: Path
+    quantizer: Quantizer
+    quantized: Mapping[str, Any]  # module paths that the run quantised
+    compute: torch.dtype  # what the run computed in, and quantised from
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user says about an export."""
+
+    onto: str = "dequantized"  # dequantized | original
+    dtype: torch.dtype = torch.bfloat16  # of a merged model
+    report: Report = lambda done, total: None

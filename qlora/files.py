@@ -1,0 +1,110 @@
+"""How files reach the disk whole: written aside, synced, renamed; with the permissions the umask asks for."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import QloraError
+
+ASIDE = ".partial-"  # first letters of every name that is not finished yet; swept at the next start
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step: a reader sees the old file or the new one, never half of it.
+
+    QloraError, with the path and the system's word, if the disk refuses; what was there before stays.
+    """
+    aside = path.with_name(ASIDE + path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(aside, content)
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise QloraError(f"{path}: {len(content)} bytes could not be written: {error.strerror or error}.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` for JSON, indented, keys in the order given; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, str]:
+    """Name -> sha256 of every file directly in `folder`, those named in `but` left out."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(ASIDE))
+    return {file.name: sha256_of(file) for file in files if file.name not in but}
+
+
+@contextmanager
+def folder_in_one_step(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path` at the end, or vanishes if the block fails.  An old `path` goes last."""
+    aside = path.with_name(ASIDE + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _sync_files(aside)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise QloraError(f"{path} could not be written: {error.strerror or error}.") from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove what an earlier, killed process left half-written; returns the names."""
+    leftovers = sorted(folder.glob(ASIDE + "*")) if folder.is_dir() else []
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in leftovers]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_files(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    sync_folder(folder)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,88 @@
+"""The table of architectures: how a decoder layer is built, as far as its shapes, weights and kept activations go.
+
+One line per model_type; `defaults` are what config.json may leave out. Each is tested against the model of transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Switch = bool | str  # always, never, or the key of config.json that says so
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one architecture does where they differ."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    layers_path: str = "model.layers"
+    attention: str = "self_attn"
+    names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    qkv_bias: Switch = False
+    output_bias: Switch = False
+    mlp_bias: Switch = False
+    gated: bool = True  # act(gate) * up; else act(up) alone
+    layer_norm: bool = False  # LayerNorm with a bias, in the compute dtype; else RMSNorm in float32
+    wide_norms: int = 2  # norms over the hidden size in one layer
+    head_norms: bool = False  # a norm over each head's query and key
+    softcap: bool = False  # of attention scores: transformers computes attention eagerly then, T x T scores in memory
+    window: Switch = False  # whether `sliding_window` is used
+
+    @property
+    def fused(self) -> bool:
+        """Whether query, key and value are one matrix."""
+        return len(self.names) == 4
+
+
+def _sizes(*values: int, **others: Any) -> dict[str, Any]:
+    """Defaults, in the order in which the six sizes are always listed here."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {**dict(zip((*keys, "num_key_value_heads"), values, strict=False)), **others}
+
+
+_GEMMA3 = Family(
+    _sizes(262208, 2304, 9216, 26, 8, 4, head_dim=256, tie_word_embeddings=True, sliding_window=4096),
+    qkv_bias="attention_bias", output_bias="attention_bias", wide_norms=4, head_norms=True, window=True,
+)  # fmt: skip
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        _sizes(32000, 4096, 11008, 32, 32),
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias",
+    ),
+    "mistral": Family(_sizes(32000, 4096, 14336, 32, 32, 8, sliding_window=4096), window=True),
+    "qwen2": Family(_sizes(151936, 4096, 22016, 32, 32, 32), qkv_bias=True, window="use_sliding_window"),
+    "qwen3": Family(
+        _sizes(151936, 4096, 22016, 32, 32, 32, head_dim=128),
+        qkv_bias="attention_bias", output_bias="attention_bias", head_norms=True, window="use_sliding_window",
+    ),
+    "gemma": Family(
+        _sizes(256000, 3072, 24576, 28, 16, 16, head_dim=256, tie_word_embeddings=True),
+        qkv_bias="attention_bias", output_bias="attention_bias",
+    ),
+    "gemma2": Family(
+        _sizes(256000, 2304, 9216, 26, 8, 4, head_dim=256, tie_word_embeddings=True, sliding_window=4096),
+        qkv_bias="attention_bias", output_bias="attention_bias", wide_norms=4, softcap=True, window=True,
+    ),
+    "gemma3_text": _GEMMA3,
+    "phi3": Family(
+        _sizes(32064, 3072, 8192, 32, 32), names=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), window=True
+    ),
+    "gpt_neox": Family(
+        _sizes(50432, 6144, 24576, 44, 64, attention_bias=True),
+        layers_path="gpt_neox.layers", attention="attention", gated=False, layer_norm=True,
+        names=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias=True,
+    ),
+    "granite": Family(
+        _sizes(32000, 4096, 11008, 32, 32),
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias",
+    ),
+}  # fmt: skip
+
+# A model with a vision tower in front: its text model is `text_config`, found one level deeper.
+NESTED: Mapping[str, str] = {"gemma3": "gemma3_text"}
+SIGLIP: Mapping[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "patch_size": 16, "image_size": 224, "num_channels": 3, "vision_use_head": True,
+}  # fmt: skip

@@ -1,0 +1,93 @@
+"""What is to be planned, in plain values: the base's shapes, how it is stored, what trains, and on how much at a time."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qlora.memory.shapes import Matrix, Shapes
+
+LOGITS_BYTES = 256 * 2**20  # of float32 logits at a time, as the loss chunks them
+NESTED_BLOCK = 256  # absmax values that share one nested absmax
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the frozen matrices are stored; `block` and `double` mean nothing for `dense`."""
+
+    kind: str = "nf4"
+    double: bool = True
+    block: int = 64
+
+    def matrix_bytes(self, weights: int, dtype_bytes: int) -> int:
+        """Bytes of one matrix: 0.51587 a weight in 4 bits with double quantisation (block 64), 0.5625 without."""
+        if self.kind == "dense":
+            return weights * dtype_bytes
+        codes, blocks = -(-weights // 2), -(-weights // self.block)
+        return codes + (blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks)
+
+    def scratch_bytes(self, weights: int) -> int:
+        """Bytes held beside W while it is rebuilt: the absmax in float32, before and after its offset is added."""
+        return 0 if self.kind == "dense" or not self.double else 8 * -(-weights // self.block)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The low-rank layers: float32 A [R, I] and B [O, R] beside each of `matrices`."""
+
+    matrices: tuple[Matrix, ...]
+    kind: str = "lora"
+    rank: int = 16
+    dropout: bool = False
+
+    @property
+    def values(self) -> int:
+        """Values that train; dora trains one magnitude a row as well."""
+        rows = sum(each.out_features for each in self.matrices) if self.kind == "dora" else 0
+        return rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One process's share of a training run, as far as its memory goes."""
+
+    shapes: Shapes
+    adapters: Adapters
+    storage: Storage = field(default_factory=Storage)
+    dtype_bytes: int = 2  # of the compute dtype: embeddings, head, norms, activations
+    optimizer: str = "paged_adamw_32bit"
+    micro_batch: int = 1
+    max_length: int = 2048  # tokens of a row
+    packing: bool = True  # rows hold several examples: attention takes a mask
+    recompute: int | None = None  # the first layers, recomputed in backward; None: all
+    offload: bool = False  # boundaries wait in host memory
+    weights: Literal["resident", "stream"] = "resident"
+    resident_layers: int = 0  # of a streamed base, how many layers stay on the device
+    device: Literal["cuda", "cpu"] = "cuda"
+    processes: int = 1
+    logits_bytes: int = LOGITS_BYTES
+    mapped_bytes: int = 0  # of the largest file of the base: pages of it count as main memory while it is read
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * self.max_length
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention takes a T x T mask: several examples in a row, or a window shorter than the row."""
+        window = self.shapes.window
+        return self.packing or (window is not None and window <= self.max_length)
+
+    @property
+    def recomputed(self) -> int:
+        """Layers that recompute."""
+        return self.shapes.layers if self.recompute is None else min(self.recompute, self.shapes.layers)
+
+    @property
+    def streamed(self) -> int:
+        """Layers whose frozen matrices come from host memory each time."""
+        return max(0, self.shapes.layers - self.resident_layers) if self.weights == "stream" else 0
+
+    @property
+    def layer_bytes(self) -> int:
+        """Stored bytes of one layer's matrices."""
+        return sum(self.storage.matrix_bytes(each.weights, self.dtype_bytes) for each in self.shapes.block)

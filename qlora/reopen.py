@@ -1,0 +1,124 @@
+"""A finished run opened again, or a model as the defaults quantise it: what eval, generate and export work on."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora.adapters import weights
+from qlora.artefacts import MANIFEST, RECIPE
+from qlora.base.load import Base, load
+from qlora.data.prepare import prepare
+from qlora.data.tokens import Encoder
+from qlora.data.types import Example
+from qlora.distributed.single import Single
+from qlora.errors import AdapterError, InputError
+from qlora.files import sha256_of
+from qlora.quant import build as build_quantizer
+from qlora.recipe import Recipe, from_mapping
+from qlora.recipe import read as read_recipe
+from qlora.train.checkpoint import POSITION, broken
+
+Say = Callable[[str], None]
+NO_DATA = "-"  # the training set of a model that has no run
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base with or without an adapter, and the recipe that says how it is stored and what data it knows."""
+
+    recipe: Recipe
+    base: Base
+    adapter: weights.AdapterFile | None
+
+    @property
+    def encoder(self) -> Encoder:
+        """Text to tokens, as in training."""
+        return Encoder(self.base.tokenizer, self.recipe.data.train_on, self.recipe.model.chat_template)
+
+
+def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None) -> Opened:
+    """Open a run folder, a checkpoint, an adapter folder of PEFT's, or a plain model, with `adapter` instead of its own.
+
+    InputError if the folder is none of these; AdapterError if the adapter is damaged or belongs to another base.
+    """
+    recipe, own = _find(name)
+    folder = Path(adapter) if adapter else own
+    file = _intact(folder) if folder else None
+    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
+    note = weights.attach(base.model, file, base.manifest.sha256) if file else None
+    if note:
+        say(note)
+    return Opened(recipe, base, file)
+
+
+def _find(name: str) -> tuple[Recipe, Path | None]:
+    """The recipe that `name` was trained by, or the defaults around it; and its adapter's folder."""
+    folder = Path(name)
+    if (folder / RECIPE).is_file():
+        return _recipe_of(folder), _finished(folder)
+    if (folder / POSITION).is_file() and (folder.parent / RECIPE).is_file():
+        return _recipe_of(folder.parent), folder
+    if (folder / weights.CONFIG).is_file():
+        return _defaults(_base_named_by(folder)), folder
+    return _defaults(name), None
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    return read_recipe(folder / RECIPE)[0]
+
+
+def _defaults(model: str) -> Recipe:
+    return from_mapping({"model": model, "data": {"train": NO_DATA}}, where="defaults")[0]
+
+
+def _finished(folder: Path) -> Path:
+    """A run's folder, if its final adapter is there."""
+    if (folder / weights.WEIGHTS).is_file():
+        return folder
+    saved = sorted(path.name for path in folder.glob("checkpoint-*"))
+    hint = f" Its newest checkpoint is {folder / saved[-1]}; name that." if saved else ""
+    raise InputError(f"{folder}: the run is not finished, it has no {weights.WEIGHTS}.{hint}")
+
+
+def _base_named_by(folder: Path) -> str:
+    name = weights.read(folder).config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"{folder / weights.CONFIG}: base_model_name_or_path names no base. Use MODEL --adapter {folder}.")
+    return name
+
+
+def _intact(folder: Path) -> weights.AdapterFile:
+    """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down."""
+    if (folder / POSITION).is_file():
+        reason = broken(folder)
+        if reason:
+            raise AdapterError(f"{folder}: {reason}.")
+    for name, expected in _digests(folder / MANIFEST).items():
+        path = folder / Path(name).name
+        if path.is_file() and sha256_of(path) != expected:
+            raise AdapterError(f"{path} is damaged: its sha256 is not the one in {folder / MANIFEST}.")
+    return weights.read(folder)
+
+
+def _digests(path: Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path} is damaged: {error!r}.") from error
+    return {str(name): str(digest) for name, digest in files.items()} if isinstance(files, dict) else {}
+
+
+def held_out(opened: Opened, data: str | None) -> Sequence[Example]:
+    """Rows to measure on: those of `data` (a file, folder or hub name), else the run's own held-out ones."""
+    section, seed = opened.recipe.data, opened.recipe.train.seed
+    if data:
+        read_as = {"train": data, "eval_fraction": 0.0, "packing": False, "max_length": section.max_length}
+        section = from_mapping({"model": opened.recipe.model.name, "data": read_as}, "--data")[0].data
+        return prepare(section, opened.encoder, seed).train
+    if section.train[0].path == NO_DATA:
+        raise InputError("--data is missing: a model without a run has no held-out rows. Name a file, folder or hub set.")
+    prepared = prepare(section, opened.encoder, seed)
+    return prepared.eval or prepared.train

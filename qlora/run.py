@@ -1,0 +1,160 @@
+"""The walk: recipe -> processes -> base -> adapters -> data -> fit -> save. With reopen.py, what sees every room."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora.adapters import ADAPTERS
+from qlora.adapters.inject import inject
+from qlora.adapters.lora import Lora
+from qlora.base.load import load
+from qlora.data.prepare import prepare
+from qlora.data.tokens import Encoder
+from qlora.distributed import STRATEGIES
+from qlora.distributed.processes import Processes
+from qlora.errors import DataError, NotBuiltYet, QloraError
+from qlora.artefacts import RECIPE, Parts, leave, write_adapter
+from qlora.files import sweep, write_text
+from qlora.memory.recompute import recompute
+from qlora.quant import build as build_quantizer
+from qlora.recipe import Recipe, dump
+from qlora.train import OPTIMIZERS
+from qlora.train.checkpoint import Checkpoints, Position, Saved, read, refuse_changes, restore
+from qlora.train.guard import StopSignal, stop_signals
+from qlora.train.log import Log
+from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
+from qlora.train.loss import TokenLoss
+from qlora.train.optim import groups
+
+
+def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Mapping[str, Any]:
+    """The main job, from a recipe to a folder with an adapter; returns the run's manifest.
+
+    QloraError if something is wrong, Stopped after a signal: in both cases with what to do next.
+    """
+    started = time.monotonic()
+    processes = open_processes(recipe)
+    log = Log(Path(recipe.train.output), quiet=quiet or not processes.is_main)
+    for note in notes:
+        log.say(note)
+    with stop_signals() as stop:
+        parts = gather(recipe, processes, log)
+        job = assemble(parts, log, stop)
+        position = resume(parts, job)
+        with log.watching(job.steps):
+            fitted = fit(job, position)
+        manifest: Mapping[str, Any] = {}
+        if processes.writes:
+            manifest = leave(parts, job, fitted, time.monotonic() - started)
+        processes.end()
+    return manifest
+
+
+def gather(recipe: Recipe, processes: Processes, log: Log) -> Parts:
+    """Base, adapters and data of a recipe, each announced in a line."""
+    base = load(recipe.model, build_quantizer(recipe.quant), processes.device)
+    adapter = build_adapter(recipe)
+    injected = inject(base.model, adapter, targets_of(recipe), recipe.train.seed)
+    log.say(f"{recipe.model.name}: {injected}")
+    data = prepare(recipe.data, Encoder(base.tokenizer, recipe.data.train_on), recipe.train.seed)
+    for problem in (*data.report.problems, *data.report.warnings)[:10]:
+        log.say(f"{problem.where}: {problem.message}")
+    report = data.report
+    log.say(f"{report.kept:,} of {report.rows:,} rows kept, {report.trained_tokens:,} of {report.tokens:,} tokens trained")
+    if not len(data.train):
+        raise DataError("data.train: no row is left to train on. `qlora check` names each row and why it was dropped.")
+    return Parts(recipe, processes, base, adapter, injected, data)
+
+
+def open_processes(recipe: Recipe) -> Processes:
+    """The strategy of the recipe; `auto` goes by the number of processes that the launcher started."""
+    kind = recipe.distributed.kind
+    if kind == "auto":
+        kind = "ddp" if Processes.launched() > 1 else "single"
+    if kind == "single" and Processes.launched() > 1:
+        raise QloraError("distributed.kind: single, but the launcher started several processes. Use auto or ddp.")
+    strategy: Processes = STRATEGIES[kind](recipe.train.report_to, Path(recipe.train.output))
+    return strategy
+
+
+def build_adapter(recipe: Recipe) -> Lora:
+    """The adapter kind of the recipe. NotBuiltYet for a kind that has no file yet."""
+    section = recipe.adapter
+    if section.kind not in ("lora", "rslora") or section.init != "default":
+        raise NotBuiltYet(f"adapter: kind {section.kind} with init {section.init} is not built yet. Use lora or rslora.")
+    return ADAPTERS[section.kind](rank=section.rank, alpha=section.alpha, dropout=section.dropout)  # type: ignore[no-any-return]
+
+
+def targets_of(recipe: Recipe) -> str | Sequence[str]:
+    """Which layers are adapted: `all-linear` unless the recipe says otherwise."""
+    return recipe.adapter.targets or "all-linear"
+
+
+def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
+    """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
+    recipe, base = parts.recipe, parts.base
+    recompute(base.model, {"auto": None, "all": None, "none": 0}.get(recipe.memory.recompute, recipe.memory.recompute))
+    loss = TokenLoss(base.model)
+    trainable = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
+    optim = recipe.optim
+    peak_rates = groups(trainable, optim.learning_rate, optim.loraplus_ratio)
+    steps = steps_of(recipe.train, len(parts.data.train))
+    checkpoints = Checkpoints(
+        Path(recipe.train.output), recipe.train.keep, lambda folder: write_adapter(parts, folder), fixed_of(parts, steps)
+    )
+    return Job(
+        model=parts.processes.wrap(loss.train()),
+        trainable=trainable,
+        optimizer=OPTIMIZERS[optim.kind].build(peak_rates, optim.betas, optim.weight_decay),
+        train=parts.data.train,
+        held_out=parts.data.eval,
+        settings=recipe.train,
+        optim=optim,
+        steps=steps,
+        processes=parts.processes,
+        log=log,
+        checkpoints=checkpoints,
+        stop=stop,
+    )
+
+
+def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
+    """What may not change between two parts of a run: all that alters the mathematics."""
+    recipe = parts.recipe
+    sections = {"quant": recipe.quant, "adapter": recipe.adapter, "optim": recipe.optim}
+    keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump(mode="json").items()}
+    # The schedule may be stretched as long as the steps already taken keep their rate; it is compared by value.
+    for free in ("optim.schedule", "optim.warmup"):
+        del keys[free]
+    keys["train.seed"], keys["train.global_batch"] = recipe.train.seed, recipe.train.global_batch
+    keys["base sha256"], keys["data sha256"] = parts.base.manifest.sha256, parts.data.report.sha256
+    return keys
+
+
+def resume(parts: Parts, job: Job) -> Position:
+    """Where the run starts: at a checkpoint that verifies and belongs to this recipe, else at step 0."""
+    output = Path(parts.recipe.train.output)
+    if parts.processes.writes:
+        sweep(output)
+    saved, skipped = find_saved(parts.recipe.train.resume, job.checkpoints)
+    for line in skipped:
+        job.log.say(line)
+    position = Position()
+    if saved:
+        refuse_changes(saved, job.checkpoints.fixed)
+        refuse_other_rates(saved, job.optim, job.steps)
+        position = restore(saved, parts.base.model, job.optimizer, job.trainable)
+        job.log.say(f"resumed from {saved.folder} at step {position.step} of {job.steps}")
+    if parts.processes.writes:
+        job.log.restart(position.step)
+        write_text(output / RECIPE, dump(parts.recipe))
+    parts.processes.wait()
+    return position
+
+
+def find_saved(wanted: str, checkpoints: Checkpoints) -> tuple[Saved | None, list[str]]:
+    """The checkpoint that `train.resume` means, and a line for each that was passed over."""
+    if wanted == "never":
+        return None, []
+    return checkpoints.newest() if wanted == "auto" else (read(Path(wanted)), [])

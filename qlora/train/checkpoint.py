@@ -1,0 +1,151 @@
+"""Checkpoints: an adapter folder plus optimizer state and position, written aside, verified before it is resumed.
+
+`checkpoint-000200/` holds the adapter as PEFT reads it, `optimizer.safetensors`, `position.json`, and `manifest.json`,
+whose `files` maps every other file to its sha256.  Safetensors and JSON only: resuming never runs somebody's code.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapters import weights
+from qlora.errors import AdapterError, InputError, QloraError
+from qlora.files import folder_in_one_step, manifest_of, sha256_of, write_bytes, write_json
+from qlora.train.optim import load_state, state_tensors
+
+NAME = re.compile(r"checkpoint-(\d{6,})")
+MANIFEST, POSITION, OPTIMIZER = "manifest.json", "position.json", "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands between two optimizer steps: all that is not in the weights or the optimizer."""
+
+    step: int = 0  # optimizer steps taken
+    best_loss: float | None = None  # lowest evaluation loss so far
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    rates_sha256: str = ""  # of the learning rates of all steps taken
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was found and verified."""
+
+    folder: Path
+    position: Position
+    fixed: Mapping[str, Any]  # what may not change between two parts of a run
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, output: Path, keep: int, write_adapter: Callable[[Path], None], fixed: Mapping[str, Any]) -> None:
+        self.output, self.keep, self.write_adapter, self.fixed = output, keep, write_adapter, fixed
+
+    def save(self, position: Position, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> Path:
+        """Write `checkpoint-{step}` in one step, then remove the oldest beyond `keep`; the best one stays.
+
+        QloraError if the disk refuses; what was there before stays.
+        """
+        folder = self.output / f"checkpoint-{position.step:06d}"
+        with folder_in_one_step(folder) as aside:
+            self.write_adapter(aside)
+            write_bytes(aside / OPTIMIZER, weights.serialize(state_tensors(optimizer, named)))
+            write_json(aside / POSITION, {**asdict(position), "fixed": dict(self.fixed)})
+            write_json(aside / MANIFEST, {"format": 1, "step": position.step, "files": manifest_of(aside)})
+        self._prune(position)
+        return folder
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """The newest checkpoint that verifies, and a line for each newer one that does not."""
+        skipped: list[str] = []
+        for folder in sorted(_folders(self.output), key=_step_of, reverse=True):
+            try:
+                return read(folder), skipped
+            except InputError as error:
+                skipped.append(f"skipped {error}")
+        return None, skipped
+
+    def _prune(self, position: Position) -> None:
+        folders = sorted(_folders(self.output), key=_step_of)
+        kept = {_step_of(folder) for folder in folders[-self.keep :]} | {position.best_step, position.step}
+        for folder in folders:
+            if _step_of(folder) not in kept and broken(folder) is None:
+                shutil.rmtree(folder)
+
+
+def read(folder: Path) -> Saved:
+    """A checkpoint's position, after every file was checked against the manifest. InputError if one does not match."""
+    reason = broken(folder)
+    if reason:
+        raise InputError(f"{folder}: {reason}. Resume from an older checkpoint, or start anew with train.resume=never.")
+    values = json.loads((folder / POSITION).read_text(encoding="utf-8"))
+    fixed = values.pop("fixed")
+    return Saved(folder, Position(**values), fixed)
+
+
+def broken(folder: Path) -> str | None:
+    """Why a checkpoint can't be used, or None if every file is as its manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or damaged, so the checkpoint was never finished"
+    if not isinstance(files, dict) or not {POSITION, OPTIMIZER, weights.WEIGHTS, weights.CONFIG} <= files.keys():
+        return f"{MANIFEST} does not list what a checkpoint holds"
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if sha256_of(path) != expected:
+            return f"{name} is damaged (its sha256 is not the manifest's)"
+    return None
+
+
+def restore(
+    saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> Position:
+    """Fill adapters and optimizer from a verified checkpoint; returns where the run stands."""
+    values = weights.read_named(saved.folder / weights.WEIGHTS)
+    wanted = weights.tensors(model)
+    if values.keys() != wanted.keys() or any(values[key].shape != wanted[key].shape for key in wanted):
+        raise AdapterError(f"{saved.folder}: its adapter has other layers or another rank than the recipe asks for.")
+    for key, parameter in wanted.items():
+        parameter.copy_(values[key])  # detached views of the parameters: filled in place
+    load_state(optimizer, named, _tensors(saved.folder / OPTIMIZER))
+    return saved.position
+
+
+def refuse_changes(saved: Saved, fixed: Mapping[str, Any]) -> None:
+    """InputError, naming the keys, if the recipe or the data changed in what alters the mathematics."""
+    changed = sorted(key for key in fixed.keys() | saved.fixed.keys() if fixed.get(key) != saved.fixed.get(key))
+    if changed:
+        listed = ", ".join(f"{key} (was {saved.fixed.get(key)!r}, is {fixed.get(key)!r})" for key in changed[:4])
+        raise InputError(
+            f"{saved.folder}: the run was started with other settings: {listed}. "
+            "Put them back, or start anew with train.resume=never or another train.output."
+        )
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return weights.read_named(path)
+    except AdapterError as error:
+        raise QloraError(str(error)) from error
+
+
+def _folders(output: Path) -> list[Path]:
+    found = output.iterdir() if output.is_dir() else ()
+    return [path for path in found if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _step_of(folder: Path) -> int:
+    matched = NAME.fullmatch(folder.name)
+    return int(matched.group(1)) if matched else -1

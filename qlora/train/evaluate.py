@@ -1,0 +1,51 @@
+"""Evaluation: the mean loss over trained tokens of all rows, whatever the batch size or the number of processes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qlora.data.batches import collate
+from qlora.data.types import Example
+from qlora.distributed.processes import Processes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss per trained token, in nats; rows and tokens that went into it."""
+
+    loss: float
+    rows: int
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite rather than an overflow."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    micro_batch: int,
+    processes: Processes,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """The token-weighted loss of `model` (a TokenLoss) over `examples`; each process takes its share of the rows."""
+    training = model.training
+    model.eval()
+    # Rows of like length share a batch, so that padding costs little; the mean does not depend on it.
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
+    mine = order[processes.rank :: processes.world]
+    total = torch.zeros(2, dtype=torch.float64, device=processes.device)
+    for start in range(0, len(mine), micro_batch):
+        batch = collate([examples[row] for row in mine[start : start + micro_batch]], pad_id=0).to(processes.device)
+        total[0] += model(batch.input_ids, batch.labels, batch.position_ids).double()
+        total[1] += batch.trained_tokens
+        report(min(start + micro_batch, len(mine)), len(mine))
+    model.train(training)
+    loss_sum, tokens = processes.sum(total).tolist()
+    return Evaluation(loss_sum / max(1.0, tokens), len(examples), int(tokens))

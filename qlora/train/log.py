@@ -1,0 +1,118 @@
+"""What a run says while it runs: metrics.jsonl always, a live bar on a terminal, plain lines in a pipe, trackers if asked."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+Track = Callable[[Mapping[str, float], int], None]
+
+
+def console() -> Console:
+    """People read stderr; stdout belongs to programs."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Log:
+    """One run's voice. Only the main process has one that speaks."""
+
+    def __init__(self, folder: Path, track: Track = lambda values, step: None, quiet: bool = False) -> None:
+        self.path, self.track, self.quiet = folder / METRICS, track, quiet
+        self.console = console()
+        self.steps = 0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._started: tuple[int, float] | None = None  # first logged step and when, for the time left
+
+    @contextmanager
+    def watching(self, steps: int) -> Iterator[None]:
+        """Inside the block a run of `steps` steps is shown: a live bar on a terminal, plain lines elsewhere."""
+        self.steps = steps
+        if self.quiet or not self.console.is_terminal:
+            yield
+            return
+        columns = TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")
+        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as self._progress:
+            self._task = self._progress.add_task("", total=steps)
+            yield
+        self._progress = None
+
+    def restart(self, step: int) -> None:
+        """Keep the metrics up to `step` and drop later lines, which a resumed run writes again."""
+        kept = [line for line in _lines(self.path) if step and line.get("step", 0) <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def train(self, line: Mapping[str, Any]) -> None:
+        """A logged training step."""
+        self._write({"event": "train", **line})
+        text = f"loss {line['loss']:.4f}  rate {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+        self._show(int(line["step"]), text)
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        """An evaluation."""
+        self._write({"event": "eval", **line})
+        self.say(f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  perplexity {line['perplexity']:.3f}")
+
+    def _show(self, step: int, text: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=text)
+        elif not self.quiet and self._is_due(step):
+            self.say(f"step {step:>6}/{self.steps}  {text}  {self._time_left(step)}")
+
+    def _is_due(self, step: int) -> bool:
+        """In a pipe about fifty lines a run are enough; every step is in metrics.jsonl."""
+        every = max(1, self.steps // 50)
+        return step % every == 0 or step in (1, self.steps)
+
+    def _time_left(self, step: int) -> str:
+        if self._started is None:
+            self._started = step, time.monotonic()
+            return ""
+        first, when = self._started
+        seconds = (time.monotonic() - when) / max(1, step - first) * (self.steps - step)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        finite = {key: None if _not_finite(value) else value for key, value in line.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
+        self.track(numbers, int(line["step"]))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, damaged ones left out."""
+    return _lines(folder / METRICS)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [found for text in texts if (found := _parsed(text)) is not None]
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

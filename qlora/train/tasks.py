@@ -1,0 +1,53 @@
+"""Tasks scored by what a model answers: exact match of the text, or of the number it ends in."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora.data.types import Example
+from qlora.data.types import IGNORED
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out row as a prompt and the answer that is right."""
+
+    where: str
+    prompt_ids: list[int]
+    reference: str
+
+
+def question(example: Example, tokenizer: Any) -> Question:
+    """The last trained stretch of a row is the answer, everything before it the prompt."""
+    trained = np.flatnonzero(np.asarray(example.labels) != IGNORED)
+    end = int(trained[-1]) + 1
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    start = int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
+    ids = np.asarray(example.input_ids).tolist()
+    return Question(example.where, ids[:start], text_of(ids[start:end], tokenizer))
+
+
+def text_of(ids: Sequence[int], tokenizer: Any) -> str:
+    """The words of an answer, control tokens and outer space left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """The same text; where the reference ends in `#### 42` (GSM8K), the same last number."""
+    marked = re.search(r"####\s*(\S+)", reference)
+    if not marked:
+        return answer.strip() == reference.strip()
+    numbers = NUMBER.findall(answer.split("####")[-1])
+    return bool(numbers) and _number(numbers[-1]) == _number(marked.group(1))
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text.replace(",", "").rstrip("."))
+    except ValueError:
+        return text
