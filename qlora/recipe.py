@@ -122,11 +122,11 @@ def _recipe(document: Document, where: str, overrides: Sequence[str]) -> tuple[R
         raise RecipeError(f"{where}: is empty. {LEAST}")
     if not isinstance(document.value, Mapping):
         raise RecipeError(f"{where}: found {shown(document.value)}, allowed: lines of `key: value`. {LEAST}")
-    file = Said(SECTIONS, where, places=dict(document.places), problems=document.problems)
+    file = Said(SECTIONS, where, document.places, document.problems)
     file.take(((str(key),), value, file.place((str(key),))) for key, value in document.value.items())
     given, unread = read_overrides(overrides)
-    places = {at: place for *_, inside in given for at, place in inside.items()}
-    line = Said(SECTIONS, SOURCE, places=places, problems=unread)
+    written = {at: place for *_, inside in given for at, place in inside.items()}
+    line = Said(SECTIONS, SOURCE, written, unread)
     line.take((path, value, line.place(path)) for path, value, _ in given)
     return _checked(_accumulated(line.over(file)))
 
@@ -210,6 +210,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
     (("adapter", "quant"), _full_is_dense),
     (("adapter", "quant"), _loftq_is_quantised),
     (("adapter", "optim"), _loraplus_has_b),
-    (("train", "data"), _evaluates),
     (("train",), _stops_between_evaluations),
+    (("train", "data"), _evaluates),
 )

@@ -9,11 +9,12 @@ from qlora.adapters import ADAPTERS
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.base.load import load
+from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
-from qlora.errors import DataError, NotBuiltYet, QloraError
+from qlora.errors import NotBuiltYet, QloraError
 from qlora.artefacts import RECIPE, Parts, leave, write_adapter
 from qlora.files import sweep, write_text
 from qlora.memory.recompute import recompute
@@ -26,6 +27,8 @@ from qlora.train.log import Log
 from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
+
+WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
 
 
 def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Mapping[str, Any]:
@@ -57,14 +60,24 @@ def gather(recipe: Recipe, processes: Processes, log: Log) -> Parts:
     adapter = build_adapter(recipe)
     injected = inject(base.model, adapter, targets_of(recipe), recipe.train.seed)
     log.say(f"{recipe.model.name}: {injected}")
-    data = prepare(recipe.data, Encoder(base.tokenizer, recipe.data.train_on), recipe.train.seed)
-    for problem in (*data.report.problems, *data.report.warnings)[:10]:
-        log.say(f"{problem.where}: {problem.message}")
-    report = data.report
-    log.say(f"{report.kept:,} of {report.rows:,} rows kept, {report.trained_tokens:,} of {report.tokens:,} tokens trained")
-    if not len(data.train):
-        raise DataError("data.train: no row is left to train on. `qlora check` names each row and why it was dropped.")
+    encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
+    data = prepare(recipe.data, encoder, recipe.train.seed)
+    announce(data.report, log)
+    data.report.refuse()
     return Parts(recipe, processes, base, adapter, injected, data)
+
+
+def announce(report: DataReport, log: Log) -> None:
+    """What became of the rows: counts by reason, the first warnings, how conversations are written."""
+    for note in report.notes:
+        log.say(note)
+    for reason, rows in report.dropped.items():
+        first = next((f.where for f in (*report.problems, *report.warnings) if reason in f.message), "")
+        log.say(f"dropped {rows:,} rows: {reason} (first: {first}; `qlora check` names each)")
+    told = [finding for finding in report.warnings if not finding.message.startswith("dropped")]
+    for finding in told[:WARNINGS_SHOWN]:
+        log.say(f"{finding.where}: {finding.message}")
+    log.say(f"{report.kept:,} of {report.rows:,} rows kept, {report.trained_tokens:,} of {report.tokens:,} tokens trained")
 
 
 def open_processes(recipe: Recipe) -> Processes:

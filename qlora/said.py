@@ -26,18 +26,20 @@ class Said:
 
     sections: Sections
     source: str
+    written: dict[Path, Place]  # every key of the file or the overrides, as it was written
+    problems: list[Problem]
     settings: dict[str, Any] = field(default_factory=dict)
-    places: dict[Path, Place] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    places: dict[Path, Place] = field(default_factory=dict)  # of the settings, aliases under both names
     notes: list[str] = field(default_factory=list)
     whole: set[str] = field(default_factory=set)  # sections that were written as one value
 
     def place(self, path: Path) -> Place:
         """The place of a setting, or of the nearest thing around it."""
         for size in range(len(path), 0, -1):
-            if path[:size] in self.places:
-                return self.places[path[:size]].below(path[size:])
-        return Place(self.source, 0, "").below(path)._replace(line=0)
+            found = self.places.get(path[:size]) or self.written.get(path[:size])
+            if found is not None:
+                return found.below(path[size:])
+        return Place(self.source, 0, "").below(path)
 
     def take(self, entries: Iterable[Entry]) -> "Said":
         """Say all entries, weak ones last."""
@@ -61,11 +63,15 @@ class Said:
             if any(self.settings.get(key) is not None for key in pair):
                 gone.update(pair)
         kept = {key: value for key, value in earlier.settings.items() if key not in gone}
-        places = {path: place for path, place in earlier.places.items() if ".".join(map(str, path[:2])) not in gone}
-        both = Said(self.sections, earlier.source, kept | self.settings, places | self.places)
-        both.problems = earlier.problems + self.problems
-        both.notes = earlier.notes + self.notes
-        return both
+        return Said(
+            self.sections,
+            earlier.source,
+            {path: place for path, place in earlier.written.items() if _key(path) not in gone} | self.written,
+            earlier.problems + self.problems,
+            kept | self.settings,
+            {path: place for path, place in earlier.places.items() if _key(path) not in gone} | self.places,
+            earlier.notes + self.notes,
+        )
 
     def _top(self, name: str, value: Any, place: Place, weak: list[Any]) -> None:
         meant = meaning(name, value)
@@ -79,7 +85,7 @@ class Said:
         elif isinstance(value, Mapping):
             self.whole.add(name)
             for key, each in value.items():
-                self._say(name, str(key), each, self.places.get((name, key)) or place.below((str(key),)))
+                self._say(name, str(key), each, self.written.get((name, key)) or place.below((str(key),)))
         elif value is not None:
             known = ", ".join(self.sections[name].model_fields)
             self.problems.append((place, f"found {shown(value)}, allowed: a group of {known}."))
@@ -136,6 +142,10 @@ class Said:
         if elsewhere:
             return f" Did you mean {elsewhere[0]!r}?" + did_you_mean("", own)
         return did_you_mean(name, own)
+
+
+def _key(path: Path) -> str:
+    return ".".join(str(step) for step in path[:2])
 
 
 def _yaml(value: Any) -> str:

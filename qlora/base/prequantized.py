@@ -70,7 +70,7 @@ class State:
         fields = _json(key, packed)
         _check(key, "quant_type", fields, fields.get("quant_type") == kind, kind)
         _check(key, "blocksize", fields, _is_whole(fields.get("blocksize")) and fields["blocksize"] in BLOCKS, BLOCKS)
-        shape = fields.get("shape")
+        shape: Any = fields.get("shape")
         fits = isinstance(shape, list) and len(shape) == 2 and all(_is_whole(size) for size in shape)
         _check(key, "shape", fields, fits, "[out, in], both positive")
         if "nested_offset" not in fields:

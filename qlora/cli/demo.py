@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app
+from qlora.cli.app import app, say
 
 
 @app.command()
@@ -15,4 +15,4 @@ def demo(out: Annotated[str, typer.Option("--out", help="folder of the run")] = 
     """
     from qlora.show import demonstrate
 
-    demonstrate(out)
+    demonstrate(out, say)

@@ -5,6 +5,7 @@ Types, JSON schema and error messages all come from one declaration, `setting`.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -124,9 +125,15 @@ def validate(section: type[S], value: Any, place: Callable[[Path], Place]) -> tu
     try:
         return section.model_validate(value), []
     except ValidationError as error:
-        schema = section.model_json_schema()
+        schema = _schema(section)
         wrong = [problem for each in error.errors() for problem in problems(dict(each), schema)]
-    return None, [(place(path), text) for path, text in wrong]
+    around = {path[:size] for path, _ in wrong for size in range(len(path))}  # these only repeat what is wrong inside
+    return None, [(place(path), text) for path, text in wrong if path not in around]
+
+
+@cache
+def _schema(section: type[Section]) -> Schema:
+    return section.model_json_schema()
 
 
 def _or_null(schema: Schema) -> None:

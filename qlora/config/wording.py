@@ -52,19 +52,22 @@ def allowed(schema: Schema, named: Mapping[str, Schema]) -> str:
 
 def problems(error: Mapping[str, Any], schema: Schema) -> list[tuple[Path, str]]:
     """One of pydantic's errors as `(path, text)`; a clash has one for each setting of it."""
-    path, here, beside = _walk(error["loc"], schema)
-    name = str(error["loc"][-1]) if error["loc"] else ""
-    match error["type"]:
+    loc, trouble = error["loc"], error["type"]
+    if trouble == "missing" and isinstance(loc[-1], int):
+        loc, trouble = loc[:-1], "too_short"
+    path, here, beside = _walk(loc, schema)
+    name = str(loc[-1]) if loc else ""
+    match trouble:
         case "clash":
             return [((*path, *key.split(".")), text) for key, text in error["ctx"]["clashes"].items()]
-        case "missing" if name in beside:
+        case "missing":
             such = f", for example {here['examples'][0]}" if "examples" in here else ""
             return [(path, f"missing: {here['description']}{such}.")]
         case "extra_forbidden":
             return [((*path, name), f"not a setting.{did_you_mean(name, beside)}")]
         case "value_error":
             return [(path, str(error["ctx"]["error"]))]
-        case "missing" | "too_long" | "too_short":
+        case "too_long" | "too_short":
             return [(path, f"a list of the wrong length, allowed: {allowed(here, schema.get('$defs', {}))}.")]
     return [(path, f"found {shown(error['input'])}, allowed: {allowed(here, schema.get('$defs', {}))}.")]
 

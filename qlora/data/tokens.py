@@ -47,7 +47,7 @@ class Encoder:
         ending, found = self._cutter.ending, [f"conversations are written with {self.template.name}"]
         if not ending.token:
             found.append(f"it closes an answer with {ending.text!r}, no token: the end token is put after the last one")
-        if not ending.prompts:
+        if ending.rest:
             found.append("its prompt goes on differently from its answers: they are trained from where the two part")
         return tuple(found)
 

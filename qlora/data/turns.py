@@ -33,7 +33,7 @@ class Ending:
 
     text: str
     token: str
-    prompts: bool  # its generation prompt is the beginning of an answered conversation
+    rest: int  # characters of its generation prompt that its rendering of an answer does not have
 
 
 def ending_of(template: Template, tokeniser: Tokeniser) -> Ending:
@@ -46,7 +46,9 @@ def ending_of(template: Template, tokeniser: Tokeniser) -> Ending:
     after = text[text.index(_SENTINEL) + len(_SENTINEL) :]
     token = tokeniser.control.search(after)
     closing = after[: token.end()] if token else (after.rstrip() or after)
-    return Ending(closing, token[0] if token else "", text.startswith(prompt))
+    shared = min(text.index(_SENTINEL), len(prompt))
+    parting = next((i for i in range(shared) if prompt[i] != text[i]), shared)
+    return Ending(closing, token[0] if token else "", len(prompt) - parting)
 
 
 class Cutter:
@@ -108,19 +110,12 @@ class Cutter:
         if isinstance(before, RowError) or isinstance(after, RowError):
             return None
         content = str(turn.get("content") or "").strip()
-        start = len(before) if after.startswith(before) else self._parting(before, after, content)
+        start = len(before) - (0 if after.startswith(before) else self.ending.rest)
         end = start + self._end(after[start:], content)
-        if not full.startswith(after[:end]):
+        if not after.startswith(before[:start]) or not full.startswith(after[:end]):
             return None
         _prove(turn, content, after[start:end])
         return start, end
-
-    def _parting(self, before: str, after: str, content: str) -> int:
-        """Where answer and generation prompt part, for templates whose prompt goes on differently (forced thinking)."""
-        shared = min(len(before), len(after))
-        parting = next((i for i in range(shared) if before[i] != after[i]), shared)
-        spoken = after.find(content) if content else -1
-        return parting if spoken < 0 else min(parting, spoken)
 
     def _end(self, said: str, content: str) -> int:
         """Where the answer's closing ends in `said`."""

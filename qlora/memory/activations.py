@@ -134,5 +134,4 @@ def _keeps_its_input(work: Work) -> bool:
 
 def _adapted(work: Work) -> list[Matrix]:
     """The matrices of a layer that carry an adapter in any layer."""
-    paths = {each.path.split(".", work.shapes.layers_path.count(".") + 2)[-1] for each in work.adapters.matrices}
-    return [each for each in work.shapes.block if each.path in paths]
+    return [each for each in work.shapes.block if each.path in work.adapters.paths_in_block]

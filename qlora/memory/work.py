@@ -1,6 +1,8 @@
 """What is to be planned, in plain values: the base's shapes, how it is stored, what trains, and on how much at a time."""
 
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from qlora.memory.shapes import Matrix, Shapes
@@ -38,11 +40,16 @@ class Adapters:
     rank: int = 16
     dropout: bool = False
 
-    @property
+    @cached_property
     def values(self) -> int:
         """Values that train; dora trains one magnitude a row as well."""
         rows = sum(each.out_features for each in self.matrices) if self.kind == "dora" else 0
         return rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+
+    @cached_property
+    def paths_in_block(self) -> frozenset[str]:
+        """The paths within a decoder layer that are adapted in any layer: `self_attn.q_proj`."""
+        return frozenset(re.split(r"\.\d+\.", each.path, maxsplit=1)[-1] for each in self.matrices)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The loop.
+"""The loop: what a micro-batch, a step and a run are, and the settings of all three.
 
 A micro-batch is one forward and backward of one process; a step is one optimizer step over all processes, global_batch
 rows; a run is steps. What a step reads and how fast it learns are pure functions of (seed, step).

@@ -4,6 +4,7 @@ Adapters are float32, so every optimiser here updates master weights.  Paged sta
 move to the host; on a CPU bitsandbytes keeps it unpaged.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 
 from qlora.errors import QloraError
+
+# The run says once, in its own words, that a CPU does not page.
+warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
 CONSTANTS = ("qmap1", "qmap2")  # code tables that bitsandbytes makes again by itself
 Groups = Sequence[dict[str, Any]]

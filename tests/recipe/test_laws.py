@@ -141,8 +141,37 @@ def test_a_letter_wrong_in_any_key_is_caught_with_the_line_and_the_right_name(te
 PIECES = [
     *(f"{key.split('.')[0]}:\n  {key.split('.')[1]}: " for key in KEYS),
     *(name + ":" for name in SECTIONS),
-    *("lora_r: ", "datasets: ", "optim: ", "adapter: ", "gradient_accumulation_steps: ", "  ", "\n", "- ", "{", "}", "[", "]"),
-    *("2e-4", "no", "null", "*a", "&a ", "!!python/name:os.system", "1", "-1", ".nan", "'", '"', ": ", "? ", "\x00", "\ud800"),
+    *(
+        "lora_r: ",
+        "datasets: ",
+        "optim: ",
+        "adapter: ",
+        "gradient_accumulation_steps: ",
+        "  ",
+        "\n",
+        "- ",
+        "{",
+        "}",
+        "[",
+        "]",
+    ),
+    *(
+        "2e-4",
+        "no",
+        "null",
+        "*a",
+        "&a ",
+        "!!python/name:os.system",
+        "1",
+        "-1",
+        ".nan",
+        "'",
+        '"',
+        ": ",
+        "? ",
+        "\x00",
+        "\ud800",
+    ),
 ]
 
 
@@ -178,7 +207,11 @@ def test_any_values_are_a_recipe_or_a_recipe_error(flat):
 
 
 @settings(deadline=None)
-@given(st.lists(st.text() | st.sampled_from([*KEYS, *(f"--{key}" for key in KEYS), "adapter.rank=", "lora_r=8", "quant=nf4"])))
+@given(
+    st.lists(
+        st.text() | st.sampled_from([*KEYS, *(f"--{key}" for key in KEYS), "adapter.rank=", "lora_r=8", "quant=nf4"])
+    )
+)
 def test_any_overrides_are_a_recipe_or_a_recipe_error(arguments):
     try:
         from_mapping({"model": "m", "data": {"train": "r"}}, overrides=arguments)

