@@ -74,13 +74,45 @@ _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf":
 _OPTIMIZERS |= {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit"}
 _OFFLOADED = {"memory.recompute": "all", "memory.offload_activations": True}
 
-_name, _length, _targets, _ratio = to("model.name"), to("data.max_length"), targets, to("optim.loraplus_ratio")
+SAME = {  # the same value under our name
+    "model.name": ("base_model", "model_name_or_path"),
+    "model.revision": ("model_revision", "revision_of_model"),
+    "model.attention": ("attn_implementation",),
+    "quant.kind": ("bnb_4bit_quant_type",),
+    "quant.double": ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"),
+    "adapter.rank": ("lora_r", "lora_rank"),
+    "adapter.alpha": ("lora_alpha",),
+    "adapter.dropout": ("lora_dropout",),
+    "data.train": ("dataset", "dataset_name", "dataset_path"),
+    "data.eval_fraction": ("val_set_size", "val_size", "test_split_size"),
+    "data.max_length": ("sequence_len", "cutoff_len", "max_seq_length", "max_seq_len", "max_length"),
+    "data.packing": ("sample_packing", "packing"),
+    "optim.learning_rate": ("learning_rate", "lr"),
+    "optim.warmup": ("warmup_steps",),
+    "optim.weight_decay": ("weight_decay",),
+    "optim.max_grad_norm": ("max_grad_norm",),
+    "optim.loraplus_ratio": ("loraplus_lr_ratio", "loraplus_ratio"),
+    "train.output": ("output_dir",),
+    "train.epochs": ("num_train_epochs", "num_epochs"),
+    "train.micro_batch": ("per_device_train_batch_size", "micro_batch_size"),
+    "train.global_batch": ("global_batch_size",),
+    ACCUMULATION: ("gradient_accumulation_steps",),
+    "train.seed": ("seed",),
+    "train.log_every": ("logging_steps",),
+    "train.eval_every": ("eval_steps",),
+    "train.save_every": ("save_steps",),
+    "train.keep": ("save_total_limit",),
+    "train.early_stop": ("early_stopping_patience",),
+    "memory.offload_activations": ("activation_offloading",),
+}
+
 _four_bit = flag({"quant.kind?": ("nf4", "fp4")}, {"quant.kind": "dense"}, "quant.kind")
-_double, _micro_batch, _held_out = to("quant.double"), to("train.micro_batch"), to("data.eval_fraction")
 _rslora, _dora = (flag({"adapter.kind": kind}, {}, "adapter.kind") for kind in ("rslora", "dora"))
-_dtype, _optimizer = words("model.dtype", _DTYPES), words("optim.kind", _OPTIMIZERS)
+_init = words("adapter.init", {True: "default"})
+_optimizer = words("optim.kind", _OPTIMIZERS)
 _schedule = words("optim.schedule", {"constant_with_warmup": "constant"})
-_mask = flag({"data.train_on": "all"}, {"data.train_on": "assistant"}, "data.train_on")
+_all_words = flag({"data.train_on": "all"}, {"data.train_on": "assistant"}, "data.train_on")
+_resume = words("train.resume", {True: "auto", False: "never"})
 
 
 def _recompute(value: Any) -> dict[str, Any]:
@@ -89,96 +121,42 @@ def _recompute(value: Any) -> dict[str, Any]:
     return words("memory.recompute", {True: "all", False: "none"})(value)
 
 
-ALIASES: Mapping[str, Reader] = {
-    # the base
-    "base_model": _name,
-    "model_name_or_path": _name,
-    "model_revision": to("model.revision"),
-    "revision_of_model": to("model.revision"),
-    "torch_dtype": _dtype,
+ALIASES: Mapping[str, Reader] = {name: to(target) for target, names in SAME.items() for name in names} | {
+    "torch_dtype": words("model.dtype", _DTYPES),
     "bf16": flag({"model.dtype?": ("bfloat16",)}, {}, "model.dtype"),
     "fp16": flag({"model.dtype?": ("float16",)}, {}, "model.dtype"),
-    "attn_implementation": to("model.attention"),
+    "bnb_4bit_compute_dtype": lambda value: {"model.dtype?": (_DTYPES.get(str(value), value),)},
     "flash_attention": flag({"model.attention": "flash_attention_2"}, {}, "model.attention"),
     "chat_template": words("model.chat_template", {"tokenizer_default": "auto"}),
     "chat_template_path": to("model.chat_template"),
-    # how it is stored
     "load_in_4bit": _four_bit,
     "load_in_8bit": flag({"quant.kind": "int8"}, {}, "quant.kind"),
     "quantization_bit": lambda value: _four_bit(True) if value == 4 else {"quant.kind": value},
-    "bnb_4bit_quant_type": to("quant.kind"),
-    "bnb_4bit_use_double_quant": _double,
-    "use_bnb_nested_quant": _double,
-    "double_quantization": _double,
-    "bnb_4bit_compute_dtype": lambda value: {"model.dtype?": (_DTYPES.get(str(value), value),)},
-    # the adapter
-    "lora_r": to("adapter.rank"),
-    "lora_rank": to("adapter.rank"),
-    "lora_alpha": to("adapter.alpha"),
-    "lora_dropout": to("adapter.dropout"),
-    "lora_target_modules": _targets,
-    "target_modules": _targets,
-    "lora_target": _targets,
+    "lora_target_modules": targets,
+    "target_modules": targets,
+    "lora_target": targets,
     "lora_target_linear": flag({"adapter.targets": "all-linear"}, {}, "adapter.targets"),
     "use_rslora": _rslora,
     "peft_use_rslora": _rslora,
     "use_dora": _dora,
     "peft_use_dora": _dora,
-    "init_lora_weights": words("adapter.init", {True: "default"}),
-    "peft_init_lora_weights": words("adapter.init", {True: "default"}),
-    "loraplus_lr_ratio": _ratio,
-    "loraplus_ratio": _ratio,
-    # the data
-    "dataset": to("data.train"),
-    "dataset_name": to("data.train"),
-    "dataset_path": to("data.train"),
+    "init_lora_weights": _init,
+    "peft_init_lora_weights": _init,
     "datasets": sets("data.train"),
     "test_datasets": sets("data.eval"),
-    "val_set_size": _held_out,
-    "val_size": _held_out,
-    "test_split_size": _held_out,
-    "sequence_len": _length,
-    "cutoff_len": _length,
-    "max_seq_length": _length,
-    "max_seq_len": _length,
-    "max_length": _length,
-    "sample_packing": to("data.packing"),
-    "packing": to("data.packing"),
-    "train_on_inputs": _mask,
-    "train_on_prompt": _mask,
+    "train_on_inputs": _all_words,
+    "train_on_prompt": _all_words,
     "assistant_only_loss": flag({"data.train_on": "assistant"}, {"data.train_on": "all"}, "data.train_on"),
-    # how the weights move
     "optimizer": _optimizer,
-    "learning_rate": to("optim.learning_rate"),
-    "lr": to("optim.learning_rate"),
     "lr_scheduler_type": _schedule,
     "lr_scheduler": _schedule,
     "warmup_ratio": lambda value: {"optim.warmup": float(value) if type(value) is int and abs(value) < 2 else value},
-    "warmup_steps": to("optim.warmup"),
-    "weight_decay": to("optim.weight_decay"),
-    "max_grad_norm": words("optim.max_grad_norm", {}),
-    # the run
-    "output_dir": to("train.output"),
-    "num_train_epochs": to("train.epochs"),
-    "num_epochs": to("train.epochs"),
     "max_steps": words("train.max_steps", {-1: None}),
-    "per_device_train_batch_size": _micro_batch,
-    "micro_batch_size": _micro_batch,
-    "gradient_accumulation_steps": to(ACCUMULATION),
-    "global_batch_size": to("train.global_batch"),
-    "seed": to("train.seed"),
-    "logging_steps": to("train.log_every"),
-    "eval_steps": to("train.eval_every"),
-    "save_steps": to("train.save_every"),
-    "save_total_limit": to("train.keep"),
-    "early_stopping_patience": to("train.early_stop"),
     "report_to": trackers,
-    "resume_from_checkpoint": words("train.resume", {True: "auto", False: "never"}),
-    "auto_resume_from_checkpoints": words("train.resume", {True: "auto", False: "never"}),
-    # memory
+    "resume_from_checkpoint": _resume,
+    "auto_resume_from_checkpoints": _resume,
     "gradient_checkpointing": _recompute,
     "activation_checkpointing": _recompute,
-    "activation_offloading": to("memory.offload_activations"),
 }
 
 SECTION_WORDS: Mapping[str, Reader] = {  # a section's name with a text: its kind

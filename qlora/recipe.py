@@ -17,18 +17,17 @@ from qlora.config import (
     Section,
     Short,
     complain,
-    decode,
     parse,
+    read_text,
     setting,
     validate,
     write,
 )
-from qlora.config.document import MAX_BYTES
 from qlora.config.overrides import SOURCE, read_overrides
 from qlora.config.wording import shown
 from qlora.data import Data
 from qlora.distributed import Distributed
-from qlora.errors import RecipeError, did_you_mean
+from qlora.errors import RecipeError
 from qlora.memory import Memory
 from qlora.quant import Quant
 from qlora.said import Said
@@ -72,7 +71,7 @@ def read(path: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[Reci
     RecipeError with a line for every problem, each at its file:line or key.
     """
     where = str(path)
-    document = parse(decode(_content(FilePath(where), where), where), where)
+    document = parse(read_text(where), where)
     return _recipe(document, where, overrides)
 
 
@@ -99,22 +98,6 @@ def recipes_folder() -> FilePath:
     package = FilePath(__file__).parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
-
-
-def _content(path: FilePath, where: str) -> bytes:
-    """The bytes of a file, one more than a recipe may have at most. RecipeError if there is none."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise RecipeError(f"{where}: a folder. A recipe is a YAML file.") from None
-    except FileNotFoundError:
-        beside = [each.name for pattern in ("*.yaml", "*.yml") for each in path.parent.glob(pattern)]
-        known = did_you_mean(path.name, beside) if beside else ""
-        raise RecipeError(f"{where}: no such file.{known} `qlora recipes list` shows those that come along.") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError(f"{where}: can't be read ({reason}).") from None
 
 
 def _recipe(document: Document, where: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:

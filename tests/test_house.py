@@ -8,13 +8,13 @@ import pytest
 
 HOUSE = Path(__file__).parents[1] / "qlora"
 FLOORS = {
-    0: ("errors", "kinds", "files", "__init__"),
+    0: ("errors", "kinds", "files", "quiet", "__init__"),
     1: ("config",),
     2: ("quant", "data", "distributed"),
     3: ("base", "adapters"),
     4: ("memory",),
     5: ("train", "export", "report"),
-    6: ("run", "recipe", "artefacts", "reopen", "ask", "deliver", "look", "show", "doctor", "demo"),
+    6: ("run", "recipe", "aliases", "said", "artefacts", "reopen", "ask", "deliver", "look", "show", "doctor", "demo"),
     7: ("cli", "__main__"),
 }
 # Rooms of one floor that may not know each other; other neighbours may, without a cycle.
@@ -110,3 +110,22 @@ def test_every_table_key_is_a_file_and_a_camel_case_class() -> None:
 def test_every_file_says_what_it_owns(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring and len(docstring.splitlines()[0]) > 15
+
+
+def test_the_readme_draws_the_house_as_it_is() -> None:
+    readme = (HOUSE.parent / "README.md").read_text(encoding="utf-8")
+    drawn = dict(re.findall(r"^\| (\d) \| (.+) \|$", readme, flags=re.MULTILINE))
+    for floor, rooms in FLOORS.items():
+        named = {name.strip("/").removesuffix(".py") for name in re.findall(r"`([^`]+)`", drawn[str(floor)])}
+        assert named == set(rooms) - {"__init__"}, f"floor {floor} of the README's plan"
+    tree = readme.split("<!-- tree -->")[1].split("```")[1]
+    listed = {name.rstrip("/") for name in re.findall(r"[├└]── (\S+)", tree)}
+    there = {path.name for path in HOUSE.iterdir() if path.name not in ("__init__.py", "__main__.py", "__pycache__", "py.typed") and not path.name.startswith(".")}
+    assert listed == there
+
+
+def test_the_readme_starts_with_its_two_commands() -> None:
+    readme = (HOUSE.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n(.*?)```", readme, flags=re.DOTALL)
+    assert blocks[0] == "make demo\nmake test\n"
+    assert "accelerate launch" in blocks[1]

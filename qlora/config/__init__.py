@@ -4,9 +4,10 @@ A room declares its settings as a Section beside its table: `setting` gives each
 documentation and its limits, in one place. Nothing else in the house reads YAML or validates settings.
 """
 
-from qlora.config.document import Document, decode, parse, write
+from qlora.config.document import Document, parse, write
 from qlora.config.places import Path, Place, Problem, complain, dotted
 from qlora.config.sections import REQUIRED, Between, KindOf, OneOrMany, Rule, Section, Short, setting, validate
+from qlora.config.text import decode, read_text
 
 __all__ = [
     "REQUIRED",
@@ -24,6 +25,7 @@ __all__ = [
     "decode",
     "dotted",
     "parse",
+    "read_text",
     "setting",
     "validate",
     "write",

@@ -4,7 +4,6 @@ Scalars are typed as in YAML 1.2: `2e-4` is a number, `no` and `12:30` are text,
 anchors, aliases, tags and further documents are problems with their line. Nothing is ever constructed or called.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import yaml
 
 from qlora.config.places import Path, Place, Problem, dotted
+from qlora.config.scalars import MAX_DIGITS, NOT_TEXT, TYPES, number
 from qlora.errors import RecipeError
 
-MAX_BYTES = 2**20  # no recipe is this long; it bounds the time a hostile one can take
 MAX_DEPTH = 16
 MAX_VALUES = 10_000
-MAX_DIGITS = 40
 
 
 @dataclass
@@ -27,17 +25,6 @@ class Document:
     value: Any
     places: dict[Path, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-
-
-def decode(content: bytes, source: str) -> str:
-    """The text of a file. RecipeError if it is too long or not UTF-8."""
-    if len(content) > MAX_BYTES:
-        raise RecipeError(f"{source}: longer than {MAX_BYTES} bytes; that is no recipe.")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{source}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
 
 
 def parse(text: str, source: str, root: Path = ()) -> Document:
@@ -72,14 +59,7 @@ def _plain(error: yaml.MarkedYAMLError) -> str:
     return " ".join(problem.split())
 
 
-_TYPES = {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-}
-_RESOLVERS = {None: [(f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{rule})\Z")) for name, rule in _TYPES.items()]}
-_NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_RESOLVERS = {None: TYPES}
 
 
 class _Loader(yaml.SafeLoader):
@@ -207,19 +187,13 @@ class _Builder:
         """The typed value of a plain scalar; a quoted one is text."""
         text = event.value
         tag = self.loader.resolve(yaml.ScalarNode, text, event.implicit) if event.tag is None else ""
-        if _NOT_TEXT.search(text):
+        if NOT_TEXT.search(text):
             self.problem(path, event, "a control character can't stand in a recipe. Remove it.")
             return ""
         if tag.endswith((":int", ":float")):
             if len(text) <= MAX_DIGITS:
-                return _number(text, tag)
+                return number(text, tag)
             self.problem(path, event, f"a number of {len(text)} characters. Write a shorter one.")
         if tag.endswith(":bool"):
             return text.lower() == "true"
         return None if tag.endswith(":null") else text
-
-
-def _number(text: str, tag: str) -> int | float:
-    if tag.endswith(":int"):
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    return float(text.replace(".", "") if text.lstrip("-+.").isalpha() else text)

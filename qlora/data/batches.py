@@ -38,11 +38,14 @@ class Batch:
         return Batch(self.input_ids, torch.full_like(self.labels, IGNORED), self.position_ids)
 
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio, splitmix64's own step
+
+
 def scatter(seed: int, epoch: int, indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """A pseudo-random 64-bit key for each index (splitmix64's finaliser): the same on every machine and version."""
     with np.errstate(over="ignore"):
-        stream = _mix(_mix(np.uint64(seed & (2**64 - 1))) + np.uint64(epoch & (2**64 - 1)))
-        return _mix(stream + indices * np.uint64(0x9E3779B97F4A7C15))
+        stream = _mix(_mix(_GOLDEN + np.uint64(seed & (2**64 - 1))) + _GOLDEN * np.uint64(epoch + 1))
+        return _mix(stream + _GOLDEN * (indices + np.uint64(1)))
 
 
 def _mix(value: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:

@@ -130,7 +130,10 @@ def array_items(text: str) -> Iterator[dict[str, Any] | RowError]:
             return
         yield item
         at = _skip_space(text, end)
-        at += text[at : at + 1] == ","
+        if text[at : at + 1] not in (",", "]"):
+            yield RowError("not JSON", "a comma or a bracket is missing; the rest of the file is not read")
+            return
+        at += text[at] == ","
     if _skip_space(text, at + 1) < len(text) or at >= len(text):
         yield RowError("not JSON", "the array does not end where the file ends")
 

@@ -107,9 +107,12 @@ class Encoder:
 
     def _chat(self, messages: Sequence[Message]) -> Chat | RowError:
         try:
-            return chat_of(messages, self.train_on, self.tokeniser)
+            chat = chat_of(messages, self.train_on, self.tokeniser)
         except RowError as error:
             return error
+        if chat.tools and "tools" not in self.template.text:
+            return RowError("the template does not write tools", f"{len(chat.tools)} tools would be lost")
+        return chat
 
     def _draft(self, chat: Chat, cut: Cut | RowError, prompt: bool) -> Draft | RowError:
         if isinstance(cut, RowError):

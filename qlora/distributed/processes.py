@@ -14,17 +14,24 @@ from accelerate import Accelerator
 from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES
 from torch import Tensor, nn
 
+from qlora.errors import QloraError
+
 
 class Processes:
     """All processes of a run, seen from one of them."""
 
     def __init__(self, report_to: Sequence[str] = (), project_dir: Path | None = None) -> None:
         self.accelerator = Accelerator(
-            mixed_precision="no", log_with=list(report_to) or None, project_dir=str(project_dir) if project_dir else None
+            cpu=not torch.cuda.is_available(),  # else several processes without a card would each believe to be alone
+            mixed_precision="no",
+            log_with=list(report_to) or None,
+            project_dir=str(project_dir) if project_dir else None,
         )
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        if self.world != self.launched():
+            raise QloraError(f"the launcher started {self.launched()} processes, but only {self.world} found each other.")
 
     @staticmethod
     def launched() -> int:

@@ -3,17 +3,14 @@
 Dequantising is one operator of our own, so that torch.compile, FakeTensor and meta tensors see a single opaque call.
 """
 
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# On a CPU with AVX512-BF16 bitsandbytes warns at import that an optional package it never needs here is missing.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import bitsandbytes  # noqa: E402, F401 - importing it registers torch.ops.bitsandbytes
-from bitsandbytes.functional import create_dynamic_map  # noqa: E402
+import qlora.quiet  # noqa: F401 - before bitsandbytes
+import bitsandbytes  # noqa: F401, I001 - importing it registers torch.ops.bitsandbytes
+from bitsandbytes.functional import create_dynamic_map
 
 NESTED_BLOCK = 256  # absmax values that share one nested absmax; fixed by bitsandbytes
 WIDEST_CPU_BLOCK = 1024  # wider ones take a slow path of bitsandbytes on a CPU

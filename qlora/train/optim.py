@@ -4,19 +4,16 @@ Adapters are float32, so every optimiser here updates master weights.  Paged sta
 move to the host; on a CPU bitsandbytes keeps it unpaged.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import qlora.quiet  # noqa: F401 - before bitsandbytes
+import torch  # noqa: I001
 from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 
 from qlora.errors import QloraError
-
-# The run says once, in its own words, that a CPU does not page.
-warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
 CONSTANTS = ("qmap1", "qmap2")  # code tables that bitsandbytes makes again by itself
 Groups = Sequence[dict[str, Any]]

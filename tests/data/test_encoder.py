@@ -42,7 +42,9 @@ def squashed(text: str) -> str:
 
 
 words = st.text(
-    st.one_of(st.sampled_from("abcd 12,.?!\n"), st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Co", "Zs"])),
+    st.one_of(
+        st.sampled_from("abcd 12,.?!\n"), st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Co", "Zs"])
+    ),
     min_size=1,
     max_size=24,
 ).filter(lambda text: text.strip())
@@ -221,8 +223,9 @@ def test_tools_and_tool_calls_reach_the_template_and_are_proved():
     assert "# Tools" in text and "<tool_response>\nrain" in text
     runs = trained_runs(encoder, example)
     assert runs[-1].endswith("It rains.<|im_end|>")
-    with pytest.raises(RowError, match="does not write tool calls"):
-        encoder_of("chatml", "bytes").encode("x:1", turns)
+    for lost, match in ((turns, "does not write tools"), (turns[1:], "does not write tool calls")):
+        with pytest.raises(RowError, match=match):
+            encoder_of("chatml", "bytes").encode("x:1", lost)
 
 
 def test_a_base_without_a_template_gets_the_plain_one_and_says_so():

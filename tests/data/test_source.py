@@ -139,7 +139,8 @@ def test_a_table_with_an_open_quote_or_an_odd_header_does_not_swallow_the_file(t
 def test_a_text_file_gives_its_paragraphs(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes("\ufeff\nOne\r\ntwo\n\n\n  \nThree é\n".encode() + b"\n\xff\n\nFour")
-    assert outcome(path) == [(2, {"text": "One\ntwo"}), (6, {"text": "Three é"}), (8, "not UTF-8"), (10, {"text": "Four"})]
+    said = {number: what["text"] if isinstance(what, dict) else what for number, what in outcome(path)}
+    assert said == {2: "One\ntwo", 7: "Three é", 9: "not UTF-8", 11: "Four"}
 
 
 def test_parquet_counts_rows(tmp_path):

@@ -75,7 +75,9 @@ def test_the_trained_tokens_decode_to_what_the_row_says(kind, encoder):
 
 
 @EACH
-@pytest.mark.parametrize("wrong", [None, 7, True, 1.5, [], {}, [7], [None], ["x"], [[["x"]]], {"a": 1}, "", " "], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [None, 7, True, 1.5, [], {}, [7], [None], ["x"], [[["x"]]], {"a": 1}, "", " "], ids=repr
+)
 def test_a_field_of_the_wrong_kind_is_refused_never_a_crash(kind, wrong, encoder):
     """Each field in turn is replaced; what still is a row must train the row's own words."""
     for name in ROWS[kind][0]:
@@ -149,7 +151,9 @@ def test_an_empty_answer_is_never_learnt():
 def test_sharegpt_knows_its_roles_and_tool_calls():
     turns = [("system", "s"), ("human", "h"), ("function_call", '{"name": "f", "arguments": {"a": 1}}'),
              ("observation", "o"), ("gpt", "g"), ("user", "u"), ("assistant", "a"), ("tool", "t"), ("gpt", "z")]  # fmt: skip
-    row = row_of({"conversations": [{"from": role, "value": value} for role, value in turns], "tools": '[{"name": "f"}]'})
+    row = row_of(
+        {"conversations": [{"from": role, "value": value} for role, value in turns], "tools": '[{"name": "f"}]'}
+    )
     messages = messages_of(row, "auto")
     roles = "tools system user assistant tool assistant user assistant tool assistant"
     assert [m.role for m in messages] == roles.split()

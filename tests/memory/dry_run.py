@@ -4,12 +4,12 @@
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,10 +27,12 @@ CHUNK_BYTES = 256 * 2**20
 class Live(TorchDispatchMode):
     """Bytes of storages alive, and their peak since `mark()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
         self.live, self.peak = 0, 0
         self._seen: Any = weakref.WeakKeyDictionary()
+        for each in before:  # a view of what was there before is not new
+            self._seen[each.untyped_storage()] = 0
 
     def mark(self) -> None:
         self.peak = self.live
@@ -72,8 +74,6 @@ def dry_run(config: Any, dtype: torch.dtype, rows: int, tokens: int, **options: 
     with FakeTensorMode():
         model = fake_model(config, dtype, rank, dropout)
         step = _Step(model, dtype, rows, tokens, masked)
-        # Once beforehand: the tables that are made on first use are not part of a step.
-        step.run(1, nn.Module.train)
         return step.measure(config.num_hidden_layers if recompute is None else recompute)
 
 
@@ -117,7 +117,9 @@ class _Step:
         for each in self.model.parameters():
             each.grad = torch.empty_like(each) if each.requires_grad else None
         found = Measured(sum(parameters.values()), self.kept(parameters), 0, 0)
-        with Live() as live:
+        shared = [self.ids, self.positions, *self.rotary, *([self.mask] if self.mask is not None else [])]
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        with Live([*self.model.parameters(), *self.model.buffers(), *gradients, *shared]) as live:
             hidden = self.hidden(recompute)
             live.mark()
             leaf = hidden.detach().requires_grad_()
@@ -129,9 +131,6 @@ class _Step:
             hidden_again.backward(gradient)
             found.backward = live.peak
         return found
-
-    def run(self, recompute: int, _: Any) -> None:
-        self.hidden(recompute)
 
     def kept(self, parameters: dict[int, int]) -> int:
         """Bytes that the second layer saves for backward, tensors made once for all layers left out."""

@@ -114,18 +114,20 @@ def test_what_is_dumped_reads_back_to_the_same_recipe(flat, tmp_path_factory):
 
 
 def mutations():
-    text = (recipes_folder() / "reference.yaml").read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), 1):
+    """The page of defaults with one key changed: each letter replaced, and the last one doubled."""
+    lines = (recipes_folder() / "reference.yaml").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
         key = line.split(":")[0].strip(" -")
         if line.startswith("#") or not key:
             continue
-        start = line.index(key)
-        for at in range(len(key)):
-            letter = next(other for other in string.ascii_lowercase[(number * 7 + at * 5) % 20 :] if other != key[at])
-            typo = key[:at] + letter + key[at + 1 :]
-            changed = text.splitlines()
-            changed[number - 1] = line[: start + at] + letter + line[start + at + 1 :]
+        for typo in [key + key[-1], *(_replaced(key, at, number * 7 + at * 5) for at in range(len(key)))]:
+            changed = [*lines[: number - 1], line.replace(key, typo, 1), *lines[number:]]
             yield pytest.param("\n".join(changed), number, key, id=f"{number}-{typo}")
+
+
+def _replaced(key, at, turn):
+    letter = next(other for other in string.ascii_lowercase[turn % 20 :] if other != key[at])
+    return key[:at] + letter + key[at + 1 :]
 
 
 @pytest.mark.parametrize(("text", "number", "key"), mutations())
