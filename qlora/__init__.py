@@ -5,4 +5,6 @@ Letters used for tensor shapes in the whole house:
     R rank                    N blocks            K weights per block
 """
 
+import qlora.quiet  # noqa: F401 - before any library that it silences
+
 __version__ = "0.1.0"

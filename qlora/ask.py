@@ -46,7 +46,9 @@ def exact_match_share(opened: Opened, examples: Sequence[Example]) -> float:
 def answers(opened: Opened, examples: Sequence[Example]) -> list[dict[str, str]]:
     """For each row the greedy answer beside the reference."""
     asked = [question(example, opened.base.tokenizer) for example in examples]
-    longest = max((len(example) - len(each.prompt_ids) for example, each in zip(examples, asked, strict=True)), default=1)
+    longest = max(
+        (len(example) - len(each.prompt_ids) for example, each in zip(examples, asked, strict=True)), default=1
+    )
     found = generate(opened.base, [each.prompt_ids for each in asked], max_new_tokens=max(64, 2 * longest))
     return [
         {
@@ -93,4 +95,6 @@ def _from_line(row: Row | BadRow) -> tuple[str, list[Message]]:
     if "messages" in row.fields:
         messages = conversation(row.fields["messages"], "messages")
         return "\n".join(f"{message.role}: {message.content}" for message in messages), messages
-    raise DataError(f"{row.where}: has {', '.join(row.fields) or 'nothing'}; a line needs `prompt` (a text) or `messages`.")
+    raise DataError(
+        f"{row.where}: has {', '.join(row.fields) or 'nothing'}; a line needs `prompt` (a text) or `messages`."
+    )

@@ -47,7 +47,12 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
         raise InputError(f"{folder} is there already. Name a folder that does not exist yet.")
     base = opened.base
     trained = Trained(
-        opened.adapter, base.folder.path, build_quantizer(opened.recipe.quant), base.manifest.quantized, base.dtype, base.device
+        opened.adapter,
+        base.folder.path,
+        build_quantizer(opened.recipe.quant),
+        base.manifest.quantized,
+        base.dtype,
+        base.device,
     )
     with folder_in_one_step(folder) as aside:
         size = target.write(trained, aside, Choice(order.onto, dtype))

@@ -73,4 +73,6 @@ def _problems(devices: list[dict[str, Any]], works: bool, backend: str) -> list[
 
 
 def _disk_problem(free_bytes: int) -> list[str]:
-    return [] if free_bytes > 20 * GIB else [f"only {free_bytes / GIB:.1f} GiB of disk are free here; a 7B base takes 14"]
+    return (
+        [] if free_bytes > 20 * GIB else [f"only {free_bytes / GIB:.1f} GiB of disk are free here; a 7B base takes 14"]
+    )

@@ -1,14 +1,14 @@
 """The error tree: what can go wrong, and the exit code each kind of trouble ends with.
 
-    QloraError                 1   the run failed
-    ├── InputError             2   what the user gave is wrong; the message says where, what was found, what to do
-    │   ├── RecipeError            a recipe or an override
-    │   ├── DataError              a data file or its rows
-    │   ├── BaseModelError         the folder or hub repository of the base model
-    │   ├── AdapterError           an adapter's settings or files
-    │   └── NotBuiltYet            a part that is promised but not there yet
-    ├── DoesNotFit             3   the memory plan exceeds the budget
-    └── Stopped          130/143   SIGINT or SIGTERM, after an exact checkpoint was written
+QloraError                 1   the run failed
+├── InputError             2   what the user gave is wrong; the message says where, what was found, what to do
+│   ├── RecipeError            a recipe or an override
+│   ├── DataError              a data file or its rows
+│   ├── BaseModelError         the folder or hub repository of the base model
+│   ├── AdapterError           an adapter's settings or files
+│   └── NotBuiltYet            a part that is promised but not there yet
+├── DoesNotFit             3   the memory plan exceeds the budget
+└── Stopped          130/143   SIGINT or SIGTERM, after an exact checkpoint was written
 """
 
 from collections.abc import Iterable

@@ -54,7 +54,7 @@ def manifest_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, str]:
 
 @contextmanager
 def folder_in_one_step(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` at the end, or vanishes if the block fails.  An old `path` goes last."""
+    """A folder to write into that becomes `path` at the end, or vanishes if the block fails. An old one goes last."""
     aside = path.with_name(ASIDE + path.name)
     shutil.rmtree(aside, ignore_errors=True)
     try:

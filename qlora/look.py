@@ -1,17 +1,12 @@
 """A recipe looked at before any weight is loaded: checked, planned, previewed."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from qlora.adapters.inject import select
 from qlora.base.folder import find
-from qlora.base.skeleton import build, linear_paths, read_config, read_tokenizer
-from qlora.data.prepare import prepare
+from qlora.base.skeleton import read_tokenizer
 from qlora.data.preview import preview
 from qlora.data.tokens import Encoder
-from qlora.errors import QloraError
-from qlora.recipe import Recipe, read
+from qlora.recipe import Recipe
 
 
 def preview_rows(recipe: Recipe, count: int) -> list[dict[str, Any]]:

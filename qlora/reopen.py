@@ -38,7 +38,7 @@ class Opened:
 
 
 def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None) -> Opened:
-    """Open a run folder, a checkpoint, an adapter folder of PEFT's, or a plain model, with `adapter` instead of its own.
+    """Open a run folder, a checkpoint, an adapter folder of PEFT's, or a model; `adapter` replaces its own.
 
     InputError if the folder is none of these; AdapterError if the adapter is damaged or belongs to another base.
     """
@@ -84,7 +84,9 @@ def _finished(folder: Path) -> Path:
 def _base_named_by(folder: Path) -> str:
     name = weights.read(folder).config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise AdapterError(f"{folder / weights.CONFIG}: base_model_name_or_path names no base. Use MODEL --adapter {folder}.")
+        raise AdapterError(
+            f"{folder / weights.CONFIG}: base_model_name_or_path names no base. Use MODEL --adapter {folder}."
+        )
     return name
 
 
@@ -119,6 +121,8 @@ def held_out(opened: Opened, data: str | None) -> Sequence[Example]:
         section = from_mapping({"model": opened.recipe.model.name, "data": read_as}, "--data")[0].data
         return prepare(section, opened.encoder, seed).train
     if section.train[0].path == NO_DATA:
-        raise InputError("--data is missing: a model without a run has no held-out rows. Name a file, folder or hub set.")
+        raise InputError(
+            "--data is missing: a model without a run has no held-out rows. Name a file, folder or hub set."
+        )
     prepared = prepare(section, opened.encoder, seed)
     return prepared.eval or prepared.train

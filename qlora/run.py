@@ -8,6 +8,7 @@ from typing import Any
 from qlora.adapters import ADAPTERS
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
+from qlora.artefacts import RECIPE, Parts, leave, write_adapter
 from qlora.base.load import load
 from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
@@ -15,13 +16,12 @@ from qlora.data.tokens import Encoder
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
 from qlora.errors import NotBuiltYet, QloraError
-from qlora.artefacts import RECIPE, Parts, leave, write_adapter
 from qlora.files import sweep, write_text
 from qlora.memory.recompute import recompute
 from qlora.quant import build as build_quantizer
 from qlora.recipe import Recipe, dump
 from qlora.train import OPTIMIZERS
-from qlora.train.checkpoint import Checkpoints, Position, Saved, read, refuse_changes, restore
+from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
 from qlora.train.guard import StopSignal, stop_signals
 from qlora.train.log import Log
 from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
@@ -47,6 +47,7 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
         position = resume(parts, job)
         with log.watching(job.steps):
             fitted = fit(job, position)
+        keep_best(parts, job, fitted.position)
         manifest: Mapping[str, Any] = {}
         if processes.writes:
             manifest = leave(parts, job, fitted, time.monotonic() - started)
@@ -77,7 +78,9 @@ def announce(report: DataReport, log: Log) -> None:
     told = [finding for finding in report.warnings if not finding.message.startswith("dropped")]
     for finding in told[:WARNINGS_SHOWN]:
         log.say(f"{finding.where}: {finding.message}")
-    log.say(f"{report.kept:,} of {report.rows:,} rows kept, {report.trained_tokens:,} of {report.tokens:,} tokens trained")
+    log.say(
+        f"{report.kept:,} of {report.rows:,} rows kept, {report.trained_tokens:,} of {report.tokens:,} tokens trained"
+    )
 
 
 def open_processes(recipe: Recipe) -> Processes:
@@ -95,7 +98,9 @@ def build_adapter(recipe: Recipe) -> Lora:
     """The adapter kind of the recipe. NotBuiltYet for a kind that has no file yet."""
     section = recipe.adapter
     if section.kind not in ("lora", "rslora") or section.init != "default":
-        raise NotBuiltYet(f"adapter: kind {section.kind} with init {section.init} is not built yet. Use lora or rslora.")
+        raise NotBuiltYet(
+            f"adapter: kind {section.kind} with init {section.init} is not built yet. Use lora or rslora."
+        )
     return ADAPTERS[section.kind](rank=section.rank, alpha=section.alpha, dropout=section.dropout)  # type: ignore[no-any-return]
 
 
@@ -114,7 +119,10 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     peak_rates = groups(trainable, optim.learning_rate, optim.loraplus_ratio)
     steps = steps_of(recipe.train, len(parts.data.train))
     checkpoints = Checkpoints(
-        Path(recipe.train.output), recipe.train.keep, lambda folder: write_adapter(parts, folder), fixed_of(parts, steps)
+        Path(recipe.train.output),
+        recipe.train.keep,
+        lambda folder: write_adapter(parts, folder),
+        fixed_of(parts, steps),
     )
     return Job(
         model=parts.processes.wrap(loss.train()),
@@ -136,7 +144,11 @@ def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
     """What may not change between two parts of a run: all that alters the mathematics."""
     recipe = parts.recipe
     sections = {"quant": recipe.quant, "adapter": recipe.adapter, "optim": recipe.optim}
-    keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump(mode="json").items()}
+    keys = {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in section.model_dump(mode="json").items()
+    }
     # The schedule may be stretched as long as the steps already taken keep their rate; it is compared by value.
     for free in ("optim.schedule", "optim.warmup"):
         del keys[free]
@@ -164,6 +176,17 @@ def resume(parts: Parts, job: Job) -> Position:
         write_text(output / RECIPE, dump(parts.recipe))
     parts.processes.wait()
     return position
+
+
+def keep_best(parts: Parts, job: Job, position: Position) -> None:
+    """With early stopping the adapter that is left is the best one, not the last one."""
+    best = position.best_step
+    if parts.recipe.train.early_stop is None or best is None or best == position.step:
+        return
+    folder = job.checkpoints.folder_of(best)
+    if broken(folder) is None:
+        restore_adapter(folder, parts.base.model)
+        job.log.say(f"the adapter of step {best} is kept: its held-out loss {position.best_loss:.4f} is the lowest")
 
 
 def find_saved(wanted: str, checkpoints: Checkpoints) -> tuple[Saved | None, list[str]]:

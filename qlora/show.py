@@ -39,9 +39,14 @@ def demonstrate(out: str, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"5. what is in {out}")
     for file in sorted(path for path in Path(out).rglob("*") if path.is_file() and "checkpoint" not in str(path)):
         say(f"   {file.relative_to(out)!s:34} {file.stat().st_size / 1024:10,.1f} KiB")
-    found = {"before": score(before), "after": score(after), "agreement": exported["agreement"], "seconds": time.monotonic() - started}
+    found = {
+        "before": score(before),
+        "after": score(after),
+        "agreement": exported["agreement"],
+        "seconds": time.monotonic() - started,
+    }
     write_json(Path(out) / "demo.json", found)
-    say(f"done in {found['seconds']:.0f} s. Look at {out}/report.html, or go on: qlora generate {out} \"...\"")
+    say(f'done in {found["seconds"]:.0f} s. Look at {out}/report.html, or go on: qlora generate {out} "..."')
     return found
 
 

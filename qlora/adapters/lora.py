@@ -11,7 +11,7 @@ from qlora.quant.linear import FrozenLinear
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + s (x A^T) B^T, s = alpha / rank; A [R, I], B [O, R]. B = 0, so training starts at the base's output.
+    """y = base(x) + s (x A^T) B^T, s = alpha / rank; A [R, I], B [O, R]. B = 0: training starts at the base's output.
 
     A and B are float32 whatever the base computes in. `active = False` leaves the base alone.
     """
@@ -32,7 +32,7 @@ class LoraLinear(nn.Module):
             self.B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O], both in the base's compute dtype."""
+        """X [..., I] -> [..., O], both in the base's compute dtype."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
         # The branch comes first: a recomputed block then stops before its last base product.
@@ -41,7 +41,7 @@ class LoraLinear(nn.Module):
         return self.base(x) + update  # type: ignore[no-any-return]
 
     def delta(self) -> Tensor:
-        """s B A [O, I] in float32: what the adapter adds to the frozen matrix."""
+        """S B A [O, I] in float32: what the adapter adds to the frozen matrix."""
         return self.scaling * (self.B.detach().float() @ self.A.detach().float())
 
     def merged_weight(self) -> Tensor:

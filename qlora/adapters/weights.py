@@ -36,7 +36,7 @@ class Identity:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I], `.lora_B.weight` [O, R]."""
+    """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I] and `.lora_B` [O, R]."""
     named: dict[str, Tensor] = {}
     for path, layer in adapted(model).items():
         named[f"{PREFIX}{path}.lora_A.weight"] = layer.A.detach()

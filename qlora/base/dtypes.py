@@ -1,4 +1,4 @@
-"""Which dtype the model computes in: decided from the base's own and the device, in one table, before a weight is read."""
+"""Which dtype the model computes in: decided from the base's own and the device, before a weight is read."""
 
 import torch
 
@@ -25,7 +25,7 @@ def choose(wanted: str, own: torch.dtype | None, bfloat16: bool) -> torch.dtype:
     """
     if wanted == "bfloat16" and not bfloat16:
         raise BaseModelError(
-            "model.dtype: this card has no bfloat16 (compute capability below 8.0). Allowed here: float32, float16, auto."
+            "model.dtype: this card has no bfloat16 (compute capability below 8.0). Allowed here: float32, auto."
         )
     if wanted != "auto":
         return DTYPES[wanted]

@@ -67,6 +67,7 @@ def _checked(path: Path) -> Path:
         raise BaseModelError(f"model: {path} has no *.safetensors file.{advice}")
     return path
 
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
@@ -74,5 +75,5 @@ TOKENIZER_FILES = (
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files that are there: copied byte for byte, since servers read them differently when rewritten."""
+    """The tokenizer's files that are there: copied byte for byte, servers read rewritten ones differently."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]

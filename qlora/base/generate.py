@@ -31,7 +31,9 @@ def generate(
     base.model.eval()
     for start in range(0, len(order), BATCH_ROWS):
         rows = order[start : start + BATCH_ROWS]
-        for row, answer in zip(rows, _batch(base, [prompts[row] for row in rows], max_new_tokens, temperature), strict=True):
+        for row, answer in zip(
+            rows, _batch(base, [prompts[row] for row in rows], max_new_tokens, temperature), strict=True
+        ):
             answers[row] = answer
         report(min(start + BATCH_ROWS, len(order)), len(order))
     base.model.train(training)

@@ -125,7 +125,7 @@ class _Filling:
         hashed.result()
 
     def _fill_linear(self, key: str, path: str) -> None:
-        skeleton = self.model.get_submodule(path)
+        skeleton: Any = self.model.get_submodule(path)
         bias = self._bias(key, path) if skeleton.bias is not None else None
         if is_prequantized(key, self.shards):
             layer = read(key, self.shards.__getitem__, self.shards, bias).to(self.device)

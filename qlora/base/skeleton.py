@@ -61,7 +61,7 @@ def _fill_buffers(model: nn.Module, device: torch.device) -> None:
 
 def renamer(model: nn.Module, folder: Path) -> Callable[[str], str]:
     """A function from a key in the files to the name of the model's parameter, by transformers' own conversions."""
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     wanted = model.state_dict()
@@ -94,8 +94,8 @@ def stop_ids(config: Any, generation: Mapping[str, Any], tokenizer: Any) -> tupl
     """Token ids that end an answer: those of generation_config.json, of config.json and of the tokenizer."""
     found: set[int] = set()
     for ids in (generation.get("eos_token_id"), config.get_text_config().eos_token_id, tokenizer.eos_token_id):
-        found |= set(ids) if isinstance(ids, list | tuple) else {ids}
-    return tuple(sorted(token for token in found if isinstance(token, int)))
+        found |= {token for token in (ids if isinstance(ids, list | tuple) else [ids]) if isinstance(token, int)}
+    return tuple(sorted(found))
 
 
 def _first_line(error: Exception) -> str:

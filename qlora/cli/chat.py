@@ -11,4 +11,4 @@ def chat() -> None:
     """
     from qlora.errors import NotBuiltYet
 
-    raise NotBuiltYet("`qlora chat` is not built yet. Built: train, eval, generate, export, check, preview, plan, demo, doctor.")
+    raise NotBuiltYet("`qlora chat` is not built yet. `qlora --help` lists what is.")

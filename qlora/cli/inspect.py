@@ -11,4 +11,4 @@ def inspect() -> None:
     """
     from qlora.errors import NotBuiltYet
 
-    raise NotBuiltYet("`qlora inspect` is not built yet. Built: train, eval, generate, export, check, preview, plan, demo, doctor.")
+    raise NotBuiltYet("`qlora inspect` is not built yet. `qlora --help` lists what is.")

@@ -11,4 +11,4 @@ def resize() -> None:
     """
     from qlora.errors import NotBuiltYet
 
-    raise NotBuiltYet("`qlora resize` is not built yet. Built: train, eval, generate, export, check, preview, plan, demo, doctor.")
+    raise NotBuiltYet("`qlora resize` is not built yet. `qlora --help` lists what is.")

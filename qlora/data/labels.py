@@ -104,6 +104,9 @@ class Gate:
             answers = sum(count for _, count in self._skipped)
             text = f"rows have answers ({answers} in all) that are not trained: the template rewrites them later on"
             found.append(self._many([where for where, _ in self._skipped], text))
+        if 2 * self.control_rows > len(self.examples):
+            text = "of the rows hold control strings; are they conversations written out already? Give them as messages"
+            found.append(Finding(self.where, f"{self.control_rows} {text}"))
         if 0 < len(self.examples) < FEW_ROWS:
             found.append(
                 Finding(self.where, f"{len(self.examples)} rows: will overfit; {FEW_ROWS} or more, or fewer epochs")

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import math
+import socket
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import datasets
 import numpy as np
@@ -97,6 +100,7 @@ def _parquet(name: str) -> Iterator[Row]:
 def _hub(name: str, split: str | None) -> Iterator[Row]:
     """Rows of a hub data set; owner/name:config picks a configuration. Remote code is never run."""
     repository, _, config = name.partition(":")
+    _refuse_if_unreachable(name)
     try:
         table = datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:  # whatever the hub client raises, the user needs the name and the reason
@@ -105,6 +109,20 @@ def _hub(name: str, split: str | None) -> Iterator[Row]:
         ) from error
     for number, fields in enumerate(table, 1):
         yield Row(f"{name}/{split or 'train'}:{number}", fields)
+
+
+def _refuse_if_unreachable(name: str) -> None:
+    """DataError at once where the hub's name can't be resolved: its client would try again for half a minute."""
+    if datasets.config.HF_HUB_OFFLINE or getproxies():
+        return
+    host = urlsplit(datasets.config.HF_ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        raise DataError(
+            f"{name}: no such file or folder here, and the hub ({host}) can't be reached for a data set of that name. "
+            "With HF_HUB_OFFLINE=1 what was downloaded before is used."
+        ) from None
 
 
 def _first_line(error: Any) -> str:

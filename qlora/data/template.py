@@ -79,7 +79,10 @@ def _choose(tokenizer: Any, chat_template: str) -> tuple[str, str]:
     if tokenizer.chat_template:
         return "the model's own chat template", tokenizer.get_chat_template()
     if tokenizer.eos_token is None:
-        raise DataError("tokenizer: neither a chat template nor an end token, so a model could not learn to stop.")
+        raise DataError(
+            "tokenizer: neither a chat template nor an end token, so a model could not learn to stop. "
+            "Name the token in eos_token of tokenizer_config.json, or give model.chat_template=FILE.jinja."
+        )
     return "qlora's plain template (the model has none)", PLAIN
 
 

@@ -92,7 +92,7 @@ class Encoder:
 
     def _document(self, message: Message) -> Draft | RowError:
         try:
-            (text,), mark, forged = self.tokeniser.guard([message.content], [False])
+            (text,), mark, forged = self.tokeniser.guard([message.content], [True])
         except RowError as error:
             return error
         head, tail = (np.array(ids, dtype=np.int32) for ids in (self.tokeniser.head, self.tokeniser.tail))

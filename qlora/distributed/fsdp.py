@@ -11,4 +11,6 @@ class Fsdp(Processes):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Not there yet: NotBuiltYet."""
-        raise NotBuiltYet("distributed.kind: fsdp is not built yet. Use ddp (every card holds the model), or one process.")
+        raise NotBuiltYet(
+            "distributed.kind: fsdp is not built yet. Use ddp (every card holds the model), or one process."
+        )

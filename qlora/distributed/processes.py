@@ -31,7 +31,9 @@ class Processes:
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         if self.world != self.launched():
-            raise QloraError(f"the launcher started {self.launched()} processes, but only {self.world} found each other.")
+            raise QloraError(
+                f"the launcher started {self.launched()} processes, but only {self.world} found each other."
+            )
 
     @staticmethod
     def launched() -> int:

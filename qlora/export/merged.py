@@ -20,10 +20,11 @@ from qlora.base.prequantized import companions, is_prequantized, read
 from qlora.base.shards import Shards
 from qlora.base.skeleton import build, read_config, renamer
 from qlora.errors import InputError
-from qlora.export.trained import Choice, Trained
 from qlora.export.stream import Planned, write_model
+from qlora.export.trained import Choice, Trained
 from qlora.files import write_bytes, write_json
 from qlora.quant.linear import FrozenLinear
+
 
 class Merged:
     """Export target `merged`."""
@@ -57,14 +58,16 @@ class _Merge:
         packed = {key for key in shards if is_prequantized(key, shards)}
         parts = {part for key in packed for part in companions(key)}
         if packed and onto == "original":
-            raise InputError("--base original: this base is stored in 4 bits, there are no 16-bit weights. Use dequantized.")
+            raise InputError(
+                "--base original: this base is stored in 4 bits, there are no 16-bit weights. Use dequantized."
+            )
         for key in shards:
             name = rename(key)
             if key in parts or name in tied:
                 continue
             path = name.removesuffix(".weight")
             if key in packed or path in trained.adapter.pairs or (path in trained.quantized and onto == "dequantized"):
-                yield self._matrix(shards, key, path, tuple(skeleton.get_submodule(path).weight.shape))
+                yield self._matrix(shards, key, path, _shape_of(skeleton, path))
             else:
                 yield self._copied(shards, key)
 
@@ -103,3 +106,7 @@ def merged_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = name_of(dtype)
     return config
+
+
+def _shape_of(skeleton: Any, path: str) -> tuple[int, ...]:
+    return tuple(skeleton.get_submodule(path).weight.shape)

@@ -1,6 +1,7 @@
 """A model written to safetensors tensor by tensor, so that only the tensor at hand is in memory.
 
-The format (https://github.com/huggingface/safetensors#format) puts all sizes in a header first; they follow from shapes.
+The format (https://github.com/huggingface/safetensors#format) puts all sizes in a header first; they follow
+from the shapes.
 """
 
 import json
@@ -38,8 +39,10 @@ class Planned:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_model(folder: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES, report: Report = lambda done, total: None) -> int:
-    """Write model.safetensors, or numbered shards and their index, in the order given; returns the bytes of all tensors."""
+def write_model(
+    folder: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES, report: Report = lambda done, total: None
+) -> int:
+    """Write model.safetensors, or numbered shards and their index, in the order given; returns all tensors' bytes."""
     shards = list(_shards(tensors, shard_bytes))
     total = sum(tensor.size_bytes for tensor in tensors)
     weight_map: dict[str, str] = {}
@@ -51,7 +54,9 @@ def write_model(folder: Path, tensors: Sequence[Planned], shard_bytes: int = SHA
             done += tensor.size_bytes
             report(done, total)
     if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     return total
 
 
@@ -74,7 +79,7 @@ def _write_shard(path: Path, tensors: Sequence[Planned]) -> Iterator[Planned]:
             values = tensor.make().to(tensor.dtype).contiguous()
             if tuple(values.shape) != tensor.shape:
                 raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(values.shape)}")
-            file.write(values.cpu().reshape(-1).view(torch.uint8).numpy())
+            file.write(values.cpu().reshape(-1).view(torch.uint8).numpy().data)
             yield tensor
 
 

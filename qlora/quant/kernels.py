@@ -5,12 +5,10 @@ Dequantising is one operator of our own, so that torch.compile, FakeTensor and m
 
 from collections.abc import Sequence
 
+import bitsandbytes  # noqa: F401 - importing it registers torch.ops.bitsandbytes
 import torch
-from torch import Tensor
-
-import qlora.quiet  # noqa: F401 - before bitsandbytes
-import bitsandbytes  # noqa: F401, I001 - importing it registers torch.ops.bitsandbytes
 from bitsandbytes.functional import create_dynamic_map
+from torch import Tensor
 
 NESTED_BLOCK = 256  # absmax values that share one nested absmax; fixed by bitsandbytes
 WIDEST_CPU_BLOCK = 1024  # wider ones take a slow path of bitsandbytes on a CPU

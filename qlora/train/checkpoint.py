@@ -47,7 +47,9 @@ class Saved:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, output: Path, keep: int, write_adapter: Callable[[Path], None], fixed: Mapping[str, Any]) -> None:
+    def __init__(
+        self, output: Path, keep: int, write_adapter: Callable[[Path], None], fixed: Mapping[str, Any]
+    ) -> None:
         self.output, self.keep, self.write_adapter, self.fixed = output, keep, write_adapter, fixed
 
     def save(self, position: Position, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> Path:
@@ -55,7 +57,7 @@ class Checkpoints:
 
         QloraError if the disk refuses; what was there before stays.
         """
-        folder = self.output / f"checkpoint-{position.step:06d}"
+        folder = self.folder_of(position.step)
         with folder_in_one_step(folder) as aside:
             self.write_adapter(aside)
             write_bytes(aside / OPTIMIZER, weights.serialize(state_tensors(optimizer, named)))
@@ -63,6 +65,10 @@ class Checkpoints:
             write_json(aside / MANIFEST, {"format": 1, "step": position.step, "files": manifest_of(aside)})
         self._prune(position)
         return folder
+
+    def folder_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.output / f"checkpoint-{step:06d}"
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """The newest checkpoint that verifies, and a line for each newer one that does not."""
@@ -113,14 +119,18 @@ def restore(
     saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> Position:
     """Fill adapters and optimizer from a verified checkpoint; returns where the run stands."""
-    values = weights.read_named(saved.folder / weights.WEIGHTS)
-    wanted = weights.tensors(model)
-    if values.keys() != wanted.keys() or any(values[key].shape != wanted[key].shape for key in wanted):
-        raise AdapterError(f"{saved.folder}: its adapter has other layers or another rank than the recipe asks for.")
-    for key, parameter in wanted.items():
-        parameter.copy_(values[key])  # detached views of the parameters: filled in place
+    restore_adapter(saved.folder, model)
     load_state(optimizer, named, _tensors(saved.folder / OPTIMIZER))
     return saved.position
+
+
+def restore_adapter(folder: Path, model: nn.Module) -> None:
+    """Fill the adapters of `model` from a checkpoint. AdapterError if it has other layers or another rank."""
+    values, wanted = weights.read_named(folder / weights.WEIGHTS), weights.tensors(model)
+    if values.keys() != wanted.keys() or any(values[key].shape != wanted[key].shape for key in wanted):
+        raise AdapterError(f"{folder}: its adapter has other layers or another rank than the recipe asks for.")
+    for key, parameter in wanted.items():
+        parameter.copy_(values[key])  # detached views of the parameters: filled in place
 
 
 def refuse_changes(saved: Saved, fixed: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ class FiniteGuard:
         self.skipped_in_a_row = 0
 
     def allows(self, grad_norm: float, loss: float, step: int, where: Sequence[str]) -> bool:
-        """False if the gradient's norm or the loss is not finite. QloraError, naming the rows, when it keeps happening."""
+        """False if the gradient's norm or the loss is not finite. QloraError, naming rows, when it keeps happening."""
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self.skipped_in_a_row = 0
             return True

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl always, a live bar on a terminal, plain lines in a pipe, trackers if asked."""
+"""What a run says while it runs: metrics.jsonl, a live bar on a terminal, plain lines in a pipe, trackers if asked."""
 
 import json
 import math

@@ -1,7 +1,7 @@
 """The loop: one pass is one optimizer step, which is as many micro-batches as the global batch needs.
 
-The loss is a sum over trained tokens divided by the trained tokens of the whole step on all processes, so the split into
-micro-batches and processes does not change the answer.  Order, rate and dropout are pure functions of (seed, step).
+The loss is a sum over trained tokens divided by the trained tokens of the whole step on all processes, so the split
+into micro-batches and processes does not change the answer. Order, rate and dropout are pure functions of (seed, step).
 """
 
 import hashlib
@@ -115,8 +115,9 @@ def refuse_other_rates(saved: Saved, optim: Optim, steps: int) -> None:
     """InputError if the steps already taken had other learning rates than this recipe would give them."""
     if saved.position.rates_sha256 != rates_sha256(optim, saved.position.step, steps):
         raise InputError(
-            f"{saved.folder}: its {saved.position.step} steps were taken with other learning rates than this recipe gives "
-            "them: optim.schedule, optim.warmup or the number of steps changed. Put them back, or set train.resume=never."
+            f"{saved.folder}: its {saved.position.step} steps were taken with other learning rates than this "
+            "recipe gives them: optim.schedule, optim.warmup or the number of steps changed. Put them back, or set "
+            "train.resume=never."
         )
 
 
@@ -154,14 +155,15 @@ def _backward(job: Job, batch: Batch, trained: int) -> Tensor:
         job.processes.backward(loss / max(1, trained))
     except torch.OutOfMemoryError as error:
         raise QloraError(
-            f"out of memory on a micro-batch of {list(batch.input_ids.shape)} rows x tokens. The same training fits with "
-            "a smaller train.micro_batch (the result does not change), memory.recompute=all, or a shorter data.max_length."
+            f"out of memory on a micro-batch of {list(batch.input_ids.shape)} rows x tokens. The same training "
+            "fits with a smaller train.micro_batch (the result does not change), memory.recompute=all, or a shorter "
+            "data.max_length."
         ) from error
     return loss.detach()
 
 
 def _batches(job: Job, rows: Sequence[int]) -> Iterator[Batch]:
-    """This process's micro-batches of a step; one without rows becomes a row without labels, so that all take part."""
+    """The process's micro-batches of a step; one without rows becomes a row without labels, so that all take part."""
     shares = micro_batches(rows, job.settings.micro_batch, job.processes.rank, job.processes.world)
     for share in shares:
         batch = collate([job.train[row] for row in share or rows[:1]], pad_id=0)

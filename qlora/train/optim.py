@@ -7,9 +7,8 @@ move to the host; on a CPU bitsandbytes keeps it unpaged.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import qlora.quiet  # noqa: F401 - before bitsandbytes
-import torch  # noqa: I001
-from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+import torch
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 
@@ -56,7 +55,7 @@ class PagedAdamw8bit:
 
 
 def groups(named: Mapping[str, nn.Parameter], learning_rate: float, loraplus_ratio: float | None) -> Groups:
-    """Parameter groups with their peak rate; with LoRA+ (arXiv:2402.12354) every B learns `loraplus_ratio` times faster."""
+    """Parameter groups with their peak rate; with LoRA+ (arXiv:2402.12354) every B learns that much faster."""
     if loraplus_ratio is None:
         return [{"params": list(named.values()), "lr": learning_rate, "peak": learning_rate}]
     fast = [parameter for name, parameter in named.items() if name.endswith(".B")]

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora.data.types import Example
-from qlora.data.types import IGNORED
+from qlora.data.types import IGNORED, Example
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

@@ -1,4 +1,4 @@
-"""Order, shares, padding and packing: every row once, in an order that is a pure function, and no document reads another."""
+"""Order, shares, padding and packing: every row once, in a pure function's order, and no document reads another."""
 
 import numpy as np
 import pytest

@@ -253,7 +253,7 @@ def encoder_of_file(template: str, kind: str) -> Encoder:
 HOSTILE = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "blows up": "{{ 'a' * 4000000000 }}",
-    "grows": "{% set s = namespace(x='aaaaaaaaaaaaaaaa') %}{% for a in range(60) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
+    "grows": "{% set s = namespace(x='a' * 16) %}{% for a in range(60) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
     "babbles": "{{ lipsum(n=20000) }}",
     "pads": "{{ 'a' | center(3000000000) }}",
     "formats": "{{ '%2000000000d' % 1 }}",

@@ -169,7 +169,7 @@ def test_a_split_is_a_file_stem_and_held_out_files_are_pointed_out(tmp_path):
         (tmp_path / name).write_bytes(GOOD)
     assert [row.where for row in read(tmp_path, split="train")] == [f"{tmp_path}/train.jsonl:1"]
     assert "test files are read as well" in locate(Source(path=str(tmp_path))).findings[0].message
-    with pytest.raises(DataError, match="no file of split 'dev'. Found: test, train"):
+    with pytest.raises(DataError, match="no file of split 'dev'"):
         read(tmp_path, split="dev")
 
 

@@ -30,6 +30,7 @@ ROWS = {  # format: a row, and what is trained of it
     "text": ({"text": "Once upon a time"}, ["Once upon a time"]),
     "tokens": ({"input_ids": [72, 105], "labels": [-100, 105]}, None),
 }
+WRONG = [None, 7, True, 1.5, [], {}, [7], [None], ["x"], [[["x"]]], {"a": 1}, "", " "]
 EACH = pytest.mark.parametrize("kind", list(FORMATS))
 
 
@@ -149,11 +150,10 @@ def test_an_empty_answer_is_never_learnt():
 
 
 def test_sharegpt_knows_its_roles_and_tool_calls():
-    turns = [("system", "s"), ("human", "h"), ("function_call", '{"name": "f", "arguments": {"a": 1}}'),
-             ("observation", "o"), ("gpt", "g"), ("user", "u"), ("assistant", "a"), ("tool", "t"), ("gpt", "z")]  # fmt: skip
-    row = row_of(
-        {"conversations": [{"from": role, "value": value} for role, value in turns], "tools": '[{"name": "f"}]'}
-    )
+    said = "system human function_call observation gpt user assistant tool gpt".split()
+    call = '{"name": "f", "arguments": {"a": 1}}'
+    turns = [{"from": role, "value": call if role == "function_call" else role} for role in said]
+    row = row_of({"conversations": turns, "tools": '[{"name": "f"}]'})
     messages = messages_of(row, "auto")
     roles = "tools system user assistant tool assistant user assistant tool assistant"
     assert [m.role for m in messages] == roles.split()
