@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora.adapters import ADAPTERS
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
@@ -15,7 +17,7 @@ from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
-from qlora.errors import NotBuiltYet, QloraError
+from qlora.errors import InputError, NotBuiltYet
 from qlora.files import sweep, write_text
 from qlora.memory.recompute import recompute
 from qlora.quant import build as build_quantizer
@@ -38,7 +40,9 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
     """
     started = time.monotonic()
     processes = open_processes(recipe)
-    log = Log(Path(recipe.train.output), quiet=quiet or not processes.is_main)
+    log = Log(Path(recipe.train.output), processes.track, quiet=quiet or not processes.is_main)
+    processes.start_trackers(Path(recipe.train.output).name, recipe.model_dump(mode="json"))
+    torch.use_deterministic_algorithms(recipe.train.deterministic)
     for note in notes:
         log.say(note)
     with stop_signals() as stop:
@@ -58,6 +62,10 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
 def gather(recipe: Recipe, processes: Processes, log: Log) -> Parts:
     """Base, adapters and data of a recipe, each announced in a line."""
     base = load(recipe.model, build_quantizer(recipe.quant), processes.device)
+    if base.dtype == torch.float16:
+        raise InputError(
+            "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
+        )
     adapter = build_adapter(recipe)
     injected = inject(base.model, adapter, targets_of(recipe), recipe.train.seed)
     log.say(f"{recipe.model.name}: {injected}")
@@ -89,7 +97,7 @@ def open_processes(recipe: Recipe) -> Processes:
     if kind == "auto":
         kind = "ddp" if Processes.launched() > 1 else "single"
     if kind == "single" and Processes.launched() > 1:
-        raise QloraError("distributed.kind: single, but the launcher started several processes. Use auto or ddp.")
+        raise InputError("distributed.kind: single, but the launcher started several processes. Use auto or ddp.")
     strategy: Processes = STRATEGIES[kind](recipe.train.report_to, Path(recipe.train.output))
     return strategy
 
@@ -112,7 +120,7 @@ def targets_of(recipe: Recipe) -> str | Sequence[str]:
 def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
     recipe, base = parts.recipe, parts.base
-    recompute(base.model, {"auto": None, "all": None, "none": 0}.get(recipe.memory.recompute, recipe.memory.recompute))
+    recompute(base.model, layers_of(recipe.memory.recompute))
     loss = TokenLoss(base.model)
     trainable = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
     optim = recipe.optim
@@ -138,6 +146,12 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
         checkpoints=checkpoints,
         stop=stop,
     )
+
+
+def layers_of(recompute: str | int) -> int | None:
+    """How many layers recompute their activations; None is all of them."""
+    words = {"auto": None, "all": None, "none": 0}
+    return words[recompute] if isinstance(recompute, str) else recompute
 
 
 def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def adapted(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def select(paths: Sequence[str] | dict[str, FrozenLinear], targets: str | Sequence[str]) -> list[str]:
-    """The paths that `targets` means: `all-linear`, a list of names (paths or their ends), or one regular expression."""
+    """The paths that `targets` means: `all-linear`, a list of names (paths or their ends), or one pattern."""
     known = list(paths)
     if targets == "all-linear":
         return known

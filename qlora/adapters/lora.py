@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qlora.adapters.branch import Accumulate, Branch
 from qlora.quant.linear import FrozenLinear
 
 
@@ -35,10 +35,9 @@ class LoraLinear(nn.Module):
         """X [..., I] -> [..., O], both in the base's compute dtype."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
-        # The branch comes first: a recomputed block then stops before its last base product.
-        dropped = F.dropout(x, self.dropout, self.training)
-        update = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype) * self.scaling)
-        return self.base(x) + update  # type: ignore[no-any-return]
+        dropout = self.dropout if self.training else 0.0
+        update, passed_on = Branch.apply(x, self.A, self.B, self.scaling, dropout)
+        return Accumulate.apply(update, passed_on if x.requires_grad else x, self.base)  # type: ignore[no-any-return]
 
     def delta(self) -> Tensor:
         """S B A [O, I] in float32: what the adapter adds to the frozen matrix."""

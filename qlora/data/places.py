@@ -1,6 +1,7 @@
 """What a source's path stands for: which files, in which order, or a hub name."""
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Located:
 
 def locate(source: "Source") -> Located:
     """Find the files or the hub name that `source.path` means. DataError, naming the path, if it means nothing."""
+    source = source.model_copy(update={"path": os.path.expanduser(source.path)})
     path = Path(source.path)
     if path.is_dir():
         return _folder(source, path)

@@ -46,7 +46,8 @@ class Encoder:
         """What a user should know about this template before training with it."""
         ending, found = self._cutter.ending, [f"conversations are written with {self.template.name}"]
         if not ending.token:
-            found.append(f"it closes an answer with {ending.text!r}, no token: the end token is put after the last one")
+            closing = repr(ending.text) if ending.text else "nothing"
+            found.append(f"it closes an answer with {closing}, no token: the end token is put after the last one")
         if ending.rest:
             found.append("its prompt goes on differently from its answers: they are trained from where the two part")
         return tuple(found)

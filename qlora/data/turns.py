@@ -114,7 +114,7 @@ class Cutter:
         end = start + self._end(after[start:], content)
         if not after.startswith(before[:start]) or not full.startswith(after[:end]):
             return None
-        _prove(turn, content, after[start:end])
+        _prove(turn, content, before, after[start:end])
         return start, end
 
     def _end(self, said: str, content: str) -> int:
@@ -137,14 +137,23 @@ def _answers(chat: Chat) -> list[int]:
     return [i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant" and i > 0]
 
 
-def _prove(turn: Turn, content: str, said: str) -> None:
-    """RowError unless the stretch to be trained holds all that the assistant says in the data, spacing aside."""
-    if content and content not in said and _squashed(content) not in _squashed(said):
+def _prove(turn: Turn, content: str, before: str, said: str) -> None:
+    """RowError unless the stretch to be trained holds all that the assistant says in the data, spacing aside.
+
+    The first words may stand at the end of the prompt: templates that force a thought open it there.
+    """
+    if content and content not in said and not _continues(_squashed(before[-len(content) :]), _squashed(said), content):
         raise RowError("the template drops part of an answer", f"{content[:60]!r}")
     for call in turn.get("tool_calls") or ():
         name = str(call.get("function", call).get("name", "")) if isinstance(call, Mapping) else ""
         if not name or name not in said:
             raise RowError("the template does not write tool calls", name[:60])
+
+
+def _continues(asked: str, said: str, content: str) -> bool:
+    words = _squashed(content)
+    at = (asked + said).rfind(words)
+    return at >= 0 and at + len(words) > len(asked)
 
 
 def _squashed(text: str) -> str:

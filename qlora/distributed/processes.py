@@ -81,9 +81,10 @@ class Processes:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
 
-    def start_trackers(self, name: str, settings: Mapping[str, Any]) -> None:
-        """Open the trackers named at the start."""
-        self.accelerator.init_trackers(name, config=dict(settings))
+    def start_trackers(self, name: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Open the trackers named at the start; `settings` are sections of keys."""
+        flat = {f"{group}.{key}": str(value) for group, values in settings.items() for key, value in values.items()}
+        self.accelerator.init_trackers(name, config=flat)
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Send values of a step to the trackers; nothing happens without one."""

@@ -15,8 +15,8 @@ CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
 class TokenLoss(nn.Module):
     """A causal language model as a function from a micro-batch to the sum of its token losses.
 
-    Rows of the hidden states without a label never reach the head.  The sum, not a mean: what it is divided by is the
-    whole step's count of trained tokens, which only the loop knows.
+    Hidden states without a label never reach the head. The sum, not a mean: what it is divided by is the whole step's
+    count of trained tokens, which only the loop knows.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,16 +29,10 @@ class TokenLoss(nn.Module):
         targets = labels[:, 1:]
         trained = targets != IGNORED
         hidden = self.head.hidden(input_ids, position_ids)[:, :-1][trained]
-        targets = targets[trained]
-        rows = self.head.chunk_rows(CHUNK_BYTES)
-        total = hidden.new_zeros((), dtype=torch.float32) + 0.0 * hidden.sum().float()
-        for start in range(0, len(targets), rows):
-            part = hidden[start : start + rows], targets[start : start + rows]
-            total = total + checkpoint(self._chunk, *part, use_reentrant=False)
-        return total
-
-    def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
+        if self.head.trains:
+            return checkpointed_loss(hidden, targets[trained], self.head)
+        loss: Tensor = FrozenHeadLoss.apply(hidden, targets[trained], self.head)
+        return loss
 
 
 class Head:
@@ -49,24 +43,85 @@ class Head:
         self._parts: list[Any] = [model.get_decoder(), model.get_output_embeddings()]  # type: ignore[operator]
         text = model.config.get_text_config().to_dict()  # type: ignore[operator, union-attr]
         self.softcap: float | None = text.get("final_logit_softcapping")
-        self.multiply = float(text.get("logit_scale") or 1.0) / float(text.get("logits_scaling") or 1.0)
-        self.vocabulary = int(self._parts[1].weight.shape[0])
+        self.scale = float(text.get("logit_scale") or 1.0) / float(text.get("logits_scaling") or 1.0)
+        self.vocabulary = int(self.weight.shape[0])
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection [V, I]."""
+        return self._parts[1].weight  # type: ignore[no-any-return]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the projection itself is learnt."""
+        return self.weight.requires_grad
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states [B, T, I]."""
-        decoder = self._parts[0]
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        output = self._parts[0](input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., I]."""
-        logits: Tensor = self._parts[1](hidden)
-        if self.multiply != 1.0:
-            logits = logits * self.multiply
-        if self.softcap:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        """Logits [..., V] of hidden states [..., I], in float32."""
+        logits: Tensor = self._parts[1](hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if not self.softcap else torch.tanh(logits / self.softcap) * self.softcap
 
-    def chunk_rows(self, budget_bytes: int) -> int:
+    def back(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of hidden states [..., I] from that of the logits; `gradient` is used up."""
+        if self.softcap:
+            gradient *= 1 - (logits / self.softcap) ** 2
+        if self.scale != 1.0:
+            gradient *= self.scale
+        return gradient.to(self.weight.dtype) @ self.weight
+
+    def chunk_rows(self, budget_bytes: int = CHUNK_BYTES) -> int:
         """Rows of hidden states whose float32 logits fit the budget."""
         return max(1, budget_bytes // (4 * self.vocabulary))
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Loss and its gradient in one pass over the rows: the head is frozen, so the logits are never needed again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+        """hidden [N, I], targets [N] -> float32 scalar."""
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = head.chunk_rows()
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            logits = head(hidden[chunk])
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(-1, targets[chunk, None])).sum()
+            if gradient is not None:
+                gradient[chunk] = head.back(_softmax_less_target(logits, log_sum, targets[chunk]), logits)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        """The gradient of the hidden states, scaled by that of the loss."""
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None
+
+
+def _softmax_less_target(logits: Tensor, log_sum: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the summed cross entropy for the logits [N, V]."""
+    gradient = torch.exp(logits - log_sum)
+    return gradient.scatter_add_(-1, targets[:, None], torch.full_like(log_sum, -1.0))
+
+
+def checkpointed_loss(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """The same sum by autograd, logits recomputed chunk by chunk: for heads that are trained themselves."""
+
+    def summed(part: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(part), wanted, reduction="sum")
+
+    rows = head.chunk_rows()
+    total = 0.0 * hidden.sum().float()
+    for start in range(0, len(targets), rows):
+        part = hidden[start : start + rows], targets[start : start + rows]
+        total = total + checkpoint(summed, *part, use_reentrant=False)
+    return total

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from qlora.data.batches import collate, epoch_order, micro_batches, rows_of_step, steps_per_epoch
 from qlora.data.packing import best_fit, join, pack, split
@@ -119,6 +119,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=8),
     "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "sliding": MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=4),
 }
 
 

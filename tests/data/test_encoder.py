@@ -155,6 +155,19 @@ def test_a_prompt_that_goes_on_differently_is_trained_from_where_it_parts():
         encoder.encode("x:1", talk("Hi", "a thought</think>Good day."))
 
 
+def test_a_thought_that_the_prompt_opens_is_trained_from_its_first_word(tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+    )
+    encoder = Encoder(tokenizer_of("bytes", "phi"), "assistant", str(path))
+    turns = talk("Say hm", "<think>hm</think>Good day.")
+    example = encoder.encode("x:1", turns)
+    assert trained_runs(encoder, example) == ["hm</think>Good day.</s>"]
+    assert example.input_ids[: len(encoder.prompt_ids(turns[:1]))].tolist() == encoder.prompt_ids(turns[:1])
+
+
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [

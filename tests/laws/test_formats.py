@@ -150,7 +150,7 @@ def test_an_empty_answer_is_never_learnt():
 
 
 def test_sharegpt_knows_its_roles_and_tool_calls():
-    said = "system human function_call observation gpt user assistant tool gpt".split()
+    said = ["system", "human", "function_call", "observation", "gpt", "user", "assistant", "tool", "gpt"]
     call = '{"name": "f", "arguments": {"a": 1}}'
     turns = [{"from": role, "value": call if role == "function_call" else role} for role in said]
     row = row_of({"conversations": turns, "tools": '[{"name": "f"}]'})
