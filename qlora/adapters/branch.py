@@ -1,7 +1,7 @@
 """The arithmetic of one adapted matrix: a low-rank branch and a frozen product as two functions that keep x, A and B.
 
-They are two so that a recomputed block can stop between them: autograd keeps a function's tensors when its forward ends,
-so what the branch keeps is there before the frozen product, the dear one, has begun.
+They are two so that a recomputed block can stop between them: autograd keeps a function's tensors when its forward ends, so
+what the branch keeps is there before the frozen product, the dear one, has begun.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ class Branch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
-        """x [..., I], a [R, I], b [O, R] -> [..., O] and x."""
+        """X [..., I], a [R, I], b [O, R] -> [..., O] and x."""
         ctx.scaling, ctx.dropout = scaling, dropout
         ctx.set_materialize_grads(False)
         ctx.seed = int(torch.randint(2**62, ()).item()) if dropout else 0
@@ -53,7 +53,7 @@ class Accumulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, update: Tensor, x: Tensor, layer: FrozenLinear) -> Tensor:
-        """update [..., O], x [..., I] -> [..., O]."""
+        """Update [..., O], x [..., I] -> [..., O]."""
         ctx.layer = layer
         rows, out = x.reshape(-1, x.shape[-1]), update.reshape(-1, update.shape[-1])
         if layer.bias is not None:
@@ -69,7 +69,7 @@ class Accumulate(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, probability: float, seed: int) -> Tensor:
-    """x with dropout of a given seed: the same mask whenever it is asked for."""
+    """X with dropout of a given seed: the same mask whenever it is asked for."""
     if not probability:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
+from qlora.base.attention import NAME
 from qlora.errors import BaseModelError
 
 transformers_logging.set_verbosity_error()
@@ -39,15 +40,20 @@ def read_config(folder: Path) -> Any:
 
 def build(config: Any, dtype: torch.dtype, attention: str, device: torch.device) -> nn.Module:
     """The model with every parameter on `meta` and every buffer computed on `device`; evaluation mode, no gradients."""
-    options = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+            model = _from_config(config, dtype, NAME if attention == "auto" else attention)
+            if attention == "auto" and not model._supports_sdpa:  # Gemma 2 caps its scores, which no kernel here does
+                model = _from_config(config, dtype, "eager")
     except (ValueError, ImportError) as error:
         raise BaseModelError(f"model: {_first_line(error)}") from error
     model.requires_grad_(False)
     _fill_buffers(model, device)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _from_config(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, attn_implementation=attention)
 
 
 def _fill_buffers(model: nn.Module, device: torch.device) -> None:

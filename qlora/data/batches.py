@@ -20,6 +20,7 @@ class Batch:
     labels: Tensor  # [B, T] int64, -100 on pads and on the first token of every document
     position_ids: Tensor  # [B, T] int64, 0 where a document begins; pads count on
     tokens: int = 0  # without pads
+    starts: tuple[tuple[int, ...], ...] = ()  # of each row, where its documents begin
 
     @property
     def trained_tokens(self) -> int:
@@ -31,11 +32,11 @@ class Batch:
         ids, labels, positions = (
             tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.position_ids)
         )
-        return Batch(ids, labels, positions, self.tokens)
+        return Batch(ids, labels, positions, self.tokens, self.starts)
 
     def silent(self) -> "Batch":
         """The same batch with nothing to learn, for a process that has no rows left but must take part."""
-        return Batch(self.input_ids, torch.full_like(self.labels, IGNORED), self.position_ids)
+        return Batch(self.input_ids, torch.full_like(self.labels, IGNORED), self.position_ids, starts=self.starts)
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio, splitmix64's own step
@@ -96,4 +97,5 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
             position_ids[row, start:] = np.arange(shape[1] - start)
     labels[position_ids == 0] = IGNORED  # nothing before it, or another document: no prediction to learn from
     ids, targets, positions = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
-    return Batch(ids, targets, positions, tokens=sum(len(example) for example in examples))
+    starts = tuple(example.starts() for example in examples)
+    return Batch(ids, targets, positions, sum(len(example) for example in examples), starts)

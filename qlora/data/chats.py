@@ -6,7 +6,9 @@ from typing import Any
 
 from qlora.data.pieces import Tokeniser
 from qlora.data.template import Turn
-from qlora.data.types import TOOLS, Message
+from qlora.data.types import TOOLS, Message, RowError
+
+MAX_TURNS = 512  # every answer's prompt is rendered: the cost grows with the square
 
 Guarded = tuple[list[Turn], str, tuple[str, ...]]  # turns, the character that breaks, what was found
 
@@ -26,6 +28,8 @@ def chat_of(messages: Sequence[Message], train_on: str, tokeniser: Tokeniser) ->
     """`messages` as template turns, with the turns that `train_on` and the messages' own `train` ask for."""
     tools = next((list(m.extra["tools"]) for m in messages if m.role == TOOLS), None)
     said = [message for message in messages if message.role != TOOLS]
+    if not 0 < len(said) <= MAX_TURNS:
+        raise RowError("too many turns" if said else "no messages", f"{len(said)} turns, at most {MAX_TURNS}")
     last = max((i for i, message in enumerate(said) if message.role == "assistant"), default=-1)
     wanted = tuple(_wanted(message, train_on, i == last) for i, message in enumerate(said))
     values = [{"role": m.role, "content": m.content, **m.extra} for m in said]

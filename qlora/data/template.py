@@ -37,27 +37,9 @@ class Template:
 
     def render(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
         """The text of a conversation; with `prompt`, up to where the assistant begins to speak. RowError if refused."""
-        return _within(self._apply([list(turns)], tools, prompt)[0], turns, tools)
-
-    def render_all(self, conversations: Sequence[Sequence[Turn]], prompt: bool = False) -> list[str | RowError]:
-        """`render` for many conversations without tools; a RowError in the place of each that is refused."""
-        if not conversations:
-            return []
-        with suppress(RowError):
-            texts = self._apply([list(turns) for turns in conversations], None, prompt)
-            return [_within(text, turns, None) for text, turns in zip(texts, conversations, strict=True)]
-        return [self._try(turns, prompt) for turns in conversations]
-
-    def _try(self, turns: Sequence[Turn], prompt: bool) -> str | RowError:
         try:
-            return self.render(turns, None, prompt)
-        except RowError as error:
-            return error
-
-    def _apply(self, conversations: list[list[Turn]], tools: Sequence[Any] | None, prompt: bool) -> list[str]:
-        try:
-            texts: list[str] = self._tokenizer.apply_chat_template(
-                conversations,
+            text: str = self._tokenizer.apply_chat_template(
+                turns,
                 tools=tools,
                 chat_template=self.text,
                 add_generation_prompt=prompt,
@@ -67,7 +49,7 @@ class Template:
         except Exception as error:  # a template is a program of its own: it may fail in any way
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise RowError("refused by the chat template", line) from None
-        return texts
+        return _within(text, turns, tools)
 
 
 def _choose(tokenizer: Any, chat_template: str) -> tuple[str, str]:

@@ -61,7 +61,7 @@ class Encoder:
 
     def encode_all(self, items: Sequence[Item]) -> list[Encoded | RowError]:
         """`encode` for many rows at once, which is much faster; a RowError in the place of each that can't be used."""
-        drafts = self._drafts([messages for _, messages in items])
+        drafts = [self._draft(messages) for _, messages in items]
         ready = [draft for draft in drafts if isinstance(draft, Draft)]
         ids = self.tokeniser.encode([(draft.pieces, draft.mark) for draft in ready])
         sound = [(draft, parts) for draft, parts in zip(ready, ids, strict=True) if not isinstance(parts, RowError)]
@@ -74,7 +74,7 @@ class Encoder:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids a model goes on from: those that training puts before the next answer. RowError if refused."""
-        draft = self._document(messages[0]) if _is(messages, TEXT) else self._chats([messages], prompt=True)[0]
+        draft = self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages, prompt=True)
         if isinstance(draft, RowError):
             raise draft
         ids = self.tokeniser.encode([(draft.pieces, draft.mark)])[0]
@@ -86,10 +86,11 @@ class Encoder:
         """The text of `ids`, control tokens written out."""
         return self.tokeniser.decode([np.asarray(ids, dtype=np.int32)])[0]
 
-    def _drafts(self, rows: Sequence[Sequence[Message]]) -> list[Draft | RowError]:
-        """A draft for each row; rows that are tokens already get an empty one."""
-        chats = iter(self._chats([m for m in rows if not _is(m, TEXT) and not _is(m, TOKENS)], prompt=False))
-        return [self._document(m[0]) if _is(m, TEXT) else Draft() if _is(m, TOKENS) else next(chats) for m in rows]
+    def _draft(self, messages: Sequence[Message]) -> Draft | RowError:
+        """The draft of a row; one that is tokens already gets an empty one."""
+        if _is(messages, TOKENS):
+            return Draft()
+        return self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages)
 
     def _document(self, message: Message) -> Draft | RowError:
         try:
@@ -101,23 +102,14 @@ class Encoder:
             tail = np.concatenate([tail, self._eos])
         return Draft((Piece(text, True),), mark, forged, head=head, tail=tail)
 
-    def _chats(self, rows: Sequence[Sequence[Message]], prompt: bool) -> list[Draft | RowError]:
-        chats = [self._chat(messages) for messages in rows]
-        cuts = iter(self._cutter.cut([chat for chat in chats if isinstance(chat, Chat)], prompt))
-        return [self._draft(chat, next(cuts), prompt) if isinstance(chat, Chat) else chat for chat in chats]
-
-    def _chat(self, messages: Sequence[Message]) -> Chat | RowError:
+    def _chat(self, messages: Sequence[Message], prompt: bool = False) -> Draft | RowError:
         try:
             chat = chat_of(messages, self.train_on, self.tokeniser)
+            if chat.tools and "tools" not in self.template.text:
+                raise RowError("the template does not write tools", f"{len(chat.tools)} tools would be lost")
+            cut = self._cutter.cut(chat, prompt)
         except RowError as error:
             return error
-        if chat.tools and "tools" not in self.template.text:
-            return RowError("the template does not write tools", f"{len(chat.tools)} tools would be lost")
-        return chat
-
-    def _draft(self, chat: Chat, cut: Cut | RowError, prompt: bool) -> Draft | RowError:
-        if isinstance(cut, RowError):
-            return cut
         if not prompt and self.train_on != "all" and not any(piece.trained for piece in cut.pieces):
             return _nothing(chat, cut)
         tail = self._eos if cut.bare and chat.wanted[-1] else NO_IDS

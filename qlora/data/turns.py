@@ -5,9 +5,8 @@ answer, and that, up to the end-of-turn token, the beginning of the rendering of
 inference engine that is at this place sees exactly what training saw. Where it doesn't, the turn is not trained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from qlora.data.chats import Chat
 from qlora.data.pieces import Piece, Tokeniser
@@ -52,69 +51,45 @@ def ending_of(template: Template, tokeniser: Tokeniser) -> Ending:
 
 
 class Cutter:
-    """Cuts conversations into pieces at the answers, many at once."""
+    """Cuts conversations into pieces at the answers."""
 
     def __init__(self, template: Template, tokeniser: Tokeniser) -> None:
         self._template = template
         self._tokeniser = tokeniser
         self.ending = ending_of(template, tokeniser)
 
-    def cut(self, chats: Sequence[Chat], prompt: bool = False) -> list[Cut | RowError]:
-        """The pieces of each conversation; with `prompt`, of the prompt for its next answer. RowError where refused."""
-        jobs = [(chat, _answers(chat)) for chat in chats]
-        before = self._render([(c, c.turns[:i]) for c, answers in jobs for i in answers], prompt=True)
-        full = self._render([(chat, chat.turns) for chat in chats], prompt)
-        early = [(c, c.turns[: i + 1]) for c, answers in jobs for i in answers if prompt or i + 1 < len(c.turns)]
-        after = iter(self._render(early, prompt=False))
-        cuts, asked = list[Cut | RowError](), iter(before)
-        for (chat, answers), text in zip(jobs, full, strict=True):
-            ends = [next(after) if prompt or i + 1 < len(chat.turns) else text for i in answers]
-            views = [(i, next(asked), end) for i, end in zip(answers, ends, strict=True)]
-            cuts.append(self._cut_one(chat, text, views))
-        return cuts
-
-    def _render(self, jobs: list[tuple[Chat, list[Turn]]], prompt: bool) -> list[str | RowError]:
-        """Render many; those with tools one by one, since tools are an argument of the call."""
-        plain = iter(self._template.render_all([turns for chat, turns in jobs if not chat.tools], prompt))
-        return [self._alone(chat, turns, prompt) if chat.tools else next(plain) for chat, turns in jobs]
-
-    def _alone(self, chat: Chat, turns: list[Turn], prompt: bool) -> str | RowError:
-        try:
-            return self._template.render(turns, chat.tools, prompt)
-        except RowError as error:
-            return error
-
-    def _cut_one(self, chat: Chat, full: str | RowError, views: list[tuple[int, Any, Any]]) -> Cut | RowError:
-        if isinstance(full, RowError):
-            return full
+    def cut(self, chat: Chat, prompt: bool = False) -> Cut:
+        """The pieces of a conversation; with `prompt`, of the prompt for its next answer. RowError where refused."""
+        full = self._template.render(chat.turns, chat.tools, prompt)
         pieces, at, ends, bare = list[Piece](), 0, False, False
-        skipped = int(chat.wanted[0] and 0 not in [i for i, _, _ in views])
-        for i, before, after in views:
-            try:
-                span = self._span(chat.turns[i], before, after, full)
-            except RowError as error:
-                return error
+        skipped = int(chat.wanted[0])  # the prompt of the very first word can't be rendered
+        for i in (i for i, turn in enumerate(chat.turns) if i > 0 and turn["role"] == "assistant"):
+            span = self._span(chat, i, full)
             if span is None or span[0] < at:
                 skipped += chat.wanted[i]
                 continue
             pieces += [Piece(full[at : span[0]]), Piece(full[span[0] : span[1]], chat.wanted[i])]
             at = span[1]
-            ends = self._closes(pieces[-1].text) if chat.wanted[i] else ends
-            bare = i == len(chat.turns) - 1 and not self._closes(pieces[-1].text)
+            closed = self._closes(pieces[-1].text)
+            ends = closed if chat.wanted[i] else ends
+            bare = i == len(chat.turns) - 1 and not closed
         if not bare:  # where the end token is still to come, it follows the answer at once
             pieces.append(Piece(full[at:]))
         return Cut(tuple(piece for piece in pieces if piece.text), skipped, ends, bare)
 
-    def _span(self, turn: Turn, before: str | RowError, after: str | RowError, full: str) -> tuple[int, int] | None:
-        """Where in `full` the answer `turn` stands, its end token included; None if the prefix law does not hold."""
-        if isinstance(before, RowError) or isinstance(after, RowError):
+    def _span(self, chat: Chat, i: int, full: str) -> tuple[int, int] | None:
+        """Where in `full` answer `i` stands, its end token included; None if the prefix law does not hold."""
+        try:
+            before = self._template.render(chat.turns[:i], chat.tools, prompt=True)
+            after = self._template.render(chat.turns[: i + 1], chat.tools)
+        except RowError:  # some templates refuse a conversation that stops here
             return None
-        content = str(turn.get("content") or "").strip()
+        content = str(chat.turns[i].get("content") or "").strip()
         start = len(before) - (0 if after.startswith(before) else self.ending.rest)
         end = start + self._end(after[start:], content)
         if not after.startswith(before[:start]) or not full.startswith(after[:end]):
             return None
-        _prove(turn, content, before, after[start:end])
+        _prove(chat.turns[i], content, before, after[start:end])
         return start, end
 
     def _end(self, said: str, content: str) -> int:
@@ -130,11 +105,6 @@ class Cutter:
     def _closes(self, text: str) -> bool:
         found = self._tokeniser.control.findall(text)
         return bool(found) and text.endswith(found[-1])
-
-
-def _answers(chat: Chat) -> list[int]:
-    """The assistant's turns that something comes before: the prompt of the very first word can't be rendered."""
-    return [i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant" and i > 0]
 
 
 def _prove(turn: Turn, content: str, before: str, said: str) -> None:

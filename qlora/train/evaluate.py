@@ -43,7 +43,7 @@ def evaluate(
     total = torch.zeros(2, dtype=torch.float64, device=processes.device)
     for start in range(0, len(mine), micro_batch):
         batch = collate([examples[row] for row in mine[start : start + micro_batch]], pad_id=0).to(processes.device)
-        total[0] += model(batch.input_ids, batch.labels, batch.position_ids).double()
+        total[0] += model(batch.input_ids, batch.labels, batch.position_ids, batch.starts).double()
         total[1] += batch.trained_tokens
         report(min(start + micro_batch, len(mine)), len(mine))
     model.train(training)

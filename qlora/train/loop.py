@@ -151,7 +151,7 @@ def _backward(job: Job, batch: Batch, trained: int) -> Tensor:
     """Gradients of one micro-batch; returns its summed loss."""
     batch = batch.to(job.processes.device)
     try:
-        loss: Tensor = job.model(batch.input_ids, batch.labels, batch.position_ids)
+        loss: Tensor = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.starts)
         job.processes.backward(loss / max(1, trained))
     except torch.OutOfMemoryError as error:
         raise QloraError(

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from qlora.base.attention import NAME, documents_of
 from qlora.data.types import IGNORED
 
 CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
+Starts = tuple[tuple[int, ...], ...]
 
 
 class TokenLoss(nn.Module):
@@ -24,11 +26,14 @@ class TokenLoss(nn.Module):
         self.model = model
         self.head = Head(model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
-        """input_ids, labels, position_ids [B, T] -> float32 scalar: the sum over labels that are not IGNORED."""
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, starts: Starts = ()) -> Tensor:
+        """input_ids, labels, position_ids [B, T] -> float32 scalar: the sum over labels that are not IGNORED.
+
+        `starts`: where the documents of each row begin; absent, every row is one.
+        """
         targets = labels[:, 1:]
         trained = targets != IGNORED
-        hidden = self.head.hidden(input_ids, position_ids)[:, :-1][trained]
+        hidden = self.head.hidden(input_ids, position_ids, starts)[:, :-1][trained]
         if self.head.trains:
             return checkpointed_loss(hidden, targets[trained], self.head)
         loss: Tensor = FrozenHeadLoss.apply(hidden, targets[trained], self.head)
@@ -56,10 +61,15 @@ class Head:
         """Whether the projection itself is learnt."""
         return self.weight.requires_grad
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, starts: Starts = ()) -> Tensor:
         """Last hidden states [B, T, I]."""
-        output = self._parts[0](input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        known = {"documents": documents_of(starts, input_ids.shape[1], input_ids.device)} if self._takes(starts) else {}
+        output = self._parts[0](input_ids=input_ids, position_ids=position_ids, use_cache=False, **known)
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _takes(self, starts: Starts) -> bool:
+        """Whether attention is told where documents begin; other kernels see it from the positions."""
+        return bool(starts) and self._parts[0].config._attn_implementation == NAME
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., I], in float32."""
@@ -86,7 +96,7 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-        """hidden [N, I], targets [N] -> float32 scalar."""
+        """Hidden [N, I], targets [N] -> float32 scalar."""
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = head.chunk_rows()
