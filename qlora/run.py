@@ -29,6 +29,7 @@ from qlora.train.log import Log
 from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
+from qlora.train.probe import refuse_leaks
 
 WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
 
@@ -122,6 +123,9 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     recipe, base = parts.recipe, parts.base
     recompute(base.model, layers_of(recipe.memory.recompute))
     loss = TokenLoss(base.model)
+    apart = refuse_leaks(loss, parts.data.train, base.dtype, parts.processes.device)
+    if apart is not None:
+        log.say(f"packing: documents see only themselves (logits differ by {apart:.1e} standard deviations)")
     trainable = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
     optim = recipe.optim
     peak_rates = groups(trainable, optim.learning_rate, optim.loraplus_ratio)

@@ -1,7 +1,7 @@
 """The arithmetic of one adapted matrix: a low-rank branch and a frozen product as two functions that keep x, A and B.
 
-They are two so that a recomputed block can stop between them: autograd keeps a function's tensors when its forward ends, so
-what the branch keeps is there before the frozen product, the dear one, has begun.
+They are two so that a recomputed block can stop between them: autograd keeps a function's tensors when its forward
+ends, so what the branch keeps is there before the frozen product, the dear one, has begun.
 """
 
 from typing import Any

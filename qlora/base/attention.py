@@ -1,8 +1,9 @@
 """Attention within documents: rows that hold several of them, each seeing only itself, without a T x T mask.
 
-Registered with transformers under NAME. Where a padding mask comes along (generation), transformers' own SDPA takes over.
+Registered with transformers under NAME. Where a padding mask comes along (generation), transformers' SDPA takes over.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,9 @@ class Documents(NamedTuple):
 
 
 def documents_of(starts: tuple[tuple[int, ...], ...], length: int, device: torch.device) -> Documents:
-    """The documents of rows of `length` tokens, each row cut at its `starts`; what pads a row counts to its last one."""
+    """The documents of rows of `length` tokens, each row cut at its `starts`; pads count to the last one."""
     ends = [row * length + start for row, cuts in enumerate(starts) for start in cuts] + [len(starts) * length]
-    longest = max(after - before for before, after in zip(ends, ends[1:], strict=False))
+    longest = max(after - before for before, after in pairwise(ends))
     return Documents(starts, torch.tensor(ends, dtype=torch.int32, device=device), longest)
 
 

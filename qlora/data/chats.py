@@ -34,8 +34,8 @@ def chat_of(messages: Sequence[Message], train_on: str, tokeniser: Tokeniser) ->
     wanted = tuple(_wanted(message, train_on, i == last) for i, message in enumerate(said))
     values = [{"role": m.role, "content": m.content, **m.extra} for m in said]
     assistant = [m.role == "assistant" for m in said]
-    turns, mark, forged = _guarded(values, assistant, tokeniser)
-    return Chat(turns, tools, wanted, mark, forged)
+    (*turns, schemas), mark, forged = _guarded([*values, {"tools": tools}], [*assistant, False], tokeniser)
+    return Chat(turns, schemas["tools"], wanted, mark, forged)
 
 
 def _wanted(message: Message, train_on: str, is_last: bool) -> bool:

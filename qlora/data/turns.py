@@ -64,7 +64,7 @@ class Cutter:
         pieces, at, ends, bare = list[Piece](), 0, False, False
         skipped = int(chat.wanted[0])  # the prompt of the very first word can't be rendered
         for i in (i for i, turn in enumerate(chat.turns) if i > 0 and turn["role"] == "assistant"):
-            span = self._span(chat, i, full)
+            span = self._span(chat, i, full, prompt)
             if span is None or span[0] < at:
                 skipped += chat.wanted[i]
                 continue
@@ -77,11 +77,12 @@ class Cutter:
             pieces.append(Piece(full[at:]))
         return Cut(tuple(piece for piece in pieces if piece.text), skipped, ends, bare)
 
-    def _span(self, chat: Chat, i: int, full: str) -> tuple[int, int] | None:
+    def _span(self, chat: Chat, i: int, full: str, prompt: bool) -> tuple[int, int] | None:
         """Where in `full` answer `i` stands, its end token included; None if the prefix law does not hold."""
         try:
             before = self._template.render(chat.turns[:i], chat.tools, prompt=True)
-            after = self._template.render(chat.turns[: i + 1], chat.tools)
+            whole = i + 1 == len(chat.turns) and not prompt
+            after = full if whole else self._template.render(chat.turns[: i + 1], chat.tools)
         except RowError:  # some templates refuse a conversation that stops here
             return None
         content = str(chat.turns[i].get("content") or "").strip()

@@ -174,6 +174,7 @@ def test_a_thought_that_the_prompt_opens_is_trained_from_its_first_word(tmp_path
         ([Message("user", "Hi")], "no assistant turn"),
         ([Message("user", "Hi"), Message("assistant", "x", train=False)], "nothing to train"),
         ([Message("assistant", "Hi")], "prefix not kept"),
+        ([Message("user", "Hi"), Message("assistant", "Ho")] * 300, "too many turns"),
     ],
 )
 def test_a_row_without_an_answer_to_learn_is_refused_with_the_reason(turns, reason):
@@ -236,6 +237,8 @@ def test_tools_and_tool_calls_reach_the_template_and_are_proved():
     assert "# Tools" in text and "<tool_response>\nrain" in text
     runs = trained_runs(encoder, example)
     assert runs[-1].endswith("It rains.<|im_end|>")
+    forged = [Message("tools", "", extra={"tools": [{"name": "weather", "description": "<|im_end|>"}]}), *turns[1:]]
+    assert encoder.encode_all([("x:2", forged)])[0].forged == ("<|im_end|>",)
     for lost, match in ((turns, "does not write tools"), (turns[1:], "does not write tool calls")):
         with pytest.raises(RowError, match=match):
             encoder_of("chatml", "bytes").encode("x:1", lost)

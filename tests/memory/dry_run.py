@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from qlora.adapters.lora import LoraLinear
+from qlora.base.attention import NAME, documents_of
 from qlora.base.skeleton import linear_paths
 from qlora.quant.fourbit import FourBitLinear, FourBitTensors
-
-CHUNK_BYTES = 256 * 2**20
+from qlora.train.loss import FrozenHeadLoss, Head
 
 
 class Live(TorchDispatchMode):
@@ -68,18 +67,17 @@ class Measured:
 
 
 def dry_run(config: Any, dtype: torch.dtype, rows: int, tokens: int, **options: Any) -> Measured:
-    """One forward and backward of the model of `config`; options: rank, dropout, recompute (layers), masked."""
-    rank, dropout = options.get("rank", 16), options.get("dropout", 0.0)
-    masked, recompute = options.get("masked", False), options.get("recompute")
+    """One forward and backward of the model of `config`; options: rank, dropout, recompute (layers), documents a row."""
     with FakeTensorMode():
-        model = fake_model(config, dtype, rank, dropout)
-        step = _Step(model, dtype, rows, tokens, masked)
-        return step.measure(config.num_hidden_layers if recompute is None else recompute)
+        model = fake_model(config, dtype, options.get("rank", 16), options.get("dropout", 0.0))
+        step = _Step(model, dtype, rows, tokens, options.get("documents", 1))
+        return step.measure(options.get("recompute", config.num_hidden_layers))
 
 
 def fake_model(config: Any, dtype: torch.dtype, rank: int, dropout: float) -> Any:
-    """The frozen 4-bit model with its adapters, inside a FakeTensorMode."""
+    """The frozen 4-bit model with its adapters, inside a FakeTensorMode; attention as base/skeleton.py sets it."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.set_attn_implementation(NAME if model._supports_sdpa else "eager")
     model.requires_grad_(False)
     for path in linear_paths(model):
         parent, _, leaf = path.rpartition(".")
@@ -93,49 +91,46 @@ def fake_model(config: Any, dtype: torch.dtype, rank: int, dropout: float) -> An
 def _packed(shape: tuple[int, int]) -> FourBitTensors:
     blocks = -(-shape[0] * shape[1] // 64)
     codes = torch.empty(-(-shape[0] * shape[1] // 2), dtype=torch.uint8)
-    return FourBitTensors(
-        codes, torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(1)
-    )
+    return FourBitTensors(codes, torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(1))
 
 
 class _Step:
-    def __init__(self, model: Any, dtype: torch.dtype, rows: int, tokens: int, masked: bool) -> None:
+    """The model layer by layer, so that no mask is built from values, which fake tensors do not have."""
+
+    def __init__(self, model: Any, dtype: torch.dtype, rows: int, tokens: int, documents: int) -> None:
         self.model, self.decoder = model, model.get_decoder()
         self.ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        positions = torch.arange(tokens)[None]
+        self.positions = torch.arange(tokens)[None]
         hidden = torch.empty(rows, tokens, model.config.hidden_size, dtype=dtype)
-        kinds = (None, "full_attention") if model.config.model_type == "gemma3_text" else (None,)
-        self.rotary = self.decoder.rotary_emb(hidden, positions, *kinds[1:])
-        if model.config.model_type == "gemma2":  # eager attention adds its mask to the scores
-            self.mask: Tensor | None = torch.zeros(rows, 1, tokens, tokens, dtype=dtype)
-        else:
-            self.mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool) if masked else None
-        self.positions = positions
+        kinds = ("full_attention",) if model.config.model_type == "gemma3_text" else ()
+        self.rotary = self.decoder.rotary_emb(hidden, self.positions, *kinds)
+        eager = model.config._attn_implementation == "eager"  # adds its mask to the scores
+        self.mask = torch.zeros(rows, 1, tokens, tokens, dtype=dtype) if eager else None
+        starts = tuple(range(0, tokens, tokens // documents))
+        self.documents = documents_of((starts,) * rows, tokens, hidden.device) if documents > 1 else None
 
     def measure(self, recompute: int) -> Measured:
+        """Sizes of what stands, of what one layer keeps, and both peaks."""
         parameters = {id(each.untyped_storage()): each.untyped_storage().nbytes() for each in self.model.parameters()}
         for each in self.model.parameters():
             each.grad = torch.empty_like(each) if each.requires_grad else None
-        found = Measured(sum(parameters.values()), self.kept(parameters), 0, 0)
-        shared = [self.ids, self.positions, *self.rotary, *([self.mask] if self.mask is not None else [])]
+        found = Measured(sum(parameters.values()), self.kept(set(parameters)), 0, 0)
         gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
-        with Live([*self.model.parameters(), *self.model.buffers(), *gradients, *shared]) as live:
-            hidden = self.hidden(recompute)
-            live.mark()
-            leaf = hidden.detach().requires_grad_()
-            self.loss(leaf).backward()
+        with Live([*self.model.parameters(), *self.model.buffers(), *gradients, self.ids, *self.shared()]) as live:
+            loss = self.loss(self.hidden(recompute))
             found.loss = live.peak
-            gradient, hidden_again = leaf.grad, hidden
-            del leaf, hidden
             live.mark()
-            hidden_again.backward(gradient)
+            loss.backward()
             found.backward = live.peak
         return found
 
-    def kept(self, parameters: dict[int, int]) -> int:
-        """Bytes that the second layer saves for backward, tensors made once for all layers left out."""
-        shared = [*self.rotary, *([self.mask] if self.mask is not None else [])]
-        outside = {id(each.untyped_storage()) for each in shared} | set(parameters)
+    def shared(self) -> list[Tensor]:
+        """What is made once for all layers."""
+        return [self.positions, *self.rotary, *([self.mask] if self.mask is not None else [])]
+
+    def kept(self, parameters: set[int]) -> int:
+        """Bytes that a layer saves for backward, its own input included."""
+        outside = {id(each.untyped_storage()) for each in self.shared()} | parameters
         saved: dict[int, Any] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -144,42 +139,36 @@ class _Step:
                 saved[id(storage)] = storage
             return tensor
 
-        entering = self.hidden(0, layers=1).detach().requires_grad_()
+        entering = self.embedded().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             leaving = self.layer(1)(entering)
         del leaving
         return sum(storage.nbytes() for storage in saved.values())
 
-    def hidden(self, recompute: int, layers: int | None = None) -> Tensor:
-        embed = self.decoder.embed_in if hasattr(self.decoder, "embed_in") else self.decoder.embed_tokens
-        x = embed(self.ids)
-        for index in range(len(self.decoder.layers) if layers is None else layers):
+    def embedded(self) -> Tensor:
+        """The input of the first layer."""
+        return self.model.get_input_embeddings()(self.ids)
+
+    def hidden(self, recompute: int) -> Tensor:
+        """The last hidden states, normed."""
+        x = self.embedded()
+        for index in range(len(self.decoder.layers)):
             layer = self.layer(index)
             x = checkpoint(layer, x, use_reentrant=False) if index < recompute else layer(x)
-        norm = self.decoder.final_layer_norm if hasattr(self.decoder, "final_layer_norm") else self.decoder.norm
-        return norm(x) if layers is None else x
+        return self.decoder.final_layer_norm(x) if hasattr(self.decoder, "final_layer_norm") else self.decoder.norm(x)
 
     def layer(self, index: int) -> Callable[[Tensor], Tensor]:
-        module = self.decoder.layers[index]
+        """A decoder layer as a function of its input."""
         more = {"position_embeddings": self.rotary, "attention_mask": self.mask, "position_ids": self.positions}
+        more |= {"documents": self.documents} if self.documents else {}
 
         def forward(x: Tensor) -> Tensor:
-            out = module(x, **more)
+            out = self.decoder.layers[index](x, **more)
             return out[0] if isinstance(out, tuple) else out
 
         return forward
 
     def loss(self, hidden: Tensor) -> Tensor:
-        """Every row trained, in chunks as TokenLoss goes."""
-        head = self.model.get_output_embeddings()
-        flat = hidden.flatten(0, 1) + 0  # the trained rows are gathered
-        rows = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-        targets = self.ids.flatten()
-        total = flat.new_zeros((), dtype=torch.float32)
-
-        def chunk(part: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(head(part).float(), labels, reduction="sum")
-
-        for start in range(0, len(targets), rows):
-            total = total + checkpoint(chunk, flat[start : start + rows], targets[start : start + rows], use_reentrant=False)
-        return total
+        """Every token trained."""
+        rows = hidden.flatten(0, 1) + 0  # as trained rows are gathered
+        return FrozenHeadLoss.apply(rows, self.ids.flatten(), Head(self.model))
