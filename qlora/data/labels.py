@@ -1,17 +1,23 @@
 """The label gate: what was read, kept and dropped and why, what is trained of it, and what to know before step 0."""
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qlora.data.drafts import Encoded
+from qlora.data.rows import DocumentWriter
 from qlora.data.types import Example, Finding
 from qlora.errors import DataError
 
 FEW_ROWS = 100  # below, a LoRA learns the rows by heart within an epoch or two
+Keys = npt.NDArray[np.uint64]
+
 _SHOWN = 5  # places named in a finding about many rows
 
 
@@ -31,7 +37,7 @@ class DataReport:
     problems: list[Finding]
     warnings: list[Finding]
     sha256: str
-    notes: list[str]  # how conversations are written
+    notes: list[str]  # how conversations are written, and whether the rows were prepared before
     eval_rows: int = 0  # of data.eval, or held out of data.train
     truncated: int = 0
     end_trained: float = 1.0  # share of kept rows whose last trained token is an end token
@@ -49,22 +55,36 @@ class DataReport:
             tail = [f"and {more} more; `qlora check` names them all"] if more else []
             raise DataError("\n".join([*shown, *tail]))
 
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "DataReport":
+        """The report that `as_json` wrote. TypeError or KeyError for anything else."""
+        found = {name: [Finding(**one) for one in value[name]] for name in ("problems", "warnings")}
+        return cls(**{**value, **found})
+
 
 class Gate:
-    """Counts rows as they pass; `where` stands for the data set as a whole in findings."""
+    """Counts rows as they pass on to `documents`; `where` stands for the data set as a whole in findings.
 
-    def __init__(self, where: str) -> None:
+    Of a row that is kept, 16 bytes stay here: its length is in `documents`, `keys` and `copies` are kept for the split.
+    """
+
+    def __init__(self, where: str, documents: DocumentWriter) -> None:
         self.where = where
-        self.rows = 0
-        self.truncated = 0
+        self.rows = self.kept = self.truncated = self.control_rows = 0
+        self.tokens = self.trained_tokens = 0
         self.dropped: Counter[str] = Counter()
         self.problems: list[Finding] = []
         self.warnings: list[Finding] = []
-        self.examples: list[Example] = []
-        self.copies: list[int] = []
-        self._open_ended: list[str] = []
-        self._skipped: list[tuple[str, int]] = []
-        self.control_rows = 0
+        self.keys = array("Q")  # rows with equal keys say the same
+        self.copies = array("q")
+        self._documents = documents
+        self._open_ended = _Places()
+        self._skipped = _Places()
+        self._skipped_answers = 0
 
     def drop(self, where: str, reason: str, detail: str, fatal: bool = False) -> None:
         """One row that is not trained, and why."""
@@ -75,10 +95,19 @@ class Gate:
 
     def keep(self, encoded: Encoded, copies: int) -> None:
         """One row that is trained `copies` times an epoch."""
-        where = encoded.example.where
+        example = encoded.example
         self.rows += 1
-        self.examples.append(encoded.example)
+        self.kept += 1
+        self.tokens += len(example)
+        self.trained_tokens += example.trained_tokens()
+        self.keys.append(key_of(example))
         self.copies.append(copies)
+        self._documents.add(example)
+        self._notice(encoded)
+
+    def _notice(self, encoded: Encoded) -> None:
+        """What a kept row gives reason to tell."""
+        where = encoded.example.where
         if encoded.forged:
             self.control_rows += 1
             kinds = ", ".join(repr(text) for text in dict.fromkeys(encoded.forged))
@@ -86,68 +115,83 @@ class Gate:
         if encoded.unknown:
             self.warnings.append(Finding(where, f"{encoded.unknown} trained tokens are unknown to the tokenizer"))
         if not encoded.ends:
-            self._open_ended.append(where)
+            self._open_ended.add(where)
         if encoded.skipped:
-            self._skipped.append((where, encoded.skipped))
+            self._skipped.add(where)
+            self._skipped_answers += encoded.skipped
 
     @property
     def end_trained(self) -> float:
         """Share of the kept rows that teach the model to stop."""
-        return 1 - len(self._open_ended) / len(self.examples) if self.examples else 0.0
+        return 1 - self._open_ended.count / self.kept if self.kept else 0.0
 
     def advice(self) -> list[Finding]:
         """What concerns many rows at once."""
         found = []
-        if self._open_ended:
-            found.append(self._many(self._open_ended, "rows end without a trained end token: the model may not stop"))
-        if self._skipped:
-            answers = sum(count for _, count in self._skipped)
-            text = f"rows have answers ({answers} in all) that are not trained: the template rewrites them later on"
-            found.append(self._many([where for where, _ in self._skipped], text))
-        if 2 * self.control_rows > len(self.examples):
+        if self._open_ended.count:
+            text = "rows end without a trained end token: the model may not stop"
+            found.append(Finding(self.where, self._open_ended.told(text)))
+        if self._skipped.count:
+            text = f"rows have answers ({self._skipped_answers} in all) that are not trained: "
+            text += "the template rewrites them later on"
+            found.append(Finding(self.where, self._skipped.told(text)))
+        if 2 * self.control_rows > self.kept:
             text = "of the rows hold control strings; are they conversations written out already? Give them as messages"
             found.append(Finding(self.where, f"{self.control_rows} {text}"))
-        if 0 < len(self.examples) < FEW_ROWS:
-            found.append(
-                Finding(self.where, f"{len(self.examples)} rows: will overfit; {FEW_ROWS} or more, or fewer epochs")
-            )
+        if 0 < self.kept < FEW_ROWS:
+            found.append(Finding(self.where, f"{self.kept} rows: will overfit; {FEW_ROWS} or more, or fewer epochs"))
         return found
 
     def fatal(self) -> list[Finding]:
         """Why nothing at all can be learnt, if so."""
-        if not self.examples:
+        if not self.kept:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.most_common())
             return [Finding(self.where, f"no rows left of {self.rows}: {reasons or 'the data set is empty'}")]
-        if not any(example.trained_tokens() for example in self.examples):
+        if not self.trained_tokens:
             return [Finding(self.where, "no trained tokens in any row")]
         return []
 
-    def _many(self, places: Sequence[str], text: str) -> Finding:
-        shown = ", ".join(places[:_SHOWN])
-        return Finding(self.where, f"{len(places)} {text} ({shown}{', ...' if len(places) > _SHOWN else ''})")
+
+class _Places:
+    """How many rows something was seen in, and the first few of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[str] = []
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        if len(self._first) <= _SHOWN:
+            self._first.append(where)
+
+    def told(self, text: str) -> str:
+        more = ", ..." if self.count > _SHOWN else ""
+        return f"{self.count} {text} ({', '.join(self._first[:_SHOWN])}{more})"
 
 
-def digests(examples: Sequence[Example]) -> list[bytes]:
-    """A key for what each example says: rows with equal keys have the same tokens and labels."""
-    return [blake2b(e.input_ids.tobytes() + e.labels.tobytes(), digest_size=16).digest() for e in examples]
+def key_of(example: Example) -> int:
+    """64 bits of what an example says: rows with equal keys have the same tokens and labels."""
+    said = blake2b(example.input_ids.tobytes() + example.labels.tobytes(), digest_size=16)
+    return int.from_bytes(said.digest()[:8], "little")
 
 
-def repeats(keys: Sequence[bytes], examples: Sequence[Example]) -> tuple[int, list[Finding]]:
-    """How many rows say the same as an earlier one, and a finding that names some."""
-    first: dict[bytes, str] = {}
-    pairs = [(e.where, first.setdefault(key, e.where)) for key, e in zip(keys, examples, strict=True)]
-    again = [(later, earlier) for later, earlier in pairs if later != earlier]
+def repeats(keys: Keys, where: Callable[[int], str]) -> tuple[int, list[Finding]]:
+    """How many rows say the same as an earlier one, and a finding that names some; `where` gives a row's place."""
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    later = np.flatnonzero(first[which] != np.arange(len(keys)))
+    pairs = ((where(int(row)), where(int(first[which[row]]))) for row in later)
+    again = [f"{place} = {earlier}" for place, earlier in pairs if place != earlier]
     if not again:
         return 0, []
-    shown = ", ".join(f"{later} = {earlier}" for later, earlier in again[:_SHOWN])
-    return len(again), [Finding(again[0][0], f"{len(again)} rows repeat an earlier one ({shown})")]
+    found = Finding(again[0].split(" = ")[0], f"{len(again)} rows repeat an earlier one ({', '.join(again[:_SHOWN])})")
+    return len(again), [found]
 
 
-def histogram(examples: Sequence[Example]) -> dict[str, int]:
+def histogram(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
     """Rows by their tokens: `<=64` counts those of 33 to 64 tokens."""
-    if not examples:
+    if not len(lengths):
         return {}
-    exponents = np.ceil(np.log2([max(len(example), 1) for example in examples])).astype(int)
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     return {f"<={2 ** int(e)}": int((exponents == e).sum()) for e in range(exponents.min(), exponents.max() + 1)}
 
 

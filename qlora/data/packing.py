@@ -4,8 +4,11 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from qlora.data.types import Example
+
+Indices = npt.NDArray[np.int64]
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
@@ -14,29 +17,38 @@ def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """`arrange` as lists of indices."""
+    order, ends = arrange(np.asarray(lengths, dtype=np.int64), room)
+    return [group.tolist() for group in np.split(order, ends[:-1])] if len(ends) else []
+
+
+def arrange(lengths: Indices, room: int) -> tuple[Indices, Indices]:
     """Indices grouped so that each group's lengths sum to at most `room`: best fit, longest first.
 
-    At most 11/9 of the fewest groups possible, plus one (Johnson 1973). A length above `room` is a group of its own.
+    Group i is order[ends[i-1]:ends[i]]. At most 11/9 of the fewest groups possible, plus one (Johnson 1973). A length
+    above `room` is a group of its own.
     """
-    groups: list[list[int]] = []
+    longest_first = np.argsort(-lengths, kind="stable")
+    group_of = np.empty(len(lengths), dtype=np.int64)
     open_at: dict[int, list[int]] = {}  # tokens still free -> groups with so many
     free: list[int] = []  # the keys of open_at, rising
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = bisect_left(free, lengths[index])
+    groups = 0
+    for visit, index in enumerate(longest_first):
+        length = int(lengths[index])
+        place = bisect_left(free, length)
         if place == len(free):
-            group, left = len(groups), room - lengths[index]
-            groups.append([index])
+            group, left, groups = groups, room - length, groups + 1
         else:
-            left = free[place] - lengths[index]
+            left = free[place] - length
             group = open_at[free[place]].pop()
             if not open_at[free[place]]:
                 del open_at[free.pop(place)]
-            groups[group].append(index)
+        group_of[visit] = group
         if left > 0:
             if left not in open_at:
                 insort(free, left)
             open_at.setdefault(left, []).append(group)
-    return groups
+    return longest_first[np.argsort(group_of, kind="stable")], np.cumsum(np.bincount(group_of, minlength=groups))
 
 
 def join(examples: Sequence[Example]) -> Example:

@@ -76,6 +76,10 @@ class Tokeniser:
             for counts, (pieces, mark) in zip(shape, rows, strict=True)
         ]
 
+    def as_json(self) -> str:
+        """The tokenizer in its own words: vocabulary, merges, control tokens and every rule."""
+        return str(self._backend.to_str())
+
     def is_control(self, token: int) -> bool:
         """Whether `token` is one that only the template may write."""
         return bool(self._is_control[token])

@@ -1,38 +1,28 @@
 """Section in, examples out: rows read, formatted, encoded, gated, split and packed. The room's walk."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora.data import FORMATS, batches, labels, source
+from qlora.data import batches, cache, labels, source, workers
+from qlora.data.columns import Array, Columns
 from qlora.data.drafts import Encoded
-from qlora.data.labels import DataReport, Gate
-from qlora.data.packing import pack
-from qlora.data.places import locate
+from qlora.data.encoding import Made, Raw, encoded_rows
+from qlora.data.labels import DataReport, Gate, Keys
+from qlora.data.packing import Indices, arrange
+from qlora.data.places import Located, locate
+from qlora.data.rows import DOCUMENTS, Documents, DocumentWriter, Rows
 from qlora.data.tokens import Encoder
-from qlora.data.types import BadRow, Example, Finding, Message, Row, RowError
+from qlora.data.types import BadRow, Example, Finding, Row, RowError
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
     from qlora.data import Data, Source
 
-_CHUNK = 512  # rows encoded together
-_AUTO = ("tokens", "messages", "sharegpt", "alpaca", "completion", "text")  # the most telling columns first
-
-
-class Format(Protocol):
-    """What a file of formats/ gives."""
-
-    def matches(self, fields: Mapping[str, object]) -> bool:
-        """Whether the columns are those of this format."""
-
-    def messages(self, row: Row) -> list[Message]:
-        """The messages that `row` stands for. RowError if it can't be read."""
+Progress = Callable[[int], None]  # told how many rows have been read so far
 
 
 @dataclass(frozen=True)
@@ -44,75 +34,125 @@ class Prepared:
     report: DataReport
 
 
-def prepare(section: "Data", encoder: Encoder, seed: int) -> Prepared:
-    """Read, encode and gate all rows. DataError for missing or empty sources; anything else is in the report."""
-    gate, digest = _gathered("data.train", section.train, section, encoder, seed)
-    held, held_digest = _gathered("data.eval", section.eval or (), section, encoder, seed)
-    keys = labels.digests(gate.examples)
-    picked = _held_out(keys, section.eval_fraction, seed) if section.eval is None else set[int]()
-    train = [e for i, e in enumerate(gate.examples) for _ in range(gate.copies[i]) if i not in picked]
-    evaluation = held.examples if section.eval is not None else [gate.examples[i] for i in sorted(picked)]
-    rows = pack(train, section.max_length) if section.packing else train
-    sha256 = hashlib.sha256(f"{digest} {held_digest}".encode()).hexdigest()
-    report = _report(gate, held, keys, picked, sha256)
-    report = replace(report, eval_rows=len(evaluation), packed_rows=len(rows), notes=list(encoder.notes))
-    return Prepared(rows, evaluation, report)
+@dataclass(frozen=True)
+class _Set:
+    """The sources of one key of the recipe, found; `digests` of what each holds."""
+
+    name: str
+    sources: "Sequence[Source]"
+    located: list[Located]
+    digests: list[str]
 
 
-def messages_of(row: Row, kind: str) -> list[Message]:
-    """The messages of `row` read as format `kind`, or, for auto, as the first format that has its columns. RowError."""
-    if kind != "auto":
-        return _format(kind).messages(row)
-    for name in _AUTO:
-        if _format(name).matches(row.fields):
-            return _format(name).messages(row)
-    columns = ", ".join(str(name) for name in row.fields)
-    raise RowError("no known format", f"columns {columns or '(none)'}; name data.format or map data.train.columns")
+def prepare(section: "Data", encoder: Encoder, seed: int, progress: Progress = lambda rows: None) -> Prepared:
+    """Read, encode and gate all rows, or find them prepared. DataError for missing or empty sources.
+
+    Anything else is in the report. Memory does not grow with the rows: they are read through the memory map.
+    """
+    sets = _sets(section)
+    report_sha256 = hashlib.sha256(" ".join(" ".join(one.digests) for one in sets).encode()).hexdigest()
+
+    def build(columns: Columns) -> tuple[Mapping[str, Array], Mapping[str, object]]:
+        walk = _Walk(section, encoder, seed, progress)
+        found, report = walk.run(sets, columns)
+        _refuse_changes(sets)
+        return found, replace(report, sha256=report_sha256).as_json()
+
+    known = cache.entry(_key(section, encoder, seed, sets), build)
+    documents = Documents(known.columns)
+    train, held_out = (
+        Rows(documents, known.columns[f"{name}_order"], known.columns[f"{name}_ends"]) for name in ("train", "eval")
+    )
+    report = DataReport.from_json(known.report)
+    return Prepared(train, held_out, replace(report, notes=[*encoder.notes, known.note]))
 
 
-def encoded_rows(
-    rows: Iterator[Row | BadRow], kind: str, encoder: Encoder, chunk_rows: int = _CHUNK
-) -> Iterator[tuple[Row | BadRow, Encoded | RowError | None]]:
-    """Each row with what it became: encoded, or the reason why not; None for a line that could not be read."""
-    while chunk := list(islice(rows, chunk_rows)):
-        read = [_read(row, kind) if isinstance(row, Row) else None for row in chunk]
-        items = [(row.where, m) for row, m in zip(chunk, read, strict=True) if isinstance(m, list)]
-        made = iter(encoder.encode_all(items))
-        yield from ((row, next(made) if isinstance(m, list) else m) for row, m in zip(chunk, read, strict=True))
+def _sets(section: "Data") -> tuple[_Set, _Set]:
+    found = []
+    for name, sources in (("data.train", section.train), ("data.eval", section.eval or ())):
+        located = [locate(one) for one in sources]
+        digests = [source.sha256(one, place) for one, place in zip(sources, located, strict=True)]
+        found.append(_Set(name, sources, located, digests))
+    return found[0], found[1]
 
 
-@cache
-def _format(kind: str) -> Format:
-    made: Format = FORMATS[kind]()
-    return made
+def _key(section: "Data", encoder: Encoder, seed: int, sets: Sequence[_Set]) -> str:
+    """What names this data in the cache: everything that the result depends on."""
+    return cache.key_of(
+        section=section.model_dump(mode="json"),
+        encoder=encoder.sha256,
+        seed=seed,
+        content=[one.digests for one in sets],
+        files=[[place.files for place in one.located] for one in sets],
+        found=[[[f.where, f.message] for f in place.findings] for one in sets for place in one.located],
+    )
 
 
-def _read(row: Row, kind: str) -> list[Message] | RowError:
-    try:
-        return messages_of(row, kind)
-    except RowError as error:
-        return error
+def _refuse_changes(sets: Sequence[_Set]) -> None:
+    """DataError if a file is not the one any more that `sets` has the digest of."""
+    for one in sets:
+        for src, place, digest in zip(one.sources, one.located, one.digests, strict=True):
+            if place.files and source.sha256(src, place) != digest:
+                raise DataError(f"{src.path}: changed while it was read. Start again when nothing writes to it.")
 
 
-def _gathered(
-    where: str, sources: "Sequence[Source]", section: "Data", encoder: Encoder, seed: int
-) -> tuple[Gate, str]:
-    """All sources of one key through one gate, with the digest of their content."""
-    gate, digests = Gate(where), []
-    for index, one in enumerate(sources):
-        located = locate(one)
-        gate.warnings.extend(located.findings)
-        before = gate.rows
-        rows = source.read(one, located, (seed, index))
-        for row, made in encoded_rows(rows, one.format or section.format, encoder):
-            _pass(gate, row, made, section, encoder)
-        if gate.rows == before:
-            raise DataError(f"{one.path}: no rows in this data set. {where} needs at least one.")
-        digests.append(source.sha256(one, located))
-    return gate, " ".join(digests)
+class _Walk:
+    """All rows of all sources through two gates into one store of documents, then split and packed."""
+
+    def __init__(self, section: "Data", encoder: Encoder, seed: int, progress: Progress) -> None:
+        self._section, self._encoder, self._seed, self._progress = section, encoder, seed, progress
+        self._rows = 0
+        self._crew = workers.available()
+
+    def run(self, sets: tuple[_Set, _Set], columns: Columns) -> tuple[dict[str, Array], DataReport]:
+        """Fill `columns`; returns them for reading, with the report."""
+        writer = DocumentWriter(columns)
+        gate, held = (self._gathered(one, Gate(one.name, writer)) for one in sets)
+        found = columns.finish(DOCUMENTS)
+        documents = Documents(found)
+        keys = np.asarray(gate.keys, dtype=np.uint64)
+        picked = np.zeros(gate.kept, dtype=bool)
+        if self._section.eval is None:
+            picked = _held_out(keys, self._section.eval_fraction, self._seed)
+        train = np.repeat(np.flatnonzero(~picked), np.asarray(gate.copies)[~picked])
+        evaluation = np.flatnonzero(picked) if self._section.eval is None else gate.kept + np.arange(held.kept)
+        order, ends = self._packed(train, documents)
+        for name, values in zip(_PLAN, (order, ends, evaluation, 1 + np.arange(len(evaluation))), strict=True):
+            columns.append(name, values)
+        report = _report(gate, held, picked, documents)
+        report = replace(report, eval_rows=len(evaluation), packed_rows=len(ends))
+        return found | columns.finish(_PLAN), report
+
+    def _packed(self, train: Indices, documents: Documents) -> tuple[Indices, Indices]:
+        if not self._section.packing:
+            return train, 1 + np.arange(len(train))
+        order, ends = arrange(documents.lengths[train], self._section.max_length)
+        return train[order], ends
+
+    def _gathered(self, one: _Set, gate: Gate) -> Gate:
+        """The sources of one key, row by row."""
+        for index, (src, place) in enumerate(zip(one.sources, one.located, strict=True)):
+            gate.warnings.extend(place.findings)
+            before = gate.rows
+            rows = source.read(src, place, (self._seed, index))
+            for row, made in encoded_rows(rows, src.format or self._section.format, self._encoder, self._crew):
+                _pass(gate, row, made, self._section)
+                self._count()
+            if gate.rows == before:
+                raise DataError(f"{src.path}: no rows in this data set. {one.name} needs at least one.")
+        return gate
+
+    def _count(self) -> None:
+        self._rows += 1
+        if self._rows % _REPORT_ROWS == 0:
+            self._progress(self._rows)
 
 
-def _pass(gate: Gate, row: Row | BadRow, made: Encoded | RowError | None, section: "Data", encoder: Encoder) -> None:
+_PLAN = ("train_order", "train_ends", "eval_order", "eval_ends")
+_REPORT_ROWS = 256
+
+
+def _pass(gate: Gate, row: Raw, made: Made, section: "Data") -> None:
     """Keep, cut or drop one row."""
     if isinstance(row, BadRow):
         gate.drop(row.where, row.reason, row.detail, fatal=True)
@@ -137,44 +177,42 @@ def _overlong(gate: Gate, row: Row, made: Encoded, section: "Data") -> None:
         gate.keep(replace(made, example=short, ends=False), row.copies)
 
 
-def _held_out(keys: Sequence[bytes], fraction: float, seed: int) -> set[int]:
-    """Which rows are held out: about `fraction` of them, at least one of two. Rows that say the same stay together."""
+def _held_out(keys: Keys, fraction: float, seed: int) -> Array:
+    """Which rows are held out, as flags: about `fraction`, at least one of two; equal rows stay together."""
     if fraction <= 0 or len(keys) < 2:
-        return set()
+        return np.zeros(len(keys), dtype=bool)
     wanted = min(max(1, round(fraction * len(keys))), len(keys) - 1)
-    groups: dict[bytes, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    numbers = np.array([int.from_bytes(key[:8], "little") for key in groups], dtype=np.uint64)
-    picked: set[int] = set()
-    order, members = np.argsort(batches.scatter(seed, 0, numbers), kind="stable"), list(groups.values())
-    for group in (members[place] for place in order):
-        if len(picked) + len(group) <= wanted:
-            picked.update(group)
-    return picked
+    said, counts = np.unique(keys, return_counts=True)
+    picked, rows = list[int](), 0
+    for group in np.argsort(batches.scatter(seed, 0, said), kind="stable"):
+        if rows == wanted:
+            break
+        if rows + counts[group] <= wanted:
+            picked.append(int(group))
+            rows += int(counts[group])
+    return np.isin(keys, said[picked])
 
 
-def _report(gate: Gate, held: Gate, keys: Sequence[bytes], picked: set[int], sha256: str) -> DataReport:
-    duplicates, repeated = labels.repeats(keys, gate.examples)
-    in_training = {key for i, key in enumerate(keys) if i not in picked}
-    held_keys = [*labels.digests(held.examples), *(keys[i] for i in sorted(picked))]
-    overlap = sum(key in in_training for key in held_keys)
+def _report(gate: Gate, held: Gate, picked: Array, documents: Documents) -> DataReport:
+    keys, held_keys = np.asarray(gate.keys, dtype=np.uint64), np.asarray(held.keys, dtype=np.uint64)
+    duplicates, repeated = labels.repeats(keys, documents.where)
+    overlap = int(np.isin(np.concatenate([held_keys, keys[picked]]), keys[~picked]).sum())
     told = [Finding("data.eval", f"{overlap} held-out rows stand in the training set as well")] if overlap else []
     needed = [*gate.fatal(), *(held.fatal() if held.rows else [])]
     return DataReport(
         rows=gate.rows,
-        kept=len(gate.examples),
+        kept=gate.kept,
         dropped=dict(gate.dropped),
-        tokens=sum(len(example) for example in gate.examples),
-        trained_tokens=sum(example.trained_tokens() for example in gate.examples),
+        tokens=gate.tokens,
+        trained_tokens=gate.trained_tokens,
         problems=[*gate.problems, *held.problems, *needed],
         warnings=[*gate.warnings, *held.warnings, *gate.advice(), *repeated, *told],
-        sha256=sha256,
+        sha256="",
         notes=[],
         truncated=gate.truncated,
         end_trained=gate.end_trained,
         control_rows=gate.control_rows,
         duplicates=duplicates,
         overlap=overlap,
-        lengths=labels.histogram(gate.examples),
+        lengths=labels.histogram(documents.lengths[: gate.kept]),
     )

@@ -9,8 +9,8 @@ import numpy as np
 
 from qlora.data import source
 from qlora.data.drafts import Encoded
+from qlora.data.encoding import encoded_rows
 from qlora.data.places import locate
-from qlora.data.prepare import encoded_rows
 from qlora.data.tokens import Encoder
 from qlora.data.types import IGNORED, Example
 
@@ -65,7 +65,7 @@ def as_json(example: Example, encoder: Encoder) -> dict[str, Any]:
 def _examples(section: "Data", encoder: Encoder, seed: int) -> Iterator[Example]:
     for index, one in enumerate(section.train):
         rows = source.read(one, locate(one), (seed, index))
-        for _, made in encoded_rows(rows, one.format or section.format, encoder, _AT_ONCE):
+        for _, made in encoded_rows(rows, one.format or section.format, encoder, chunk_rows=_AT_ONCE):
             if isinstance(made, Encoded) and (example := _fitting(made.example, section)) is not None:
                 yield example
 

@@ -1,6 +1,9 @@
 """Messages -> examples: one way of tokenising for training, evaluation and prompts, with a proved mask."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,12 +32,19 @@ class Encoder:
         probe(self.template)
         self.tokeniser = Tokeniser(tokenizer, self.template.text)
         self.vocabulary = len(tokenizer)
+        self._special = json.dumps([tokenizer.special_tokens_map, self.vocabulary], sort_keys=True, default=str)
         eos = tokenizer.eos_token_id
         self._eos = NO_IDS if eos is None else np.array([eos], dtype=np.int32)
         try:
             self._cutter = Cutter(self.template, self.tokeniser)
         except RowError as error:
             raise DataError(f"{self.template.name}: {error}. Give another one with model.chat_template.") from None
+
+    @cached_property
+    def sha256(self) -> str:
+        """A digest of all that decides which tokens a row becomes: vocabulary, merges, control tokens, template."""
+        said = [self.tokeniser.as_json(), self._special, self.template.text, self.train_on]
+        return hashlib.sha256("\0".join(said).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def is_plain(self) -> bool:

@@ -1,65 +1,64 @@
 """What one decoder layer keeps for backward, and what it needs on top while it runs: formulas over shapes.
 
-Counted for the layers as they are written in transformers with this project's FrozenLinear and LoraLinear in them, and
-proved against a FakeTensor dry run in tests/memory. All figures are bytes of a whole micro-batch.
+Counted for the layers as they are written in transformers with this project's FrozenLinear, LoraLinear and attention in
+them, and proved against a FakeTensor dry run in tests/memory. All figures are bytes of a whole micro-batch.
 """
 
-from collections.abc import Collection
-
-from qlora.memory.shapes import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_INPUT, Matrix
+from qlora.memory.shapes import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_INPUT
 from qlora.memory.work import Work
 
 
 def kept_bytes(work: Work) -> int:
     """What one layer's forward keeps for its backward, its own input included where backward reads it."""
-    adapted = _adapted(work)
-    per_token = _norms(work) + _attention(work, adapted) + _mlp(work, adapted) + _branches(work, adapted)
-    return work.tokens * per_token + _scores(work) + _rounded_adapters(work, adapted)
+    return work.tokens * (_norms(work) + _attention(work) + _mlp(work)) + _scores(work)
 
 
 def recompute_bytes(work: Work) -> int:
     """What a recomputed layer holds beside its boundary when its backward begins."""
-    shared = 4 * work.tokens * work.shapes.hidden if _keeps_its_input(work) else 0
-    return kept_bytes(work) - shared
+    # A norm that computes in float32 keeps a float32 input itself, not a copy: that is the boundary.
+    shared = work.dtype_bytes == 4 and not work.shapes.family.layer_norm
+    return kept_bytes(work) - (4 * work.tokens * work.shapes.hidden if shared else 0)
 
 
 def backward_bytes(work: Work) -> int:
-    """What a layer's backward needs on top of what was kept: the gradient that comes in, and the widest one inside."""
+    """What a layer's backward needs on top of what was kept and one rebuilt matrix: the gradients alive at its peak."""
     shapes, b = work.shapes, work.dtype_bytes
-    through_mlp = (shapes.intermediate + 3 * shapes.hidden) * b
-    # Behind a sandwich norm's backward all is still kept, and its float32 gradients are several hidden states wide.
-    through_norm = (19 * shapes.hidden if shapes.family.wide_norms > 2 else 0) + shapes.hidden * b
-    linear = work.tokens * max(through_mlp, through_norm)
-    if not shapes.family.softcap:
+    wide = work.tokens * shapes.intermediate * b
+    # The product with W gives one gradient as wide as the MLP; then W goes and the branch's sum makes it two.
+    through_mlp = wide + max(0, wide - widest_bytes(work))
+    linear = through_mlp + work.tokens * (5 if shapes.parallel else 2) * shapes.hidden * b + _dropout(work)
+    if not work.eager:
         return linear
     # The scores' gradients, when the MLP's share of what was kept is gone.
-    scores = _squares(work) * shapes.heads * (6 if b == 2 else 8)
-    return max(linear, scores - work.tokens * _mlp(work, _adapted(work)))
+    return max(linear, work.squares * shapes.heads * (6 if b == 2 else 8) - work.tokens * _mlp(work))
 
 
 def forward_bytes(work: Work) -> int:
     """What a layer's forward needs when nothing is kept, as in evaluation."""
     shapes, b = work.shapes, work.dtype_bytes
-    scores = _squares(work) * shapes.heads * (4 + 3 * b) if shapes.family.softcap else _mask(work)
+    scores = work.squares * shapes.heads * (4 + 3 * b) if work.eager else _scores(work)
     return work.tokens * (3 * shapes.intermediate + 3 * shapes.hidden) * b + scores
 
 
 def head_bytes(work: Work) -> int:
-    """What stays between the last layer and the loss: the final norm's input in float32, its output, the trained rows."""
-    per_value = (0 if work.shapes.family.layer_norm else 4) + 2 * work.dtype_bytes
-    return work.tokens * work.shapes.hidden * per_value
+    """What stays while the loss is computed: the final norm's input and output, the trained rows and their gradient."""
+    norm_input = work.dtype_bytes if work.shapes.family.layer_norm else 4
+    return work.tokens * work.shapes.hidden * (norm_input + 3 * work.dtype_bytes)
 
 
 def logits_bytes(work: Work) -> int:
-    """The loss's backward through one chunk: log-probabilities and two gradients of them, in float32."""
+    """One chunk of the loss: its logits, their distance to the log of the sum, and the softmax, in float32."""
     rows = min(work.tokens, max(1, work.logits_bytes // (4 * work.shapes.vocabulary)))
-    softcap = work.dtype_bytes if work.shapes.family.softcap else 0
-    gradients = 2 * work.tokens * work.shapes.hidden * work.dtype_bytes
-    return rows * work.shapes.vocabulary * (12 + softcap) + gradients
+    return rows * work.shapes.vocabulary * (16 if work.shapes.family.softcap else 12)
+
+
+def widest_bytes(work: Work) -> int:
+    """The widest matrix of a layer in the compute dtype."""
+    return max(each.weights for each in work.shapes.block) * work.dtype_bytes
 
 
 def _norms(work: Work) -> int:
-    """Per token: the inputs of the norms, in float32 but for LayerNorm's."""
+    """Per token: the inputs of the norms, in float32 but for LayerNorm's, and their scales."""
     shapes = work.shapes
     if shapes.family.layer_norm:
         inputs = 1 if shapes.parallel else 2
@@ -69,69 +68,41 @@ def _norms(work: Work) -> int:
     return wide + (heads if shapes.family.head_norms else 0)
 
 
-def _attention(work: Work, adapted: Collection[Matrix]) -> int:
-    """Per token: query, key, value and the output, as the attention kernel keeps them."""
-    shapes, family, b = work.shapes, work.shapes.family, work.dtype_bytes
-    # With a mask, keys and values are repeated for every query head.
-    repeated = shapes.heads != shapes.kv_heads and (work.masked or family.softcap)
-    key_value = shapes.query if repeated else shapes.key_value
-    kept = shapes.query + 2 * key_value
-    if family.fused and not repeated:
+def _attention(work: Work) -> int:
+    """Per token: what the kernel reads and gives (query, key, value, output), and what the adapters read."""
+    shapes, family = work.shapes, work.shapes.family
+    repeated = work.eager or work.masked  # keys and values once for every query head
+    kept = shapes.query + 2 * (shapes.query if repeated else shapes.key_value)
+    if family.fused and (shapes.heads == shapes.kv_heads or not repeated):
         kept += shapes.query + shapes.key_value  # the value is a view: query and key stay alive with it
-    output = family.softcap or family.fused
-    kept += shapes.query * (not family.softcap) + shapes.query * (output and _reads(adapted, ATTENTION_OUTPUT, work))
-    kept += shapes.hidden * _reads(adapted, ATTENTION_INPUT, work)
-    return kept * b + (0 if family.softcap else 4 * shapes.heads)
+    if not work.eager:
+        kept += shapes.query
+    # The adapter reads the kernel's own output, unless that was put together from parts or laid out anew.
+    if work.eager or work.cut or family.fused:
+        kept += shapes.query * work.reads(ATTENTION_OUTPUT)
+    kept += shapes.hidden * work.reads(ATTENTION_INPUT)
+    return kept * work.dtype_bytes + (0 if work.eager else 4 * shapes.heads)
 
 
-def _mlp(work: Work, adapted: Collection[Matrix]) -> int:
+def _mlp(work: Work) -> int:
     """Per token: gate, activation and product, and what the adapters read."""
     shapes = work.shapes
     kept = shapes.intermediate * (3 if shapes.family.gated else 1)
-    kept += shapes.hidden * _reads(adapted, MLP_INPUT, work) + shapes.intermediate * _reads(adapted, MLP_HIDDEN, work)
+    kept += shapes.hidden * work.reads(MLP_INPUT) + shapes.intermediate * work.reads(MLP_HIDDEN)
     return kept * work.dtype_bytes
 
 
-def _branches(work: Work, adapted: Collection[Matrix]) -> int:
-    """Per token: x A^T of every adapter; under dropout each adapter's own input and its mask."""
-    b, mask = work.dtype_bytes, 1 if work.device == "cuda" else work.dtype_bytes
-    dropped = sum(each.in_features for each in adapted) * (b + mask) if work.adapters.dropout else 0
-    return len(adapted) * work.adapters.rank * b + dropped
-
-
-def _rounded_adapters(work: Work, adapted: Collection[Matrix]) -> int:
-    """A in the compute dtype where that is not float32, and s B: made in forward, read in backward."""
-    columns = sum(each.in_features for each in adapted) if work.dtype_bytes != 4 else 0
-    rows = sum(each.out_features for each in adapted)
-    return work.adapters.rank * (columns + rows) * work.dtype_bytes
-
-
 def _scores(work: Work) -> int:
-    """T x T: the mask that the kernel keeps, or every head's scores where attention is computed eagerly."""
-    if not work.shapes.family.softcap:
-        return _mask(work)
+    """T x T: every head's scores where attention is computed eagerly, or the mask that the kernel keeps."""
     b = work.dtype_bytes
-    return _squares(work) * work.shapes.heads * (4 + b + (b if b != 4 else 0))
+    if not work.eager:
+        return work.squares * b if work.masked else 0
+    capped = b if work.shapes.family.softcap else 0
+    return work.squares * work.shapes.heads * (4 + capped + (b if b != 4 else 0))
 
 
-def _mask(work: Work) -> int:
-    return _squares(work) * work.dtype_bytes if work.masked else 0
-
-
-def _squares(work: Work) -> int:
-    return work.micro_batch * work.max_length**2
-
-
-def _reads(adapted: Collection[Matrix], what: str, work: Work) -> bool:
-    """Whether an adapter keeps that input as it is; under dropout it keeps its own."""
-    return not work.adapters.dropout and any(each.reads == what for each in adapted)
-
-
-def _keeps_its_input(work: Work) -> bool:
-    """Whether what is kept holds the layer's input itself, not a float32 copy: then it is the boundary."""
-    return work.dtype_bytes == 4 and not work.shapes.family.layer_norm
-
-
-def _adapted(work: Work) -> list[Matrix]:
-    """The matrices of a layer that carry an adapter in any layer."""
-    return [each for each in work.shapes.block if each.path in work.adapters.paths_in_block]
+def _dropout(work: Work) -> int:
+    """The mask made again in backward, random numbers first, and two dropped tensors."""
+    if not work.adapters.dropout:
+        return 0
+    return work.tokens * max(each.in_features for each in work.shapes.block) * (5 + 2 * work.dtype_bytes)

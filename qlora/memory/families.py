@@ -1,6 +1,6 @@
 """The table of architectures: how a decoder layer is built, as far as its shapes, weights and kept activations go.
 
-One line per model_type; `defaults` are what config.json may leave out. Each is tested against the model of transformers.
+One entry per model_type; `defaults` are what config.json may leave out. Each is tested against transformers' model.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What is to be planned, in plain values: the base's shapes, how it is stored, what trains, and on how much at a time."""
+"""What is to be planned, in plain values: shapes of the base, how it is stored, what trains, on how much at a time."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from functools import cached_property
 from typing import Literal
 
 from qlora.memory.shapes import Matrix, Shapes
+
+Weights = Literal["resident", "stream"]
 
 LOGITS_BYTES = 256 * 2**20  # of float32 logits at a time, as the loss chunks them
 NESTED_BLOCK = 256  # absmax values that share one nested absmax
@@ -63,10 +65,11 @@ class Work:
     optimizer: str = "paged_adamw_32bit"
     micro_batch: int = 1
     max_length: int = 2048  # tokens of a row
-    packing: bool = True  # rows hold several examples: attention takes a mask
+    packing: bool = True  # rows hold several documents
+    attention: str = "auto"  # the kernel, as model.attention says it
     recompute: int | None = None  # the first layers, recomputed in backward; None: all
     offload: bool = False  # boundaries wait in host memory
-    weights: Literal["resident", "stream"] = "resident"
+    weights: Weights = "resident"
     resident_layers: int = 0  # of a streamed base, how many layers stay on the device
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
@@ -79,10 +82,31 @@ class Work:
         return self.micro_batch * self.max_length
 
     @property
+    def squares(self) -> int:
+        """Pairs of tokens in a micro-batch, T x T of every row."""
+        return self.micro_batch * self.max_length**2
+
+    @property
+    def eager(self) -> bool:
+        """Whether every head's T x T scores exist: asked for, or since no kernel here caps them."""
+        return self.attention == "eager" or (self.attention == "auto" and self.shapes.family.softcap)
+
+    @property
     def masked(self) -> bool:
-        """Whether attention takes a T x T mask: several examples in a row, or a window shorter than the row."""
-        window = self.shapes.window
-        return self.packing or (window is not None and window <= self.max_length)
+        """Whether attention takes a T x T mask: for documents under `sdpa`, for a window shorter than the row."""
+        windowed = self.shapes.window is not None and self.shapes.window < self.max_length
+        if self.attention == "auto":
+            return windowed and self.device == "cpu" and not self.eager
+        return self.attention == "sdpa" and (windowed or self.packing)
+
+    @property
+    def cut(self) -> bool:
+        """Whether attention goes document by document and joins the parts."""
+        return self.packing and self.attention == "auto" and self.device == "cpu" and not self.eager
+
+    def reads(self, what: str) -> bool:
+        """Whether an adapter of any layer reads, and so keeps, that tensor of its layer."""
+        return any(each.reads == what and each.path in self.adapters.paths_in_block for each in self.shapes.block)
 
     @property
     def recomputed(self) -> int:

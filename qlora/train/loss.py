@@ -73,15 +73,22 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., I], in float32."""
+        return self.with_slope(hidden)[0]
+
+    def with_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and how fast they move with the projection's own output where a soft cap bends them (else None)."""
         logits: Tensor = self._parts[1](hidden).float()
         if self.scale != 1.0:
             logits = logits * self.scale
-        return logits if not self.softcap else torch.tanh(logits / self.softcap) * self.softcap
+        if not self.softcap:
+            return logits, None
+        bent = torch.tanh(logits / self.softcap)
+        return bent * self.softcap, 1 - bent**2
 
-    def back(self, gradient: Tensor, logits: Tensor) -> Tensor:
+    def back(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
         """The gradient of hidden states [..., I] from that of the logits; `gradient` is used up."""
-        if self.softcap:
-            gradient *= 1 - (logits / self.softcap) ** 2
+        if slope is not None:
+            gradient *= slope
         if self.scale != 1.0:
             gradient *= self.scale
         return gradient.to(self.weight.dtype) @ self.weight
@@ -102,11 +109,13 @@ class FrozenHeadLoss(torch.autograd.Function):
         rows = head.chunk_rows()
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            logits = head(hidden[chunk])
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(-1, targets[chunk, None])).sum()
+            logits, slope = head.with_slope(hidden[chunk])
+            chosen = logits.gather(-1, targets[chunk, None])
+            probabilities, log_sum = _softmax_in_place(logits)
+            total += (log_sum - chosen).sum()
             if gradient is not None:
-                gradient[chunk] = head.back(_softmax_less_target(logits, log_sum, targets[chunk]), logits)
+                probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(chosen, -1.0))
+                gradient[chunk] = head.back(probabilities, slope)
         ctx.save_for_backward(gradient)
         return total
 
@@ -117,10 +126,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None
 
 
-def _softmax_less_target(logits: Tensor, log_sum: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of the summed cross entropy for the logits [N, V]."""
-    gradient = torch.exp(logits - log_sum)
-    return gradient.scatter_add_(-1, targets[:, None], torch.full_like(log_sum, -1.0))
+def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension in the memory of `logits`, and the logarithm of its sum [N, 1]."""
+    largest = logits.amax(-1, keepdim=True)
+    powers = logits.sub_(largest).exp_()
+    sums = powers.sum(-1, keepdim=True)
+    return powers.div_(sums), sums.log() + largest
 
 
 def checkpointed_loss(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:

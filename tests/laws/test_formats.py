@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data import FORMATS
-from qlora.data.prepare import messages_of
+from qlora.data.encoding import messages_of
 from qlora.data.tokens import Encoder
 from qlora.data.types import IGNORED, Message, Row, RowError
 

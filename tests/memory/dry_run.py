@@ -67,14 +67,14 @@ class Measured:
 
 
 def dry_run(config: Any, dtype: torch.dtype, rows: int, tokens: int, **options: Any) -> Measured:
-    """One forward and backward of the model of `config`; options: rank, dropout, recompute (layers), documents a row."""
+    """One forward and backward of the model of `config`; options: rank, recompute (layers), documents a row."""
     with FakeTensorMode():
-        model = fake_model(config, dtype, options.get("rank", 16), options.get("dropout", 0.0))
+        model = fake_model(config, dtype, options.get("rank", 16))
         step = _Step(model, dtype, rows, tokens, options.get("documents", 1))
         return step.measure(options.get("recompute", config.num_hidden_layers))
 
 
-def fake_model(config: Any, dtype: torch.dtype, rank: int, dropout: float) -> Any:
+def fake_model(config: Any, dtype: torch.dtype, rank: int) -> Any:
     """The frozen 4-bit model with its adapters, inside a FakeTensorMode; attention as base/skeleton.py sets it."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.set_attn_implementation(NAME if model._supports_sdpa else "eager")
@@ -84,7 +84,7 @@ def fake_model(config: Any, dtype: torch.dtype, rank: int, dropout: float) -> An
         linear = model.get_submodule(path)
         shape = (linear.out_features, linear.in_features)
         frozen = FourBitLinear("nf4", 64, shape, _packed(shape), linear.bias)
-        setattr(model.get_submodule(parent), leaf, LoraLinear(frozen, rank, 2.0, dropout))
+        setattr(model.get_submodule(parent), leaf, LoraLinear(frozen, rank, 2.0, 0.0))
     return model.train()
 
 

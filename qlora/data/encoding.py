@@ -1,0 +1,77 @@
+"""Rows -> messages -> tokens, many rows at a time: each row with what it became, in the order of the rows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import islice
+from typing import Protocol
+
+from qlora.data import FORMATS, workers
+from qlora.data.drafts import Encoded
+from qlora.data.tokens import Encoder
+from qlora.data.types import BadRow, Message, Row, RowError
+
+CHUNK_ROWS = 512  # encoded together
+_AUTO = ("tokens", "messages", "sharegpt", "alpaca", "completion", "text")  # the most telling columns first
+
+Raw = Row | BadRow
+Made = Encoded | RowError | None  # None for a line that could not be read
+
+
+class Format(Protocol):
+    """What a file of formats/ gives."""
+
+    def matches(self, fields: Mapping[str, object]) -> bool:
+        """Whether the columns are those of this format."""
+
+    def messages(self, row: Row) -> list[Message]:
+        """The messages that `row` stands for. RowError if it can't be read."""
+
+
+def encoded_rows(
+    rows: Iterator[Raw], kind: str, encoder: Encoder, crew: int = 1, chunk_rows: int = CHUNK_ROWS
+) -> Iterator[tuple[Raw, Made]]:
+    """Each row with what it became: encoded, or the reason why not.
+
+    crew: worker processes for a set of more than a few chunks; the result does not depend on it.
+    """
+    encode = partial(encode_chunk, kind=kind, encoder=encoder)
+    chunks = iter(lambda: list(islice(rows, chunk_rows)), [])
+    first = list(islice(chunks, workers.WORTH_CHUNKS)) if crew > 1 else []
+    for chunk in first:
+        yield from zip(chunk, encode(chunk), strict=True)
+    if len(first) < workers.WORTH_CHUNKS:
+        crew = 1
+    for rest, made in workers.in_order(encode, chunks, crew):
+        yield from zip(rest, made, strict=True)
+
+
+def encode_chunk(chunk: Sequence[Raw], kind: str, encoder: Encoder) -> list[Made]:
+    """What each row of `chunk` becomes."""
+    read = [_read(row, kind) if isinstance(row, Row) else None for row in chunk]
+    items = [(row.where, m) for row, m in zip(chunk, read, strict=True) if isinstance(m, list)]
+    made = iter(encoder.encode_all(items))
+    return [next(made) if isinstance(m, list) else m for m in read]
+
+
+def messages_of(row: Row, kind: str) -> list[Message]:
+    """The messages of `row` read as format `kind`, or, for auto, as the first format that has its columns. RowError."""
+    if kind != "auto":
+        return _format(kind).messages(row)
+    for name in _AUTO:
+        if _format(name).matches(row.fields):
+            return _format(name).messages(row)
+    columns = ", ".join(str(name) for name in row.fields)
+    raise RowError("no known format", f"columns {columns or '(none)'}; name data.format or map data.train.columns")
+
+
+@cache
+def _format(kind: str) -> Format:
+    made: Format = FORMATS[kind]()
+    return made
+
+
+def _read(row: Row, kind: str) -> list[Message] | RowError:
+    try:
+        return messages_of(row, kind)
+    except RowError as error:
+        return error

@@ -1,0 +1,137 @@
+"""Bytes by owner in every phase of a run: what stands, what trains, what waits for backward, what passes.
+
+What is alive together is added up, what is not is compared: the loss, a layer's backward and the update never meet.
+"""
+
+from qlora.memory.activations import (
+    backward_bytes,
+    forward_bytes,
+    head_bytes,
+    kept_bytes,
+    logits_bytes,
+    recompute_bytes,
+    widest_bytes,
+)
+from qlora.memory.work import Work
+
+Owners = dict[str, int]
+
+LASTING = ("packed_base", "embeddings", "head", "norms", "vision", "adapters", "gradients", "optimizer")
+PASSING = (
+    "boundaries", "kept_activations", "layer_working_set", "logits_chunk", "dequantisation_buffer", "stream_buffers",
+)  # fmt: skip
+OUTSIDE = ("device_context", "runtime", "fragmentation_reserve")  # not counted by torch's allocator
+OWNERS = LASTING + PASSING + OUTSIDE
+
+CONTEXT_BYTES = 600_000_000  # a CUDA context with its modules and cuBLAS workspaces: 0.4 to 0.7 GB
+NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
+RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
+FRAGMENTATION = 0.04  # of what comes and goes: 2 to 4 % with expandable segments
+
+
+def phases_of(work: Work) -> dict[str, Owners]:
+    """Bytes by owner, all owners in their order, for load, loss, backward, update, evaluation and save."""
+    return {phase: _whole(work, owners) for phase, owners in _phases(work).items()}
+
+
+def host_bytes(work: Work) -> int:
+    """Main memory of a process that trains on a card: itself, the streamed layers, what is offloaded, one tensor."""
+    shapes, b = work.shapes, work.dtype_bytes
+    embeddings = shapes.embedding * b if work.weights == "stream" and not shapes.tied else 0
+    away = work.recomputed * _boundary(work) if work.offload else 0
+    reading = 2 * max(shapes.embedding, *(each.weights for each in shapes.block))
+    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + max(away, reading)
+
+
+def _phases(work: Work) -> dict[str, Owners]:
+    """Each phase's owners that are not zero, what lies outside the allocator left out."""
+    frozen, layers, n = _frozen(work), work.shapes.layers, work.recomputed
+    learning = frozen | {"adapters": 4 * work.adapters.values} | _moments(work, paged=False)
+    training = learning | {"gradients": _gradient_bytes(work)}
+    waiting = {"boundaries": _boundaries(work, n), "kept_activations": (layers - n) * kept_bytes(work)}
+    rebuilt = {"dequantisation_buffer": _rebuilt(work), "stream_buffers": _stream_buffers(work)}
+    forward = {"boundaries": 2 * _boundary(work), "layer_working_set": forward_bytes(work) + head_bytes(work)}
+    backward = _backward(work, waiting)
+    return {
+        "load": frozen | {"dequantisation_buffer": widest_bytes(work)},
+        "loss": training | waiting | {"layer_working_set": head_bytes(work), "logits_chunk": logits_bytes(work)},
+        "backward": training | backward | rebuilt,
+        "update": training | _moments(work, paged=True),
+        "evaluation": learning | forward | rebuilt | {"logits_chunk": logits_bytes(work)},
+        "save": learning,
+    }
+
+
+def _backward(work: Work, waiting: Owners) -> Owners:
+    """Kept layers go first, and are gone when the first recomputed one comes; `waiting` as the loss leaves it."""
+    kept = waiting["kept_activations"]
+    again = recompute_bytes(work) if work.recomputed else 0
+    inside = {"layer_working_set": backward_bytes(work)}
+    if again <= kept:
+        return waiting | inside
+    return waiting | {"kept_activations": 0, "layer_working_set": again + inside["layer_working_set"]}
+
+
+def _frozen(work: Work) -> Owners:
+    """What never changes."""
+    shapes, b = work.shapes, work.dtype_bytes
+    streaming = work.weights == "stream"
+    resident = shapes.layers - work.streamed
+    return {
+        "packed_base": resident * work.layer_bytes,
+        # While layers stream, rows of the embedding are gathered in main memory; a tied one is needed as the head.
+        "embeddings": 0 if streaming and not shapes.tied else shapes.embedding * b,
+        "head": shapes.head * b,
+        "norms": (shapes.norms + shapes.biases) * b,
+        "vision": shapes.vision * b,
+    }
+
+
+def _moments(work: Work, paged: bool) -> Owners:
+    """AdamW's two moments; paged ones give way to activations, so they count in the update alone."""
+    away = work.optimizer.startswith("paged") and work.device == "cuda" and not paged
+    return {"optimizer": 0 if away else moment_bytes(work)}
+
+
+def moment_bytes(work: Work) -> int:
+    """Bytes of AdamW's moments: 8 a value, or 2 and an absmax of 4 for every 256."""
+    values = work.adapters.values
+    return 2 * values + 8 * -(-values // 256) if "8bit" in work.optimizer else 8 * values
+
+
+def _gradient_bytes(work: Work) -> int:
+    """float32 gradients; with several processes their exchange buckets as well."""
+    return (8 if work.processes > 1 else 4) * work.adapters.values
+
+
+def _boundary(work: Work) -> int:
+    """The hidden state between two layers."""
+    return work.tokens * work.shapes.hidden * work.dtype_bytes
+
+
+def _boundaries(work: Work, layers: int) -> int:
+    """The inputs of `layers` recomputed layers; offloaded, only two are on the device."""
+    return (min(2, layers) if work.offload else layers) * _boundary(work)
+
+
+def _rebuilt(work: Work) -> int:
+    """The widest matrix rebuilt, with its absmax; a dense one in its own dtype is used as it lies."""
+    scratch = work.storage.scratch_bytes(widest_bytes(work) // work.dtype_bytes)
+    return 0 if work.storage.kind == "dense" else widest_bytes(work) + scratch
+
+
+def _stream_buffers(work: Work) -> int:
+    """Two layers' packed matrices: one in use, one on its way."""
+    return 2 * work.layer_bytes if work.streamed else 0
+
+
+def _whole(work: Work, owners: Owners) -> Owners:
+    """All owners in their order, with what lies outside the allocator."""
+    cuda = work.device == "cuda"
+    passing = sum(owners.get(owner, 0) for owner in PASSING)
+    outside = {
+        "device_context": (CONTEXT_BYTES + (NCCL_BYTES if work.processes > 1 else 0)) if cuda else 0,
+        "runtime": 0 if cuda else RUNTIME_BYTES,
+        "fragmentation_reserve": int(FRAGMENTATION * passing),
+    }
+    return {owner: (owners | outside).get(owner, 0) for owner in OWNERS}
