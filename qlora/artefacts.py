@@ -14,6 +14,7 @@ from qlora.data.prepare import Prepared
 from qlora.distributed.processes import Processes
 from qlora.files import manifest_of, write_bytes, write_json, write_text
 from qlora.memory.meter import peak_bytes
+from qlora.memory.plan import Plan
 from qlora.recipe import Recipe, dump
 from qlora.report.card import model_card
 from qlora.report.manifest import run_manifest
@@ -34,6 +35,7 @@ class Parts:
     adapter: Lora
     injected: Injection
     data: Prepared
+    plan: Plan | None = None
 
 
 def leave(parts: Parts, job: Job, fitted: Fitted, seconds: float) -> Mapping[str, Any]:
@@ -83,7 +85,11 @@ def describe(parts: Parts, job: Job, fitted: Fitted) -> dict[str, Any]:
             "eval_rows": len(parts.data.eval),
         },
         "result": result_of(parts, job, fitted),
-        "memory": {"planned_bytes": None, "peak_bytes": peak_bytes(parts.processes.device)},
+        "memory": {
+            "planned_bytes": parts.plan.peak_bytes if parts.plan else None,
+            "peak_bytes": peak_bytes(parts.processes.device),
+            "owners": dict(parts.plan.owners) if parts.plan else None,
+        },
     }
 
 

@@ -1,20 +1,143 @@
 """A recipe looked at before any weight is loaded: checked, planned, previewed."""
 
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from qlora.base.folder import find
-from qlora.base.skeleton import read_tokenizer
-from qlora.data.preview import preview
-from qlora.data.tokens import Encoder
-from qlora.recipe import Recipe
+from qlora.errors import QloraError
+from qlora.memory.plan import Plan
+from qlora.planning import EXECUTABLE, Machine, elsewhere, here, plan_of
+from qlora.recipe import Recipe, from_mapping, read
+
+GIB = 2**30
+PLACE = re.compile(r"(?P<where>(?:[^\s:]+:\d+|[\w./\\-]+)): (?P<message>.+)", re.DOTALL)
+Finding = dict[str, str]
 
 
 def preview_rows(recipe: Recipe, count: int) -> list[dict[str, Any]]:
     """The first `count` rows as they will be trained: where, input_ids, labels, segments."""
-    return preview(recipe.data, encoder_of(recipe), count, recipe.train.seed)
+    from qlora.data.preview import preview
+
+    return preview(recipe.data, _encoder_of(recipe), count, recipe.train.seed)
 
 
-def encoder_of(recipe: Recipe) -> Encoder:
+def check_recipe(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Everything that can be known without weights; a mistake is a problem in the answer, never an exception."""
+    found: dict[str, Any] = {"ok": False, "problems": [], "warnings": [], "data": None, "memory": None}
+    try:
+        recipe, notes = read(path, overrides)
+    except QloraError as error:
+        found["problems"] = findings_of(error)
+        return found
+    found["warnings"] = [{"where": "recipe", "message": note} for note in notes]
+    for part in (_check_data, _check_memory):
+        try:
+            part(recipe, found)
+        except QloraError as error:
+            found["problems"] += findings_of(error)
+    found["ok"] = not found["problems"]
+    return found
+
+
+def findings_of(error: QloraError) -> list[Finding]:
+    """An error's lines as places and messages."""
+    matched = [PLACE.fullmatch(line) for line in str(error).splitlines()]
+    lines = str(error).splitlines()
+    return [
+        {"where": match["where"], "message": match["message"]} if match else {"where": "", "message": line}
+        for match, line in zip(matched, lines, strict=True)
+    ]
+
+
+def _check_data(recipe: Recipe, found: dict[str, Any]) -> None:
+    from qlora.data.prepare import prepare
+
+    report = prepare(recipe.data, _encoder_of(recipe), recipe.train.seed).report
+    found["problems"] += [asdict(finding) for finding in report.problems]
+    found["warnings"] += [asdict(finding) for finding in report.warnings]
+    found["data"] = {
+        "rows": report.rows,
+        "kept": report.kept,
+        "dropped": dict(report.dropped),
+        "tokens": report.tokens,
+        "trained_tokens": report.trained_tokens,
+        "eval_rows": report.eval_rows,
+        "packed_rows": report.packed_rows,
+        "truncated": report.truncated,
+        "end_trained": report.end_trained,
+        "duplicates": report.duplicates,
+        "overlap": report.overlap,
+        "lengths": dict(report.lengths),
+        "notes": list(report.notes),
+    }
+
+
+def _check_memory(recipe: Recipe, found: dict[str, Any]) -> None:
+    plan = plan_of(recipe, here(), EXECUTABLE)
+    found["memory"] = plan.as_json()
+    if not plan.fits:
+        found["problems"].append({"where": "memory", "message": plan.advice})
+
+
+def plan_recipe(
+    name: str, overrides: Sequence[str], gpu: str | None, gpus: int, ram: str | None
+) -> tuple[dict[str, Any], str]:
+    """The plan of a recipe, or of a model under the defaults: as `plan --json` answers it, and as a table."""
+    recipe = _recipe_or_model(name, overrides)
+    plan = plan_of(recipe, _machine(gpu, gpus, ram))
+    return plan.as_json(), table(plan)
+
+
+def _recipe_or_model(name: str, overrides: Sequence[str]) -> Recipe:
+    path = Path(name)
+    if name.endswith((".yaml", ".yml")) or (path.is_file() and path.name != "config.json"):
+        return read(name, overrides)[0]
+    return from_mapping({"model": name, "data": {"train": "-"}}, "defaults", overrides)[0]
+
+
+def _machine(gpu: str | None, gpus: int, ram: str | None) -> Machine:
+    if gpu:
+        return elsewhere(gpu, gpus, ram)
+    local = here(gpus)
+    return local if not ram else Machine(local.card_bytes, gpus, elsewhere(ram, 1, None).card_bytes)
+
+
+def table(plan: Plan) -> str:
+    """The plan for people: owners by size, the phases, the choice, and what other ways of training would need."""
+    found = plan.as_json()
+    choice = found["choice"]
+    owners = sorted(found["owners"].items(), key=lambda item: -item[1])
+    lines = [
+        f"{found['model']}: {found['parameters']:,} parameters, {found['trainable_parameters']:,} of them trainable",
+        *(f"  {name.replace('_', ' '):26}{_gib(size)}" for name, size in owners if size),
+        f"  {'peak, ' + found['peak_phase']:26}{_gib(found['peak_bytes'])}  of {_gib(found['gpu_bytes']).strip()}",
+        f"  {'main memory':26}{_gib(found['host_bytes'])}",
+        f"recompute {choice['recompute']}, weights {choice['weights']}, micro-batch {choice['micro_batch']}",
+        "for comparison: "
+        + ", ".join(f"{words} {_gib(found['compare'][key]).strip()}" for key, words in COMPARED.items()),
+        "fits (predicted)" if found["fits"] else f"does not fit: {found['advice']}",
+    ]
+    return "\n".join(lines)
+
+
+COMPARED = {
+    "full_finetune_bytes": "full fine-tuning",
+    "lora_16bit_bytes": "16-bit LoRA",
+    "qlora_bytes": "QLoRA with all layers recomputed",
+}
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:8.2f} GiB"
+
+
+def _encoder_of(recipe: Recipe) -> Any:
     """Text to tokens as in training, without the model."""
+    from qlora.base.folder import find
+    from qlora.base.skeleton import read_tokenizer
+    from qlora.data.tokens import Encoder
+
     tokenizer = read_tokenizer(find(recipe.model.name, recipe.model.revision).path)
     return Encoder(tokenizer, recipe.data.train_on, recipe.model.chat_template)

@@ -17,9 +17,11 @@ from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
-from qlora.errors import InputError, NotBuiltYet
+from qlora.errors import BaseModelError, InputError, NotBuiltYet
 from qlora.files import sweep, write_text
+from qlora.memory.plan import Plan
 from qlora.memory.recompute import recompute
+from qlora.planning import plan_run
 from qlora.quant import build as build_quantizer
 from qlora.recipe import Recipe, dump
 from qlora.train import OPTIMIZERS
@@ -47,7 +49,8 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
     for note in notes:
         log.say(note)
     with stop_signals() as stop:
-        parts = gather(recipe, processes, log)
+        plan = planned(recipe, processes, log)
+        parts = gather(recipe, processes, plan, log)
         job = assemble(parts, log, stop)
         position = resume(parts, job)
         with log.watching(job.steps):
@@ -60,7 +63,22 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
     return manifest
 
 
-def gather(recipe: Recipe, processes: Processes, log: Log) -> Parts:
+def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
+    """The memory plan that the run obeys; None, said in a line, for a model whose shapes the planner does not know."""
+    try:
+        plan = plan_run(recipe, processes.world)
+    except BaseModelError as error:
+        log.say(f"no memory plan: {error}")
+        return None
+    said = plan.as_json()
+    log.say(
+        f"memory: {said['peak_bytes'] / 2**30:.2f} GiB predicted of {said['gpu_bytes'] / 2**30:.2f} GiB, "
+        f"recompute {said['choice']['recompute']}"
+    )
+    return plan
+
+
+def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Parts:
     """Base, adapters and data of a recipe, each announced in a line."""
     base = load(recipe.model, build_quantizer(recipe.quant), processes.device)
     if base.dtype == torch.float16:
@@ -74,7 +92,7 @@ def gather(recipe: Recipe, processes: Processes, log: Log) -> Parts:
     data = prepare(recipe.data, encoder, recipe.train.seed)
     announce(data.report, log)
     data.report.refuse()
-    return Parts(recipe, processes, base, adapter, injected, data)
+    return Parts(recipe, processes, base, adapter, injected, data, plan)
 
 
 def announce(report: DataReport, log: Log) -> None:
@@ -121,7 +139,7 @@ def targets_of(recipe: Recipe) -> str | Sequence[str]:
 def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
     recipe, base = parts.recipe, parts.base
-    recompute(base.model, layers_of(recipe.memory.recompute))
+    recompute(base.model, parts.plan.work.recompute if parts.plan else layers_of(recipe.memory.recompute))
     loss = TokenLoss(base.model)
     apart = refuse_leaks(loss, parts.data.train, base.dtype, parts.processes.device)
     if apart is not None:

@@ -32,7 +32,7 @@ def write_rows(path: Path, count: int, seed: int = 0, longest: int = 6) -> Path:
 
 
 def recipe_of(model: Path, data: Path, output: Path, *overrides: str, **sections: Mapping[str, Any]) -> Recipe:
-    """A short run of a tiny model: 6 steps of 4 rows, rank 4, everything else by default. Overrides as on the CLI."""
+    """A short run of a tiny model: 6 steps of 4 rows, rank 4, everything else by default; the last override counts."""
     mapping: dict[str, Any] = {
         "model": {"name": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8},
@@ -42,7 +42,8 @@ def recipe_of(model: Path, data: Path, output: Path, *overrides: str, **sections
     }
     for name, section in sections.items():
         mapping[name] = mapping.get(name, {}) | dict(section)
-    return from_mapping(mapping, overrides=overrides)[0]
+    last = {override.partition("=")[0]: override for override in overrides}
+    return from_mapping(mapping, overrides=[*last.values()])[0]
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:

@@ -14,7 +14,21 @@ FLOORS = {
     3: ("base", "adapters"),
     4: ("memory",),
     5: ("train", "export", "report"),
-    6: ("run", "recipe", "aliases", "said", "artefacts", "reopen", "ask", "deliver", "look", "show", "doctor", "demo"),
+    6: (
+        "run",
+        "recipe",
+        "aliases",
+        "said",
+        "artefacts",
+        "reopen",
+        "ask",
+        "deliver",
+        "look",
+        "planning",
+        "show",
+        "doctor",
+        "demo",
+    ),
     7: ("cli", "__main__"),
 }
 # Rooms of one floor that may not know each other; other neighbours may, without a cycle.

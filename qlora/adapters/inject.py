@@ -1,16 +1,14 @@
 """Which frozen matrices get an adapter: find the targets, wrap them, report the count."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from qlora.adapters.lora import LoraLinear
-from qlora.errors import AdapterError
+from qlora.adapters.targets import select
 from qlora.quant.linear import FrozenLinear
 
 
@@ -64,17 +62,6 @@ def adapted(model: nn.Module) -> dict[str, LoraLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def select(paths: Sequence[str] | dict[str, FrozenLinear], targets: str | Sequence[str]) -> list[str]:
-    """The paths that `targets` means: `all-linear`, a list of names (paths or their ends), or one pattern."""
-    known = list(paths)
-    if targets == "all-linear":
-        return known
-    if isinstance(targets, str):
-        return _matching(known, targets, _pattern(targets).fullmatch)
-    chosen = {path for name in targets for path in _matching(known, name, _ends_with(name))}
-    return [path for path in known if path in chosen]
-
-
 def count(model: nn.Module, linear_layers: int | None = None) -> Injection:
     """Count trainable and frozen weights of an adapted model."""
     paths = tuple(adapted(model))
@@ -94,28 +81,3 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` points."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _matching(known: list[str], name: str, matches: Any) -> list[str]:
-    found = [path for path in known if matches(path)]
-    if found:
-        return found
-    leaves = sorted({path.rpartition(".")[2] for path in known})
-    near = get_close_matches(name, leaves, n=1)
-    hint = f" Did you mean [{near[0]}]?" if near else ""
-    raise AdapterError(
-        f"adapter.targets: {name!r} matches no linear layer of the decoder.{hint} "
-        f"Layers: {', '.join(leaves)}. Allowed: all-linear, a list of names, or one regular expression for whole paths "
-        f"such as {known[0] if known else 'model.layers.0.mlp.up_proj'}."
-    )
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise AdapterError(f"adapter.targets: {text!r} is no regular expression: {error}.") from error
-
-
-def _ends_with(name: str) -> Any:
-    return lambda path: path == name or path.endswith(f".{name}")

@@ -3,6 +3,7 @@
 Registered with transformers under NAME. Where a padding mask comes along (generation), transformers' SDPA takes over.
 """
 
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,10 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
+varlen_attn: Any = None
+with suppress(ImportError):  # torch before 2.10
+    from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
 
 NAME = "qlora_documents"
 

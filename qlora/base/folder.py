@@ -33,17 +33,27 @@ def find(name: str, revision: str | None = None) -> Folder:
     return Folder(name, _checked(path), path.name)
 
 
+def find_config(name: str, revision: str | None = None) -> Path:
+    """The config.json of a model, which is all that planning needs: in a folder, the file itself, or from the hub."""
+    path = Path(name).expanduser()
+    if path.is_file() or (path / "config.json").is_file():
+        return path if path.is_file() else path / "config.json"
+    if path.exists() or _looks_local(name):
+        raise BaseModelError(f"model: {path} has no config.json, so it is not a model folder.")
+    return _download(name, revision, ["config.json"]) / "config.json"
+
+
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, wanted: list[str] = WANTED) -> Path:
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"model: {name!r} is no folder here, and the hub did not give it ({type(error).__name__}). "

@@ -55,6 +55,13 @@ def run(arguments: list[str]) -> int:
         else:
             say(f"error: {error.format_message()} See `qlora {arguments[0]} --help`.")
         return 2
+    except Exception as error:
+        if debug:
+            raise
+        say(
+            f"error: {type(error).__name__}: {error}\nThis is a mistake of qlora's, not yours; --debug shows where it is."
+        )
+        return 1
     if code == INTERRUPTED:
         say("stopped before the first step; nothing was written")
     return code if isinstance(code, int) else 0

@@ -53,13 +53,13 @@ def choose(work: Work, budget: Budget, fixed: Fixed | None = None, executable: f
 
 
 def _best(work: Work, budget: Budget, fixed: Fixed, executable: frozenset[str]) -> Plan:
-    """The first of the ways that fits, else the one that exceeds the budget least."""
+    """The first of the ways that fits; else the nearest: the least on the card, or if that fits, in main memory."""
     plans: list[Plan] = []
     for way in _ways(work, fixed, executable):
         plans.append(plan(way, budget))
         if plans[-1].fits:
             return plans[-1]
-    return min(plans, key=lambda each: each.excess)
+    return min(plans, key=lambda each: (0, each.host_bytes) if each.fits_device else (1, each.peak_bytes))
 
 
 def _ways(work: Work, fixed: Fixed, executable: frozenset[str]) -> Iterator[Work]:

@@ -1,4 +1,4 @@
-"""The plan: every byte of every phase against a budget, from shapes alone, and the comparison with other ways to train."""
+"""The plan: every byte of every phase against a budget, from shapes alone; and what other ways to train would need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -62,12 +62,6 @@ class Plan:
     def fits_host(self) -> bool:
         """Whether main memory holds its part; true when that is not known."""
         return self.budget.host_bytes is None or self.host_bytes <= self.budget.host_bytes
-
-    @property
-    def excess(self) -> float:
-        """What is needed over what is there, the worse of card and main memory; at most 1 fits."""
-        host = self.host_bytes / self.budget.host_bytes if self.budget.host_bytes else 0.0
-        return max(self.peak_bytes / max(1, self.budget.device_bytes), host)
 
     def as_json(self) -> dict[str, Any]:
         """The object of `plan --json`."""

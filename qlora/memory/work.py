@@ -74,7 +74,6 @@ class Work:
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
     logits_bytes: int = LOGITS_BYTES
-    mapped_bytes: int = 0  # of the largest file of the base: pages of it count as main memory while it is read
 
     @property
     def tokens(self) -> int:

@@ -88,14 +88,15 @@ def test_state_of_another_optimiser_or_another_rank_is_refused() -> None:
     for saved, kind in ((saved_by("adamw"), "paged_adamw_8bit"), (saved_by("adamw_8bit"), "paged_adamw_32bit")):
         with pytest.raises(QloraError, match="optimizer state"):
             load_state(build(kind, named := parameters()), named, saved)
-    wide = {key: value.repeat(2, 2) if value.ndim == 2 else value for key, value in saved_by("paged_adamw_32bit").items()}
+    saved = saved_by("paged_adamw_32bit")
+    wide = {key: value.repeat(2, 2) if value.ndim == 2 else value for key, value in saved.items()}
     with pytest.raises(QloraError, match="optimizer state"):
         load_state(build("paged_adamw_32bit", named := parameters()), named, wide)
     with pytest.raises(QloraError, match="no trainable parameter"):
         load_state(build("adamw", named := parameters()), named, {"gone.A/exp_avg": torch.zeros(3)})
 
 
-@pytest.mark.xfail(strict=True, reason="train/optim.py load_state: torch AdamW takes any entries, bitsandbytes' included")
+@pytest.mark.xfail(strict=True, reason="train/optim.py load_state: AdamW takes any entries, bitsandbytes' too")
 def test_adamw_refuses_the_state_of_bitsandbytes() -> None:
     named = parameters()
     optimizer = build("paged_adamw_32bit", named)

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ def test_a_rate_rises_in_the_warm_up_and_never_after(kind: str, steps: int, warm
     assert all(0 < factor <= 1 for factor in found)
     rising, after = found[:ramp], found[ramp:]
     assert rising == [min(1.0, (step + 1) / ramp) for step in range(len(rising))]
-    assert all(later <= earlier for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(after))
     if after:
         assert after[0] == 1.0
 

@@ -1,0 +1,99 @@
+"""A recipe's memory, planned before a weight is read: its work in plain values, the budget here, and the choice."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora.adapters.targets import select
+from qlora.base.folder import find_config
+from qlora.errors import DoesNotFit, NotBuiltYet
+from qlora.memory import size_bytes
+from qlora.memory.choose import EVERYTHING, choose, fixed_by
+from qlora.memory.plan import Budget, Plan
+from qlora.memory.reader import read
+from qlora.memory.shapes import Shapes
+from qlora.memory.work import Adapters, Storage, Work
+from qlora.recipe import Recipe
+
+EXECUTABLE: frozenset[str] = frozenset()  # of `offload` and `stream`, what the trainer can do
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run would have: a card's bytes (None: it runs on the CPU), cards, and main memory if it is known."""
+
+    card_bytes: int | None
+    cards: int = 1
+    host_bytes: int | None = None
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """Where the model would be."""
+        return "cpu" if self.card_bytes is None else "cuda"
+
+    def budget(self, recipe: Recipe) -> Budget:
+        """The recipe's own budget if it sets one, else what the card (on a CPU: main memory) has."""
+        own = self.card_bytes if self.card_bytes is not None else self.host_bytes
+        return Budget(recipe.memory.budget_bytes() or own or main_memory_bytes(), self.host_bytes)
+
+
+def here(processes: int = 1) -> Machine:
+    """The machine this runs on: the free memory of its first card, or its main memory."""
+    import torch  # planning for another machine needs no torch, and starts in a tenth of the time
+
+    card = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    return Machine(card, processes, main_memory_bytes())
+
+
+def elsewhere(gpu: str, gpus: int, ram: str | None) -> Machine:
+    """A machine as `qlora plan` was told."""
+    return Machine(size_bytes(gpu), gpus, size_bytes(ram) if ram else None)
+
+
+def main_memory_bytes() -> int:
+    """All of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def plan_of(recipe: Recipe, machine: Machine, executable: frozenset[str] = EVERYTHING) -> Plan:
+    """The plan of a recipe on a machine. BaseModelError if the model's shapes are not known."""
+    shapes = read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name)
+    work = work_of(recipe, shapes, machine)
+    return choose(work, machine.budget(recipe), fixed_by(recipe.memory, shapes.layers), executable)
+
+
+def plan_run(recipe: Recipe, processes: int) -> Plan:
+    """The plan that a run obeys. DoesNotFit, with what would make it fit; NotBuiltYet for what can't be done yet."""
+    if recipe.memory.weights == "stream" or recipe.memory.offload_activations is True:
+        raise NotBuiltYet("memory: weights=stream and offload_activations are planned, but not built yet. Use auto.")
+    found = plan_of(recipe, here(processes), EXECUTABLE)
+    if not found.fits:
+        raise DoesNotFit(f"memory: {found.advice}")
+    return found
+
+
+def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
+    """One process's share of a recipe, as far as its memory goes."""
+    named = {matrix.path: matrix for matrix in shapes.matrices}
+    chosen = select(named, recipe.adapter.targets or "all-linear")
+    adapters = Adapters(
+        tuple(named[path] for path in chosen), recipe.adapter.kind, recipe.adapter.rank, recipe.adapter.dropout > 0
+    )
+    return Work(
+        shapes=shapes,
+        adapters=adapters,
+        storage=Storage(recipe.quant.kind, bool(recipe.quant.double), recipe.quant.block or 64),
+        dtype_bytes=dtype_bytes(recipe.model.dtype, shapes.dtype),
+        optimizer=recipe.optim.kind,
+        micro_batch=recipe.train.micro_batch,
+        max_length=recipe.data.max_length,
+        packing=recipe.data.packing,
+        device=machine.device,
+        processes=machine.cards,
+    )
+
+
+def dtype_bytes(wanted: str, own: str | None) -> int:
+    """Bytes of the compute dtype: `auto` is the base's own, 16 bit unless that is float32."""
+    named = own if wanted == "auto" else wanted
+    return 4 if named in (None, "float32") else 2

@@ -1,0 +1,115 @@
+"""Choosing: the fastest way that fits, never against the user, and a remedy where none does."""
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from published import CONFIGS, work_of
+
+from qlora.memory import Memory
+from qlora.memory.choose import EVERYTHING, Fixed, choose, fixed_by
+from qlora.memory.plan import Budget, Plan, plan
+
+GIB = 2**30
+NOTHING: frozenset[str] = frozenset()
+
+
+def chosen(name: str, card: float, ram: float = 64, **options: Any) -> Plan:
+    fixed, executable = options.pop("fixed", None), options.pop("executable", EVERYTHING)
+    return choose(work_of(name, **options), Budget(int(card * GIB), int(ram * GIB)), fixed, executable)
+
+
+def test_8b_fits_8_gib() -> None:
+    found = chosen("Llama-3.1-8B", 8, executable=NOTHING)
+    assert found.fits and found.work.weights == "resident"
+
+
+def test_8b_on_24_gib_keeps_its_activations() -> None:
+    found = chosen("Llama-3.1-8B", 24)
+    assert found.fits and found.as_json()["choice"]["recompute"] == "none"
+
+
+def test_70b_fits_24_gib_by_streaming() -> None:
+    found = chosen("Llama-3.1-70B", 24)
+    assert found.fits and found.as_json()["choice"]["weights"] == "stream"
+    assert 0 < found.work.streamed < 80
+
+
+def test_70b_on_8_gib_with_16_gib_of_ram_is_refused_with_a_reason() -> None:
+    found = chosen("Llama-3.1-70B", 8, ram=16)
+    assert not found.fits and "main memory" in found.advice and "16.0 GiB there" in found.advice
+
+
+def test_what_can_not_be_run_is_not_chosen() -> None:
+    found = chosen("Llama-3.1-70B", 24, executable=NOTHING)
+    assert not found.fits and found.work.weights == "resident" and not found.work.offload
+    assert "not run yet" in found.advice
+
+
+@pytest.mark.parametrize("options, remedy", [
+    ({"micro_batch": 4}, "train.micro_batch=1"),
+    ({"max_length": 16384}, "data.max_length=2048"),
+    ({"fixed": Fixed(recompute=0)}, "left at auto"),
+])  # fmt: skip
+def test_the_remedy_is_the_smallest_change(options: dict[str, Any], remedy: str) -> None:
+    found = chosen("Llama-3.1-8B", 8, executable=NOTHING, **options)
+    assert not found.fits and remedy in found.advice
+
+
+@settings(max_examples=60, deadline=None)  # a choice may plan hundreds of ways
+@given(
+    name=some.sampled_from(sorted(CONFIGS)),
+    card=some.floats(1, 100),
+    fixed=some.builds(
+        Fixed,
+        some.none() | some.integers(0, 90),
+        some.none() | some.booleans(),
+        some.sampled_from([None, "resident", "stream"]),
+    ),
+    executable=some.sampled_from([NOTHING, EVERYTHING, frozenset({"offload"})]),
+)
+def test_what_the_user_set_stays(name: str, card: float, fixed: Fixed, executable: frozenset[str]) -> None:
+    found = chosen(name, card, fixed=fixed, executable=executable)
+    work = found.work
+    assert fixed.recompute in (None, work.recompute)
+    assert fixed.offload in (None, work.offload)
+    assert fixed.weights in (None, work.weights)
+    assert fixed.offload or not work.offload or "offload" in executable
+    assert fixed.weights or work.weights == "resident" or "stream" in executable
+    assert found.fits == (found.peak_bytes <= found.budget.device_bytes and found.host_bytes <= 64 * GIB)
+    assert bool(found.advice) != found.fits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_larger_card_never_recomputes_more(name: str) -> None:
+    recomputed = [found.work.recomputed for card in range(4, 160, 4) if (found := chosen(name, card)).fits]
+    assert recomputed == sorted(recomputed, reverse=True)
+
+
+def test_the_next_faster_way_would_not_have_fitted() -> None:
+    found = chosen("Llama-3.1-8B", 12)
+    faster = work_of("Llama-3.1-8B", recompute=found.work.recomputed - 1)
+    assert found.fits and not plan(faster, found.budget).fits
+
+
+def test_a_cpu_has_nowhere_to_stream_from() -> None:
+    found = chosen("Llama-3.1-70B", 24, device="cpu")
+    assert not found.fits and found.work.weights == "resident" and not found.work.offload
+
+
+@pytest.mark.parametrize("written, fixed", [
+    ({}, Fixed()),
+    ({"recompute": "all", "weights": "resident"}, Fixed(32, None, "resident")),
+    ({"recompute": "none", "offload_activations": False}, Fixed(0, False, None)),
+    ({"recompute": 7, "offload_activations": True, "weights": "stream"}, Fixed(7, True, "stream")),
+])  # fmt: skip
+def test_a_recipe_fixes_what_it_says(written: dict[str, Any], fixed: Fixed) -> None:
+    assert fixed_by(Memory(**written), 32) == fixed
+
+
+def test_choosing_takes_less_than_a_second() -> None:
+    started = time.monotonic()
+    chosen("Llama-3.1-70B", 24, ram=16)
+    assert time.monotonic() - started < 5  # 0.7 s on an idle core

@@ -1,0 +1,97 @@
+"""Shapes from config.json alone equal those of transformers' own models, weight by weight."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora.base.skeleton import linear_paths
+from qlora.errors import BaseModelError
+from qlora.memory.reader import read, shapes_of
+
+MORE: dict[str, dict[str, Any]] = {
+    "gemma": {"model_type": "gemma", "num_hidden_layers": 2},
+    "gemma3-with-vision": {"model_type": "gemma3", "text_config": {"hidden_size": 2560, "num_hidden_layers": 6}},
+    "gemma3-vision-as-published": {
+        "model_type": "gemma3",
+        "text_config": {"num_hidden_layers": 6},
+        "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 896,
+                          "num_hidden_layers": 3, "patch_size": 14, "vision_use_head": False},
+    },
+    "neox-without-attention-bias": {"model_type": "gpt_neox", "attention_bias": False, "num_hidden_layers": 2},
+    "qwen3-tied-with-bias": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
+    "phi3-grouped": {"model_type": "phi3", "num_key_value_heads": 8, "hidden_size": 5120, "num_attention_heads": 40},
+}  # fmt: skip
+BARE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "granite")
+
+
+def meta_model(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def assert_equal_shapes(written: dict[str, Any], config: Any) -> None:
+    model, shapes = meta_model(config), shapes_of(written, "model")
+    assert shapes.parameters == sum(each.numel() for each in model.parameters())
+    linears = {path: model.get_submodule(path) for path in linear_paths(model)}
+    assert [each.path for each in shapes.matrices] == list(linears)
+    for each, linear in zip(shapes.matrices, linears.values(), strict=True):
+        assert (each.out_features, each.in_features) == tuple(linear.weight.shape), each.path
+        assert each.bias == (linear.bias is not None), each.path
+    inside = {id(parameter) for linear in linears.values() for parameter in linear.parameters()}
+    norms = [each for name, each in model.named_parameters() if "norm" in name and "vision" not in name]
+    assert shapes.norms == sum(each.numel() for each in norms if id(each) not in inside) - projector_norm(model)
+
+
+def projector_norm(model: Any) -> int:
+    return sum(each.numel() for name, each in model.named_parameters() if "soft_emb_norm" in name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_of_a_tiny_model_is_counted(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family]()
+    config.save_pretrained(tmp_path)
+    assert_equal_shapes(json.loads((tmp_path / "config.json").read_text()), config)
+
+
+@pytest.mark.parametrize("written", MORE.values(), ids=MORE)
+def test_every_weight_is_counted_as_published(written: dict[str, Any]) -> None:
+    assert_equal_shapes(written, AutoConfig.for_model(**written))
+
+
+@pytest.mark.parametrize("model_type", BARE)
+def test_what_config_json_leaves_out_is_what_transformers_takes(model_type: str) -> None:
+    assert_equal_shapes({"model_type": model_type}, AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize("written", [{"dtype": "float16"}, {"torch_dtype": "float16"}, {"dtype": "torch.float16"}])
+def test_the_dtype_is_read_as_either_generation_wrote_it(written: dict[str, Any]) -> None:
+    assert shapes_of({"model_type": "llama", **written}, "model").dtype == "float16"
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"model_type": "qwen3_moe"}, "qwen3"), ({"model_type": None}, "model_type"), ({"hidden_size": "4096"}, "hidden_size"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers"), ({"vocab_size": True}, "vocab_size"), ({"head_dim": -1}, "head_dim"),
+    ({"model_type": "gemma3", "text_config": []}, "text_config"), ({"model_type": "gemma3", "text_config": 1}, "text_config"),
+])  # fmt: skip
+def test_what_can_not_be_meant_is_named(change: dict[str, Any], word: str) -> None:
+    if change.get("text_config") == []:
+        pytest.skip("an empty value stands for the defaults")
+    with pytest.raises(BaseModelError, match=word):
+        shapes_of({"model_type": "llama", **change}, "model")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BaseModelError, match="config.json"):
+        read(tmp_path)
+
+
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="config.json"):
+        read(tmp_path)
