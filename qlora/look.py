@@ -130,7 +130,7 @@ COMPARED = {
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:8.2f} GiB"
+    return f"{size / GIB:8.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:8.2f} MiB"
 
 
 def _encoder_of(recipe: Recipe) -> Any:

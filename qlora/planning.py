@@ -9,6 +9,7 @@ from qlora.base.folder import find_config
 from qlora.errors import DoesNotFit, NotBuiltYet
 from qlora.memory import size_bytes
 from qlora.memory.choose import EVERYTHING, choose, fixed_by
+from qlora.memory.owners import CONTEXT_BYTES
 from qlora.memory.plan import Budget, Plan
 from qlora.memory.reader import read
 from qlora.memory.shapes import Shapes
@@ -41,7 +42,8 @@ def here(processes: int = 1) -> Machine:
     """The machine this runs on: the free memory of its first card, or its main memory."""
     import torch  # planning for another machine needs no torch, and starts in a tenth of the time
 
-    card = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    # Asking makes the context, which the plan counts by itself.
+    card = torch.cuda.mem_get_info()[0] + CONTEXT_BYTES if torch.cuda.is_available() else None
     return Machine(card, processes, main_memory_bytes())
 
 
@@ -88,6 +90,7 @@ def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
         micro_batch=recipe.train.micro_batch,
         max_length=recipe.data.max_length,
         packing=recipe.data.packing,
+        attention=recipe.model.attention,
         device=machine.device,
         processes=machine.cards,
     )

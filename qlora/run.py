@@ -19,6 +19,7 @@ from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError, NotBuiltYet
 from qlora.files import sweep, write_text
+from qlora.memory.allocator import return_freed_memory
 from qlora.memory.plan import Plan
 from qlora.memory.recompute import recompute
 from qlora.planning import plan_run
@@ -49,6 +50,8 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
     for note in notes:
         log.say(note)
     with stop_signals() as stop:
+        if processes.device.type == "cpu":
+            return_freed_memory()
         plan = planned(recipe, processes, log)
         parts = gather(recipe, processes, plan, log)
         job = assemble(parts, log, stop)

@@ -14,18 +14,27 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+MAPPED_BYTES = 256 * 2**20  # read through one mapping of a file before it is opened anew
+
+
 class Shards(Mapping[str, Tensor]):
-    """Key -> tensor over all shards of a folder; a tensor is read when asked for, and nothing is kept."""
+    """Key -> tensor over all shards of a folder; a tensor is read when asked for, and nothing is kept.
+
+    A file is opened anew every MAPPED_BYTES, so that the pages read before are not counted as this process's memory.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _files_by_key(folder)
         self._open: dict[str, Any] = {}
+        self._mapped_bytes = 0
 
     def __getitem__(self, key: str) -> Tensor:
         """The tensor `key`, on the CPU in its stored dtype. BaseModelError if the file is damaged or lacks it."""
         try:
-            return self._handle(self.files[key]).get_tensor(key)  # type: ignore[no-any-return]
+            tensor: Tensor = self._handle(self.files[key]).get_tensor(key)
+            self._mapped_bytes += tensor.nbytes
+            return tensor
         except (SafetensorError, OSError) as error:
             raise BaseModelError(f"model: {self.folder / self.files[key]}: can't read {key!r}: {error}") from error
 
@@ -48,9 +57,8 @@ class Shards(Mapping[str, Tensor]):
         return str(self._handle(self.files[key]).get_slice(key).get_dtype()).startswith(("F", "BF"))
 
     def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            # One open shard at a time: mapped pages of the ones before are given back.
-            self._open = {file: _opened(self.folder / file)}
+        if file not in self._open or self._mapped_bytes > MAPPED_BYTES:
+            self._open, self._mapped_bytes = {file: _opened(self.folder / file)}, 0
         return self._open[file]
 
 

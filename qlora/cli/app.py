@@ -58,9 +58,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        say(
-            f"error: {type(error).__name__}: {error}\nThis is a mistake of qlora's, not yours; --debug shows where it is."
-        )
+        say(f"error: {type(error).__name__}: {error}\nThis is qlora's mistake, not yours; --debug shows where it is.")
         return 1
     if code == INTERRUPTED:
         say("stopped before the first step; nothing was written")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES
+from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from qlora.errors import QloraError
@@ -25,6 +25,8 @@ class Processes:
             cpu=not torch.cuda.is_available(),  # else several processes without a card would each believe to be alone
             mixed_precision="no",
             log_with=list(report_to) or None,
+            # The base is frozen and every process computes its buffers by itself: nothing to send before a forward.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             project_dir=str(project_dir) if project_dir else None,
         )
         self.rank: int = self.accelerator.process_index
@@ -53,6 +55,10 @@ class Processes:
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module as this strategy trains it."""
         return module
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        """The module without its wrapping: what evaluation calls, as often as each process has rows."""
+        return self.accelerator.unwrap_model(module)  # type: ignore[no-any-return]
 
     def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around one micro-batch: gradients are exchanged on the last one only."""

@@ -47,9 +47,13 @@ def head_bytes(work: Work) -> int:
 
 
 def logits_bytes(work: Work) -> int:
-    """One chunk of the loss: its logits, their distance to the log of the sum, and the softmax, in float32."""
-    rows = min(work.tokens, max(1, work.logits_bytes // (4 * work.shapes.vocabulary)))
-    return rows * work.shapes.vocabulary * (16 if work.shapes.family.softcap else 12)
+    """One chunk of the loss in float32, its making included, beside what is left of the chunk before."""
+    first = min(work.tokens, max(1, work.logits_bytes // (4 * work.shapes.vocabulary)))
+    second, family = min(first, work.tokens - first), work.shapes.family
+    # A soft cap holds the logits, their tanh, the bent ones, and two steps on the way to its slope.
+    making = 20 if family.softcap else 8 if family.scaled else 4 + (2 if work.dtype_bytes == 2 else 0)
+    left = 8 if family.softcap else 4
+    return max(making * first, left * first + making * second) * work.shapes.vocabulary
 
 
 def widest_bytes(work: Work) -> int:

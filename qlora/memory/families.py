@@ -26,6 +26,7 @@ class Family:
     wide_norms: int = 2  # norms over the hidden size in one layer
     head_norms: bool = False  # a norm over each head's query and key
     softcap: bool = False  # of attention scores: transformers computes attention eagerly then, T x T scores in memory
+    scaled: bool = False  # the logits are
     window: Switch = False  # whether `sliding_window` is used
 
     @property
@@ -75,7 +76,7 @@ FAMILIES: Mapping[str, Family] = {
         qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias=True,
     ),
     "granite": Family(
-        _sizes(32000, 4096, 11008, 32, 32),
+        _sizes(32000, 4096, 11008, 32, 32), scaled=True,
         qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias",
     ),
 }  # fmt: skip

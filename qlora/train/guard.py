@@ -1,27 +1,38 @@
 """What stops a run, or a step: signals that wait for the step's end, and gradients that are not finite."""
 
+import ctypes
 import math
+import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from qlora.errors import QloraError, Stopped
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SAME_SIGNAL_SECONDS = 1.0
 PATIENCE = 3  # steps in a row without a finite gradient before the run ends
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """Remembers the first SIGINT or SIGTERM; another one, a second later or more, ends the process at once.
+
+    Within a second it is the same one: a launcher passes on what the terminal sent as well, the kernel once a thread.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._when = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.number is not None:
+        if self.number is None:
+            self.number, self._when = number, time.monotonic()
+        elif time.monotonic() - self._when > SAME_SIGNAL_SECONDS:
             raise SystemExit(128 + number)
-        self.number = number
 
     def error(self, saved: str) -> Stopped:
         """The error to end the run with, once `saved` is on disk."""
@@ -33,6 +44,7 @@ class StopSignal:
 def stop_signals() -> Iterator[StopSignal]:
     """Inside the block SIGINT and SIGTERM only set a flag, which the loop looks at after every step."""
     stop = StopSignal()
+    _follow_the_launcher()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]
     try:
@@ -40,6 +52,18 @@ def stop_signals() -> Iterator[StopSignal]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def _follow_the_launcher() -> None:
+    """Let the death of `accelerate launch` reach this process as SIGTERM: for one process it forwards no signal.
+
+    Only under a launcher: a run whose shell was closed must go on.
+    """
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if parent.exists() and any(
+        name in parent.read_bytes() for name in (b"accelerate", b"torchrun", b"torch.distributed")
+    ):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class FiniteGuard:

@@ -69,6 +69,10 @@ class Fitted:
 def fit(job: Job, position: Position) -> Fitted:
     """Train from `position` to the last step. Stopped, after an exact checkpoint, on SIGINT or SIGTERM."""
     evaluation, loss, skipped, window = None, None, 0, list[Step]()
+    if job.processes.any(job.stop.number is not None):
+        raise job.stop.error(
+            f"before step {position.step + 1}, so there is nothing new to save; the same command starts it"
+        )
     if job.held_out and position.step == 0:
         position, evaluation = _evaluate(job, position)
     for step in range(position.step, job.steps):
@@ -191,7 +195,7 @@ def _log(job: Job, step: int, window: Sequence[Step]) -> float | None:
 
 def _evaluate(job: Job, position: Position) -> tuple[Position, Evaluation]:
     """Held-out loss at `position`, logged; the position remembers the best one."""
-    found = evaluate(job.model, job.held_out, job.settings.micro_batch, job.processes)
+    found = evaluate(job.processes.bare(job.model), job.held_out, job.settings.micro_batch, job.processes)
     line = {"step": position.step, "eval_loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     line["epoch"] = position.step / steps_per_epoch(len(job.train), job.settings.global_batch)
     line["peak_bytes"] = peak_bytes(job.processes.device)

@@ -116,6 +116,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             if gradient is not None:
                 probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(chosen, -1.0))
                 gradient[chunk] = head.back(probabilities, slope)
+            del logits, probabilities, slope  # before the next chunk is made
         ctx.save_for_backward(gradient)
         return total
 

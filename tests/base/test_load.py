@@ -164,7 +164,7 @@ def test_loading_holds_what_is_packed_so_far_and_one_tensor(tmp_path: Path) -> N
     from families import byte_tokenizer
     from transformers import LlamaConfig
 
-    width, middle, layers = 1024, 4096, 6
+    width, middle, layers = 1024, 2048, 8
     config = LlamaConfig(
         vocab_size=384, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=8,
         dtype=torch.bfloat16, tie_word_embeddings=True,
@@ -187,7 +187,7 @@ def test_loading_holds_what_is_packed_so_far_and_one_tensor(tmp_path: Path) -> N
     )  # fmt: skip
     peak_bytes, packed_bytes = map(int, done.stdout.split())
     largest = width * middle
-    assert stored_bytes > 200e6 and packed_bytes < 0.3 * stored_bytes
+    assert stored_bytes > 160e6 and packed_bytes < 0.3 * stored_bytes
     # One 16-bit tensor, and 16 bytes a weight that bitsandbytes' CPU kernel takes while it quantises; 16 MB of slack.
     assert peak_bytes < packed_bytes + (2 + 16) * largest + 16e6 < stored_bytes
 

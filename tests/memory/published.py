@@ -1,4 +1,4 @@
-"""config.json of models that people train, as their makers wrote them (only what the planner may read), and a Work of one."""
+"""What the planner reads of the config.json of models that people train, and a Work of one."""
 
 from typing import Any
 

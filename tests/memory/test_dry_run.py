@@ -16,11 +16,13 @@ from qlora.memory.work import Adapters, Work
 FROZEN = ("packed_base", "embeddings", "head", "norms", "vision", "adapters")
 BF16, F32 = torch.bfloat16, torch.float32
 OTHERS: dict[str, dict[str, Any]] = {
-    "Pythia-6.9B": {"model_type": "gpt_neox", "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 16384},
+    "Pythia-6.9B": {"model_type": "gpt_neox", "hidden_size": 4096, "num_attention_heads": 32,
+                    "intermediate_size": 16384},
     "Phi-3-mini": {"model_type": "phi3"},
     "Qwen2-1.5B": {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
                    "num_key_value_heads": 2, "tie_word_embeddings": True},
     "Gemma-7B": {"model_type": "gemma"},
+    "Granite-8B": {"model_type": "granite", "logits_scaling": 8.0, "vocab_size": 49152},
     "Gemma-2-9B": {"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16,
                    "num_key_value_heads": 8},
     "Gemma-3-4B": {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240},

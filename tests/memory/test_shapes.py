@@ -38,8 +38,9 @@ def assert_equal_shapes(written: dict[str, Any], config: Any) -> None:
     model, shapes = meta_model(config), shapes_of(written, "model")
     assert shapes.parameters == sum(each.numel() for each in model.parameters())
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
-    assert [each.path for each in shapes.matrices] == list(linears)
-    for each, linear in zip(shapes.matrices, linears.values(), strict=True):
+    assert sorted(each.path for each in shapes.matrices) == sorted(linears)  # Phi-3 lists its output first
+    for each in shapes.matrices:
+        linear = linears[each.path]
         assert (each.out_features, each.in_features) == tuple(linear.weight.shape), each.path
         assert each.bias == (linear.bias is not None), each.path
     inside = {id(parameter) for linear in linears.values() for parameter in linear.parameters()}
@@ -74,13 +75,12 @@ def test_the_dtype_is_read_as_either_generation_wrote_it(written: dict[str, Any]
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"model_type": "qwen3_moe"}, "qwen3"), ({"model_type": None}, "model_type"), ({"hidden_size": "4096"}, "hidden_size"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers"), ({"vocab_size": True}, "vocab_size"), ({"head_dim": -1}, "head_dim"),
-    ({"model_type": "gemma3", "text_config": []}, "text_config"), ({"model_type": "gemma3", "text_config": 1}, "text_config"),
+    ({"model_type": "qwen3_moe"}, "Did you mean 'qwen3'"), ({"model_type": None}, "model_type"),
+    ({"hidden_size": "4096"}, "hidden_size"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    ({"vocab_size": True}, "vocab_size"), ({"head_dim": -1}, "head_dim"),
+    ({"model_type": "gemma3", "text_config": 1}, "text_config"),
 ])  # fmt: skip
 def test_what_can_not_be_meant_is_named(change: dict[str, Any], word: str) -> None:
-    if change.get("text_config") == []:
-        pytest.skip("an empty value stands for the defaults")
     with pytest.raises(BaseModelError, match=word):
         shapes_of({"model_type": "llama", **change}, "model")
 
@@ -88,10 +88,10 @@ def test_what_can_not_be_meant_is_named(change: dict[str, Any], word: str) -> No
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(BaseModelError, match="config.json"):
+    with pytest.raises(BaseModelError, match=r"config\.json"):
         read(tmp_path)
 
 
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="config.json"):
+    with pytest.raises(BaseModelError, match=r"config\.json"):
         read(tmp_path)

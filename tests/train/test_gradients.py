@@ -50,7 +50,7 @@ def job_of(model: Path, folder: Path, *overrides: str, rows: int = 8) -> Job:
     recipe = recipe_of(model, data, folder / "run", *options)
     log = Log(folder / "run", quiet=True)
     log.restart(0)
-    job = assemble(gather(recipe, open_processes(recipe), log), log, StopSignal())
+    job = assemble(gather(recipe, open_processes(recipe), None, log), log, StopSignal())
     with torch.no_grad():
         for number, value in enumerate(job.trainable.values()):
             value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
