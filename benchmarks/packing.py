@@ -1,28 +1,129 @@
-"""Trained tokens per second of packing against padding: one small Llama, our loop's own step, the same rows.
+"""Trained tokens per second of packing against padding, on the same rows, interleaved: python benchmarks/packing.py.
 
-python benchmarks/packing.py writes results/packing.json. Padding is what trainers do without packing: shuffled rows in
-micro-batches, each padded to its longest.
+A small random Llama with LoRA, stepped as our loop steps it. Padding is what trainers do without packing: shuffled rows
+in micro-batches, each padded to its longest, or all to max_length. Writes results/packing.json.
 """
 
 import argparse
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import bench
 import numpy as np
 import torch
+from bench import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.adapters.inject import inject
-from qlora.adapters.lora import Lora
 from qlora.base.attention import NAME
-from qlora.data.batches import collate, micro_batches, rows_of_step
+from qlora.data.batches import Batch, collate, micro_batches, rows_of_step
 from qlora.data.packing import pack
-from qlora.data.types import IGNORED, Example
+from qlora.data.types import IGNORED, Example, trained_tokens
 from qlora.train.loss import TokenLoss
+
+SHAPE = {
+    "vocab_size": 2_048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 2_048,
+}  # fmt: skip
+MAX_LENGTH, MEDIAN = 2_048, 100
+PACKED = "packed, 1 x 2048"
+SPREADS = {"narrow": 0.6, "broad": 1.0}  # sigma of the lognormal lengths: an Alpaca and a Dolly
+
+
+def rows_of(count: int, sigma: float) -> list[Example]:
+    """Rows with an instruction set's lengths; the second half of each is trained."""
+    draw = np.random.default_rng(0)
+    made = []
+    for length in np.clip(draw.lognormal(np.log(MEDIAN), sigma, count).astype(int), 8, MAX_LENGTH):
+        ids = draw.integers(3, SHAPE["vocab_size"], length).astype(np.int32)
+        made.append(Example("", ids, np.where(np.arange(length) < length // 2, IGNORED, ids)))
+    return made
+
+
+def padded(rows: Sequence[Example], micro_batch: int, length: int | None = None) -> list[Batch]:
+    """Shuffled rows in micro-batches, padded to the longest of each, or to `length`."""
+    groups = micro_batches(rows_of_step(len(rows), len(rows), 0, 0), micro_batch, 0, 1)
+    made = []
+    for group in groups:
+        batch = collate([rows[i] for i in group], 0)
+        extra = (0, (length or batch.input_ids.shape[1]) - batch.input_ids.shape[1])
+        ids, positions = (torch.nn.functional.pad(t, extra) for t in (batch.input_ids, batch.position_ids))
+        labels = torch.nn.functional.pad(batch.labels, extra, value=IGNORED)
+        made.append(Batch(ids, labels, positions, batch.tokens, batch.starts))
+    return made
+
+
+def packed(rows: Sequence[Example]) -> list[Batch]:
+    """Full rows, one in a micro-batch."""
+    return [collate([row], 0) for row in pack(rows, MAX_LENGTH)]
+
+
+def seconds_of(loss: TokenLoss, batches: Sequence[Batch]) -> float:
+    """One optimizer step's forwards and backwards."""
+    started = time.perf_counter()
+    for batch in batches:
+        loss(batch.input_ids, batch.labels, batch.position_ids, batch.starts).backward()
+    seconds = time.perf_counter() - started
+    loss.zero_grad(set_to_none=True)
+    return seconds
+
+
+def race(loss: TokenLoss, rows: Sequence[Example], rounds: int) -> dict[str, Any]:
+    """Every way of batching, in turn; medians of seconds and of the ratio to packing in the same round."""
+    few = rows[: max(1, len(rows) // 16)]  # all rows at full length would take a minute
+    ways = {
+        PACKED: (packed(rows), rows),
+        **{f"padded to the longest, micro-batch {n}": (padded(rows, n), rows) for n in (4, 8, 16, 32)},
+        "padded to 2048, micro-batch 1": (padded(few, 1, MAX_LENGTH), few),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for batches, _ in ways.values():
+        seconds_of(loss, batches[:1])
+    for number in range(rounds):
+        for name in list(ways) if number % 2 else reversed(list(ways)):
+            batches, held = ways[name]
+            rates[name].append(trained_tokens(held) / seconds_of(loss, batches))
+        print(f"  round {number + 1}: " + ", ".join(f"{found[-1]:.0f}" for found in rates.values()), flush=True)
+    return {
+        name: {
+            "trained_tokens_per_second": rates[name],
+            "median": statistics.median(rates[name]),
+            "share_of_pads": 1 - sum(map(len, held)) / sum(batch.input_ids.numel() for batch in batches),
+            "packing_is_faster_by": statistics.median(a / b for a, b in zip(rates[PACKED], rates[name], strict=True)),
+        }
+        for name, (batches, held) in ways.items()
+    }
+
+
+def main() -> None:
+    """Race on both sets and write results/packing.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.set_attn_implementation(NAME)
+    for name, parameter in model.named_parameters():  # gradients reach every layer, as they do with adapters
+        parameter.requires_grad_(name.endswith("q_proj.weight"))
+    loss, found = TokenLoss(model).train(), {}
+    for spread, sigma in SPREADS.items():
+        rows = rows_of(options.rows, sigma)
+        lengths = [len(row) for row in rows]
+        print(f"{spread}: {len(rows)} rows, median {statistics.median(lengths)}, longest {max(lengths)} tokens")
+        found[spread] = {
+            "sigma": sigma, "rows": len(rows), "median_tokens": statistics.median(lengths),
+            "mean_tokens": statistics.mean(lengths), "longest_tokens": max(lengths),
+            "ways": race(loss, rows, options.rounds),
+        }  # fmt: skip
+        for name, way in found[spread]["ways"].items():
+            print(f"  {name:38} {way['median']:7.0f} trained tokens/s, packing x{way['packing_is_faster_by']:.2f}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = {"shape": SHAPE, "parameters": parameters, "threads": options.threads, "max_length": MAX_LENGTH}
+    print(write("packing", {**settings, "sets": found}))
+
+
+if __name__ == "__main__":
+    main()

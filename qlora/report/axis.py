@@ -25,7 +25,9 @@ class Axis:
 
 def axis(values: Sequence[float], *, from_zero: bool = False, whole: bool = False, margin: float = 0.0) -> Axis:
     """An axis that holds all of `values` (finite), widened by a share `margin` at ends that are not zero."""
-    low, high = widened(min((*values, 0.0)) if from_zero else min(values), max((*values, 0.0)) if from_zero else max(values))
+    low, high = widened(
+        min((*values, 0.0)) if from_zero else min(values), max((*values, 0.0)) if from_zero else max(values)
+    )
     room = (high - low) * margin
     low, high = low - (0 if from_zero and low == 0 else room), high + room
     places = ticks(low, high, whole=whole)
@@ -65,18 +67,22 @@ def labels(places: Sequence[float]) -> tuple[str, ...]:
     for unit, one in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
         if largest >= one:
             scale = 1000.0 if unit == "k" else one
-            return tuple(f"{_fixed(place / scale, _decimals(places, scale))}{unit if place else ''}" for place in places)
+            return tuple(
+                f"{_fixed(place / scale, _decimals(places, scale))}{unit if place else ''}" for place in places
+            )
     return tuple(_fixed(place, _decimals(places, 1.0)) for place in places)
 
 
 def _multiple(factor: int, exponent: int) -> float:
-    """factor * 10**exponent, rounded once: 3 * 10**-1 is 0.3."""
+    """Factor * 10**exponent, rounded once: 3 * 10**-1 is 0.3."""
     return factor / 10**-exponent if exponent < 0 else float(factor * 10**exponent)
 
 
 def _decimals(places: Sequence[float], scale: float) -> int:
     """The decimals that tell the ticks apart and write each exactly."""
-    return next((n for n in range(9) if all(math.isclose(round(p / scale, n), p / scale, abs_tol=1e-12) for p in places)), 9)
+    return next(
+        (n for n in range(9) if all(math.isclose(round(p / scale, n), p / scale, abs_tol=1e-12) for p in places)), 9
+    )
 
 
 def _fixed(value: float, decimals: int) -> str:

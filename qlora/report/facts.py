@@ -80,7 +80,10 @@ def data(run: RunData) -> Facts:
 def setup(run: RunData) -> Facts:
     """What was trained on what: base, how it is stored, adapter."""
     manifest = run.manifest
-    trainable, parameters = number(manifest, "adapter", "trainable_parameters"), number(manifest, "adapter", "parameters")
+    trainable, parameters = (
+        number(manifest, "adapter", "trainable_parameters"),
+        number(manifest, "adapter", "parameters"),
+    )
     facts = {
         "base": word(manifest, "base", "name"),
         "base revision": word(manifest, "base", "revision")[:12],
@@ -158,7 +161,9 @@ def _evaluations(run: RunData) -> Facts:
 
 def _trained_tokens(run: RunData) -> float | None:
     stated = number(run.manifest, "result", "trained_tokens")
-    return sum(value for _, value in points(run.metrics, "train", "trained_tokens")) or None if stated is None else stated
+    return (
+        sum(value for _, value in points(run.metrics, "train", "trained_tokens")) or None if stated is None else stated
+    )
 
 
 def _way(how: Mapping[str, Any]) -> str:

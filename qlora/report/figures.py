@@ -29,7 +29,9 @@ def loss(runs: Sequence[RunData]) -> Markup | None:
     curves += [Curve(_thin(curve), "smooth", colour) for colour, curve in enumerate(smooth)]
     curves += [Curve(curve, "held-out", colour, _said(curve)) for colour, curve in enumerate(evaluations)]
     curves = [_coloured(curve) for curve in curves]
-    drawn = plot(_steps(*raw, *evaluations), y, curves, ("optimizer step", "nats per token"), "training and held-out loss")
+    drawn = plot(
+        _steps(*raw, *evaluations), y, curves, ("optimizer step", "nats per token"), "training and held-out loss"
+    )
     above = sum(value > y.high for curve in raw for _, value in curve)
     return _figure("Loss", _loss_words(runs, raw, evaluations), drawn, note=_above_words(above), kind="wide")
 
@@ -65,7 +67,9 @@ def _simple(runs: Sequence[RunData], key: str, title: str, unit: str) -> Markup 
     if not values:
         return None
     curves = [_coloured(Curve(_thin(curve), "thin", colour)) for colour, curve in enumerate(found)]
-    drawn = plot(_steps(*found), axis(values, from_zero=True, margin=0.04), curves, ("optimizer step", unit), title.lower())
+    drawn = plot(
+        _steps(*found), axis(values, from_zero=True, margin=0.04), curves, ("optimizer step", unit), title.lower()
+    )
     return _figure(title, None, drawn)
 
 
@@ -85,7 +89,9 @@ def _owners(run: RunData) -> Markup | None:
     else:
         marks = [Mark(f"measured peak {peak / one:,.2f} {unit}", peak / one)] if peak else []
     x = axis([row.end for row in rows] + [mark.at for mark in marks], from_zero=True)
-    return _figure("Memory", None, bars(x, rows, marks, unit, "memory by owner"), note=_memory_words(run, peak, planned))
+    return _figure(
+        "Memory", None, bars(x, rows, marks, unit, "memory by owner"), note=_memory_words(run, peak, planned)
+    )
 
 
 def _peaks(runs: Sequence[RunData]) -> Markup | None:
@@ -93,9 +99,7 @@ def _peaks(runs: Sequence[RunData]) -> Markup | None:
     if not peaks:
         return None
     unit, one = numbers.unit_of(max(peak for _, _, peak in peaks))
-    rows = [
-        Bar(run.name, f"{peak / one:,.2f} {unit}", 0.0, peak / one, index % COLOURS) for index, run, peak in peaks
-    ]
+    rows = [Bar(run.name, f"{peak / one:,.2f} {unit}", 0.0, peak / one, index % COLOURS) for index, run, peak in peaks]
     x = axis([row.end for row in rows], from_zero=True)
     return _figure("Peak memory, measured", None, bars(x, rows, [], unit, "measured peak memory of each run"))
 
@@ -105,7 +109,9 @@ def _figure(title: str, keys: Markup | None, drawn: Markup, note: str = "", kind
     return tag("figure", caption, drawn, tag("p", note, class_="note") if note else None, class_=kind or None)
 
 
-def _loss_words(runs: Sequence[RunData], raw: Sequence[Sequence[Point]], evaluations: Sequence[Sequence[Point]]) -> Markup:
+def _loss_words(
+    runs: Sequence[RunData], raw: Sequence[Sequence[Point]], evaluations: Sequence[Sequence[Point]]
+) -> Markup:
     wide = max((2 * half_window(len(curve)) + 1 for curve in raw), default=1)
     one = len(runs) == 1
     keys = [

@@ -15,7 +15,7 @@ class Markup(str):
 
 
 def text(value: object) -> Markup:
-    """`value` as HTML text: escaped, control characters made visible, lone surrogates replaced; Markup stays as it is."""
+    """`value` as HTML text: escaped, control characters shown, lone surrogates replaced; Markup stays as it is."""
     return value if isinstance(value, Markup) else Markup(escape(str(value).translate(_CLEAN), quote=True))
 
 
@@ -25,7 +25,7 @@ def join(parts: Iterable[object]) -> Markup:
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """One element. `class_` is the attribute class, `_` in a name becomes `-`, an attribute that is None is left out."""
+    """One element. `class_` is the attribute class, `_` in a name becomes `-`, None is left out."""
     named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     head = name + "".join(f' {key}="{text(value)}"' for key, value in named.items())
     return Markup(f"<{head}>") if name in VOID else Markup(f"<{head}>{join(children)}</{name}>")

@@ -52,7 +52,11 @@ def _body(runs: Sequence[RunData]) -> list[Markup | None]:
     plots = [figures.loss(runs), row, figures.memory(runs)]
     if not any([*plots, tables]):
         plots = [tag("p", "Nothing has been logged yet.", class_="what")]
-    return [*plots, samples(runs), tables, recipes(runs)] if len(runs) == 1 else [*plots, tables, samples(runs), recipes(runs)]
+    return (
+        [*plots, samples(runs), tables, recipes(runs)]
+        if len(runs) == 1
+        else [*plots, tables, samples(runs), recipes(runs)]
+    )
 
 
 def _what(run: RunData) -> Markup:
@@ -67,9 +71,12 @@ def _what(run: RunData) -> Markup:
         word(manifest, "machine", "device"),
         word(manifest, "created")[:16].replace("T", " "),
     ]
-    return join(text(part) + Markup(" &middot; ") for part in parts[:-1] if part) + text(parts[-1])
+    first, *others = [part for part in parts if part] or [""]
+    return join([first, *(Markup(" &middot; ") + text(part) for part in others)])
 
 
 def _footer(runs: Sequence[RunData]) -> Markup:
     versions = sorted({version for run in runs if (version := word(run.manifest, "qlora"))})
-    return tag("footer", f"Written by qlora {', '.join(versions)}".strip() + ". One file; nothing is loaded from anywhere.")
+    return tag(
+        "footer", f"Written by qlora {', '.join(versions)}".strip() + ". One file; nothing is loaded from anywhere."
+    )

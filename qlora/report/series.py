@@ -28,12 +28,13 @@ def half_window(count: int) -> int:
 
 
 def smoothed(curve: Sequence[Point]) -> list[Point]:
-    """Each point as the mean of its neighbours, as many on either side: a straight line stays as it is, nothing lags."""
+    """Each point as the mean of its neighbours, as many on either side: straight lines stay, nothing lags."""
     sums = [0.0, *accumulate(value for _, value in curve)]
     last, half = len(curve) - 1, half_window(len(curve))
     reach = [min(index, last - index, half) for index in range(len(curve))]
     return [
-        (curve[index][0], (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)) for index, near in enumerate(reach)
+        (curve[index][0], (sums[index + near + 1] - sums[index - near]) / (2 * near + 1))
+        for index, near in enumerate(reach)
     ]
 
 

@@ -43,7 +43,7 @@ def differing(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _without_comment(line: str) -> str:
-    """The line up to a comment; a # within quotes is rare enough in a resolved recipe to be left to the strict reader."""
+    """The line up to a comment; a # within quotes in a resolved recipe is left to the strict reader."""
     if '"' in line or "'" in line:
         return line.rstrip()
     return re.sub(r"(^|\s)#.*$", "", line).rstrip()

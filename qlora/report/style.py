@@ -15,10 +15,12 @@ STYLE = """
 } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue",
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto,
+  "Helvetica Neue",
   "Liberation Sans", Arial, sans-serif; font-variant-numeric: tabular-nums lining-nums; }
 main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.5rem 3rem; }
-h1 { margin: 0; font-size: 1.7rem; font-weight: 600; line-height: 1.2; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 1.7rem; font-weight: 600; line-height: 1.2; letter-spacing: -.01em;
+  overflow-wrap: anywhere; }
 h2 { margin: 0 0 .5rem; font-size: 1.05rem; font-weight: 600; }
 h3 { margin: 0; font-size: .95rem; font-weight: 600; }
 h4 { margin: 0 0 .15rem; font-size: .8rem; font-weight: 400; color: var(--quiet); }
@@ -85,7 +87,8 @@ footer { margin-top: 3rem; font-size: .8rem; color: var(--quiet); }
 
 @media (max-width: 34rem) {
   main { padding: 1.5rem 1rem 2rem; }
-  .head { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem 1rem; } .head dd { font-size: 1.1rem; } .head small { font-size: .9rem; }
+  .head { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem 1rem; }
+  .head dd { font-size: 1.1rem; } .head small { font-size: .9rem; }
   .wide .plot { height: 260px; }
   .row, .tables { grid-template-columns: minmax(0, 1fr); }
 }

@@ -1,7 +1,7 @@
 """Plots as inline SVG that fit any width without scaling their text.
 
-The drawing area is the content box of the <svg>, its padding holds the tick labels: places are per cent of that box, text
-and dots keep their size, and only the curves, in a nested <svg> of 1000 x 1000 units, stretch.  Colours are in style.py.
+The drawing area is the content box of the <svg>, its padding holds the tick labels: places are per cent of that box,
+text and dots keep their size, and only the curves, in a nested <svg> of 1000 x 1000 units, stretch.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Mark:
 
 
 def plot(x: Axis, y: Axis, curves: Sequence[Curve], titles: tuple[str, str], summary: str) -> Markup:
-    """Curves over two axes; `titles` are what the axes show and in what unit, `summary` is what a screen reader says."""
+    """Curves over two axes; `titles` are what the axes show and in what unit, `summary` is for screen readers."""
     stretched = [_path(curve, x, y) for curve in curves if len(curve.points) > 1]
     inner = tag(
         "svg", *stretched, class_="curves", viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none",
@@ -112,7 +112,8 @@ def _dots(curve: Curve, x: Axis, y: Axis) -> list[Markup]:
 def _bar(row: Bar, x: Axis, middle: float) -> tuple[Markup, Markup, Markup]:
     start, end, at = x.place(row.start), x.place(row.end), _percent(middle)
     shape = tag(
-        "rect", tag("title", f"{row.name}: {row.value}"), x=_percent(start), y=at, width=_percent(end - start), height=_BAR,
+        "rect", tag("title", f"{row.name}: {row.value}"),
+        x=_percent(start), y=at, width=_percent(end - start), height=_BAR,
         transform=f"translate(0 {-_BAR / 2:g})", class_=f"bar c{row.colour}",
     )  # fmt: skip
     name = tag("text", _short(row.name), x="0", y=at, dx="-10", dy=".35em", class_="name end")

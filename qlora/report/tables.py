@@ -26,9 +26,11 @@ def different_settings(runs: Sequence[RunData]) -> Markup | None:
 def head_figures(run: RunData) -> Markup | None:
     """The few numbers that are looked at first: what was learnt, how much of what, how long, how much memory."""
     found, curve = facts.result(run), facts.held_out(run)
-    figures = []
+    figures: list[tuple[object, str]] = []
     if "held-out loss before" in found and "held-out loss after" in found:
-        figures.append((_step(found["held-out loss before"], found["held-out loss after"]), f"held-out loss, {found['change']}"))
+        figures.append(
+            (_step(found["held-out loss before"], found["held-out loss after"]), f"held-out loss, {found['change']}")
+        )
         before, after = (_perplexity(value) for value in (curve[0][1], curve[-1][1]))
         figures.append((_step(before, after), "held-out perplexity"))
     elif "training loss, last step" in found:
@@ -61,7 +63,10 @@ def _table(title: str, runs: Sequence[RunData], rows: Mapping[str, Sequence[str]
     if not rows:
         return None
     names = tag("thead", tag("tr", tag("td"), *(tag("th", run.name, scope="col") for run in runs)))
-    body = [tag("tr", tag("th", name, scope="row"), *(tag("td", value) for value in values)) for name, values in rows.items()]
+    body = [
+        tag("tr", tag("th", name, scope="row"), *(tag("td", value) for value in values))
+        for name, values in rows.items()
+    ]
     whole = tag("table", names if len(runs) > 1 else None, tag("tbody", *body))
     return tag("section", tag("h2", title), tag("div", whole, class_="scroll"), class_="facts")
 
@@ -94,5 +99,5 @@ def _step(before: str, after: str) -> Markup:
 
 
 def _perplexity(loss: float) -> str:
-    """e to the loss; a loss over 20 is far from any model and would only overflow."""
-    return f"{2.718281828459045 ** loss:,.2f}" if loss < 20 else "over 1e8"
+    """E to the loss; a loss over 20 is far from any model and would only overflow."""
+    return f"{2.718281828459045**loss:,.2f}" if loss < 20 else "over 1e8"

@@ -1,0 +1,107 @@
+"""README.md of an adapter folder: what it is, what it learnt, how good it got, and how to load it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qlora.report.rundata import number, section, word
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
+    """The card as Markdown with the hub's front matter; base and data sets are named only where they are hub names."""
+    base = word(manifest, "base", "name")
+    shown = base if _is_hub(base) else "a local base model"
+    adapter, data, result = (section(manifest, name) for name in ("adapter", "data", "result"))
+    return "\n".join(
+        [
+            *_front_matter(base),
+            f"# A {adapter.get('kind', 'LoRA')} adapter for {shown}",
+            "",
+            f"Rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, dropout {adapter.get('dropout')}: "
+            f"{_count(adapter.get('trainable_parameters'))} trained parameters beside "
+            f"{_count(adapter.get('parameters'))} frozen ones, stored as {_stored(manifest)}.",
+            "",
+            "## Training",
+            "",
+            f"{_count(result.get('steps'))} optimizer steps on {_count(data.get('kept'))} of "
+            f"{_count(data.get('rows'))} rows ({_count(data.get('trained_tokens'))} trained tokens) "
+            f"in {_seconds(manifest)}, {_peak(manifest)} of memory at the peak.",
+            "",
+            *_losses(result),
+            "Nothing beyond that was evaluated.",
+            "",
+            *_loading(shown),
+            "## Recipe",
+            "",
+            "```yaml",
+            _without_local_paths(recipe_text).rstrip(),
+            "```",
+            "",
+            f"The base's fingerprint is sha256 `{word(manifest, 'base', 'sha256')}`; `run.json` has the rest.",
+            "",
+        ]
+    )
+
+
+def _front_matter(base: str) -> list[str]:
+    lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- qlora"]
+    if _is_hub(base):
+        lines += [f"- base_model:adapter:{base}", f"base_model: {base}"]
+    return [*lines, "---", ""]
+
+
+def _losses(result: Mapping[str, Any]) -> list[str]:
+    before, after = result.get("eval_loss_before"), result.get("eval_loss")
+    if not isinstance(before, float) or not isinstance(after, float):
+        return []
+    return ["| held-out loss | before | after |", "|---|---|---|", f"| | {before:.4f} | {after:.4f} |", ""]
+
+
+def _loading(base: str) -> list[str]:
+    name = base if _is_hub(base) else "BASE"
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "THIS_FOLDER")',
+        "```",
+        "",
+        f'`qlora generate THIS_FOLDER "..."`, or `vllm serve {name} --enable-lora --lora-modules mine=THIS_FOLDER`.',
+        "",
+    ]
+
+
+def _stored(manifest: Mapping[str, Any]) -> str:
+    layers = section(manifest, "base", "quantized")
+    first = next((layer for layer in layers.values() if isinstance(layer, Mapping)), {})
+    parts = [str(first.get("kind", "they came"))]
+    parts += [f"block {first['block']}"] if "block" in first else []
+    return ", ".join([*parts, "double quantisation"] if first.get("double") else parts)
+
+
+def _without_local_paths(recipe_text: str) -> str:
+    """The recipe with absolute paths cut to their last name: a card goes out, a home folder should not."""
+    return re.sub(r"(?<![\w.])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",]+)+[/\\]([^\s/\\'\",]+)", r"\1", recipe_text)
+
+
+def _is_hub(name: str) -> bool:
+    return bool(HUB_NAME.fullmatch(name))
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "?"
+
+
+def _seconds(manifest: Mapping[str, Any]) -> str:
+    seconds = number(manifest, "seconds")
+    return "?" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
+
+
+def _peak(manifest: Mapping[str, Any]) -> str:
+    peak = number(manifest, "memory", "peak_bytes")
+    return "?" if peak is None else f"{peak / 2**30:.2f} GiB"
