@@ -1,4 +1,4 @@
-"""What all benchmarks share: contenders as child processes that step on command, medians, the machine, results as JSON."""
+"""What all benchmarks share: contenders in processes of their own that step on command, medians, the machine."""
 
 import json
 import os
@@ -48,7 +48,8 @@ class Race:
             for name in order:
                 self.lines[name].send("step")
                 steps[name].append(self.lines[name].recv())
-            print(f"round {number + 1}: " + ", ".join(f"{n} {steps[n][-1]['seconds']:.2f} s" for n in steps), flush=True)
+            taken = ", ".join(f"{name} {found[-1]['seconds']:.2f} s" for name, found in steps.items())
+            print(f"round {number + 1}: {taken}", flush=True)
         for line in self.lines.values():
             line.send("end")
         return {name: _summary(found, warm_up) for name, found in steps.items()}
@@ -96,7 +97,8 @@ class Gate:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     names = ("torch", "transformers", "accelerate", "bitsandbytes", "peft", "trl")
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

@@ -1,8 +1,8 @@
-"""Preparing GSM8K, from a JSONL file to packed rows, against TRL on the same rows in one run: python benchmarks/data.py.
+"""Preparing GSM8K, from a JSONL file to packed rows, against TRL on the same rows: python benchmarks/data.py.
 
 Every measurement is a process of its own, contenders in turn; the clock starts when libraries are imported and the
 tokenizer is loaded. Both write their caches. Ours: read, check, render, prove the masks, gate, split, pack, keep.
-TRL's: datasets' JSON reader and what SFTTrainer does before its first step (_prepare_dataset). Writes results/data.json.
+TRL's: datasets' JSON reader and what SFTTrainer does before its first step. Writes results/data.json.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def make_inputs(folder: Path, rows: int | None) -> None:
 
 
 def ours(folder: Path, processes: int) -> Callable[[], Counts]:
-    """This project."""
+    """qlora.data, as `qlora train` calls it."""
     from transformers import AutoTokenizer
 
     from qlora.data import Data, workers

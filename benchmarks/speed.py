@@ -1,7 +1,7 @@
-"""Tokens per second and peak memory against the peers, on the same rows in one run: python benchmarks/speed.py [--rounds N].
+"""Tokens per second and peak memory against the peers, on the same rows in one run: python benchmarks/speed.py --help.
 
-B0 is transformers + peft's prepare_model_for_kbit_training + bitsandbytes under autocast, with gradient checkpointing; B1
-is TRL's SFTTrainer with its own defaults on a bitsandbytes base. A random 100M Llama stands for the base.
+B0 is transformers + peft's prepare_model_for_kbit_training + bitsandbytes under autocast, with gradient checkpointing;
+B1 is TRL's SFTTrainer with its own defaults on a bitsandbytes base. A random 100M Llama stands for the base.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def rows_of(count: int, length: int) -> list[list[int]]:
 
 
 def ours(gate: Gate, folder: str, batch: int, length: int, steps: int, recompute: str = "all") -> None:
-    """This project: its own loading, adapters, loss and optimiser, as `qlora train` puts them together."""
+    """The project itself: its own loading, adapters, loss and optimiser, as `qlora train` puts them together."""
     import numpy as np
     import torch
 

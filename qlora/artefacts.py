@@ -8,9 +8,12 @@ from typing import Any
 from qlora.adapters import weights
 from qlora.adapters.inject import Injection
 from qlora.adapters.lora import Lora
+from qlora.adapters.switch import adapters_off
 from qlora.base.folder import tokenizer_files
+from qlora.base.generate import generate
 from qlora.base.load import Base
 from qlora.data.prepare import Prepared
+from qlora.data.types import IGNORED
 from qlora.distributed.processes import Processes
 from qlora.files import manifest_of, write_bytes, write_json, write_text
 from qlora.memory.meter import peak_bytes
@@ -21,7 +24,9 @@ from qlora.report.manifest import run_manifest
 from qlora.report.page import RunData, report_page
 from qlora.train.log import read_metrics
 from qlora.train.loop import Fitted, Job
+from qlora.train.tasks import question, text_of
 
+SAMPLES, SAMPLE_TOKENS = 3, 48  # held-out rows shown in the report, and tokens of an answer
 RECIPE, MANIFEST, CARD, PAGE = "recipe.yaml", "run.json", "README.md", "report.html"
 
 
@@ -52,8 +57,26 @@ def leave(parts: Parts, job: Job, fitted: Fitted, seconds: float) -> Mapping[str
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
     write_json(output / MANIFEST, manifest)
     write_text(output / CARD, model_card(manifest, recipe_text))
-    write_text(output / PAGE, report_page([RunData(output.name, manifest, read_metrics(output), recipe_text, [])]))
+    write_text(
+        output / PAGE,
+        report_page([RunData(output.name, manifest, read_metrics(output), recipe_text, samples_of(parts))]),
+    )
     return manifest
+
+
+def samples_of(parts: Parts) -> list[dict[str, str]]:
+    """A few held-out rows as the base answers them and as the trained model does, greedily."""
+    rows = [row for row in parts.data.eval if row.labels[0] == IGNORED][:SAMPLES]
+    asked = [question(row, parts.base.tokenizer) for row in rows]
+    if not asked:
+        return []
+    prompts = [each.prompt_ids for each in asked]
+    after = generate(parts.base, prompts, SAMPLE_TOKENS)
+    with adapters_off(parts.base.model):
+        before = generate(parts.base, prompts, SAMPLE_TOKENS)
+    words = [[text_of(ids, parts.base.tokenizer) for ids in many] for many in (prompts, before, after)]
+    named = zip(asked, *words, strict=True)
+    return [{"prompt": p, "reference": each.reference, "before": b, "after": a} for each, p, b, a in named]
 
 
 def write_adapter(parts: Parts, folder: Path) -> None:

@@ -130,7 +130,8 @@ def test_report_and_card_are_whole_and_need_nothing_else(walk: Walk) -> None:
     assert not re.search(r"<script[^>]+src|<link[^>]+href|<img[^>]+src=.http|@import|url\(http", page)
     card = (walk.run / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["library_name"] == "peft" and str(walk.model) in str(front["base_model"])
+    assert front["library_name"] == "peft" and walk.manifest["base"]["sha256"] in card
+    assert str(walk.folder) not in card and str(walk.model) not in card  # a card is for others
 
 
 def test_the_same_recipe_again_is_the_same_adapter(walk: Walk, tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def rows_of_step(count: int, global_batch: int, seed: int, step: int) -> list[in
     return [int(row) for row in epoch_order(count, seed, epoch)[first : first + global_batch]]
 
 
+def by_length(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The rows of a step, longest first: dealt out so, a micro-batch has few pads and ranks have about as many tokens.
+
+    lengths: tokens of each of `rows`. The step's sum does not depend on the order within it.
+    """
+    return [row for _, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: (-pair[0], pair[1]))]
+
+
 def micro_batches(rows: Sequence[int], micro_batch: int, rank: int, world: int) -> list[list[int]]:
     """A rank's share of a step's rows, in groups of at most `micro_batch`.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Protocol
 
 from qlora.errors import DataError
@@ -39,8 +40,10 @@ def available() -> int:
     if not hasattr(os, "fork") or mp.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(ValueError, OSError):
-        cores = min(cores, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _WORKER_BYTES)
+    with suppress(OSError, StopIteration):  # not Linux: no bound by memory
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        cores = min(cores, int(kibibytes) * 1024 // _WORKER_BYTES)
     return max(1, min(cores, _MAX_WORKERS))
 
 

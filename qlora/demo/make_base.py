@@ -1,17 +1,16 @@
-"""The embedded base: a tiny Llama and its tokenizer, trained from scratch on this machine, and the demo's data beside it.
+"""The embedded base: a tiny Llama and its tokenizer, trained from scratch, and the demo's data beside it.
 
-    python -m qlora.demo.make_base OUT        writes OUT/base and OUT/data; a quarter of an hour on two cores
+    python -m qlora.demo.make_base OUT        writes OUT/base and OUT/data; minutes on one core
 
+Prose comes from the documentation that every Python carries (make_text.py), conversations are made (make_tasks.py).
 Same seed, same Python, same package versions and same kind of CPU give the same files.
 """
 
-import json
-import logging
 import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -21,18 +20,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qlora.demo.make_tasks import Lexicon, Turn, task
-from qlora.demo.make_text import documents, frequent_words, module_summaries
+from qlora.demo import make_data
+from qlora.demo.make_tasks import Turn, task
+from qlora.demo.make_text import documents
 
-log = logging.getLogger(__name__)
-
-START, USER_OR_ASSISTANT, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+START, TURN, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # GPT-2's split into words, except that every digit is a token of its own, so that numbers can be copied.
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 IGNORED = -100
 
 
@@ -41,27 +39,69 @@ class Plan:
     """How the base is trained."""
 
     seed: int = 0
-    steps: int = 1600
-    prose_rows: int = 8  # a step sees so many stretches of prose ...
-    prose_tokens: int = 192  # ... of so many tokens each,
-    tasks: int = 32  # and so many conversations
-    learning_rate: float = 3e-3  # the peak; after the warm-up a cosine to a tenth of it
-    warmup_steps: int = 80
+    steps: int = 800
+    conversations: int = 32  # a step sees so many conversations
+    prose_rows: int = 4  # and so many stretches of prose
+    prose_tokens: int = 128  # of so many tokens each,
+    prose_weight: float = 0.5  # which count half
+    learning_rate: float = 3e-3  # the peak; after the warm-up a cosine to a twentieth of it
+    warmup_steps: int = 60
     weight_decay: float = 0.05
-    threads: int = 2
+
+
+def make(out: Path, plan: Plan) -> dict[str, float]:
+    """Write OUT/base and OUT/data; returns the last losses and the seconds of training."""
+    make_data.write(out / "data")
+    texts, random = documents(), Random(plan.seed)
+    tokenizer = train_tokenizer(texts + [" ".join(task(random)) for _ in range(6000)])
+    torch.manual_seed(plan.seed)
+    torch.set_flush_denormal(True)
+    model = LlamaForCausalLM(shape(tokenizer))
+    # A small last norm starts the logits near zero, which saves the first hundred steps.
+    model.model.norm.weight.data.mul_(0.1)
+    found = train(model, tokenizer, texts, plan)
+    folder = out / "base"
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ends).save_pretrained(folder)
+    return found
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], plan: Plan
+) -> dict[str, float]:
+    """Train on prose and conversations together; returns the mean losses of the last 50 steps and the seconds."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
+    )
+    prose, conversations = prose_batches(texts, tokenizer, plan), conversation_batches(tokenizer, plan)
+    started, losses = time.monotonic(), list[tuple[float, float]]()
+    for step in range(plan.steps):
+        optimizer.param_groups[0]["lr"] = plan.learning_rate * rate(step, plan)
+        ids, labels = next(conversations)
+        stretch = next(prose)
+        answers, text = loss_of(model, ids, labels), loss_of(model, stretch, stretch)
+        (answers + plan.prose_weight * text).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((answers.item(), text.item()))
+    answers_loss, prose_loss = (sum(column) / 50 for column in zip(*losses[-50:], strict=True))
+    return {"answers": answers_loss, "prose": prose_loss, "seconds": time.monotonic() - started}
 
 
 def train_tokenizer(texts: list[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
-    """Give a byte-level BPE tokenizer with the chat template and its control tokens."""
+    """A byte-level BPE tokenizer with the chat template and its control tokens."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    control = [START, TURN, END, PAD]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[START, USER_OR_ASSISTANT, END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocabulary, special_tokens=control, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -69,7 +109,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = 2048) -> PreTrainedToken
         bos_token=START,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=[USER_OR_ASSISTANT],
+        additional_special_tokens=[TURN],
         chat_template=TEMPLATE,
         model_max_length=512,
         clean_up_tokenization_spaces=False,
@@ -77,7 +117,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = 2048) -> PreTrainedToken
 
 
 def shape(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Give the model's shape: 1.7 million parameters, every matrix a multiple of 64 wide and high."""
+    """The model's shape: 1.7 million parameters, every matrix a multiple of 64 wide and high."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -95,20 +135,19 @@ def shape(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def conversation(turn: Turn, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
-    """Give the token ids of one conversation up to the end of its last turn, and how many of them are the prompt."""
+def tokens_of(turn: Turn, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
+    """The token ids of one conversation up to the end of its last turn, and how many of them are the prompt."""
     user, answer = turn
     prompt = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
     return ids + tokenizer.encode(f"{answer}<|im_end|>", add_special_tokens=False), len(ids)
 
 
 def prose_batches(texts: list[str], tokenizer: PreTrainedTokenizerFast, plan: Plan) -> Iterator[Tensor]:
-    """Give [B, T + 1] stretches of the documents, joined in a new order every time through."""
+    """Stretches of the documents [B, T], the documents in a new order every time through."""
     random = Random(plan.seed)
-    encoded = [tokenizer.encode(START + text, add_special_tokens=False) for text in texts]
-    need = plan.prose_rows * plan.prose_tokens
-    stream: list[int] = []
+    encoded = [tokenizer.encode(START + text, add_special_tokens=False, verbose=False) for text in texts]
+    need, stream = plan.prose_rows * plan.prose_tokens, list[int]()
     while True:
         random.shuffle(encoded)
         stream += [token for ids in encoded for token in ids]
@@ -117,33 +156,34 @@ def prose_batches(texts: list[str], tokenizer: PreTrainedTokenizerFast, plan: Pl
             del stream[:need]
 
 
-def task_batches(tokenizer: PreTrainedTokenizerFast, lexicon: Lexicon, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give (ids, labels), each [B, T]; only the assistant's words and the end of its turn are labelled."""
+def conversation_batches(tokenizer: PreTrainedTokenizerFast, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of ids and labels, each [B, T]; only the assistant's words and the end of its turn are labelled."""
     random = Random(plan.seed + 1)
     while True:
-        # Conversations of like length go together, so that little is padding.
-        pool = sorted((conversation(task(random, lexicon), tokenizer) for _ in range(plan.tasks * 16)), key=lambda each: len(each[0]))
-        groups = [pool[start : start + plan.tasks] for start in range(0, len(pool), plan.tasks)]
-        random.shuffle(groups)
-        for group in groups:
-            width = max(len(ids) for ids, _ in group)
-            ids = torch.full((len(group), width), tokenizer.pad_token_id)
-            labels = torch.full((len(group), width), IGNORED)
-            for row, (tokens, prompt) in enumerate(group):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
-            yield ids, labels
+        rows = [tokens_of(task(random), tokenizer) for _ in range(plan.conversations)]
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
+        labels = torch.full((len(rows), width), IGNORED)
+        for row, (tokens, prompt) in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+        yield ids, labels
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Give the mean cross entropy of the labelled tokens; ids, labels [B, T]."""
+    """The mean cross entropy of the labelled tokens; ids, labels [B, T]."""
     logits = model(input_ids=ids).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 def rate(step: int, plan: Plan) -> float:
-    """Give the share of the peak learning rate at `step`: linear warm-up, then a cosine down to a tenth."""
+    """The share of the peak learning rate at `step`: linear warm-up, then a cosine down to a twentieth."""
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps
     done = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+    return 0.05 + 0.475 * (1 + math.cos(math.pi * done))
+
+
+if __name__ == "__main__":
+    measured = make(Path(sys.argv[1]), Plan())
+    sys.stderr.write(", ".join(f"{name} {value:.3f}" for name, value in measured.items()) + "\n")

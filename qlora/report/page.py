@@ -72,7 +72,7 @@ def _what(run: RunData) -> Markup:
         word(manifest, "created")[:16].replace("T", " "),
     ]
     first, *others = [part for part in parts if part] or [""]
-    return join([first, *(Markup(" &middot; ") + text(part) for part in others)])
+    return join([first, *(Markup(" &middot; " + text(part)) for part in others)])
 
 
 def _footer(runs: Sequence[RunData]) -> Markup:

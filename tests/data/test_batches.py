@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
 
-from qlora.data.batches import collate, epoch_order, micro_batches, rows_of_step, steps_per_epoch
+from qlora.data.batches import by_length, collate, epoch_order, micro_batches, rows_of_step, steps_per_epoch
 from qlora.data.packing import best_fit, join, pack, split
 from qlora.data.types import IGNORED, Example
 
@@ -60,6 +60,24 @@ def test_any_number_of_processes_trains_each_row_once_in_as_many_micro_batches(c
     assert sorted(seen) == list(range(count))
     beyond = rows_of_step(count, global_batch, seed, steps_per_epoch(count, global_batch))
     assert beyond == epoch_order(count, seed, 1)[:global_batch].tolist()
+
+
+@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=64), micro=st.integers(1, 9), world=st.integers(1, 4))
+def test_rows_by_length_are_the_same_rows_with_no_more_cells_to_compute(lengths, micro, world):
+    """Groups of sorted rows have the least sum of their longest rows, whatever the order before."""
+    rows = list(range(100, 100 + len(lengths)))
+    length_of = dict(zip(rows, lengths, strict=True))
+    ordered = by_length(rows, lengths)
+    assert sorted(ordered) == rows and ordered == by_length(rows[::-1], lengths[::-1])
+
+    def longest(order):
+        groups = micro_batches(order, micro, 0, 1)
+        return sum(max(length_of[row] for row in group) for group in groups)
+
+    assert longest(ordered) <= longest(rows)
+    tokens = [sum(length_of[row] for group in micro_batches(ordered, micro, rank, world) for row in group)
+              for rank in range(world)]  # fmt: skip
+    assert max(tokens) - min(tokens) <= max(lengths)  # dealt in turn, ranks differ by one row at most
 
 
 @pytest.mark.parametrize("pad_id", [0, 3, 7])  # among the ids of the rows as well

@@ -192,7 +192,7 @@ print(json.dumps([peak, made.report.kept, made.report.tokens]))
 
 
 def test_peak_memory_does_not_grow_with_the_rows(tmp_path):
-    """50,000 rows more may cost 200 bytes each (keys, lengths, order: 110 measured), not the kilobyte that objects take."""
+    """50,000 rows more may cost 200 bytes each (keys, lengths, order: 110 measured), not the 2,600 of objects."""
     line = json.dumps({"text": "word " * 20 + "{}"})
     peaks = []
     for count in (10_000, 60_000):
