@@ -22,8 +22,8 @@ from qlora.recipe import Recipe, dump
 from qlora.report.card import model_card
 from qlora.report.manifest import run_manifest
 from qlora.report.page import RunData, report_page
+from qlora.train.checkpoint import Position
 from qlora.train.log import read_metrics
-from qlora.train.loop import Fitted, Job
 from qlora.train.tasks import question, text_of
 
 SAMPLES, SAMPLE_TOKENS = 3, 48  # held-out rows shown in the report, and tokens of an answer
@@ -43,7 +43,7 @@ class Parts:
     plan: Plan | None = None
 
 
-def leave(parts: Parts, job: Job, fitted: Fitted, seconds: float) -> Mapping[str, Any]:
+def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]:
     """Write the final adapter and everything that describes it; returns run.json."""
     output = Path(parts.recipe.train.output)
     write_adapter(parts, output)
@@ -53,7 +53,7 @@ def leave(parts: Parts, job: Job, fitted: Fitted, seconds: float) -> Mapping[str
     write_text(output / RECIPE, recipe_text)
     kept = (weights.WEIGHTS, weights.CONFIG, *(file.name for file in tokenizer_files(parts.base.folder.path)))
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
-    described = describe(parts, job, fitted) | {"seconds": round(seconds, 3), "files": files}
+    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
     write_json(output / MANIFEST, manifest)
     write_text(output / CARD, model_card(manifest, recipe_text))
@@ -86,7 +86,7 @@ def write_adapter(parts: Parts, folder: Path) -> None:
     weights.write(folder, parts.base.model, parts.adapter, identity)
 
 
-def describe(parts: Parts, job: Job, fitted: Fitted) -> dict[str, Any]:
+def describe(parts: Parts, position: Position) -> dict[str, Any]:
     """The parts of run.json that this run made."""
     report, injected = parts.data.report, parts.injected
     return {
@@ -107,7 +107,7 @@ def describe(parts: Parts, job: Job, fitted: Fitted) -> dict[str, Any]:
             "trained_tokens": report.trained_tokens,
             "eval_rows": len(parts.data.eval),
         },
-        "result": result_of(parts, job, fitted),
+        "result": result_of(parts, position),
         "memory": {
             "planned_bytes": parts.plan.peak_bytes if parts.plan else None,
             "peak_bytes": peak_bytes(parts.processes.device),
@@ -116,15 +116,15 @@ def describe(parts: Parts, job: Job, fitted: Fitted) -> dict[str, Any]:
     }
 
 
-def result_of(parts: Parts, job: Job, fitted: Fitted) -> dict[str, Any]:
+def result_of(parts: Parts, position: Position) -> dict[str, Any]:
     """Losses at the start and the end, and how many steps it took."""
     evaluations = [line for line in read_metrics(Path(parts.recipe.train.output)) if line.get("event") == "eval"]
     return {
-        "steps": fitted.position.step,
-        "loss": fitted.loss,
-        "eval_loss": fitted.evaluation.loss if fitted.evaluation else None,
+        "steps": position.step,
+        "loss": position.loss,
+        "eval_loss": position.eval_loss,
         "eval_loss_before": evaluations[0].get("eval_loss") if evaluations else None,
-        "best_eval_loss": fitted.position.best_loss,
-        "best_step": fitted.position.best_step,
-        "skipped_steps": fitted.skipped_steps,
+        "best_eval_loss": position.best_loss,
+        "best_step": position.best_step,
+        "skipped_steps": position.skipped_steps,
     }

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from qlora.errors import RecipeError, did_you_mean
+from qlora.errors import NotBuiltYet, RecipeError, did_you_mean
 
 
 class Kinds(Mapping[str, Any]):
@@ -19,7 +20,16 @@ class Kinds(Mapping[str, Any]):
         if kind not in self._entries:
             raise RecipeError(f"{self.noun}: no {kind!r}.{did_you_mean(kind, self._entries)}")
         module, _, name = self._entries[kind].partition(":")
-        return getattr(import_module(module), name)
+        try:
+            return getattr(import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            raise NotBuiltYet(f"{self.noun}: {kind!r} is not built yet.{self._built()}") from error
+
+    def _built(self) -> str:
+        built = [kind for kind, place in self._entries.items() if find_spec(place.partition(":")[0])]
+        return f" Built: {', '.join(built)}."
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

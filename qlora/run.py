@@ -57,11 +57,11 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
         job = assemble(parts, log, stop)
         position = resume(parts, job)
         with log.watching(job.steps):
-            fitted = fit(job, position)
-        keep_best(parts, job, fitted.position)
+            position = fit(job, position)
+        keep_best(parts, job, position)
         manifest: Mapping[str, Any] = {}
         if processes.writes:
-            manifest = leave(parts, job, fitted, time.monotonic() - started)
+            manifest = leave(parts, position, time.monotonic() - started)
         processes.end()
     return manifest
 
@@ -191,7 +191,10 @@ def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
     # The schedule may be stretched as long as the steps already taken keep their rate; it is compared by value.
     for free in ("optim.schedule", "optim.warmup"):
         del keys[free]
+    rows = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
+    keys |= {f"data.{key}": value for key, value in rows.items()}
     keys["train.seed"], keys["train.global_batch"] = recipe.train.seed, recipe.train.global_batch
+    keys["model.dtype"] = parts.base.manifest.dtype
     keys["base sha256"], keys["data sha256"] = parts.base.manifest.sha256, parts.data.report.sha256
     return keys
 

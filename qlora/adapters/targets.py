@@ -15,6 +15,10 @@ def select(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
         return known
     if isinstance(targets, str):
         return _matching(known, targets, _pattern(targets).fullmatch)
+    if not targets:
+        raise AdapterError(
+            "adapter.targets: an empty list adapts nothing. Allowed: all-linear, or names such as q_proj."
+        )
     chosen = {path for name in targets for path in _matching(known, name, _ends_with(name))}
     return [path for path in known if path in chosen]
 

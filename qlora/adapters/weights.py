@@ -4,6 +4,8 @@ Every file carries the fingerprint of its base in the safetensors header, where 
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,13 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 FINGERPRINT = "qlora.base_sha256"
 MAX_RANK = 65_536
+MAX_EXPRESSION = 500  # characters of a pattern's key
+PEFT_ALPHA = 8  # PEFT's own default
+REFUSED = (  # settings that change what an adapter computes, in ways that are not built
+    "use_dora", "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
+    "target_parameters", "trainable_token_indices", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
+    "monteclora_config", "arrow_config",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,13 @@ def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None
 
 
 def serialize(named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file in memory, its header marked as PyTorch's."""
-    return save(dict(named), metadata={"format": "pt", **(metadata or {})})
+    """A safetensors file in memory, its header marked as PyTorch's; the same tensors are the same bytes."""
+    written = save(dict(named), metadata={"format": "pt", **(metadata or {})})
+    size = int.from_bytes(written[:8], "little")
+    # The library writes its header's entries in random order.
+    header = json.dumps(json.loads(written[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + written[8 + size :]
 
 
 def read_named(path: Path) -> dict[str, Tensor]:
@@ -139,6 +153,7 @@ def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_ba
     note = _check_base(file, base_sha256, allow_other_base)
     frozen = frozen_linears(model)
     problems = [problem for path, pair in file.pairs.items() if (problem := _misfit(path, pair, frozen))]
+    problems += [f"{path} is named by target_modules, but the file lacks it" for path in _lacking(file, frozen)]
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
@@ -151,7 +166,7 @@ def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_ba
 
 def settings(file: AdapterFile, path: str, rank: int) -> Lora:
     """Kind, rank and alpha of one module, the patterns of the config taken into account."""
-    alpha = _by_pattern(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", rank))
+    alpha = _by_pattern(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", PEFT_ALPHA))
     kind = RsLora if file.config.get("use_rslora") else Lora
     return kind(rank=rank, alpha=float(alpha), dropout=float(file.config.get("lora_dropout") or 0.0))
 
@@ -180,6 +195,8 @@ def _misfit(path: str, pair: tuple[Tensor, Tensor], frozen: Mapping[str, Any]) -
     if path not in frozen:
         return f"{path} is no linear layer here"
     layer = frozen[path]
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return f"{path} is stored as {a.dtype}, not as numbers"
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK:
         return f"{path} has A {list(a.shape)} and B {list(b.shape)}"
     if (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
@@ -190,8 +207,8 @@ def _misfit(path: str, pair: tuple[Tensor, Tensor], frozen: Mapping[str, Any]) -
 
 
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the path's end wins."""
-    return next((value for key, value in patterns.items() if path == key or path.endswith(f".{key}")), default)
+    """PEFT's rule: the first key that, read as an expression, is the path or its end wins."""
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)), default)
 
 
 def _split(key: str, folder: Path) -> tuple[str, str]:
@@ -211,17 +228,41 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type must be LORA.")
-    refused = next((key for key in ("use_dora", "modules_to_save", "lora_bias") if found.get(key)), None)
+    refused = next((key for key in REFUSED if found.get(key)), None)
     if refused:
         raise AdapterError(f"{path}: {refused} can't be read yet.")
-    numbers = [found.get("lora_alpha", 1), *_values(found.get("alpha_pattern"))]
-    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
-        raise AdapterError(f"{path}: lora_alpha must be a number above 0.")
+    _check_numbers(path, found)
     return found
 
 
-def _values(pattern: Any) -> list[Any]:
-    return list(pattern.values()) if isinstance(pattern, dict) else []
+def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """AdapterError unless alpha, dropout and the patterns are what they should be."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(_is_expression(key) for key in patterns):
+        raise AdapterError(f"{path}: alpha_pattern must map expressions for module names to numbers.")
+    for alpha in (config.get("lora_alpha", PEFT_ALPHA), *patterns.values()):
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+            raise AdapterError(f"{path}: lora_alpha: found {alpha!r}, allowed: a number above 0.")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise AdapterError(f"{path}: lora_dropout: found {dropout!r}, allowed: a number from 0 to below 1.")
+
+
+def _is_expression(key: Any) -> bool:
+    try:
+        return isinstance(key, str) and len(key) < MAX_EXPRESSION and re.compile(key) is not None
+    except re.error:
+        return False
+
+
+def _lacking(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
+    """Layers of the base that the adapter's settings name, but its file does not hold."""
+    named = file.config.get("target_modules")
+    narrowed = any(file.config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if narrowed or not isinstance(named, list):
+        return []
+    wanted = [path for path in frozen if any(path == name or path.endswith(f".{name}") for name in named)]
+    return [path for path in wanted if path not in file.pairs]
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

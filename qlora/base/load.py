@@ -21,7 +21,7 @@ from qlora.base.prequantized import companions, is_prequantized, read
 from qlora.base.shards import Shards
 from qlora.base.skeleton import build, linear_paths, read_config, read_tokenizer, renamer, stop_ids
 from qlora.errors import BaseModelError
-from qlora.quant.linear import FrozenLinear
+from qlora.quant.linear import FLOATS, FrozenLinear
 
 Report = Callable[[int, int], None]  # (tensors read, tensors in all)
 
@@ -118,7 +118,7 @@ class _Filling:
             raise BaseModelError(f"model: {self.folder}: {key!r} is stored in 4 bits, but only linear layers may be.")
         tensor = self.shards[key]
         expected = self.model.get_parameter(name)
-        self._check_shape(key, tensor, tuple(expected.shape))
+        self._check(key, tensor, tuple(expected.shape))
         hashed = self.hasher.submit(self.fingerprint.add, name, [tensor])
         value = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
         _set(self.model, name, value)
@@ -144,6 +144,7 @@ class _Filling:
         hashed.result()
 
     def _quantized(self, key: str, tensor: Tensor, bias: Tensor | None) -> FrozenLinear:
+        self._check_dtype(key, tensor)
         try:
             return self.quantizer.quantize(tensor.to(self.device, self.dtype), bias)
         except BaseModelError as error:
@@ -154,13 +155,24 @@ class _Filling:
         if bias_key not in self.shards:
             raise BaseModelError(f"model: {self.folder}: {bias_key!r} is missing. Fetch the folder again.")
         bias = self.shards[bias_key]
+        self._check(bias_key, bias, tuple(self.model.get_parameter(f"{path}.bias").shape))
         self.fingerprint.add(f"{path}.bias", [bias])
         return bias.to(self.device, self.dtype)
 
-    def _check_shape(self, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    def _check(self, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+        self._check_dtype(key, tensor)
+        if not all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
+            raise BaseModelError(f"model: {self.folder}: {key!r} holds NaN or infinity. Is the file damaged?")
         if tuple(tensor.shape) != expected:
             raise BaseModelError(
                 f"model: {self.folder}: {key!r} is {list(tensor.shape)}, but config.json wants {list(expected)}."
+            )
+
+    def _check_dtype(self, key: str, tensor: Tensor) -> None:
+        if tensor.dtype not in FLOATS:
+            raise BaseModelError(
+                f"model: {self.folder}: {key!r} is stored as {name_of(tensor.dtype)}, which needs scales that can't be "
+                "read yet. Take the 16-bit checkpoint, or one in bitsandbytes' 4 bits."
             )
 
     def _refuse_missing(self) -> None:

@@ -27,10 +27,9 @@ def read_config(folder: Path) -> Any:
     """The model's configuration. BaseModelError for one that is damaged, needs remote code, or has experts."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a broken file makes transformers raise
         raise BaseModelError(f"model: {folder / 'config.json'}: {_first_line(error)}") from error
-    text = config.get_text_config()
-    experts = next((name for name in EXPERT_COUNTS if int(text.to_dict().get(name) or 0) > 1), None)
+    experts = _experts(config.to_dict())
     if experts:
         raise BaseModelError(
             f"model: {folder} is a mixture of experts ({experts}); these can't be trained yet. Take a dense model."
@@ -45,11 +44,21 @@ def build(config: Any, dtype: torch.dtype, attention: str, device: torch.device)
             model = _from_config(config, dtype, NAME if attention == "auto" else attention)
             if attention == "auto" and not model._supports_sdpa:  # Gemma 2 caps its scores, which no kernel here does
                 model = _from_config(config, dtype, "eager")
-    except (ValueError, ImportError) as error:
-        raise BaseModelError(f"model: {_first_line(error)}") from error
+    except Exception as error:  # sizes that make no model raise whatever the first layer trips over
+        raise BaseModelError(f"model: config.json makes no model: {_first_line(error)}") from error
     model.requires_grad_(False)
     _fill_buffers(model, device)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _experts(config: Mapping[str, Any]) -> str | None:
+    """The key that counts experts, at any depth, if there is more than one."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and (found := _experts(value)):
+            return found
+        if key in EXPERT_COUNTS and isinstance(value, int) and value > 1:
+            return key
+    return None
 
 
 def _from_config(config: Any, dtype: torch.dtype, attention: str) -> Any:

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora.data import batches, cache, labels, source, workers
+from qlora.data import cache, labels, source, workers
 from qlora.data.columns import Array, Columns
-from qlora.data.drafts import Encoded
-from qlora.data.encoding import Made, Raw, encoded_rows
-from qlora.data.labels import DataReport, Gate, Keys
+from qlora.data.encoding import encoded_rows
+from qlora.data.gate import Gate, admit
+from qlora.data.labels import DataReport
 from qlora.data.packing import Indices, arrange
 from qlora.data.places import Located, locate
 from qlora.data.rows import DOCUMENTS, Documents, DocumentWriter, Rows
+from qlora.data.split import held_out
 from qlora.data.tokens import Encoder
-from qlora.data.types import BadRow, Example, Finding, Row, RowError
+from qlora.data.types import Example, Finding
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ def prepare(section: "Data", encoder: Encoder, seed: int, progress: Progress = l
 
     known = cache.entry(_key(section, encoder, seed, sets), build)
     documents = Documents(known.columns)
-    train, held_out = (
+    train, evaluation = (
         Rows(documents, known.columns[f"{name}_order"], known.columns[f"{name}_ends"]) for name in ("train", "eval")
     )
     report = DataReport.from_json(known.report)
-    return Prepared(train, held_out, replace(report, notes=[*encoder.notes, known.note]))
+    return Prepared(train, evaluation, replace(report, notes=[*encoder.notes, known.note]))
 
 
 def _sets(section: "Data") -> tuple[_Set, _Set]:
@@ -113,7 +114,7 @@ class _Walk:
         keys = np.asarray(gate.keys, dtype=np.uint64)
         picked = np.zeros(gate.kept, dtype=bool)
         if self._section.eval is None:
-            picked = _held_out(keys, self._section.eval_fraction, self._seed)
+            picked = held_out(keys, self._section.eval_fraction, self._seed)
         train = np.repeat(np.flatnonzero(~picked), np.asarray(gate.copies)[~picked])
         evaluation = np.flatnonzero(picked) if self._section.eval is None else gate.kept + np.arange(held.kept)
         order, ends = self._packed(train, documents)
@@ -136,7 +137,7 @@ class _Walk:
             before = gate.rows
             rows = source.read(src, place, (self._seed, index))
             for row, made in encoded_rows(rows, src.format or self._section.format, self._encoder, self._crew):
-                _pass(gate, row, made, self._section)
+                admit(gate, row, made, self._section)
                 self._count()
             if gate.rows == before:
                 raise DataError(f"{src.path}: no rows in this data set. {one.name} needs at least one.")
@@ -150,47 +151,6 @@ class _Walk:
 
 _PLAN = ("train_order", "train_ends", "eval_order", "eval_ends")
 _REPORT_ROWS = 256
-
-
-def _pass(gate: Gate, row: Raw, made: Made, section: "Data") -> None:
-    """Keep, cut or drop one row."""
-    if isinstance(row, BadRow):
-        gate.drop(row.where, row.reason, row.detail, fatal=True)
-    elif isinstance(made, RowError):
-        gate.drop(row.where, made.reason, made.detail)
-    elif made is not None and len(made.example) <= section.max_length:
-        gate.keep(made, row.copies)
-    elif made is not None:
-        _overlong(gate, row, made, section)
-
-
-def _overlong(gate: Gate, row: Row, made: Encoded, section: "Data") -> None:
-    found = f"{len(made.example)} tokens, data.max_length is {section.max_length}"
-    short = labels.truncate(made.example, section.max_length)
-    if section.overlong != "truncate":
-        gate.drop(row.where, "overlong", found, fatal=section.overlong == "error")
-    elif not short.trained_tokens():
-        gate.drop(row.where, "nothing left to train", f"{found}, and what is trained comes after")
-    else:
-        gate.truncated += 1
-        gate.warnings.append(Finding(row.where, f"truncated: {found}"))
-        gate.keep(replace(made, example=short, ends=False), row.copies)
-
-
-def _held_out(keys: Keys, fraction: float, seed: int) -> Array:
-    """Which rows are held out, as flags: about `fraction`, at least one of two; equal rows stay together."""
-    if fraction <= 0 or len(keys) < 2:
-        return np.zeros(len(keys), dtype=bool)
-    wanted = min(max(1, round(fraction * len(keys))), len(keys) - 1)
-    said, counts = np.unique(keys, return_counts=True)
-    picked, rows = list[int](), 0
-    for group in np.argsort(batches.scatter(seed, 0, said), kind="stable"):
-        if rows == wanted:
-            break
-        if rows + counts[group] <= wanted:
-            picked.append(int(group))
-            rows += int(counts[group])
-    return np.isin(keys, said[picked])
 
 
 def _report(gate: Gate, held: Gate, picked: Array, documents: Documents) -> DataReport:

@@ -60,11 +60,6 @@ class Documents(Sequence[Example]):
         """The place document `index` came from."""
         return bytes(self._where[_span(self._where_ends, range(len(self))[index])]).decode("utf-8", "surrogateescape")
 
-    def length(self, index: int) -> int:
-        """Tokens of document `index`."""
-        span = _span(self._ends, range(len(self))[index])
-        return span.stop - span.start
-
     @property
     def lengths(self) -> Indices:
         """Tokens of each document."""
@@ -90,11 +85,6 @@ class Rows(Sequence[Example]):
             return [self[each] for each in range(*index.indices(len(self)))]
         span = _span(self._ends, range(len(self))[index])
         return join([self.documents[int(each)] for each in self._order[span]])
-
-    def length(self, index: int) -> int:
-        """Tokens of row `index`, without reading them."""
-        span = _span(self._ends, range(len(self))[index])
-        return sum(self.documents.length(int(each)) for each in self._order[span])
 
 
 def _span(ends: Array, index: int) -> slice:

@@ -4,9 +4,7 @@ The base learns to find a buyer, a city, a thing or a price in a sentence. What 
 that the demo's fine-tune teaches (make_data.py).
 """
 
-from collections.abc import Mapping
 from random import Random
-from typing import Any
 
 from qlora.demo.make_data import fields_of, sentence_of
 
@@ -29,21 +27,22 @@ REPLIES = [
 ]
 
 
+RETOLD = "{name} of {city} got the {item} for {price} {currency}."
+
+
 def task(random: Random) -> Turn:
-    """One conversation: a question, two questions, an echo, or a sentence that is only acknowledged."""
+    """One conversation: an echo, the same in other words, a question, or a sentence that is only acknowledged.
+
+    Echoes and retellings are most of them: every word of their answers has to be found in the sentence.
+    """
     fields = fields_of(random)
     sentence, kind = sentence_of(random, fields), random.random()
-    if kind < 0.60:
+    if kind < 0.35:
+        return f"Say it again: {sentence}", sentence
+    if kind < 0.70:
+        return f"Say it in other words: {sentence}", RETOLD.format(**fields)
+    if kind < 0.90:
         question, answer = random.choice(QUESTIONS)
         asked = f"{sentence} {question}" if random.random() < 0.5 else f"{question} {sentence}"
         return asked, answer.format(**fields)
-    if kind < 0.72:
-        return f"Say it again: {sentence}", sentence
-    if kind < 0.84:
-        return _two_questions(random, sentence, fields)
     return sentence, random.choice(REPLIES).format(**fields)
-
-
-def _two_questions(random: Random, sentence: str, fields: Mapping[str, Any]) -> Turn:
-    first, second = random.sample(QUESTIONS, 2)
-    return f"{sentence} {first[0]} {second[0]}", f"{first[1]} {second[1]}".format(**fields)

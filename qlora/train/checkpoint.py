@@ -29,6 +29,12 @@ class Position:
     """Where a run stands between two optimizer steps: all that is not in the weights or the optimizer."""
 
     step: int = 0  # optimizer steps taken
+    loss: float | None = None  # of the last logged line
+    eval_loss: float | None = None  # of the last evaluation
+    evaluated_step: int | None = None  # when that was
+    skipped_steps: int = 0  # whose gradient was not finite
+    open_loss: float = 0.0  # summed over the steps since the last logged line
+    open_trained_tokens: int = 0
     best_loss: float | None = None  # lowest evaluation loss so far
     best_step: int | None = None
     evaluations_since_best: int = 0

@@ -58,7 +58,8 @@ class Log:
     def train(self, line: Mapping[str, Any]) -> None:
         """A logged training step."""
         self._write({"event": "train", **line})
-        text = f"loss {line['loss']:.4f}  rate {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+        text = f"loss {loss}  rate {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
         self._show(int(line["step"]), text)
 
     def evaluation(self, line: Mapping[str, Any]) -> None:

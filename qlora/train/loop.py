@@ -5,6 +5,7 @@ into micro-batches and processes does not change the answer. Order, rate and dro
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,11 @@ from qlora.errors import InputError, QloraError
 from qlora.memory.meter import peak_bytes
 from qlora.train import SCHEDULES, Optim, Train
 from qlora.train.checkpoint import Checkpoints, Position, Saved
-from qlora.train.evaluate import Evaluation, evaluate
+from qlora.train.evaluate import evaluate
 from qlora.train.guard import FiniteGuard, StopSignal
 from qlora.train.log import Log
 from qlora.train.optim import set_factor
-from qlora.train.schedule import warmup_steps
+from qlora.train.schedule import rounded_up, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -56,47 +57,32 @@ class Step:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """How the run ended."""
-
-    position: Position
-    loss: float | None  # of the last logged step, per trained token
-    evaluation: Evaluation | None
-    skipped_steps: int
-
-
-def fit(job: Job, position: Position) -> Fitted:
+def fit(job: Job, position: Position) -> Position:
     """Train from `position` to the last step. Stopped, after an exact checkpoint, on SIGINT or SIGTERM."""
-    evaluation, loss, skipped, window = None, None, 0, list[Step]()
     if job.processes.any(job.stop.number is not None):
-        raise job.stop.error(
-            f"before step {position.step + 1}, so there is nothing new to save; the same command starts it"
-        )
-    if job.held_out and position.step == 0:
-        position, evaluation = _evaluate(job, position)
-    for step in range(position.step, job.steps):
-        taken = _step(job, step)
-        skipped += not taken.trained_tokens
-        window.append(taken)
-        position = replace(position, step=step + 1)
-        if _due(position.step, job.settings.log_every) or position.step == job.steps:
-            loss = _log(job, position.step, window)
-            window = []
-        if job.held_out and (_due(position.step, job.settings.eval_every) or position.step == job.steps):
-            position, evaluation = _evaluate(job, position)
-        _save_or_stop(job, position)
-        if _no_longer_improves(job, position):
-            job.log.say(f"no better held-out loss for {job.settings.early_stop} evaluations: the run ends here")
-            break
-    return Fitted(position, loss, evaluation, skipped)
+        raise job.stop.error(f"before step {position.step + 1}: nothing new to save; the same command starts it again")
+    position, window = _evaluate_if_due(job, position), list[Step]()
+    while position.step < job.steps and not _no_longer_improves(job, position):
+        window.append(_step(job, position.step))
+        position = _after(position, window[-1])
+        stopping = job.processes.any(job.stop.number is not None)
+        if stopping or _due(position.step, job.settings.log_every) or position.step == job.steps:
+            position, window = _log(job, position, window), []
+        if not stopping:  # else the resumed run does it first
+            position = _evaluate_if_due(job, position)
+        _save_if_due(job, position, stopping)
+        if stopping:
+            raise job.stop.error(f"{job.checkpoints.folder_of(position.step)} holds it; the same command resumes it")
+    if position.step < job.steps:
+        job.log.say(f"no better held-out loss for {job.settings.early_stop} evaluations: the run ends here")
+    return position
 
 
 def steps_of(settings: Train, rows: int) -> int:
     """Optimizer steps of the whole run: `max_steps`, or the epochs' (a fraction of an epoch is rounded up)."""
     if settings.max_steps is not None:
         return settings.max_steps
-    return max(1, -int(-(settings.epochs or 1) * steps_per_epoch(rows, settings.global_batch) // 1))
+    return max(1, rounded_up(settings.epochs * steps_per_epoch(rows, settings.global_batch)))
 
 
 def factor_of(optim: Optim, step: int, steps: int) -> float:
@@ -174,15 +160,26 @@ def _batches(job: Job, rows: Sequence[int]) -> Iterator[Batch]:
         yield batch if share else batch.silent()
 
 
-def _log(job: Job, step: int, window: Sequence[Step]) -> float | None:
-    """A line for the steps since the last one; returns their loss per trained token."""
-    trained = sum(taken.trained_tokens for taken in window)
-    loss = sum(taken.loss for taken in window) / trained if trained else None
+def _after(position: Position, taken: Step) -> Position:
+    """The position one step on."""
+    return replace(
+        position,
+        step=position.step + 1,
+        skipped_steps=position.skipped_steps + (not taken.trained_tokens),
+        open_loss=position.open_loss + taken.loss,
+        open_trained_tokens=position.open_trained_tokens + taken.trained_tokens,
+    )
+
+
+def _log(job: Job, position: Position, window: Sequence[Step]) -> Position:
+    """A line for the steps since the last one; `window` are those of this process's life, for the speed."""
+    trained = position.open_trained_tokens
+    loss = position.open_loss / trained if trained else None
     line = {
-        "step": step,
-        "epoch": step / steps_per_epoch(len(job.train), job.settings.global_batch),
-        "loss": float("nan") if loss is None else loss,
-        "learning_rate": job.optim.learning_rate * factor_of(job.optim, step - 1, job.steps),
+        "step": position.step,
+        "epoch": _epoch(job, position),
+        "loss": loss,
+        "learning_rate": job.optim.learning_rate * factor_of(job.optim, position.step - 1, job.steps),
         "grad_norm": window[-1].grad_norm,
         "trained_tokens": trained,
         "tokens_per_second": sum(taken.tokens for taken in window) / max(1e-9, sum(taken.seconds for taken in window)),
@@ -190,36 +187,41 @@ def _log(job: Job, step: int, window: Sequence[Step]) -> float | None:
     }
     if job.processes.is_main:
         job.log.train(line)
-    return loss
+    return replace(position, loss=loss, open_loss=0.0, open_trained_tokens=0)
 
 
-def _evaluate(job: Job, position: Position) -> tuple[Position, Evaluation]:
-    """Held-out loss at `position`, logged; the position remembers the best one."""
+def _evaluate_if_due(job: Job, position: Position) -> Position:
+    """Held-out loss before the first step, after the last one, and every `eval_every`; logged and remembered."""
+    ends = position.step in (0, job.steps)
+    if not job.held_out or position.evaluated_step == position.step:
+        return position
+    if not ends and not _due(position.step, job.settings.eval_every):
+        return position
     found = evaluate(job.processes.bare(job.model), job.held_out, job.settings.micro_batch, job.processes)
     line = {"step": position.step, "eval_loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-    line["epoch"] = position.step / steps_per_epoch(len(job.train), job.settings.global_batch)
-    line["peak_bytes"] = peak_bytes(job.processes.device)
+    line |= {"epoch": _epoch(job, position), "peak_bytes": peak_bytes(job.processes.device)}
     if job.processes.is_main:
         job.log.evaluation(line)
-    if position.best_loss is None or found.loss < position.best_loss:
-        position = replace(position, best_loss=found.loss, best_step=position.step, evaluations_since_best=0)
-    else:
-        position = replace(position, evaluations_since_best=position.evaluations_since_best + 1)
-    return position, found
+    finite = found.loss if math.isfinite(found.loss) else None
+    position = replace(position, eval_loss=finite, evaluated_step=position.step)
+    if finite is not None and (position.best_loss is None or finite < position.best_loss):
+        return replace(position, best_loss=finite, best_step=position.step, evaluations_since_best=0)
+    return replace(position, evaluations_since_best=position.evaluations_since_best + 1)
 
 
-def _save_or_stop(job: Job, position: Position) -> None:
-    """A checkpoint when one is due; on a signal one in any case, and then the end."""
-    stopping = job.processes.any(job.stop.number is not None)
+def _epoch(job: Job, position: Position) -> float:
+    return position.step / steps_per_epoch(len(job.train), job.settings.global_batch)
+
+
+def _save_if_due(job: Job, position: Position, stopping: bool) -> None:
+    """A checkpoint every `save_every`, at the end, at the best evaluation of an early-stopped run, and on a signal."""
     settings = job.settings
-    due = _due(position.step, settings.save_every) or (settings.save_every and position.step == job.steps)
+    due = settings.save_every and (_due(position.step, settings.save_every) or position.step == job.steps)
     best = settings.early_stop and position.best_step == position.step
     if (stopping or due or best) and job.processes.writes:
         taken = replace(position, rates_sha256=rates_sha256(job.optim, position.step, job.steps))
         job.checkpoints.save(taken, job.optimizer, job.trainable)
     job.processes.wait()
-    if stopping:
-        raise job.stop.error(f"checkpoint-{position.step:06d} holds step {position.step}; the same command resumes it")
 
 
 def _no_longer_improves(job: Job, position: Position) -> bool:

@@ -106,10 +106,8 @@ def _restore(optimizer: torch.optim.Optimizer, place: tuple[Any, ...], saved: Ma
         optimizer.init_state(*place)
         state = optimizer.state[parameter]
     else:
-        state = optimizer.state[parameter] = {entry: torch.empty_like(value) for entry, value in saved.items()}
-        for entry, value in saved.items():
-            if value.shape == parameter.shape:
-                state[entry] = value.to(parameter.device, copy=True)
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        state = optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
     for entry, value in saved.items():
         _fill(state, entry, value)
 

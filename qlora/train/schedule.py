@@ -5,7 +5,12 @@ import math
 
 def warmup_steps(warmup: float, steps: int) -> int:
     """`warmup` below 1 is a share of `steps` (rounded up), else a number of steps."""
-    return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    return rounded_up(warmup * steps) if warmup < 1 else int(warmup)
+
+
+def rounded_up(count: float) -> int:
+    """The next whole number, the noise of binary fractions left out: 0.07 * 100 is 7."""
+    return math.ceil(round(count, 9))
 
 
 def ramp(step: int, warmup: int) -> float:

@@ -52,21 +52,22 @@ def test_results_come_in_the_order_of_the_chunks(count, crew):
     assert results(slow_at_first, count, crew) == [i**2 for i in range(1, count + 1)]
 
 
-def test_a_worker_killed_at_random_fifty_times_changes_nothing():
+def test_a_worker_killed_at_random_fifty_times_changes_nothing(tmp_path):
     draw, parent = random.Random(0), os.getpid()
-    for _ in range(50):
-        victim, marker = draw.randrange(1, 61), os.urandom(4).hex()
+    for trial in range(50):
+        victim, marker = draw.randrange(1, 61), tmp_path / str(trial)
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
 
-        def work(chunk, victim=victim, marker=Path(f"/tmp/{marker}")):
+        def work(chunk, victim=victim, marker=marker, number=number):
             if any(item.value == victim for item in chunk) and not marker.exists():
                 marker.touch()
-                os.kill(os.getpid(), draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV]))
+                os.kill(os.getpid(), number)
             return squares(chunk)
 
         started = time.monotonic()
         assert results(work, 60, 2) == [i**2 for i in range(1, 61)]
         assert time.monotonic() - started < ALIVE_SECONDS
-        Path(f"/tmp/{marker}").unlink()
+        assert marker.exists()
     assert os.getpid() == parent
 
 

@@ -94,18 +94,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            marks=pytest.mark.xfail(strict=True, reason="adapters/weights.py _by_pattern: PEFT's keys are expressions")
-            if case == "by regular expression"
-            else [],
-        )
-        for case in PATTERNS
-    ],
-)
+@pytest.mark.parametrize("case", PATTERNS)
 def test_we_read_pefts_folder(zoo: Zoo, case: str, tmp_path: Path) -> None:
     leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(
@@ -126,7 +115,6 @@ def test_we_read_pefts_folder(zoo: Zoo, case: str, tmp_path: Path) -> None:
     assert (before - logits(base.model)).abs().max() > 0.1
 
 
-@pytest.mark.xfail(strict=True, reason="adapters/weights.py settings: PEFT's default lora_alpha is 8, not the rank")
 def test_pefts_default_alpha_is_taken_where_its_config_is_silent(zoo: Zoo, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(0)

@@ -67,7 +67,6 @@ def test_evaluations_are_at_the_start_at_the_end_and_in_between_as_asked(zoo: Zo
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.xfail(strict=True, reason="train/loop.py fit: early_stop is asked after a step only")
 def test_a_run_that_gets_no_better_ends_early_and_stays_ended(zoo: Zoo, tmp_path: Path) -> None:
     options = ("data.eval_fraction=0.2", "train.eval_every=1", "train.early_stop=2", "train.max_steps=40")
     recipe = one_backward_a_step(zoo, tmp_path, *options, "optim.learning_rate=0.3")
@@ -98,7 +97,6 @@ def test_the_best_and_the_newest_checkpoints_stay(zoo: Zoo, tmp_path: Path) -> N
     assert {8, 9} <= found <= {8, 9, best}
 
 
-@pytest.mark.xfail(strict=True, reason="a NaN eval_loss makes write_json raise ValueError: loop._evaluate, run.json")
 def test_a_held_out_loss_that_is_not_finite_ends_in_no_stack_trace(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

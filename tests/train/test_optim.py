@@ -96,7 +96,6 @@ def test_state_of_another_optimiser_or_another_rank_is_refused() -> None:
         load_state(build("adamw", named := parameters()), named, {"gone.A/exp_avg": torch.zeros(3)})
 
 
-@pytest.mark.xfail(strict=True, reason="train/optim.py load_state: AdamW takes any entries, bitsandbytes' too")
 def test_adamw_refuses_the_state_of_bitsandbytes() -> None:
     named = parameters()
     optimizer = build("paged_adamw_32bit", named)

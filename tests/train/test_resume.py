@@ -35,7 +35,6 @@ def test_running_twice_is_the_same_run(sessions: Callable[[str], Session], tmp_p
     same_run(session.folder / "whole", tmp_path / "run")
 
 
-@pytest.mark.xfail(strict=True, reason="train/loop.py fit: no step left, so loss and eval_loss become null in run.json")
 @pytest.mark.xdist_group("resume")
 def test_a_finished_run_started_again_keeps_its_result(sessions: Callable[[str], Session], tmp_path: Path) -> None:
     session = sessions("paged_adamw_8bit")
@@ -54,7 +53,6 @@ def test_a_named_checkpoint_is_resumed_from_anywhere(sessions: Callable[[str], S
         run(session.recipe(tmp_path / "other", f"train.resume={tmp_path / 'nothing'}"))
 
 
-@pytest.mark.xfail(strict=True, reason="train/loop.py fit: the steps since the last line are not in Position")
 @pytest.mark.xdist_group("resume")
 def test_a_loss_line_over_several_steps_is_the_same_after_a_stop(
     sessions: Callable[[str], Session], tmp_path: Path
@@ -69,8 +67,6 @@ def test_a_loss_line_over_several_steps_is_the_same_after_a_stop(
 
 
 # ---- what may not change
-
-NOT_FIXED = pytest.mark.xfail(strict=True, reason="run.py fixed_of: rows and compute dtype change unnoticed")
 
 
 @pytest.mark.xdist_group("resume")
@@ -94,11 +90,11 @@ NOT_FIXED = pytest.mark.xfail(strict=True, reason="run.py fixed_of: rows and com
         ("quant.double=false", "quant.double"),
         ("train.seed=1", "train.seed"),
         ("train.global_batch=2", "train.global_batch"),
-        pytest.param("data.packing=true", "data.packing", marks=NOT_FIXED),
-        pytest.param("data.max_length=60", "data.max_length", marks=NOT_FIXED),
-        pytest.param("data.train_on=all", "data.train_on", marks=NOT_FIXED),
-        pytest.param("data.eval_fraction=0.3", "data.eval_fraction", marks=NOT_FIXED),
-        pytest.param("model.dtype=bfloat16", "model.dtype", marks=NOT_FIXED),
+        ("data.packing=true", "data.packing"),
+        ("data.max_length=60", "data.max_length"),
+        ("data.train_on=all", "data.train_on"),
+        ("data.eval_fraction=0.3", "data.eval_fraction"),
+        ("model.dtype=bfloat16", "model.dtype"),
     ],
 )
 def test_a_change_of_the_mathematics_is_refused_by_its_key(
@@ -143,7 +139,6 @@ def test_a_run_may_be_made_longer(sessions: Callable[[str], Session], tmp_path: 
     assert metrics(tmp_path / "long") == metrics(tmp_path / "run")
 
 
-@pytest.mark.xfail(strict=True, reason="run.py resume: the earlier run's checkpoints stay and are resumed")
 @pytest.mark.xdist_group("resume")
 def test_never_forgets_what_was_there(sessions: Callable[[str], Session], tmp_path: Path) -> None:
     """resume=never starts a new run; when that one is interrupted, it is the one that goes on."""

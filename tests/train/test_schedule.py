@@ -57,12 +57,10 @@ def test_a_warm_up_below_one_is_a_share_and_from_one_on_a_number_of_steps() -> N
     assert warmup_steps(0.001, 10) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="train/schedule.py warmup_steps: ceil(0.07 * 100) is 8; round away float noise")
 def test_a_share_of_a_hundred_steps_is_its_hundredths() -> None:
     assert [warmup_steps(share / 100, 100) for share in range(100)] == list(range(100))
 
 
-@pytest.mark.xfail(strict=True, reason="train/loop.py steps_of: 1.1 epochs of 10 steps are 12; round away float noise")
 def test_a_part_of_an_epoch_is_rounded_up_exactly() -> None:
     for hundredths in range(1, 400):
         for rows in (10, 30, 70, 100):

@@ -56,7 +56,6 @@ def test_a_process_that_is_terminated_exits_with_143_and_goes_on(zoo: Zoo, tmp_p
     same_run(tmp_path / "whole", output)
 
 
-@pytest.mark.xfail(strict=True, reason="train/loop.py: stopping between two lines logs none")
 @pytest.mark.xdist_group("resume")
 def test_the_newest_checkpoint_is_of_the_step_logged_last(sessions: Callable[[str], Session], tmp_path: Path) -> None:
     with stop_after(4), pytest.raises(Stopped):
@@ -65,7 +64,6 @@ def test_the_newest_checkpoint_is_of_the_step_logged_last(sessions: Callable[[st
     assert int(newest.name[-6:]) == metrics(tmp_path / "run")[-1]["step"]
 
 
-@pytest.mark.xfail(strict=True, reason="train/loop.py fit: no step left, so loss and eval_loss become null in run.json")
 @pytest.mark.xdist_group("resume")
 def test_a_signal_in_the_last_step_loses_nothing(sessions: Callable[[str], Session], tmp_path: Path) -> None:
     session = sessions("paged_adamw_8bit")
