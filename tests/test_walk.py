@@ -253,15 +253,6 @@ BAD_RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-# What is refused, but not yet as it should be: turns red when it is.
-WRONG: dict[str, str] = {}
-
-
-def knows(case: str) -> Any:
-    marks = [pytest.mark.xfail(strict=True, reason=WRONG[case])] if case in WRONG else []
-    return pytest.param(case, marks=marks)
-
-
 @pytest.fixture(scope="module")
 def bad(walk: Walk) -> Path:
     """Files that can't be used."""
@@ -275,7 +266,7 @@ def bad(walk: Walk) -> Path:
     return walk.folder
 
 
-@pytest.mark.parametrize("case", [knows(case) for case in BAD_RECIPES])
+@pytest.mark.parametrize("case", BAD_RECIPES)
 def test_a_recipe_that_cannot_be_meant_is_refused(walk: Walk, bad: Path, case: str, tmp_path: Path) -> None:
     overrides, named = BAD_RECIPES[case]
     given = [override.format(folder=bad) for override in overrides]
@@ -350,7 +341,7 @@ BAD_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", [knows(case) for case in BAD_WORDS])
+@pytest.mark.parametrize("case", BAD_WORDS)
 def test_words_that_cannot_be_meant_are_refused(walk: Walk, case: str, tmp_path: Path) -> None:
     words, named = BAD_WORDS[case]
     places = {"run": walk.run, "model": walk.model, "out": tmp_path / "out", "recipe": walk.recipe}

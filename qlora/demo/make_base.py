@@ -39,13 +39,13 @@ class Plan:
     """How the base is trained."""
 
     seed: int = 0
-    steps: int = 800
+    steps: int = 1500
     conversations: int = 32  # a step sees so many conversations
-    prose_rows: int = 4  # and so many stretches of prose
+    prose_rows: int = 2  # and so many stretches of prose
     prose_tokens: int = 128  # of so many tokens each,
-    prose_weight: float = 0.5  # which count half
-    learning_rate: float = 3e-3  # the peak; after the warm-up a cosine to a twentieth of it
-    warmup_steps: int = 60
+    prose_weight: float = 0.3  # which count less than the answers
+    learning_rate: float = 4e-3  # the peak; after the warm-up a cosine to a twentieth of it
+    warmup_steps: int = 100
     weight_decay: float = 0.05
 
 
@@ -117,13 +117,13 @@ def train_tokenizer(texts: list[str], vocabulary: int = 2048) -> PreTrainedToken
 
 
 def shape(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The model's shape: 1.7 million parameters, every matrix a multiple of 64 wide and high."""
+    """The model's shape: 0.7 million parameters, every matrix a multiple of 64 wide and high."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,

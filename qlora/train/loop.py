@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from qlora.data.batches import Batch, collate, micro_batches, rows_of_step, steps_per_epoch
+from qlora.data.batches import Batch, by_length, collate, micro_batches, rows_of_step, steps_per_epoch
 from qlora.data.types import Example
 from qlora.distributed.processes import Processes
 from qlora.errors import InputError, QloraError
@@ -154,9 +154,10 @@ def _backward(job: Job, batch: Batch, trained: int) -> Tensor:
 
 def _batches(job: Job, rows: Sequence[int]) -> Iterator[Batch]:
     """The process's micro-batches of a step; one without rows becomes a row without labels, so that all take part."""
+    rows = by_length(rows, [len(job.train[row]) for row in rows])  # rows of like length share a micro-batch
     shares = micro_batches(rows, job.settings.micro_batch, job.processes.rank, job.processes.world)
     for share in shares:
-        batch = collate([job.train[row] for row in share or rows[:1]], pad_id=0)
+        batch = collate([job.train[row] for row in share or rows[-1:]], pad_id=0)
         yield batch if share else batch.silent()
 
 
