@@ -53,7 +53,7 @@ def demonstrate(out: str, say: Callable[[str], None]) -> dict[str, Any]:
 def demo_recipe(out: str) -> Recipe:
     """The embedded recipe, its paths pointing into the installed package."""
     paths = [
-        f"model={DEMO / 'base'}", f"data.train={DEMO / 'data' / 'train.jsonl'}",
+        f"model.name={DEMO / 'base'}", f"data.train={DEMO / 'data' / 'train.jsonl'}",
         f"data.eval={DEMO / 'data' / 'eval.jsonl'}", f"train.output={out}", "train.resume=never",
     ]  # fmt: skip
     return read(DEMO / "recipe.yaml", paths)[0]
