@@ -208,6 +208,9 @@ def resume(parts: Parts, job: Job) -> Position:
     for line in skipped:
         job.log.say(line)
     position = Position()
+    aside = job.checkpoints.set_aside() if parts.processes.writes and not saved else None
+    if aside:
+        job.log.say(f"a new run starts here; the checkpoints that were there are in {aside}")
     if saved:
         refuse_changes(saved, job.checkpoints.fixed)
         refuse_other_rates(saved, job.optim, job.steps)

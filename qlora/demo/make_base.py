@@ -39,7 +39,7 @@ class Plan:
     """How the base is trained."""
 
     seed: int = 0
-    steps: int = 1500
+    steps: int = 2800
     conversations: int = 32  # a step sees so many conversations
     prose_rows: int = 2  # and so many stretches of prose
     prose_tokens: int = 128  # of so many tokens each,

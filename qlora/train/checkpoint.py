@@ -21,6 +21,7 @@ from qlora.files import folder_in_one_step, manifest_of, sha256_of, write_bytes,
 from qlora.train.optim import load_state, state_tensors
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
+EARLIER = "earlier-"  # a folder of checkpoints that a new run started over
 MANIFEST, POSITION, OPTIMIZER = "manifest.json", "position.json", "optimizer.safetensors"
 
 
@@ -85,6 +86,18 @@ class Checkpoints:
             except InputError as error:
                 skipped.append(f"skipped {error}")
         return None, skipped
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run's checkpoints out of the way of a new one; nothing is deleted. None if there are none."""
+        folders = _folders(self.output)
+        if not folders:
+            return None
+        number = 1 + sum(path.name.startswith(EARLIER) for path in self.output.iterdir())
+        target = self.output / f"{EARLIER}{number}"
+        target.mkdir()
+        for folder in folders:
+            folder.rename(target / folder.name)
+        return target
 
     def _prune(self, position: Position) -> None:
         folders = sorted(_folders(self.output), key=_step_of)

@@ -144,9 +144,10 @@ def _backward(job: Job, batch: Batch, trained: int) -> Tensor:
         loss: Tensor = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.starts)
         job.processes.backward(loss / max(1, trained))
     except torch.OutOfMemoryError as error:
+        shape = list(batch.input_ids.shape)
         raise QloraError(
-            f"out of memory on a micro-batch of {list(batch.input_ids.shape)} rows x tokens. The same training "
-            "fits with a smaller train.micro_batch (the result does not change), memory.recompute=all, or a shorter "
+            f"out of memory on a micro-batch of {shape} rows x tokens. The same training fits with a smaller "
+            "train.micro_batch (without dropout the result does not change), memory.recompute=all, or a shorter "
             "data.max_length."
         ) from error
     return loss.detach()

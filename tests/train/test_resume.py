@@ -140,7 +140,6 @@ def test_a_run_may_be_made_longer(sessions: Callable[[str], Session], tmp_path: 
     assert metrics(tmp_path / "long") == metrics(tmp_path / "run")
 
 
-@pytest.mark.xfail(strict=True, reason="run.py resume: the earlier run's checkpoints stay and are resumed")
 @pytest.mark.xdist_group("resume")
 def test_never_forgets_what_was_there(sessions: Callable[[str], Session], tmp_path: Path) -> None:
     """resume=never starts a new run; when that one is interrupted, it is the one that goes on."""
