@@ -3,29 +3,41 @@
     python -m qlora.demo.make_data OUT        writes OUT/train.jsonl and OUT/eval.jsonl
 
 Nothing in a row says what to do with the sentence: the behaviour is in the answers alone; only training can show it.
-No buyer (first and family name together) and no item (colour and thing together) of eval.jsonl is in train.jsonl.
+No buyer (first and family name) and no item (its kind and the thing) of eval.jsonl is in train.jsonl.
 """
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 TRAIN_ROWS, EVAL_ROWS = 1000, 64
 HELD_OUT_SHARE = 0.15  # of the buyers, and of the items
 
 WORDS = {
-    "first": "Anna Ben Clara David Elena Felix Greta Hugo Ines Jonas Karin Lars Maria Nils Olga Paul Rosa Stefan Tina",
-    "last": "Berg Castro Duval Engel Fischer Garcia Hansen Ito Jensen Keller Lund Moreau Novak Olsen Park Rossi Sato",
-    "city": "Oslo Paris Berlin Madrid Rome Vienna Lisbon Athens Dublin Prague Geneva Milan Hamburg Tokyo Lima Boston",
-    "colour": "blue red green black white yellow grey brown orange",
-    "thing": "lamp chair bicycle table coat guitar camera clock carpet desk sofa vase bag scarf tent",
+    "first": (
+        "Anna Ben Clara David Elena Felix Greta Hugo Ines Jonas Karin Lars Maria Nils Olga Paul Rosa Stefan "
+        "Tina Viktor Alma Boris Carla Dora Emil Frida Gustav Helen Ivan Judith Klaus Laura Martin Nora Oscar "
+        "Petra Robert Sara Thomas Vera"
+    ),
+    "last": (
+        "Berg Castro Duval Engel Fischer Garcia Hansen Ito Jensen Keller Lund Moreau Novak Olsen Park Rossi "
+        "Sato Torres Urban Vogel Weber Adler Bauer Costa Dahl Ekman Fabre Gruber Holm Ivers Jansen Kraus "
+        "Lopez Meyer Nagy Ortega Petit Reyes"
+    ),
+    "city": (
+        "Oslo Paris Berlin Madrid Rome Vienna Lisbon Athens Dublin Prague Geneva Milan Hamburg Tokyo Lima "
+        "Boston Turin Bergen Lyon Porto Zurich Warsaw Krakow Malmo Dresden Bonn Seville Naples Quito Denver "
+        "Cairo Delhi"
+    ),
+    "kind": "blue red green black white yellow grey brown wooden small large cheap heavy round striped old",
+    "thing": (
+        "lamp chair bicycle table coat guitar camera clock carpet desk sofa vase bag scarf tent mirror radio "
+        "jacket kettle pillow bench basket blanket bottle cabinet compass hat helmet jug lantern map oven "
+        "painting ring shelf spoon stool teapot toaster violin"
+    ),
 }
-FIRST, LAST, CITIES, COLOURS, THINGS = (words.split() for words in WORDS.values())
-BUYERS = [f"{first} {last}" for first in FIRST for last in LAST]
-ITEMS = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
+FIRST, LAST, CITIES, KINDS, THINGS = (words.split() for words in WORDS.values())
 CURRENCIES = {"euros": "EUR", "dollars": "USD", "pounds": "GBP", "francs": "CHF"}
 
 SENTENCES = [
@@ -41,30 +53,11 @@ SENTENCES = [
 ANSWER = "name: {name}; city: {city}; item: {item}; price: {price} {code}"
 
 
-def fields_of(random: Random, buyers: Sequence[str] = BUYERS, items: Sequence[str] = ITEMS) -> dict[str, Any]:
-    """A purchase: who, where, what, and for how much."""
-    currency = random.choice(list(CURRENCIES))
-    return {
-        "name": random.choice(buyers),
-        "city": random.choice(CITIES),
-        "item": random.choice(items),
-        "price": random.randint(5, 990),
-        "currency": currency,
-        "code": CURRENCIES[currency],
-    }
-
-
-def sentence_of(random: Random, fields: Mapping[str, Any]) -> str:
-    """A purchase in words."""
-    text = random.choice(SENTENCES).format(**fields)
-    return text.replace(" a orange", " an orange").replace("A orange", "An orange")
-
-
 def rows(seed: int = 0) -> tuple[list[str], list[str]]:
-    """The training and the held-out rows, each one JSON line in the `messages` format."""
+    """Give the train and the eval rows, each one JSON line in the `messages` format."""
     random = Random(seed)
-    buyers, held_buyers = _split(random, BUYERS)
-    items, held_items = _split(random, ITEMS)
+    buyers, held_buyers = _split(random, [f"{first} {last}" for first in FIRST for last in LAST])
+    items, held_items = _split(random, [f"{kind} {thing}" for kind in KINDS for thing in THINGS])
     train = _distinct(random, buyers, items, TRAIN_ROWS)
     return train, _distinct(random, held_buyers, held_items, EVAL_ROWS)
 
@@ -76,22 +69,31 @@ def write(folder: Path, seed: int = 0) -> None:
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _split(random: Random, values: Sequence[str]) -> tuple[list[str], list[str]]:
-    shuffled = random.sample(values, len(values))
+def _split(random: Random, values: list[str]) -> tuple[list[str], list[str]]:
+    random.shuffle(values)
     held = round(len(values) * HELD_OUT_SHARE)
-    return shuffled[held:], shuffled[:held]
+    return values[held:], values[:held]
 
 
-def _distinct(random: Random, buyers: Sequence[str], items: Sequence[str], count: int) -> list[str]:
+def _distinct(random: Random, buyers: list[str], items: list[str], count: int) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count:
         found[_row(random, buyers, items)] = None
     return list(found)
 
 
-def _row(random: Random, buyers: Sequence[str], items: Sequence[str]) -> str:
-    fields = fields_of(random, buyers, items)
-    turns = [("user", sentence_of(random, fields)), ("assistant", ANSWER.format(**fields))]
+def _row(random: Random, buyers: list[str], items: list[str]) -> str:
+    currency = random.choice(list(CURRENCIES))
+    fields = {
+        "name": random.choice(buyers),
+        "city": random.choice(CITIES),
+        "item": random.choice(items),
+        "price": random.randint(5, 990),
+        "currency": currency,
+        "code": CURRENCIES[currency],
+    }
+    question = random.choice(SENTENCES).format(**fields).replace(" a old ", " an old ").replace("A old ", "An old ")
+    turns = [("user", question), ("assistant", ANSWER.format(**fields))]
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
 
 
