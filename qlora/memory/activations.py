@@ -47,13 +47,12 @@ def head_bytes(work: Work) -> int:
 
 
 def logits_bytes(work: Work) -> int:
-    """One chunk of the loss in float32, its making included, beside what is left of the chunk before."""
-    first = min(work.tokens, max(1, work.logits_bytes // (4 * work.shapes.vocabulary)))
-    second, family = min(first, work.tokens - first), work.shapes.family
+    """One chunk of the loss in float32, its making included; the chunk before is gone by then."""
+    rows = min(work.tokens, max(1, work.logits_bytes // (4 * work.shapes.vocabulary)))
+    family = work.shapes.family
     # A soft cap holds the logits, their tanh, the bent ones, and two steps on the way to its slope.
     making = 20 if family.softcap else 8 if family.scaled else 4 + (2 if work.dtype_bytes == 2 else 0)
-    left = 8 if family.softcap else 4
-    return max(making * first, left * first + making * second) * work.shapes.vocabulary
+    return making * rows * work.shapes.vocabulary
 
 
 def widest_bytes(work: Work) -> int:
