@@ -19,7 +19,7 @@ from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError, NotBuiltYet
 from qlora.files import sweep, write_text
-from qlora.memory.allocator import return_freed_memory
+from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.plan import Plan
 from qlora.memory.recompute import recompute
 from qlora.planning import plan_run
@@ -33,6 +33,7 @@ from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
 from qlora.train.probe import refuse_leaks
+from qlora.train.regional import compile_layers
 
 WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
 
@@ -51,7 +52,7 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
         log.say(note)
     with stop_signals() as stop:
         if processes.device.type == "cpu":
-            return_freed_memory()
+            keep_freed_memory()
         plan = planned(recipe, processes, log)
         parts = gather(recipe, processes, plan, log)
         job = assemble(parts, log, stop)
@@ -143,6 +144,8 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
     recipe, base = parts.recipe, parts.base
     recompute(base.model, parts.plan.work.recompute if parts.plan else layers_of(recipe.memory.recompute))
+    if recipe.train.compile:
+        compile_layers(base.model, parts.processes.device)
     loss = TokenLoss(base.model)
     apart = refuse_leaks(loss, parts.data.train, base.dtype, parts.processes.device)
     if apart is not None:

@@ -4,42 +4,56 @@ They are two so that a recomputed block can stop between them: autograd keeps a 
 ends, so what the branch keeps is there before the frozen product, the dear one, has begun.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.quant.linear import FrozenLinear
+from qlora.replay import Origin
+
+
+class Strength(NamedTuple):
+    """How much of the update there is: its factor, and the share of x that training leaves out."""
+
+    scaling: float
+    dropout: float
 
 
 class Branch(torch.autograd.Function):
     """(x, A, B) -> (s B A dropout(x), x): the update, and x passed on so that both gradients meet here in one product.
 
-    Keeps x, A and B only; A x and the dropout mask are made again in backward. Gradients of A and B are float32.
+    Keeps A, B and x, or what x is made again from. A x and the dropout mask are made again in backward. Gradients of A
+    and B are float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, strength: Strength, origin: Origin | None
+    ) -> tuple[Tensor, Tensor]:
         """X [..., I], a [R, I], b [O, R] -> [..., O] and x."""
-        ctx.scaling, ctx.dropout = scaling, dropout
+        scaling, dropout = ctx.scaling, ctx.dropout = strength
+        ctx.replay = origin.replay if origin else None
         ctx.set_materialize_grads(False)
         ctx.seed = int(torch.randint(2**62, ()).item()) if dropout else 0
-        ctx.save_for_backward(x, a, b)
+        ctx.save_for_backward(a, b, *(origin.sources if origin else (x,)))
         reduced = F.linear(_dropped(x, dropout, ctx.seed), a.to(x.dtype))
         return F.linear(reduced, b.to(x.dtype) * scaling), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, a and b from those of the update [..., O] and of the passed-on x [..., I]."""
-        x, a, b = ctx.saved_tensors
+        a, b, *sources = ctx.saved_tensors
+        x = ctx.replay.again(sources) if ctx.replay else sources[0]
         of_update = grads[0].reshape(-1, grads[0].shape[-1])
         rows = x.reshape(-1, x.shape[-1])
-        scaled, narrow = b.to(x.dtype) * ctx.scaling, a.to(x.dtype)
-        of_reduced = of_update @ scaled  # [N, R]
+        # Every product below has its long side first and [R, ...] second, which is what matmuls are fast at.
+        scaled, narrow = (b.to(x.dtype) * ctx.scaling).t().contiguous(), a.to(x.dtype)
+        of_reduced = F.linear(of_update, scaled)  # [N, R]
         dropped = _dropped(rows, ctx.dropout, ctx.seed)
         of_a = (of_reduced.t() @ dropped).float()
-        of_b = (of_update.t() @ (dropped @ narrow.t())).float() * ctx.scaling
+        of_b = (F.linear(dropped, narrow).t() @ of_update).float().t() * ctx.scaling
         if not ctx.needs_input_grad[0]:
             return None, of_a, of_b, None, None
         of_x = grads[1].reshape(rows.shape)
@@ -49,16 +63,18 @@ class Branch(torch.autograd.Function):
 
 
 class Accumulate(torch.autograd.Function):
-    """(update, x) -> update + x W^T + bias; keeps no tensor, asks the frozen layer for W again in backward."""
+    """(update, x) -> update + x W^T + bias, in the update's own memory; keeps no tensor, asks for W again later."""
 
     @staticmethod
     def forward(ctx: Any, update: Tensor, x: Tensor, layer: FrozenLinear) -> Tensor:
         """Update [..., O], x [..., I] -> [..., O]."""
         ctx.layer = layer
-        rows, out = x.reshape(-1, x.shape[-1]), update.reshape(-1, update.shape[-1])
+        ctx.mark_dirty(update)
         if layer.bias is not None:
-            out = out + layer.bias.to(out.dtype)
-        return torch.addmm(out, rows, layer.weight(x.dtype).t()).view_as(update)
+            update += layer.bias.to(update.dtype)
+        rows, out = x.reshape(-1, x.shape[-1]), update.view(-1, update.shape[-1])
+        out.addmm_(rows, layer.weight(x.dtype).t())
+        return update
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.branch import Accumulate, Branch
+from qlora.adapters.branch import Accumulate, Branch, Strength
 from qlora.quant.linear import FrozenLinear
+from qlora.replay import origin_of
 
 
 class LoraLinear(nn.Module):
@@ -35,8 +36,8 @@ class LoraLinear(nn.Module):
         """X [..., I] -> [..., O], both in the base's compute dtype."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
-        dropout = self.dropout if self.training else 0.0
-        update, passed_on = Branch.apply(x, self.A, self.B, self.scaling, dropout)
+        strength = Strength(self.scaling, self.dropout if self.training else 0.0)
+        update, passed_on = Branch.apply(x, self.A, self.B, strength, origin_of(x))
         return Accumulate.apply(update, passed_on if x.requires_grad else x, self.base)  # type: ignore[no-any-return]
 
     def delta(self) -> Tensor:

@@ -4,8 +4,9 @@ Registered with transformers under NAME. Where a padding mask comes along (gener
 """
 
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora.base.blocks import block_attention
+
 varlen_attn: Any = None
 with suppress(ImportError):  # torch before 2.10
     from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
@@ -21,7 +24,8 @@ with suppress(ImportError):  # torch before 2.10
 NAME = "qlora_documents"
 
 
-class Documents(NamedTuple):
+@dataclass(frozen=True, eq=False)  # an object, so that a compiled layer looks at what it reads of it alone
+class Documents:
     """Where documents begin in the rows of a micro-batch, known on the host so that no step waits for the device."""
 
     starts: tuple[tuple[int, ...], ...]  # of each row, 0 first
@@ -50,6 +54,10 @@ def document_attention(
     window, scale = options.get("sliding_window"), options.get("scaling")
     if _can_vary(query, dropout):
         return _varlen(query, key, value, documents, scale, window), None
+    if _in_blocks(query, dropout):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        ends = documents.cumulative if documents else None
+        return block_attention(query, key, value, ends, window, scale), None
     cuts = documents.starts if documents else ((0,),) * len(query)
     if all(len(row) == 1 for row in cuts):
         return _causal(query, key, value, scale, window, dropout).transpose(1, 2), None
@@ -87,6 +95,11 @@ def _causal(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=near, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
+
+
+def _in_blocks(query: Tensor, dropout: float) -> bool:
+    """Whether this is for our kernel: 16-bit training on a CPU. Elsewhere every bit is to be transformers'."""
+    return query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad and not dropout
 
 
 def _can_vary(query: Tensor, dropout: float) -> bool:

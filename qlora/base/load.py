@@ -17,6 +17,7 @@ from qlora.base import Model
 from qlora.base.dtypes import choose, has_bfloat16, name_of
 from qlora.base.fingerprint import BaseManifest, Fingerprint
 from qlora.base.folder import Folder, find
+from qlora.base.lean import lean
 from qlora.base.prequantized import companions, is_prequantized, read
 from qlora.base.shards import Shards
 from qlora.base.skeleton import build, linear_paths, read_config, read_tokenizer, renamer, stop_ids
@@ -59,6 +60,7 @@ def load(section: Model, quantizer: Quantizer, device: torch.device, report: Rep
     model = build(config, dtype, section.attention, device)
     filling = _Filling(model, folder.path, quantizer, dtype, device)
     fingerprint, ignored = filling.run(report)
+    lean(model)
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
     manifest = BaseManifest(folder.name, folder.revision, fingerprint, name_of(dtype), quantized, tuple(ignored))
     stops = stop_ids(config, _generation_config(folder.path), tokenizer)

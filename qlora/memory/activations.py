@@ -4,7 +4,7 @@ Counted for the layers as they are written in transformers with this project's F
 them, and proved against a FakeTensor dry run in tests/memory. All figures are bytes of a whole micro-batch.
 """
 
-from qlora.memory.shapes import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_INPUT
+from qlora.memory.shapes import ATTENTION_OUTPUT
 from qlora.memory.work import Work
 
 
@@ -15,9 +15,7 @@ def kept_bytes(work: Work) -> int:
 
 def recompute_bytes(work: Work) -> int:
     """What a recomputed layer holds beside its boundary when its backward begins."""
-    # A norm that computes in float32 keeps a float32 input itself, not a copy: that is the boundary.
-    shared = work.dtype_bytes == 4 and not work.shapes.family.layer_norm
-    return kept_bytes(work) - (4 * work.tokens * work.shapes.hidden if shared else 0)
+    return kept_bytes(work) - work.tokens * work.shapes.hidden * work.dtype_bytes  # the first norm's input is it
 
 
 def backward_bytes(work: Work) -> int:
@@ -42,8 +40,7 @@ def forward_bytes(work: Work) -> int:
 
 def head_bytes(work: Work) -> int:
     """What stays while the loss is computed: the final norm's input and output, the trained rows and their gradient."""
-    norm_input = work.dtype_bytes if work.shapes.family.layer_norm else 4
-    return work.tokens * work.shapes.hidden * (norm_input + 3 * work.dtype_bytes)
+    return 4 * work.tokens * work.shapes.hidden * work.dtype_bytes
 
 
 def logits_bytes(work: Work) -> int:
@@ -61,14 +58,11 @@ def widest_bytes(work: Work) -> int:
 
 
 def _norms(work: Work) -> int:
-    """Per token: the inputs of the norms, in float32 but for LayerNorm's, and their scales."""
+    """Per token: the inputs of the norms, from which they are made again; heads' norms read views of what is kept."""
     shapes = work.shapes
-    if shapes.family.layer_norm:
-        inputs = 1 if shapes.parallel else 2
-        return inputs * shapes.hidden * work.dtype_bytes + 4 * work.dtype_bytes
-    wide = shapes.family.wide_norms * (4 * shapes.hidden + 4)
-    heads = 4 * (shapes.query + shapes.key_value + shapes.heads + shapes.kv_heads)
-    return wide + (heads if shapes.family.head_norms else 0)
+    inputs = 1 if shapes.parallel else shapes.family.wide_norms
+    heads = shapes.query + shapes.key_value if shapes.family.head_norms else 0
+    return (inputs * shapes.hidden + heads) * work.dtype_bytes
 
 
 def _attention(work: Work) -> int:
@@ -78,21 +72,18 @@ def _attention(work: Work) -> int:
     kept = shapes.query + 2 * (shapes.query if repeated else shapes.key_value)
     if family.fused and (shapes.heads == shapes.kv_heads or not repeated):
         kept += shapes.query + shapes.key_value  # the value is a view: query and key stay alive with it
-    if not work.eager:
+    if not work.eager and not work.in_blocks:
         kept += shapes.query
     # The adapter reads the kernel's own output, unless that was put together from parts or laid out anew.
-    if work.eager or work.cut or family.fused:
+    if work.eager or work.cut or work.in_blocks or family.fused:
         kept += shapes.query * work.reads(ATTENTION_OUTPUT)
-    kept += shapes.hidden * work.reads(ATTENTION_INPUT)
-    return kept * work.dtype_bytes + (0 if work.eager else 4 * shapes.heads)
+    return kept * work.dtype_bytes + (0 if work.eager or work.in_blocks else 4 * shapes.heads)
 
 
 def _mlp(work: Work) -> int:
-    """Per token: gate, activation and product, and what the adapters read."""
+    """Per token: gate and up, or up alone; norm outputs and products are made again from what is kept."""
     shapes = work.shapes
-    kept = shapes.intermediate * (3 if shapes.family.gated else 1)
-    kept += shapes.hidden * work.reads(MLP_INPUT) + shapes.intermediate * work.reads(MLP_HIDDEN)
-    return kept * work.dtype_bytes
+    return shapes.intermediate * (2 if shapes.family.gated else 1) * work.dtype_bytes
 
 
 def _scores(work: Work) -> int:

@@ -15,12 +15,17 @@ def recompute(model: nn.Module, layers: int | None) -> int:
 
     Transformers marks its layers with a `gradient_checkpointing` switch and takes the function from beside it.
     """
-    switchable: list[Any] = [module for module in model.modules() if _is_layer(module)]
+    switchable: list[Any] = layers_of_model(model)
     chosen = len(switchable) if layers is None else min(layers, len(switchable))
     for position, module in enumerate(switchable):
         module._gradient_checkpointing_func = RECOMPUTED
         module.gradient_checkpointing = position < chosen
     return chosen
+
+
+def layers_of_model(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in their order."""
+    return [module for module in model.modules() if _is_layer(module)]
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from qlora.memory.shapes import Matrix, Shapes
 
 Weights = Literal["resident", "stream"]
 
-LOGITS_BYTES = 256 * 2**20  # of float32 logits at a time, as the loss chunks them
+LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # of float32 logits at a time, as the loss chunks them
 NESTED_BLOCK = 256  # absmax values that share one nested absmax
 
 
@@ -73,12 +73,16 @@ class Work:
     resident_layers: int = 0  # of a streamed base, how many layers stay on the device
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
-    logits_bytes: int = LOGITS_BYTES
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.micro_batch * self.max_length
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of float32 logits that are computed at a time."""
+        return LOGITS_BYTES[self.device]
 
     @property
     def squares(self) -> int:
@@ -95,13 +99,19 @@ class Work:
         """Whether attention takes a T x T mask: for documents under `sdpa`, for a window shorter than the row."""
         windowed = self.shapes.window is not None and self.shapes.window < self.max_length
         if self.attention == "auto":
-            return windowed and self.device == "cpu" and not self.eager
+            return windowed and self.device == "cpu" and not self.eager and not self.in_blocks
         return self.attention == "sdpa" and (windowed or self.packing)
 
     @property
     def cut(self) -> bool:
         """Whether attention goes document by document and joins the parts."""
-        return self.packing and self.attention == "auto" and self.device == "cpu" and not self.eager
+        on_cpu = self.attention == "auto" and self.device == "cpu" and not self.eager
+        return self.packing and on_cpu and not self.in_blocks
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether attention runs in the CPU's own kernel, which takes 16 bits and keeps nothing but what it reads."""
+        return self.attention == "auto" and self.device == "cpu" and not self.eager and self.dtype_bytes == 2
 
     def reads(self, what: str) -> bool:
         """Whether an adapter of any layer reads, and so keeps, that tensor of its layer."""

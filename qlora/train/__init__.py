@@ -65,6 +65,7 @@ class Train(Section):
     report_to: tuple[Tracker, ...] = setting(
         (), "trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."
     )
+    compile: bool = setting(False, "torch.compile each layer: quicker steps after a slow first one")
     deterministic: bool = setting(False, "the same bits in every run on the same machine, at some speed")
 
     def idle(self) -> Mapping[str, str]:

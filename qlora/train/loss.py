@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from qlora.base.attention import NAME, documents_of
 from qlora.data.types import IGNORED
 
-CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
+# Of float32 logits at a time: enough rows for a matmul to be fast, few enough for a CPU's cache.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 Starts = tuple[tuple[int, ...], ...]
 
 
@@ -93,8 +94,9 @@ class Head:
             gradient *= self.scale
         return gradient.to(self.weight.dtype) @ self.weight
 
-    def chunk_rows(self, budget_bytes: int = CHUNK_BYTES) -> int:
-        """Rows of hidden states whose float32 logits fit the budget."""
+    def chunk_rows(self) -> int:
+        """Rows of hidden states whose float32 logits are computed at a time."""
+        budget_bytes = CHUNK_BYTES.get(self.weight.device.type, CHUNK_BYTES["cuda"])
         return max(1, budget_bytes // (4 * self.vocabulary))
 
 

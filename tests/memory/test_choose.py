@@ -49,8 +49,8 @@ def test_what_can_not_be_run_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize("options, remedy", [
-    ({"micro_batch": 4}, "train.micro_batch=1"),
-    ({"max_length": 16384}, "data.max_length=2048"),
+    ({"micro_batch": 4}, "train.micro_batch=2"),
+    ({"max_length": 16384}, "data.max_length=4096"),
     ({"fixed": Fixed(recompute=0)}, "left at auto"),
 ])  # fmt: skip
 def test_the_remedy_is_the_smallest_change(options: dict[str, Any], remedy: str) -> None:

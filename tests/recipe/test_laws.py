@@ -75,6 +75,7 @@ VALUES = {
     "train.early_stop": WHOLE | st.none(),
     "train.resume": WORDS,
     "train.report_to": st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"])),
+    "train.compile": st.booleans(),
     "train.deterministic": st.booleans(),
     "memory.budget": st.sampled_from(["auto", "24GiB", "0.5 GB", "512MiB", ".5TiB"]),
     "memory.recompute": st.sampled_from(["auto", "all", "none"]) | st.integers(0, 99),
