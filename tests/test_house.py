@@ -43,6 +43,7 @@ DOORS = {
     "accelerate": {"distributed"},
     "datasets": {"data/source.py"},
     "safetensors": {"adapters/weights.py", "base/shards.py", "base/prequantized.py", "demo"},
+    "triton": {"quant/fused.py"},
     "typer": {"cli"},
     "rich": {"cli", "train/log.py", "show.py"},
     "peft": set(),

@@ -10,6 +10,8 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
 
+from qlora.quant.card import Form, pick
+
 NESTED_BLOCK = 256  # absmax values that share one nested absmax; fixed by bitsandbytes
 WIDEST_CPU_BLOCK = 1024  # wider ones take a slow path of bitsandbytes on a CPU
 
@@ -68,12 +70,18 @@ def dequantize(
     stored: codes, absmax; with double quantisation also nested absmax, offset, and the absmax levels if not the usual
     ones. `after` only orders the call, see FrozenLinear.weight.
     """
+    form = Form(kind, block, dtype)
+    rebuild = pick(stored, form, _dequantize) if stored[0].is_cuda else _dequantize
+    return rebuild(stored, shape, form)
+
+
+def _dequantize(stored: Sequence[Tensor], shape: Sequence[int], form: Form) -> Tensor:
+    """By bitsandbytes: absmax first, then the weights."""
     codes, absmax, *nested = stored
     if nested:
         absmax = restore_absmax(absmax, *nested)
-    if codes.device.type == "cpu":
-        return _dequantize_on_cpu(codes, absmax, block, kind, shape, dtype)
-    return _dequantize_4bit(codes, absmax, block, kind, shape, dtype)
+    rebuild = _dequantize_on_cpu if codes.device.type == "cpu" else _dequantize_4bit
+    return rebuild(codes, absmax, form.block, form.kind, shape, form.dtype)
 
 
 torch.library.register_fake("qlora::dequantize_4bit", _shape_only)
