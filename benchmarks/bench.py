@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import statistics
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -67,14 +68,14 @@ def _summary(found: list[dict[str, Any]], warm_up: int) -> dict[str, Any]:
 
 
 def _child(contender: Contender, line: Connection, settings: dict[str, Any]) -> None:
-    contender(Gate(line), **settings)
+    contender(Gate(line, settings.get("device", "cpu")), **settings)
 
 
 class Gate:
     """A contender's end of the line: `ready` once loaded, then `wait` before and `done` after each step."""
 
-    def __init__(self, line: Connection) -> None:
-        self.line = line
+    def __init__(self, line: Connection, device: str = "cpu") -> None:
+        self.line, self.device = line, device
         self.baseline = 0
 
     def imported(self) -> None:
@@ -89,9 +90,15 @@ class Gate:
         """Until the next step may start; False at the end."""
         return bool(self.line.recv() == "step")
 
-    def done(self, seconds: float, loss: float) -> None:
-        """One step is over."""
-        self.line.send({"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes() - self.baseline})
+    def done(self, started: float, loss: float) -> None:
+        """The step that began at `started` (time.perf_counter) is over, on the device too."""
+        peak = peak_bytes() - self.baseline
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        self.line.send({"seconds": time.perf_counter() - started, "loss": loss, "peak_bytes": peak})
 
 
 def machine() -> dict[str, Any]:

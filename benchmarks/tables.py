@@ -1,0 +1,71 @@
+"""The README's tables of figures, drawn from results/*.json: python benchmarks/tables.py. None is typed by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+SPEEDS = ("speed", "speed-short", "gpu-speed-2048", "gpu-speed-4096", "gpu-speed-24gb")
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """One results file, None before it was measured."""
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def speed_table() -> str:
+    """Tokens per second and peak memory of every contender, beside TRL's."""
+    lines: list[str] = []
+    for name in SPEEDS:
+        found = read(name)
+        if found is not None:
+            lines += ["", heading(found), "", *contenders(found["contenders"])]
+    return "\n".join(lines) + "\n"
+
+
+def heading(found: dict[str, Any]) -> str:
+    """What was raced, in a sentence."""
+    work, machine = found["workload"], found["machine"]
+    where = f"{machine['cores']} cores of an {machine['cpu']}" if work["device"] == "cpu" else machine["card"]
+    kind = "short rows (median 100 tokens), at most" if work["short"] else "rows of"
+    return (
+        f"A random {work['shape']} Llama, rank {work['rank']}, {work['batch']} {kind} {work['length']} tokens a step, "
+        f"{where}; trl {machine['trl']}, peft {machine['peft']}, bitsandbytes {machine['bitsandbytes']}:"
+    )
+
+
+def contenders(found: dict[str, Any]) -> list[str]:
+    """A row for each contender; ratios to TRL's defaults."""
+    theirs = found.get("B1 TRL")
+    rows = [
+        "| | tokens/s | against TRL | peak memory | against TRL | of the matmuls' own speed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        faster = f"{one['tokens_per_second'] / theirs['tokens_per_second']:.2f}x" if theirs else ""
+        smaller = f"{one['peak_bytes'] / theirs['peak_bytes']:.2f}x" if theirs else ""
+        rows.append(
+            f"| {name} | {one['tokens_per_second']:,.0f} | {faster} | {one['peak_bytes'] / 2**20:,.0f} MiB | {smaller} "
+            f"| {100 * one['share_of_matmul_limit']:.0f} % |"
+        )
+    return rows
+
+
+TABLES: dict[str, Callable[[], str]] = {"speed": speed_table}
+
+
+def drawn(text: str) -> str:
+    """`text` with every table between its markers drawn anew."""
+    for name, table in TABLES.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if begin and end:
+            text = before + begin + table() + end + after
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(drawn(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,50 @@
+"""What the contenders train on: bases of random weights, saved once, and the same rows for everybody."""
+
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "100M": {
+        "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 4_096,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "vocab_size": 128_256, "hidden_size": 4_096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8_192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    },
+}  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
+WORDS = 32_000  # token ids used, whatever the vocabulary
+MEDIAN_TOKENS, SPREAD = 100, 1.0  # of short rows: an instruction set's lengths, lognormal
+
+
+def make_base(folder: Path, shape: str, device: str) -> None:
+    """A random Llama in bfloat16, with a tokenizer that TRL can load; made on `device`."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").exists():
+        return
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2").save_pretrained(folder)
+
+
+def rows_of(count: int, length: int, short: bool) -> list[list[int]]:
+    """`count` rows of random tokens: all `length` long, or as long as an instruction set's, at most `length`."""
+    import numpy as np
+
+    draw = np.random.default_rng(1)
+    lengths = [length] * count
+    if short:
+        drawn = draw.lognormal(np.log(MEDIAN_TOKENS), SPREAD, count).astype(int)
+        lengths = np.clip(drawn, 8, length).tolist()
+    return [draw.integers(3, WORDS, each).tolist() for each in lengths]

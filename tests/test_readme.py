@@ -1,0 +1,16 @@
+"""The README says what was measured: its tables are those that benchmarks/tables.py draws from the results."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402 - a script beside the package, not in it
+
+
+def test_the_tables_are_drawn_from_the_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in tables.TABLES:
+        assert f"<!-- {name} -->\n" in text and f"<!-- /{name} -->" in text
+    assert tables.drawn(text) == text
