@@ -40,6 +40,22 @@ def documents_of(starts: tuple[tuple[int, ...], ...], length: int, device: torch
     return Documents(starts, torch.tensor(ends, dtype=torch.int32, device=device), longest)
 
 
+def boundaries(attention: str, starts: tuple[tuple[int, ...], ...], ids: Tensor) -> dict[str, Any]:
+    """What a model has to be told for `attention` to keep the documents of `ids` [B, T] apart; `starts`: of each row.
+
+    Our own kernel takes the documents; FlashAttention takes running sums, for it reads them from the positions only
+    where there is one row (transformers/modeling_flash_attention_utils.py, _is_packed_sequence). The masks of all other
+    kernels are made from the positions.
+    """
+    if not starts or not (attention == NAME or "flash" in attention):
+        return {}
+    found = documents_of(starts, ids.shape[1], ids.device)
+    if attention == NAME:
+        return {"documents": found}
+    sums, longest = found.cumulative, found.longest
+    return {"cu_seq_lens_q": sums, "cu_seq_lens_k": sums, "max_length_q": longest, "max_length_k": longest}
+
+
 def document_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -61,11 +77,9 @@ def document_attention(
     cuts = documents.starts if documents else ((0,),) * len(query)
     if all(len(row) == 1 for row in cuts):
         return _causal(query, key, value, scale, window, dropout).transpose(1, 2), None
-    rows = [
-        _row(query[i : i + 1], key[i : i + 1], value[i : i + 1], cuts[i], (scale, window, dropout))
-        for i in range(len(cuts))
-    ]
-    return torch.cat(rows).transpose(1, 2), None
+    rows = zip(query.split(1), key.split(1), value.split(1), cuts, strict=True)
+    how = (scale, window, dropout)
+    return torch.cat([_row(q, k, v, starts, how) for q, k, v, starts in rows]).transpose(1, 2), None
 
 
 def no_mask(*sizes: Any, **options: Any) -> Tensor | None:
@@ -75,12 +89,10 @@ def no_mask(*sizes: Any, **options: Any) -> Tensor | None:
 
 
 def _row(query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], how: tuple[Any, ...]) -> Tensor:
-    """One row, document by document."""
-    ends = (*starts[1:], query.shape[2])
-    parts = [
-        _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], *how) for a, b in zip(starts, ends, strict=True)
-    ]
-    return torch.cat(parts, dim=2)
+    """One row, document by document: split, not sliced, since a slice's gradient is as large as the whole row."""
+    sizes = [after - before for before, after in pairwise((*starts, query.shape[2]))]
+    documents = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_causal(*document, *how) for document in documents], dim=2)
 
 
 def _causal(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qlora.base.attention import NAME, documents_of
+from qlora.base.attention import boundaries
 from qlora.data.types import IGNORED
 
 # Of float32 logits at a time: enough rows for a matmul to be fast, few enough for a CPU's cache.
@@ -64,13 +64,13 @@ class Head:
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, starts: Starts = ()) -> Tensor:
         """Last hidden states [B, T, I]."""
-        known = {"documents": documents_of(starts, input_ids.shape[1], input_ids.device)} if self._takes(starts) else {}
+        known = self._boundaries(starts, input_ids)
         output = self._parts[0](input_ids=input_ids, position_ids=position_ids, use_cache=False, **known)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
-    def _takes(self, starts: Starts) -> bool:
-        """Whether attention is told where documents begin; other kernels see it from the positions."""
-        return bool(starts) and self._parts[0].config._attn_implementation == NAME
+    def _boundaries(self, starts: Starts, input_ids: Tensor) -> dict[str, Any]:
+        """What the attention kernel is told of the documents."""
+        return boundaries(self._parts[0].config._attn_implementation, starts, input_ids)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., I], in float32."""

@@ -40,10 +40,11 @@ def isolation_error(loss: TokenLoss, packed: Example, device: torch.device) -> f
     ends = [*packed.starts(), len(packed)]
     spans = [slice(start, min(end, start + PROBE_TOKENS)) for start, end in pairwise(ends)][:4]
     alone = [Example(packed.where, packed.input_ids[span], packed.labels[span]) for span in spans]
+    rows = [alone, alone[::-1]]  # a micro-batch of two rows with other boundaries: some kernels mix only these
     training = loss.training
     loss.eval()
-    together = _logits(loss, [_joined(alone)], device)[0]
-    apart = torch.cat([_logits(loss, [example], device)[0] for example in alone])
+    together = _logits(loss, [_joined(row) for row in rows], device).flatten(0, 1)
+    apart = torch.cat([_logits(loss, [example], device)[0] for row in rows for example in row])
     loss.train(training)
     return float((together - apart).abs().max() / apart.std().clamp_min(1e-12))
 
@@ -58,4 +59,4 @@ def _joined(documents: Sequence[Example]) -> Example:
 
 def _logits(loss: TokenLoss, rows: Sequence[Example], device: torch.device) -> Tensor:
     batch = collate(rows, pad_id=0).to(device)
-    return loss.head(loss.head.hidden(batch.input_ids, batch.position_ids, batch.starts)).float()
+    return loss.head(loss.head.hidden(batch.input_ids, batch.position_ids, batch.starts)).float()  # [B, T, V]

@@ -1,13 +1,16 @@
 """Packed documents give the logits and the loss they give alone, on every attention backend; the probe sees leaks."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from qlora.base.attention import NAME
 from qlora.data.batches import collate
@@ -44,7 +47,7 @@ def documents(seed: int, lengths: tuple[int, ...] = (9, 50, 33, 1, 40)) -> list[
     return made
 
 
-def logits_of(loss: TokenLoss, rows: list[Example]) -> torch.Tensor:
+def logits_of(loss: TokenLoss, rows: list[Example]) -> Tensor:
     batch = collate(rows, pad_id=0)
     return loss.head(loss.head.hidden(batch.input_ids, batch.position_ids, batch.starts))
 
@@ -93,12 +96,55 @@ def test_the_probe_lets_what_is_isolated_pass(zoo: Zoo, family: str, backend: st
     assert refuse_leaks(loss, apart, torch.float32, CPU) is None  # nothing is packed
 
 
+class Varlen:
+    """As FlashAttention in transformers: documents by running sums; without them by positions, of a single row only."""
+
+    def __init__(self, told: bool) -> None:
+        self.told = told
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        assert mask is None
+        (rows, _, length, _), sums = query.shape, options.get("cu_seq_lens_q")
+        if not self.told or sums is None:
+            sums = range(0, rows * length + 1, length) if rows > 1 else _sums_of(options["position_ids"])
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        flat = [tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1) for tensor in (query, key, value)]
+        parts = [
+            F.scaled_dot_product_attention(*(tensor[None, :, a:b] for tensor in flat), is_causal=True)
+            for a, b in pairwise(int(end) for end in sums)
+        ]
+        return torch.cat(parts, dim=2)[0].transpose(0, 1).unflatten(0, (rows, length)), None
+
+
+def _sums_of(positions: Tensor) -> list[int]:
+    return [*(positions[0] == 0).nonzero()[:, 0].tolist(), positions.shape[1]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+@torch.no_grad()
+def test_a_kernel_of_running_sums_keeps_several_packed_rows_apart(zoo: Zoo, family: str) -> None:
+    """FlashAttention itself needs a card; this reads the same arguments."""
+    for told in (True, False):
+        AttentionInterface.register("flash_reference", Varlen(told))
+        AttentionMaskInterface.register("flash_reference", lambda *sizes, **options: None)
+        loss, apart = loss_of(zoo, family, "eager"), documents(0)
+        loss.head._parts[0].config._attn_implementation = "flash_reference"  # set by name, it would be looked for
+        if not told:  # as without running sums: one packed row is kept apart, two are not, and the probe sees it
+            assert_refused(loss)
+            continue
+        assert refuse_leaks(loss, [join(apart)], torch.float32, CPU) is not None
+        together = sum_of(loss, [join(apart[:3]), join(apart[3:])])
+        one_by_one = sum(sum_of(loss, [example]) for example in apart)
+        assert abs(together - one_by_one) <= 1e-6 * abs(one_by_one)
+
+
 def all_ones_mask(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask that trainers hand to the model for a row without pads: with it, nothing looks packed."""
     decoder = loss.head._parts[0]
     forward = decoder.forward
 
-    def masked(input_ids: torch.Tensor, documents: Any = None, **options: Any) -> Any:
+    def masked(input_ids: Tensor, documents: Any = None, **options: Any) -> Any:
         return forward(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
 
     monkeypatch.setattr(decoder, "forward", masked)
@@ -117,7 +163,7 @@ def positions_that_count_on(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) ->
 
 def documents_not_passed(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own kernel is not told where documents begin."""
-    monkeypatch.setattr(Head, "_takes", lambda self, starts: False)
+    monkeypatch.setattr(Head, "_boundaries", lambda self, starts, input_ids: {})
 
 
 LEAKS = {"an all-ones mask": all_ones_mask, "positions count on": positions_that_count_on}
