@@ -16,7 +16,8 @@ from bench import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.base.attention import NAME
-from qlora.data.batches import Batch, collate, micro_batches, rows_of_step
+from qlora.data.batches import Batch, collate
+from qlora.data.order import RowOrder
 from qlora.data.packing import pack
 from qlora.data.types import IGNORED, Example, trained_tokens
 from qlora.train.loss import TokenLoss
@@ -42,7 +43,8 @@ def rows_of(count: int, sigma: float) -> list[Example]:
 
 def padded(rows: Sequence[Example], micro_batch: int, length: int | None = None) -> list[Batch]:
     """Shuffled rows in micro-batches, padded to the longest of each, or to `length`."""
-    groups = micro_batches(rows_of_step(len(rows), len(rows), 0, 0), micro_batch, 0, 1)
+    order = RowOrder("shuffle", len(rows), 0).rows(rows, 0)
+    groups = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     made = []
     for group in groups:
         batch = collate([rows[i] for i in group], 0)

@@ -172,7 +172,7 @@ REMEDIES: Mapping[str, str] = {  # names that people know and that have no count
     "deepspeed": "Processes and sharding come from accelerate launch; see recipes/accelerate.",
     "fsdp": "Write distributed.kind: fsdp, and start with accelerate launch.",
     "fsdp_config": "Sharding comes from accelerate launch; see recipes/accelerate.",
-    "group_by_length": "Write data.packing: true, which leaves no padding at all.",
+    "group_by_length": "Write data.packing: true, which leaves no padding; or packing: false and data.order: length.",
     "trust_remote_code": "Code of a repository is never run. Remove it.",
     "use_wandb": "Write train.report_to: [wandb].",
     "wandb_project": "Write train.report_to: [wandb], and set WANDB_PROJECT.",

@@ -166,6 +166,7 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
         optimizer=OPTIMIZERS[optim.kind].build(peak_rates, optim.betas, optim.weight_decay),
         train=parts.data.train,
         held_out=parts.data.eval,
+        order=recipe.data.order,
         settings=recipe.train,
         optim=optim,
         steps=steps,

@@ -53,6 +53,9 @@ class Data(Section):
     max_length: int = setting(2048, "tokens of a row, at most", ge=1)
     overlong: Literal["drop", "truncate", "error"] = setting("drop", "rows longer than that; counted in every case")
     packing: bool = setting(True, "put short rows together into full ones")
+    order: Literal["shuffle", "length", "sequential"] = setting(
+        "shuffle", "of an epoch: shuffle | length (like lengths in a step) | sequential; packing off for the last two"
+    )
     train_on: Literal["assistant", "last", "all"] = setting(
         "assistant", "whose words are learnt: assistant | last | all"
     )
@@ -60,3 +63,10 @@ class Data(Section):
     def idle(self) -> Mapping[str, str]:
         """Rows are held out of the training set only where there is no evaluation set."""
         return {"eval_fraction": "data.eval names the held-out rows"} if self.eval is not None else {}
+
+    def clashes(self) -> Mapping[str, str]:
+        """A packed row holds rows from everywhere in the files, and all packed rows are about as long."""
+        if self.order == "shuffle" or not self.packing:
+            return super().clashes()
+        why = f"{self.order} has no effect while rows are packed. Set data.packing: false, or leave data.order out."
+        return {**super().clashes(), "order": why}

@@ -1,6 +1,7 @@
 """Rows of tokens as views of flat arrays: an Example is made when asked for, so memory does not grow with them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -74,6 +75,13 @@ class Rows(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    @cached_property
+    def lengths(self) -> Indices:
+        """Tokens of each row."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        return np.add.reduceat(self.documents.lengths[self._order], np.append(0, self._ends[:-1]))  # type: ignore[no-any-return]
 
     @overload
     def __getitem__(self, index: int) -> Example: ...

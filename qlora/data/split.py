@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.batches import scatter
 from qlora.data.labels import Keys
+from qlora.data.order import scatter
 
 
 def held_out(keys: Keys, fraction: float, seed: int) -> npt.NDArray[np.bool_]:

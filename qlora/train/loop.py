@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from qlora.data.batches import Batch, by_length, collate, micro_batches, rows_of_step, steps_per_epoch
+from qlora.data.batches import Batch, collate
+from qlora.data.order import RowOrder, lengths_of, micro_batches, shares, steps_per_epoch
 from qlora.data.types import Example
 from qlora.distributed.processes import Processes
 from qlora.errors import InputError, QloraError
@@ -36,6 +37,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     train: Sequence[Example]
     held_out: Sequence[Example]
+    order: str  # of the rows in an epoch: data.order
     settings: Train
     optim: Optim
     steps: int
@@ -114,7 +116,7 @@ def refuse_other_rates(saved: Saved, optim: Optim, steps: int) -> None:
 def _step(job: Job, step: int) -> Step:
     """One optimizer step."""
     started = time.monotonic()
-    rows = rows_of_step(len(job.train), job.settings.global_batch, job.settings.seed, step)
+    rows = RowOrder(job.order, job.settings.global_batch, job.settings.seed).rows(job.train, step)
     batches = list(_batches(job, rows))
     counts = torch.tensor([[batch.trained_tokens, batch.tokens] for batch in batches]).sum(0)
     trained, tokens = (int(count) for count in job.processes.sum(counts.to(job.processes.device)))
@@ -155,11 +157,11 @@ def _backward(job: Job, batch: Batch, trained: int) -> Tensor:
 
 def _batches(job: Job, rows: Sequence[int]) -> Iterator[Batch]:
     """The process's micro-batches of a step; one without rows becomes a row without labels, so that all take part."""
-    rows = by_length(rows, [len(job.train[row]) for row in rows])  # rows of like length share a micro-batch
-    shares = micro_batches(rows, job.settings.micro_batch, job.processes.rank, job.processes.world)
-    for share in shares:
-        batch = collate([job.train[row] for row in share or rows[-1:]], pad_id=0)
-        yield batch if share else batch.silent()
+    world = job.processes.world
+    share = shares(rows, lengths_of(job.train)[rows].tolist(), world)[job.processes.rank]
+    for group in micro_batches(share, len(rows), job.settings.micro_batch, world):
+        batch = collate([job.train[row] for row in group or rows[-1:]], pad_id=0)
+        yield batch if group else batch.silent()
 
 
 def _after(position: Position, taken: Step) -> Position:

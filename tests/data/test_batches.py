@@ -1,4 +1,4 @@
-"""Order, shares, padding and packing: every row once, in a pure function's order, and no document reads another."""
+"""Padding and packing: by place and never by token, and no document reads another."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
 
-from qlora.data.batches import by_length, collate, epoch_order, micro_batches, rows_of_step, steps_per_epoch
+from qlora.data.batches import collate
 from qlora.data.packing import best_fit, join, pack, split
 from qlora.data.types import IGNORED, Example
-
-seeds = st.integers(0, 2**64 - 1)
 
 
 def example_of(length: int, first: int = 1, where: str = "x:1") -> Example:
@@ -19,65 +17,6 @@ def example_of(length: int, first: int = 1, where: str = "x:1") -> Example:
     labels = ids.copy()
     labels[: length // 2] = IGNORED
     return Example(where, ids, labels)
-
-
-@given(count=st.integers(1, 300), seed=seeds, epoch=st.integers(0, 9))
-def test_an_epoch_visits_every_row_once(count, seed, epoch):
-    order = epoch_order(count, seed, epoch)
-    assert sorted(order.tolist()) == list(range(count))
-    assert np.array_equal(order, epoch_order(count, seed, epoch))
-
-
-def test_epochs_and_seeds_have_their_own_order_and_it_never_changes():
-    orders = [tuple(epoch_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
-    assert len(set(orders)) == 4
-    assert epoch_order(8, 0, 0).tolist() == [0, 7, 2, 5, 4, 6, 3, 1]  # fixed: a resume years later must agree
-
-
-def test_places_in_the_order_are_spread_evenly():
-    """The mean place of a row over 2,000 epochs is the middle: within 5 sd of a uniform place."""
-    places = np.stack([np.argsort(epoch_order(20, 0, epoch)) for epoch in range(2000)])
-    assert np.abs(places.mean(0) - 9.5).max() < 5 * np.sqrt((20**2 - 1) / 12 / 2000)
-
-
-@given(
-    count=st.integers(1, 60),
-    global_batch=st.integers(1, 17),
-    micro=st.integers(1, 5),
-    world=st.integers(1, 5),
-    seed=seeds,
-)
-def test_any_number_of_processes_trains_each_row_once_in_as_many_micro_batches(count, global_batch, micro, world, seed):
-    seen: list[int] = []
-    for step in range(steps_per_epoch(count, global_batch)):
-        rows = rows_of_step(count, global_batch, seed, step)
-        assert len(rows) == global_batch or step == steps_per_epoch(count, global_batch) - 1
-        shares = [micro_batches(rows, micro, rank, world) for rank in range(world)]
-        assert len({len(share) for share in shares}) == 1
-        assert all(len(group) <= micro for share in shares for group in share)
-        assert shares[0][-1], "rank 0 never idles"
-        seen += [row for share in shares for group in share for row in group]
-    assert sorted(seen) == list(range(count))
-    beyond = rows_of_step(count, global_batch, seed, steps_per_epoch(count, global_batch))
-    assert beyond == epoch_order(count, seed, 1)[:global_batch].tolist()
-
-
-@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=64), micro=st.integers(1, 9), world=st.integers(1, 4))
-def test_rows_by_length_are_the_same_rows_with_no_more_cells_to_compute(lengths, micro, world):
-    """Groups of sorted rows have the least sum of their longest rows, whatever the order before."""
-    rows = list(range(100, 100 + len(lengths)))
-    length_of = dict(zip(rows, lengths, strict=True))
-    ordered = by_length(rows, lengths)
-    assert sorted(ordered) == rows and ordered == by_length(rows[::-1], lengths[::-1])
-
-    def longest(order):
-        groups = micro_batches(order, micro, 0, 1)
-        return sum(max(length_of[row] for row in group) for group in groups)
-
-    assert longest(ordered) <= longest(rows)
-    tokens = [sum(length_of[row] for group in micro_batches(ordered, micro, rank, world) for row in group)
-              for rank in range(world)]  # fmt: skip
-    assert max(tokens) - min(tokens) <= max(lengths)  # dealt in turn, ranks differ by one row at most
 
 
 @pytest.mark.parametrize("pad_id", [0, 3, 7])  # among the ids of the rows as well

@@ -19,7 +19,8 @@ from qlora.adapters import ADAPTERS, weights
 from qlora.adapters.inject import adapted, inject
 from qlora.base import Model
 from qlora.base.load import Base, load
-from qlora.data.batches import collate, rows_of_step
+from qlora.data.batches import collate
+from qlora.data.order import RowOrder
 from qlora.data.types import IGNORED
 from qlora.deliver import Order, export_run
 from qlora.errors import InputError
@@ -195,7 +196,7 @@ def their_losses(model: Any, job: Job, rank: int, alpha: int) -> list[float]:
 
 
 def _their_step(model: Any, job: Job, step: int, trainable: Sequence[Tensor], optimizer: Any) -> float:
-    rows = rows_of_step(len(job.train), job.settings.global_batch, job.settings.seed, step)
+    rows = RowOrder(job.order, job.settings.global_batch, job.settings.seed).rows(job.train, step)
     batch = collate([job.train[row] for row in rows], pad_id=0)
     out = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits[:, :-1].float()
     loss = F.cross_entropy(out.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)

@@ -53,6 +53,7 @@ VALUES = {
     "data.max_length": WHOLE,
     "data.overlong": st.sampled_from(["drop", "truncate", "error"]),
     "data.packing": st.booleans(),
+    "data.order": st.sampled_from(["shuffle", "length", "sequential"]),
     "data.train_on": st.sampled_from(["assistant", "last", "all"]),
     "optim.kind": st.sampled_from(sorted(OPTIMIZERS)),
     "optim.learning_rate": POSITIVE,

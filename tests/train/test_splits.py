@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora.base.attention import NAME
-from qlora.data.batches import collate, micro_batches
+from qlora.data.batches import collate
+from qlora.data.order import micro_batches, shares
 from qlora.data.packing import pack
 from qlora.data.types import IGNORED, Example
 from qlora.train.loss import TokenLoss
@@ -47,12 +48,13 @@ def rows_of(seed: int) -> list[Example]:
 def step(loss: TokenLoss, examples: Sequence[Example], micro_batch: int, world: int) -> tuple[Tensor, float]:
     """Gradient and mean loss of one optimizer step over `world` ranks, each with its share, summed as they are."""
     order = list(range(len(examples)))
-    shares = [micro_batches(order, micro_batch, rank, world) for rank in range(world)]
-    assert len({len(share) for share in shares}) == 1
-    batches = [[collate([examples[i] for i in group or order[:1]], 0) for group in share] for share in shares]
+    dealt = shares(order, [len(example) for example in examples], world)
+    groups = [micro_batches(share, len(order), micro_batch, world) for share in dealt]
+    assert len({len(mine) for mine in groups}) == 1
+    batches = [[collate([examples[i] for i in group or order[:1]], 0) for group in mine] for mine in groups]
     batches = [
         [batch if group else batch.silent() for batch, group in zip(mine, share, strict=True)]
-        for mine, share in zip(batches, shares, strict=True)
+        for mine, share in zip(batches, groups, strict=True)
     ]
     trained = sum(batch.trained_tokens for mine in batches for batch in mine)
     summed, total = torch.zeros(()), 0.0
