@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora.data import strict_json
+from qlora.data import json_array, strict_json
 from qlora.data.strict_json import MAX_ROW_BYTES
 from qlora.data.types import BadRow, Row, RowError
 from qlora.errors import DataError
@@ -106,14 +106,11 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _read_array(path: Path, name: str) -> Read:
-    try:
-        text = strict_json.decode(path.read_bytes().removeprefix(_BOM))
-    except RowError as error:
-        yield BadRow(f"{name}:1", error.reason, error.detail)
-        return
-    for number, item in enumerate(strict_json.array_items(text), 1):
-        where = f"{name}:{number}"
-        yield BadRow(where, item.reason, item.detail) if isinstance(item, RowError) else Row(where, item)
+    with path.open("rb") as file:
+        file.seek(len(_BOM) if file.read(len(_BOM)) == _BOM else 0)
+        for number, item in enumerate(json_array.items(file), 1):
+            where = f"{name}:{number}"
+            yield BadRow(where, item.reason, item.detail) if isinstance(item, RowError) else Row(where, item)
 
 
 def _one_object(path: Path, head: bytes) -> dict[str, object] | None:

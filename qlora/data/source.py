@@ -1,23 +1,17 @@
-"""Sources -> rows with file:line, renamed, limited and weighted. The door to `datasets`."""
+"""Sources -> rows with file:line, renamed, limited and weighted."""
 
 import hashlib
-import json
 import math
-import socket
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
-from qlora.data import files
+from qlora.data import files, tables
 from qlora.data.places import Located, locate
 from qlora.data.types import BadRow, Row
-from qlora.errors import DataError
 
 if TYPE_CHECKING:
     from qlora.data import Source
@@ -51,16 +45,20 @@ def sha256(source: "Source", located: Located) -> str:
         with Path(name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     if located.hub:
-        for row in _hub(located.hub, source.split):
-            digest.update(json.dumps(dict(row.fields), sort_keys=True, default=str).encode())
+        digest.update(hub_of(source, located.hub).sha256().encode())
     return digest.hexdigest()
+
+
+def hub_of(source: "Source", name: str) -> tables.Hub:
+    """The data set of the hub that `source` means by `name`."""
+    return tables.Hub(name, source.split, limited=source.max_samples is not None)
 
 
 def _raw(source: "Source", located: Located) -> Iterator[Row | BadRow]:
     for name in located.files:
         yield from _read_file(name)
     if located.hub:
-        yield from _hub(located.hub, source.split)
+        yield from hub_of(source, located.hub).rows()
 
 
 def _read_file(name: str) -> Iterator[Row | BadRow]:
@@ -72,7 +70,7 @@ def _read_file(name: str) -> Iterator[Row | BadRow]:
     if kind in (".csv", ".tsv"):
         return files.read_table(path, name, "," if kind == ".csv" else "\t")
     if kind == ".parquet":
-        return _parquet(name)
+        return tables.parquet(name)
     return files.read_text(path, name)
 
 
@@ -86,44 +84,3 @@ def _renamed(row: Row, source: "Source", copies: int) -> Row | BadRow:
             fields.pop(theirs, None)
         fields[ours] = row.fields[theirs]
     return Row(row.where, fields, copies)
-
-
-def _parquet(name: str) -> Iterator[Row]:
-    try:
-        table = datasets.load_dataset("parquet", data_files=[name], split="train", streaming=True)
-        for number, fields in enumerate(table, 1):
-            yield Row(f"{name}:{number}", fields)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: not a readable Parquet file: {_first_line(error)}") from error
-
-
-def _hub(name: str, split: str | None) -> Iterator[Row]:
-    """Rows of a hub data set; owner/name:config picks a configuration. Remote code is never run."""
-    repository, _, config = name.partition(":")
-    _refuse_if_unreachable(name)
-    try:
-        table = datasets.load_dataset(repository, config or None, split=split or "train")
-    except Exception as error:  # whatever the hub client raises, the user needs the name and the reason
-        raise DataError(
-            f"{name}: no such file or folder here, and not readable as a hub data set: {_first_line(error)}"
-        ) from error
-    for number, fields in enumerate(table, 1):
-        yield Row(f"{name}/{split or 'train'}:{number}", fields)
-
-
-def _refuse_if_unreachable(name: str) -> None:
-    """DataError at once where the hub's name can't be resolved: its client would try again for half a minute."""
-    if datasets.config.HF_HUB_OFFLINE or getproxies():
-        return
-    host = urlsplit(datasets.config.HF_ENDPOINT).hostname or ""
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        raise DataError(
-            f"{name}: no such file or folder here, and the hub ({host}) can't be reached for a data set of that name. "
-            "With HF_HUB_OFFLINE=1 what was downloaded before is used."
-        ) from None
-
-
-def _first_line(error: Any) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -18,7 +18,7 @@ def parse(line: bytes) -> dict[str, Any]:
     """The object that `line` holds. RowError for anything else, hostile or broken."""
     text = decode(line)
     try:
-        value, end = _DECODER.raw_decode(text, _skip_space(text, 0))
+        value, end = DECODER.raw_decode(text, _skip_space(text, 0))
     except RowError:
         raise
     except (ValueError, RecursionError) as error:
@@ -116,31 +116,4 @@ def _finite(text: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
-
-
-def array_items(text: str) -> Iterator[dict[str, Any] | RowError]:
-    """The objects of a JSON array, one by one; a RowError in the place of each that can't be used."""
-    at = _skip_space(text, 0) + 1  # past the opening bracket
-    while (at := _skip_space(text, at)) < len(text) and text[at] != "]":
-        try:
-            item, end = _item(text, at)
-        except (ValueError, RecursionError) as error:
-            yield RowError(unreadable(error).reason, f"{unreadable(error).detail}; the rest of the file is not read")
-            return
-        yield item
-        at = _skip_space(text, end)
-        if text[at : at + 1] not in (",", "]"):
-            yield RowError("not JSON", "a comma or a bracket is missing; the rest of the file is not read")
-            return
-        at += text[at] == ","
-    if _skip_space(text, at + 1) < len(text) or at >= len(text):
-        yield RowError("not JSON", "the array does not end where the file ends")
-
-
-def _item(text: str, at: int) -> tuple[dict[str, Any] | RowError, int]:
-    try:
-        value, end = _DECODER.raw_decode(text, at)
-        return checked(value, text[at:end]), end
-    except RowError as error:
-        return error, json.JSONDecoder().raw_decode(text, at)[1]
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
