@@ -10,7 +10,7 @@ from qlora.data.drafts import Encoded
 from qlora.data.tokens import Encoder
 from qlora.data.types import BadRow, Message, Row, RowError
 
-CHUNK_ROWS = 512  # encoded together
+CHUNK_ROWS, CHUNK_CHARS = 512, 2**20  # encoded together, at most; one row may be longer
 _AUTO = ("tokens", "messages", "sharegpt", "alpaca", "completion", "text")  # the most telling columns first
 
 Raw = Row | BadRow
@@ -35,7 +35,7 @@ def encoded_rows(
     crew: worker processes for a set of more than a few chunks; the result does not depend on it.
     """
     encode = partial(encode_chunk, kind=kind, encoder=encoder)
-    chunks = iter(lambda: list(islice(rows, chunk_rows)), [])
+    chunks = _chunks(rows, chunk_rows)
     first = list(islice(chunks, workers.WORTH_CHUNKS)) if crew > 1 else []
     for chunk in first:
         yield from zip(chunk, encode(chunk), strict=True)
@@ -43,6 +43,28 @@ def encoded_rows(
         crew = 1
     for rest, made in workers.in_order(encode, chunks, crew):
         yield from zip(rest, made, strict=True)
+
+
+def _chunks(rows: Iterator[Raw], chunk_rows: int) -> Iterator[list[Raw]]:
+    """Rows in groups that are held at the same time: few of them where they are long."""
+    held, size = list[Raw](), 0
+    for row in rows:
+        held.append(row)
+        size += _size(row.fields) if isinstance(row, Row) else 0
+        if len(held) == chunk_rows or size >= CHUNK_CHARS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _size(value: object) -> int:
+    """Characters in the strings of `value`, and as many for each number as a token has."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 4
 
 
 def encode_chunk(chunk: Sequence[Raw], kind: str, encoder: Encoder) -> list[Made]:

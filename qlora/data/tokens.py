@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora.data import ceilings
 from qlora.data.chats import Chat, chat_of
 from qlora.data.drafts import NO_IDS, Draft, Encoded, assemble, given, prove
 from qlora.data.pieces import Piece, Tokeniser
@@ -35,10 +36,12 @@ class Encoder:
         self._special = json.dumps([tokenizer.special_tokens_map, self.vocabulary], sort_keys=True, default=str)
         eos = tokenizer.eos_token_id
         self._eos = NO_IDS if eos is None else np.array([eos], dtype=np.int32)
-        try:
-            self._cutter = Cutter(self.template, self.tokeniser)
-        except RowError as error:
-            raise DataError(f"{self.template.name}: {error}. Give another one with model.chat_template.") from None
+        try:  # what the probe's child could not hold, jinja2 may have folded into the code it compiles here
+            with ceilings.memory(), ceilings.processor_time():
+                self._cutter = Cutter(self.template, self.tokeniser)
+        except (RowError, MemoryError) as error:
+            why = str(error) or "takes too much memory to compile"
+            raise DataError(f"{self.template.name}: {why}. Give another one with model.chat_template.") from None
 
     @cached_property
     def sha256(self) -> str:
@@ -71,7 +74,8 @@ class Encoder:
 
     def encode_all(self, items: Sequence[Item]) -> list[Encoded | RowError]:
         """`encode` for many rows at once, which is much faster; a RowError in the place of each that can't be used."""
-        drafts = [self._draft(messages) for _, messages in items]
+        with ceilings.memory():
+            drafts = [self._draft(messages) for _, messages in items]
         ready = [draft for draft in drafts if isinstance(draft, Draft)]
         ids = self.tokeniser.encode([(draft.pieces, draft.mark) for draft in ready])
         sound = [(draft, parts) for draft, parts in zip(ready, ids, strict=True) if not isinstance(parts, RowError)]
@@ -84,7 +88,8 @@ class Encoder:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids a model goes on from: those that training puts before the next answer. RowError if refused."""
-        draft = self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages, prompt=True)
+        with ceilings.memory():
+            draft = self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages, prompt=True)
         if isinstance(draft, RowError):
             raise draft
         ids = self.tokeniser.encode([(draft.pieces, draft.mark)])[0]
@@ -114,12 +119,15 @@ class Encoder:
 
     def _chat(self, messages: Sequence[Message], prompt: bool = False) -> Draft | RowError:
         try:
-            chat = chat_of(messages, self.train_on, self.tokeniser)
-            if chat.tools and "tools" not in self.template.text:
-                raise RowError("the template does not write tools", f"{len(chat.tools)} tools would be lost")
-            cut = self._cutter.cut(chat, prompt)
+            with ceilings.processor_time():
+                chat = chat_of(messages, self.train_on, self.tokeniser)
+                if chat.tools and "tools" not in self.template.text:
+                    raise RowError("the template does not write tools", f"{len(chat.tools)} tools would be lost")
+                cut = self._cutter.cut(chat, prompt)
         except RowError as error:
             return error
+        except MemoryError:
+            return RowError("takes too much memory to render")
         if not prompt and self.train_on != "all" and not any(piece.trained for piece in cut.pieces):
             return _nothing(chat, cut)
         tail = self._eos if cut.bare and chat.wanted[-1] else NO_IDS

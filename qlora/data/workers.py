@@ -31,7 +31,7 @@ Work = Callable[[Chunk], list[Any]]  # as many results as rows
 WORTH_CHUNKS = 2  # encoded before workers are started: a smaller set is done sooner than they are
 _MAX_WORKERS = 16
 _WORKER_BYTES = 256 * 2**20  # what a worker may come to hold of its own
-_CHUNK_SECONDS = 120.0  # of silence, before a worker is taken for lost
+_CHUNK_SECONDS = 30.0  # of silence, before a worker is taken for lost; an honest chunk takes one or two
 _ROW_SECONDS = 8.0  # for one row alone, once its chunk was lost
 
 
@@ -137,7 +137,7 @@ class Crew:
         """A lost chunk again, row by row, so that a row that ends its worker twice can be named."""
         made = []
         for row in chunk:
-            found = self._alone(row) or self._alone(row)
+            found = self._alone(row)
             if found is None:
                 raise DataError(
                     f"{row.where}: encoding this row ends its worker process or takes more than {_ROW_SECONDS:.0f} s "
@@ -147,14 +147,19 @@ class Crew:
         return made
 
     def _alone(self, row: Placed) -> list[Any] | None:
-        if self._spare is None:
-            self._spare = self._hire()
-        self._spare.give(_Task([row]))
-        made = _answer(self._spare, _ROW_SECONDS)
-        if made is None:
+        """What a worker of its own makes of a row; of two of them where the first one died. None for a deadly row."""
+        for _ in range(2):
+            self._spare = self._spare or self._hire()
+            self._spare.give(_Task([row]))
+            made = _answer(self._spare, _ROW_SECONDS)
+            if made is not None:
+                return made
+            silent = time.monotonic() - self._spare.since >= _ROW_SECONDS
             _dismiss(self._spare)
             self._spare = None
-        return made
+            if silent:
+                break
+        return None
 
     def _hire(self) -> _Worker:
         ours, theirs = self._context.Pipe()
