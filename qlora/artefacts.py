@@ -98,15 +98,7 @@ def describe(parts: Parts, position: Position) -> dict[str, Any]:
             "parameters": injected.parameters,
             "paths": list(injected.paths),
         },
-        "data": {
-            "sha256": report.sha256,
-            "rows": report.rows,
-            "kept": report.kept,
-            "dropped": dict(report.dropped),
-            "tokens": report.tokens,
-            "trained_tokens": report.trained_tokens,
-            "eval_rows": len(parts.data.eval),
-        },
+        "data": report.counts(),
         "result": result_of(parts, position),
         "memory": {
             "planned_bytes": parts.plan.peak_bytes if parts.plan else None,

@@ -52,26 +52,27 @@ def findings_of(error: QloraError) -> list[Finding]:
 
 
 def _check_data(recipe: Recipe, found: dict[str, Any]) -> None:
+    from qlora.counsel import counsel
     from qlora.data.prepare import prepare
+    from qlora.train.log import RowsTold, console
+    from qlora.train.loop import steps_of
 
-    report = prepare(recipe.data, _encoder_of(recipe), recipe.train.seed).report
+    progress = RowsTold(lambda text: console().print(text, markup=False))
+    report = prepare(recipe.data, _encoder_of(recipe), recipe.train.seed, progress).report
     found["problems"] += [asdict(finding) for finding in report.problems]
     found["warnings"] += [asdict(finding) for finding in report.warnings]
-    found["data"] = {
-        "rows": report.rows,
-        "kept": report.kept,
-        "dropped": dict(report.dropped),
-        "tokens": report.tokens,
-        "trained_tokens": report.trained_tokens,
-        "eval_rows": report.eval_rows,
-        "packed_rows": report.packed_rows,
-        "truncated": report.truncated,
-        "end_trained": report.end_trained,
-        "duplicates": report.duplicates,
-        "overlap": report.overlap,
-        "lengths": dict(report.lengths),
-        "notes": list(report.notes),
-    }
+    found["data"] = {**report.counts(), "notes": list(report.notes), "summary": report.summary()}
+    steps = steps_of(recipe.train, report.packed_rows)
+    told = counsel(recipe, report, steps, _trainable_parameters(recipe)) if report.kept else ()
+    found["warnings"] += [{"where": key, "message": message} for key, message in told]
+
+
+def _trainable_parameters(recipe: Recipe) -> int | None:
+    """As the memory plan counts them; None for a model whose shapes it does not know."""
+    try:
+        return int(plan_of(recipe, here(), EXECUTABLE).as_json()["trainable_parameters"])
+    except QloraError:
+        return None
 
 
 def _check_memory(recipe: Recipe, found: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.artefacts import RECIPE, Parts, leave, write_adapter
 from qlora.base.load import load
+from qlora.counsel import counsel
 from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
@@ -28,7 +29,7 @@ from qlora.recipe import Recipe, dump
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
 from qlora.train.guard import StopSignal, stop_signals
-from qlora.train.log import Log
+from qlora.train.log import Log, RowsTold
 from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
@@ -93,9 +94,14 @@ def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) ->
     injected = inject(base.model, adapter, targets_of(recipe), recipe.train.seed)
     log.say(f"{recipe.model.name}: {injected}")
     encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
-    data = prepare(recipe.data, encoder, recipe.train.seed)
+    told = RowsTold(log.say if processes.is_main else log.say_anyway)  # the first to come prepares for all
+    data = prepare(recipe.data, encoder, recipe.train.seed, told)
     announce(data.report, log)
     data.report.refuse()
+    for key, message in counsel(
+        recipe, data.report, steps_of(recipe.train, len(data.train)), injected.trainable_parameters
+    ):
+        log.say(f"{key}: {message}")
     return Parts(recipe, processes, base, adapter, injected, data, plan)
 
 
@@ -109,9 +115,8 @@ def announce(report: DataReport, log: Log) -> None:
     told = [finding for finding in report.warnings if not finding.message.startswith("dropped")]
     for finding in told[:WARNINGS_SHOWN]:
         log.say(f"{finding.where}: {finding.message}")
-    log.say(
-        f"{report.kept:,} of {report.rows:,} rows kept, {report.trained_tokens:,} of {report.tokens:,} tokens trained"
-    )
+    for line in report.summary():
+        log.say(line)
 
 
 def open_processes(recipe: Recipe) -> Processes:

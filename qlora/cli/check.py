@@ -28,7 +28,8 @@ def check(
                 say(f"{kind[:-1]}: {finding['where']}: {finding['message']}")
         data = found["data"]
         if data:
-            say(f"{data['kept']:,} of {data['rows']:,} rows kept, {data['trained_tokens']:,} tokens trained")
+            for line in (*data["notes"], *data["summary"]):
+                say(line)
         say("ok" if found["ok"] else "not ok: the problems above stop a run")
     if not found["ok"]:
         raise typer.Exit(3 if [problem["where"] for problem in found["problems"]] == ["memory"] else 2)

@@ -1,5 +1,6 @@
 """`qlora preview`: rows as they will be trained."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -30,7 +31,16 @@ def preview(
     for row in found:
         typer.secho(row["where"], bold=True, err=True)
         for segment in row["segments"]:
-            color = typer.colors.GREEN if segment["trained"] else None
-            typer.secho(segment["text"], fg=color, underline=segment["trained"], nl=False, err=True)
+            _show(segment["text"], segment["trained"])
         say("\n")
+    if not found:
+        say("no usable row: `qlora check` says why")
     return None
+
+
+def _show(text: str, trained: bool) -> None:
+    """A stretch of a row; what is trained is green on a terminal and in double brackets in a pipe."""
+    if sys.stderr.isatty():
+        typer.secho(text, fg=typer.colors.GREEN if trained else None, underline=trained, nl=False, err=True)
+    else:
+        typer.echo(f"[[{text}]]" if trained else text, nl=False, err=True)

@@ -6,22 +6,20 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from qlora.data.advice import Places
 from qlora.data.drafts import Encoded
 from qlora.data.encoding import Made, Raw
 from qlora.data.rows import DocumentWriter
-from qlora.data.types import BadRow, Example, Finding, Row, RowError
+from qlora.data.types import IGNORED, BadRow, Example, Finding, Ints, Row, RowError
 
 if TYPE_CHECKING:
     from qlora.data import Data
-
-FEW_ROWS = 100  # below, a LoRA learns the rows by heart within an epoch or two
-SHOWN = 5  # places named in a finding about many rows
 
 
 class Gate:
     """Counts rows as they pass on to `documents`; `where` stands for the data set as a whole in findings.
 
-    Of a row that is kept, 16 bytes stay here: its length is in `documents`, `keys` and `copies` are kept for the split.
+    Of a row that is kept, 24 bytes stay here: its length is in `documents`, `keys` and `copies` are kept for the split.
     """
 
     def __init__(self, where: str, documents: DocumentWriter) -> None:
@@ -33,10 +31,12 @@ class Gate:
         self.warnings: list[Finding] = []
         self.keys = array("Q")  # rows with equal keys say the same
         self.copies = array("q")
+        self.answers = array("Q")  # rows with equal ones are trained to say the same
+        self.too_long = array("q")  # tokens of rows above data.max_length
+        self.open_ended = Places()
+        self.skipped = Places()
+        self.skipped_answers = 0
         self._documents = documents
-        self._open_ended = _Places()
-        self._skipped = _Places()
-        self._skipped_answers = 0
 
     def drop(self, where: str, reason: str, detail: str, fatal: bool = False) -> None:
         """One row that is not trained, and why."""
@@ -52,7 +52,8 @@ class Gate:
         self.kept += 1
         self.tokens += len(example)
         self.trained_tokens += example.trained_tokens()
-        self.keys.append(key_of(example))
+        self.keys.append(_key(example.input_ids, example.labels))
+        self.answers.append(_key(example.labels[example.labels != IGNORED]))
         self.copies.append(copies)
         self._documents.add(example)
         self._notice(encoded)
@@ -67,32 +68,15 @@ class Gate:
         if encoded.unknown:
             self.warnings.append(Finding(where, f"{encoded.unknown} trained tokens are unknown to the tokenizer"))
         if not encoded.ends:
-            self._open_ended.add(where)
+            self.open_ended.add(where)
         if encoded.skipped:
-            self._skipped.add(where)
-            self._skipped_answers += encoded.skipped
+            self.skipped.add(where)
+            self.skipped_answers += encoded.skipped
 
     @property
     def end_trained(self) -> float:
         """Share of the kept rows that teach the model to stop."""
-        return 1 - self._open_ended.count / self.kept if self.kept else 0.0
-
-    def advice(self) -> list[Finding]:
-        """What concerns many rows at once."""
-        found = []
-        if self._open_ended.count:
-            text = "rows end without a trained end token: the model may not stop"
-            found.append(Finding(self.where, self._open_ended.told(text)))
-        if self._skipped.count:
-            text = f"rows have answers ({self._skipped_answers} in all) that are not trained: "
-            text += "the template rewrites them later on"
-            found.append(Finding(self.where, self._skipped.told(text)))
-        if 2 * self.control_rows > self.kept:
-            text = "of the rows hold control strings; are they conversations written out already? Give them as messages"
-            found.append(Finding(self.where, f"{self.control_rows} {text}"))
-        if 0 < self.kept < FEW_ROWS:
-            found.append(Finding(self.where, f"{self.kept} rows: will overfit; {FEW_ROWS} or more, or fewer epochs"))
-        return found
+        return 1 - self.open_ended.count / self.kept if self.kept else 0.0
 
     def fatal(self) -> list[Finding]:
         """Why nothing at all can be learnt, if so."""
@@ -110,27 +94,10 @@ class Gate:
         return f"First: {dropped.where}: {dropped.message}." if dropped else "Name a file with rows."
 
 
-class _Places:
-    """How many rows something was seen in, and the first few of them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._first: list[str] = []
-
-    def add(self, where: str) -> None:
-        self.count += 1
-        if len(self._first) <= SHOWN:
-            self._first.append(where)
-
-    def told(self, text: str) -> str:
-        more = ", ..." if self.count > SHOWN else ""
-        return f"{self.count} {text} ({', '.join(self._first[:SHOWN])}{more})"
-
-
-def key_of(example: Example) -> int:
-    """64 bits of what an example says: rows with equal keys have the same tokens and labels."""
-    said = blake2b(example.input_ids.tobytes() + example.labels.tobytes(), digest_size=16)
-    return int.from_bytes(said.digest()[:8], "little")
+def _key(*said: Ints) -> int:
+    """64 bits of what the arrays say: equal for equal ones."""
+    digest = blake2b(b"".join(one.tobytes() for one in said), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def admit(gate: Gate, row: Raw, made: Made, section: "Data") -> None:
@@ -147,6 +114,7 @@ def admit(gate: Gate, row: Raw, made: Made, section: "Data") -> None:
 
 def _overlong(gate: Gate, row: Row, made: Encoded, section: "Data") -> None:
     found = f"{len(made.example)} tokens, data.max_length is {section.max_length}"
+    gate.too_long.append(len(made.example))
     short = _truncated(made.example, section.max_length)
     if section.overlong != "truncate":
         gate.drop(row.where, "overlong", found, fatal=section.overlong == "error")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.gate import SHOWN
+from qlora.data.advice import SHOWN
 from qlora.data.types import Finding
 from qlora.errors import DataError
 
@@ -48,6 +48,21 @@ class DataReport:
             tail = [f"and {more} more; `qlora check` names them all"] if more else []
             raise DataError("\n".join([*shown, *tail]))
 
+    def counts(self) -> dict[str, Any]:
+        """The figures without the findings: what run.json keeps."""
+        return {name: value for name, value in asdict(self).items() if name not in ("problems", "warnings", "notes")}
+
+    def summary(self) -> list[str]:
+        """The figures for people, in a few lines."""
+        share = self.trained_tokens / self.tokens if self.tokens else 0.0
+        found = [
+            f"{self.kept:,} of {self.rows:,} rows kept, {self.trained_tokens:,} of {self.tokens:,} tokens trained "
+            f"({share:.1%}), the end token in {self.end_trained:.1%} of the rows",
+            "tokens a row: " + ", ".join(f"{size} {rows:,}" for size, rows in self.lengths.items()),
+            f"{self.packed_rows:,} rows to train on, {self.eval_rows:,} held out",
+        ]
+        return found if self.kept else found[:1]
+
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON object."""
         return asdict(self)
@@ -67,7 +82,8 @@ def repeats(keys: Keys, where: Callable[[int], str]) -> tuple[int, list[Finding]
     again = [f"{place} = {earlier}" for place, earlier in pairs if place != earlier]
     if not again:
         return 0, []
-    found = Finding(again[0].split(" = ")[0], f"{len(again)} rows repeat an earlier one ({', '.join(again[:SHOWN])})")
+    told = f"{len(again)} rows repeat an earlier one ({', '.join(again[:SHOWN])}{', ...' if again[SHOWN:] else ''})"
+    found = Finding(again[0].split(" = ")[0], told)
     return len(again), [found]
 
 

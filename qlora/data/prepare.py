@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora.data import cache, labels, source, workers
+from qlora.data.advice import advice
 from qlora.data.columns import Array, Columns
 from qlora.data.encoding import encoded_rows
 from qlora.data.gate import Gate, admit
@@ -166,7 +167,7 @@ def _report(gate: Gate, held: Gate, picked: Array, documents: Documents) -> Data
         tokens=gate.tokens,
         trained_tokens=gate.trained_tokens,
         problems=[*gate.problems, *held.problems, *needed],
-        warnings=[*gate.warnings, *held.warnings, *gate.advice(), *repeated, *told],
+        warnings=[*gate.warnings, *held.warnings, *advice(gate, documents.lengths[: gate.kept]), *repeated, *told],
         sha256="",
         notes=[],
         truncated=gate.truncated,

@@ -20,6 +20,21 @@ def console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+class RowsTold:
+    """Told how many rows were read so far, says so in a line every few seconds, ever more rarely; nothing at first."""
+
+    def __init__(self, say: Callable[[str], None], first_seconds: float = 5.0) -> None:
+        self._say, self._started = say, time.monotonic()
+        self._first_seconds = self._due_seconds = first_seconds
+
+    def __call__(self, rows: int) -> None:
+        """`rows` have been read."""
+        seconds = time.monotonic() - self._started
+        if seconds >= self._due_seconds:
+            self._due_seconds = seconds + max(self._first_seconds, seconds / 10)
+            self._say(f"data: {rows:,} rows read, {rows / seconds:,.0f} rows/s")
+
+
 class Log:
     """One run's voice. Only the main process has one that speaks."""
 
@@ -53,7 +68,11 @@ class Log:
     def say(self, text: str) -> None:
         """One line for people."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.say_anyway(text)
+
+    def say_anyway(self, text: str) -> None:
+        """One line from a process that is not the main one, about work that it does for all of them."""
+        self.console.print(text, markup=False)
 
     def train(self, line: Mapping[str, Any]) -> None:
         """A logged training step."""
