@@ -9,6 +9,7 @@ from qlora.data.strict_json import DECODER, MAX_ROW_BYTES, checked, unreadable
 from qlora.data.types import RowError
 
 _PIECE_BYTES = 2**20
+_TOO_LARGE = "row too large"
 _LOST = "the rest of the file is not read"
 
 
@@ -69,10 +70,10 @@ class _Window:
             found, end = self._decoded()
             held = len(self._text) - self._at
             if end is not None and (end < len(self._text) or self._ended):
-                self._at = end
-                return found
+                size, self._at = end - self._at, end
+                return RowError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes") if size > MAX_ROW_BYTES else found
             if held > MAX_ROW_BYTES:
-                raise RowError("row too large", f"at most {MAX_ROW_BYTES} bytes, or its end is missing; {_LOST}")
+                raise RowError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes, or its end is missing; {_LOST}")
             if not self._more() and end is None:
                 assert isinstance(found, RowError)
                 raise RowError(found.reason, f"{found.detail}; {_LOST}")

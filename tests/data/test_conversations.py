@@ -1,4 +1,4 @@
-"""In generated conversations of every kind, under every template: the assistant's words and ends are trained, only those.
+"""In generated conversations, under every template: the assistant's words and ends are trained, and nothing else.
 
 What should be trained is said here a second time, from the conversation alone, and never asked of the encoder.
 """
