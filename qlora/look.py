@@ -13,6 +13,8 @@ from qlora.recipe import Recipe, from_mapping, read
 
 GIB = 2**30
 PLACE = re.compile(r"(?P<where>(?:[^\s:]+:\d+|[\w./\\-]+)): (?P<message>.+)", re.DOTALL)
+ROW = re.compile(r":\d+$")  # the end of a row's place
+SHOWN = 5  # findings of a kind that people are shown
 Finding = dict[str, str]
 
 
@@ -39,6 +41,26 @@ def check_recipe(path: str, overrides: Sequence[str]) -> dict[str, Any]:
             found["problems"] += findings_of(error)
     found["ok"] = not found["problems"]
     return found
+
+
+def shortened(findings: Sequence[Finding]) -> list[str]:
+    """Findings as lines, of many that say the same of a row only the first few; the longest rows of those too long."""
+    alike: dict[str, list[Finding]] = {}
+    for finding in findings:
+        kind = finding["message"].split(":")[0]
+        alike.setdefault(kind if ROW.search(finding["where"]) else f"{finding}", []).append(finding)
+    lines = []
+    for kind, group in alike.items():
+        worst = sorted(group, key=_tokens, reverse=True) if kind in ("dropped, overlong", "truncated") else group
+        lines += [f"{finding['where']}: {finding['message']}" for finding in worst[:SHOWN]]
+        if len(group) > SHOWN:
+            lines.append(f"{kind}: {len(group) - SHOWN:,} more rows; `qlora check --json` names each")
+    return lines
+
+
+def _tokens(finding: Finding) -> int:
+    counts = re.search(r": (\d+) tokens", finding["message"])
+    return int(counts[1]) if counts else 0
 
 
 def findings_of(error: QloraError) -> list[Finding]:

@@ -16,6 +16,7 @@ from qlora.counsel import counsel
 from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
+from qlora.data.types import counted
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError, NotBuiltYet
@@ -111,7 +112,7 @@ def announce(report: DataReport, log: Log) -> None:
         log.say(note)
     for reason, rows in report.dropped.items():
         first = next((f.where for f in (*report.problems, *report.warnings) if reason in f.message), "")
-        log.say(f"dropped {rows:,} rows: {reason} (first: {first}; `qlora check` names each)")
+        log.say(f"dropped {counted(rows)}: {reason} (first: {first}; `qlora check --json` names each)")
     told = [finding for finding in report.warnings if not finding.message.startswith("dropped")]
     for finding in told[:WARNINGS_SHOWN]:
         log.say(f"{finding.where}: {finding.message}")

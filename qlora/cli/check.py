@@ -17,19 +17,17 @@ def check(
 
     Example: qlora check recipe.yaml
     """
-    from qlora.look import check_recipe
+    from qlora.look import check_recipe, shortened
 
     found = check_recipe(recipe, context.args)
     if as_json:
         answer(found)
     else:
-        for kind in ("problems", "warnings"):
-            for finding in found[kind]:
-                say(f"{kind[:-1]}: {finding['where']}: {finding['message']}")
-        data = found["data"]
-        if data:
-            for line in (*data["notes"], *data["summary"]):
-                say(line)
+        for line in (*found["data"]["notes"], *found["data"]["summary"]) if found["data"] else ():
+            say(line)
+        for kind in ("warnings", "problems"):
+            for line in shortened(found[kind]):
+                say(f"{kind[:-1]}: {line}")
         say("ok" if found["ok"] else "not ok: the problems above stop a run")
     if not found["ok"]:
         raise typer.Exit(3 if [problem["where"] for problem in found["problems"]] == ["memory"] else 2)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.types import Finding
+from qlora.data.types import Finding, counted
 
 if TYPE_CHECKING:
     from qlora.data.gate import Gate
@@ -33,7 +33,7 @@ class Places:
     def told(self, text: str) -> str:
         """`text` with the count before it and the first places behind it."""
         more = ", ..." if self.count > SHOWN else ""
-        return f"{self.count} {text} ({', '.join(self._first[:SHOWN])}{more})"
+        return f"{counted(self.count)} {text} ({', '.join(self._first[:SHOWN])}{more})"
 
 
 def advice(gate: "Gate", lengths: npt.NDArray[np.int64]) -> list[Finding]:
@@ -45,9 +45,9 @@ def advice(gate: "Gate", lengths: npt.NDArray[np.int64]) -> list[Finding]:
 def _endings(gate: "Gate") -> list[str]:
     found = []
     if gate.open_ended.count:
-        found.append(gate.open_ended.told("rows end without a trained end token: the model may not stop"))
+        found.append(gate.open_ended.told("without a trained end token: the model may not stop"))
     if gate.skipped.count:
-        text = f"rows have answers ({gate.skipped_answers} in all) that are not trained: "
+        text = f"with answers ({gate.skipped_answers} in all) that are not trained: "
         found.append(gate.skipped.told(text + "the template rewrites them later on"))
     return found
 
@@ -62,7 +62,7 @@ def _control(gate: "Gate") -> list[str]:
 def _amount(gate: "Gate") -> list[str]:
     found = []
     if 0 < gate.kept < FEW_ROWS:
-        found.append(f"{gate.kept} rows: will overfit; {FEW_ROWS} or more, or fewer epochs")
+        found.append(f"{counted(gate.kept)}: will overfit; {FEW_ROWS} or more, or fewer epochs")
     share = gate.trained_tokens / gate.tokens if gate.tokens else 1.0
     if 0 < share < LITTLE_TRAINED:
         found.append(f"only {share:.1%} of the tokens are trained: long prompts, short answers. Is train_on as meant?")

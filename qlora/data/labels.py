@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora.data.advice import SHOWN
-from qlora.data.types import Finding
+from qlora.data.types import Finding, counted
 from qlora.errors import DataError
 
 Keys = npt.NDArray[np.uint64]
@@ -45,7 +45,8 @@ class DataReport:
         if self.problems:
             shown = [f"{finding.where}: {finding.message}" for finding in self.problems[:SHOWN]]
             more = len(self.problems) - len(shown)
-            tail = [f"and {more} more; `qlora check` names them all"] if more else []
+            tail = [f"and {more} more; `qlora check --json` names each"] if more else []
+            tail += ["Nothing was trained. Mend these, or take them out, and start again."]
             raise DataError("\n".join([*shown, *tail]))
 
     def counts(self) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class DataReport:
             f"{self.kept:,} of {self.rows:,} rows kept, {self.trained_tokens:,} of {self.tokens:,} tokens trained "
             f"({share:.1%}), the end token in {self.end_trained:.1%} of the rows",
             "tokens a row: " + ", ".join(f"{size} {rows:,}" for size, rows in self.lengths.items()),
-            f"{self.packed_rows:,} rows to train on, {self.eval_rows:,} held out",
+            f"{counted(self.packed_rows)} to train on, {self.eval_rows:,} held out",
         ]
         return found if self.kept else found[:1]
 
@@ -82,8 +83,8 @@ def repeats(keys: Keys, where: Callable[[int], str]) -> tuple[int, list[Finding]
     again = [f"{place} = {earlier}" for place, earlier in pairs if place != earlier]
     if not again:
         return 0, []
-    told = f"{len(again)} rows repeat an earlier one ({', '.join(again[:SHOWN])}{', ...' if again[SHOWN:] else ''})"
-    found = Finding(again[0].split(" = ")[0], told)
+    some = ", ".join([*again[:SHOWN], *(["..."] if again[SHOWN:] else [])])
+    found = Finding(again[0].split(" = ")[0], f"{counted(len(again))} the same as an earlier one ({some})")
     return len(again), [found]
 
 

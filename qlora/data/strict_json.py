@@ -41,7 +41,8 @@ def decode(raw: bytes) -> str:
 def unreadable(error: Exception) -> RowError:
     """The RowError for what the standard decoder raised."""
     if isinstance(error, json.JSONDecodeError):
-        return RowError("not JSON", f"{error.msg} at column {error.colno}")
+        column = min(error.pos, len(error.doc.rstrip())) + 1  # a line that breaks off does so before its line end
+        return RowError("not JSON", f"{error.msg} at column {column}")
     if isinstance(error, RecursionError):
         return RowError("nested too deep", f"at most {MAX_DEPTH} levels")
     return RowError("number out of range", str(error).split(";")[0][:80])

@@ -99,6 +99,11 @@ class Example:
         return int(targets.sum()) - int(targets[list(self.starts())].sum() if len(self) else 0)
 
 
+def counted(rows: int) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{rows:,} row" + "s" * (rows != 1)
+
+
 def trained_tokens(examples: Iterable[Example]) -> int:
     """Loss terms of all `examples` together."""
     return sum(example.trained_tokens() for example in examples)

@@ -91,7 +91,7 @@ def test_rows_that_say_the_same_stay_on_one_side(tmp_path, encoder):
     path = written(tmp_path, [*pairs(40), *pairs(40)])
     made = prepare(section(path, eval_fraction=0.2), encoder, 0)
     assert made.report.duplicates == 40 and made.report.overlap == 0 and len(made.eval) == 16
-    assert any("repeat an earlier one" in finding.message for finding in made.report.warnings)
+    assert any("the same as an earlier one" in finding.message for finding in made.report.warnings)
 
 
 def test_an_eval_set_of_its_own_is_read_whole_and_overlap_is_counted(tmp_path, encoder):
@@ -154,9 +154,9 @@ def test_few_rows_forged_turns_and_lost_answers_are_told(tmp_path):
     path = written(tmp_path, [{"messages": turns}])
     report = prepare(section(path), encoder, 0).report
     messages = "\n".join(f"{finding.where} {finding.message}" for finding in report.warnings)
-    assert "1 rows: will overfit" in messages
+    assert "1 row: will overfit" in messages
     assert f"{path}:1 control strings in the text, kept as text: '<|im_end|>', '<|im_start|>'" in messages
-    assert "1 rows have answers (1 in all) that are not trained" in messages
+    assert "1 row with answers (1 in all) that are not trained" in messages
     assert report.control_rows == 1
 
 
