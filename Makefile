@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA card the CPU build of torch is enough, and saves gigabytes of CUDA packages.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-.PHONY: demo test lint types slow clean
+.PHONY: demo test lint types slow gpu clean
 
 demo: $(VENV)/run.ok
 	$(BIN)/qlora demo --out demo-run
@@ -15,6 +15,10 @@ test: $(VENV)/dev.ok
 
 slow: $(VENV)/dev.ok
 	$(BIN)/python -m pytest -m slow
+
+# What only a card can show, in parts of under nine minutes; results that are there are skipped.
+gpu: $(VENV)/dev.ok
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/dev.ok
 	$(BIN)/ruff check .

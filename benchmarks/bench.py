@@ -68,19 +68,23 @@ def _summary(found: list[dict[str, Any]], warm_up: int) -> dict[str, Any]:
 
 
 def _child(contender: Contender, line: Connection, settings: dict[str, Any]) -> None:
-    contender(Gate(line, settings.get("device", "cpu")), **settings)
+    contender(Gate(line, settings.get("device", "cpu"), settings.pop("cap_bytes", None)), **settings)
 
 
 class Gate:
     """A contender's end of the line: `ready` once loaded, then `wait` before and `done` after each step."""
 
-    def __init__(self, line: Connection, device: str = "cpu") -> None:
-        self.line, self.device = line, device
+    def __init__(self, line: Connection, device: str = "cpu", cap_bytes: int | None = None) -> None:
+        self.line, self.device, self.cap_bytes = line, device, cap_bytes
         self.baseline = 0
 
     def imported(self) -> None:
         """All libraries are there, nothing is loaded yet: memory counts from here."""
         self.baseline = resident_bytes()
+        if self.cap_bytes:  # a smaller card, as far as torch's allocator goes
+            import torch
+
+            torch.cuda.set_per_process_memory_fraction(self.cap_bytes / torch.cuda.mem_get_info()[1])
 
     def ready(self, text: str) -> None:
         """Loaded."""
@@ -106,7 +110,9 @@ def machine() -> dict[str, Any]:
     names = ("torch", "transformers", "accelerate", "bitsandbytes", "peft", "trl")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    cards = os.popen("nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null").read().splitlines()
     return {
+        "card": cards[0] if cards else None,
         "cpu": cpu,
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],

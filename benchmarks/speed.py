@@ -55,8 +55,9 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.base or Path(scratch)
         make_base(folder, options.shape, options.device)
+        cap_bytes = int(options.cap_gib * 2**30) if options.cap_gib else None
         work = {"folder": str(folder), "batch": options.batch, "length": options.length, "short": options.short}
-        running = Race(chosen, steps=steps, device=options.device, **work)
+        running = Race(chosen, steps=steps, device=options.device, cap_bytes=cap_bytes, **work)
         found = running.run(options.warm_up, options.rounds)
     rows = rows_of(options.batch * steps, options.length, options.short)[options.warm_up * options.batch :]
     tokens = sum(map(len, rows[: options.rounds * options.batch])) / options.rounds
@@ -65,7 +66,7 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
         result["tokens_per_second"] = options.rounds * tokens / sum(result["seconds"])
         result["share_of_matmul_limit"] = limit / (sum(result["seconds"]) / options.rounds)
     workload = {"shape": options.shape, "rank": RANK, **work, "device": options.device, "tokens_per_step": tokens}
-    workload["folder"] = "random weights"
+    workload |= {"folder": "random weights", "cap_gib": options.cap_gib}
     return {"workload": workload, "matmul_seconds": limit, "contenders": found}
 
 
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="rows as short as an instruction set's; ours packs them")
     parser.add_argument("--shape", choices=SHAPES, default="100M")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cap-gib", type=float, help="of a card's memory, to stand for a smaller one")
     parser.add_argument("--base", type=Path, help="keep the random base here for the next race")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--name", default="speed")

@@ -1,0 +1,43 @@
+"""All that only a card can show, in parts of under nine minutes: make gpu. A part whose results are there is skipped.
+
+Each part is a process of its own and writes its JSON as it goes, so that a short loan of a card is never wasted.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from bench import RESULTS
+
+HERE = Path(__file__).parent
+BASE = Path("/tmp/qlora-random-8B")  # 16 GB, made once
+PART_SECONDS = 9 * 60
+SPEED = ("speed.py", "--device", "cuda", "--shape", "8B", "--base", str(BASE), "--batch", "1", "--rounds", "10",
+         "--warm-up", "3", "--name")  # fmt: skip
+PARTS: dict[str, tuple[str, ...]] = {
+    "gpu-kernels": ("kernels.py",),
+    "gpu-speed-2048": (*SPEED, "gpu-speed-2048", "--length", "2048"),
+    "gpu-speed-4096": (*SPEED, "gpu-speed-4096", "--length", "4096"),
+    "gpu-speed-24gb": (*SPEED, "gpu-speed-24gb", "--length", "4096", "--cap-gib", "24"),
+    "memory-gpu": ("memory.py", "--gpu"),
+}
+
+
+def main() -> None:
+    """Run the parts that have no results yet, or those named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    chosen = parser.parse_args().parts or [name for name in PARTS if not (RESULTS / f"{name}.json").exists()]
+    for name in chosen:
+        print(f"== {name}", flush=True)
+        script, *options = PARTS[name]
+        try:
+            done = subprocess.run([sys.executable, str(HERE / script), *options], timeout=PART_SECONDS, check=False)
+            print(f"== {name}: exit code {done.returncode}", flush=True)
+        except subprocess.TimeoutExpired:
+            print(f"== {name}: stopped after {PART_SECONDS} s; what it wrote is kept", flush=True)
+
+
+if __name__ == "__main__":
+    main()
