@@ -23,6 +23,8 @@ FLOORS = {
         "reopen",
         "ask",
         "deliver",
+        "inspection",
+        "rework",
         "look",
         "planning",
         "counsel",

@@ -45,6 +45,37 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
     )
 
 
+def reworked_card(manifest: Mapping[str, Any]) -> str:
+    """The card of an adapter that was made out of others: of which, and what that cost; their folders stay at home."""
+    base, sha = word(manifest, "base", "name"), word(manifest, "base", "sha256")
+    shown = base if _is_hub(base) else "a local base model"
+    resized, parts = section(manifest, "resized"), manifest.get("parts")
+    if resized:
+        energy = number(manifest, "resized", "energy_kept")
+        kept = "" if energy is None else f" It holds {100 * energy:.2f} % of that adapter's energy (squared norm)."
+        origin = [f"The best approximation, matrix by matrix, of an adapter of rank {resized.get('rank')}.{kept}"]
+    else:
+        rows = parts if isinstance(parts, list) else []
+        origin = ["The weighted sum of the updates of several adapters:", ""]
+        origin += [f"- {each['name']}, weight {each['weight']:g}" for each in rows]
+    return "\n".join(
+        [
+            *_front_matter(base),
+            f"# A LoRA adapter for {shown}",
+            "",
+            f"Rank {word(manifest, 'adapter', 'rank')}, its scale folded into B (alpha = rank).",
+            "",
+            *origin,
+            "",
+            "It was not trained further, and not evaluated.",
+            "",
+            *_loading(shown),
+            *([f"The base's fingerprint is sha256 `{sha}`."] if sha else []),
+            "",
+        ]
+    )
+
+
 def _front_matter(base: str) -> list[str]:
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- qlora"]
     if _is_hub(base):
