@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.base.generate import generate
+from qlora.adapters.switch import Switch
+from qlora.base.generate import BATCH_ROWS, generate
 from qlora.data.files import read_jsonl
 from qlora.data.formats.messages import conversation
 from qlora.data.types import BadRow, Example, Message, Row
@@ -70,6 +71,27 @@ def answer_prompts(opened: Opened, prompt: str, max_new_tokens: int, temperature
         {"prompt": shown, "input_ids": ids, "output_ids": new, "text": text_of(new, opened.base.tokenizer)}
         for (shown, _), ids, new in zip(asked, encoded, found, strict=True)
     ]
+
+
+def answer_with_each(
+    opened: Opened, switch: Switch, prompt: str, max_new_tokens: int, temperature: float
+) -> list[dict[str, Any]]:
+    """What `qlora generate` answers with several adapters: for each prompt a row per adapter, all in shared batches."""
+    asked = [(shown, opened.encoder.prompt_ids(messages)) for shown, messages in read_prompts(prompt)]
+    jobs = [(name, shown, ids) for shown, ids in asked for name in switch.names]
+    # Sorted by length here, so that `generate` keeps the rows of a batch in the order in which adapters are named.
+    order = sorted(range(len(jobs)), key=lambda job: len(jobs[job][2]))
+    rows: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(order), BATCH_ROWS):
+        batch = order[start : start + BATCH_ROWS]
+        with switch.rows([jobs[job][0] for job in batch]):
+            prompts = [jobs[job][2] for job in batch]
+            found = generate(opened.base, prompts, max_new_tokens, temperature, opened.recipe.train.seed)
+        for job, new in zip(batch, found, strict=True):
+            name, shown, ids = jobs[job]
+            text = text_of(new, opened.base.tokenizer)
+            rows[job] = {"adapter": name, "prompt": shown, "input_ids": ids, "output_ids": new, "text": text}
+    return [rows[job] for job in range(len(jobs))]
 
 
 def read_prompts(prompt: str) -> list[tuple[str, list[Message]]]:

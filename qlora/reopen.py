@@ -1,11 +1,12 @@
 """A finished run opened again, or a model as the defaults quantise it: what eval, generate and export work on."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.adapters import weights
+from qlora.adapters.switch import Switch
 from qlora.artefacts import MANIFEST, RECIPE
 from qlora.base.load import Base, load
 from qlora.data.prepare import prepare
@@ -50,6 +51,29 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     if note:
         say(note)
     return Opened(recipe, base, file)
+
+
+def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: None) -> tuple[Opened, Switch]:
+    """Open a run or a model with several adapters on one base, by name -> folder; the first one acts.
+
+    InputError and AdapterError as `open_run`; all files are read before the base is.
+    """
+    recipe, _ = _find(name)
+    files = {each: intact(Path(folder)) for each, folder in adapters.items()}
+    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
+    switch = Switch(base.model)
+    for each, file in files.items():
+        layers, note = weights.fitted(base.model, file, base.manifest.sha256)
+        switch.hold(each, layers)
+        if note:
+            say(note)
+    switch.use(next(iter(files), None))
+    return Opened(recipe, base, next(iter(files.values()), None)), switch
+
+
+def own_adapter(name: str) -> Path | None:
+    """The folder of the adapter that a run, a checkpoint or an adapter folder is; None for a plain model."""
+    return _find(name)[1]
 
 
 def _find(name: str) -> tuple[Recipe, Path | None]:

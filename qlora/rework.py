@@ -1,8 +1,6 @@
 """New adapters out of trained ones: one of lower rank, or several in one; each a folder that every verb takes again."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,10 @@ from qlora.artefacts import CARD, MANIFEST, RECIPE
 from qlora.base.folder import tokenizer_files
 from qlora.errors import AdapterError, InputError
 from qlora.files import folder_in_one_step, manifest_of, write_bytes, write_json, write_text
+from qlora.naming import Part
 from qlora.recipe import Recipe, dump
 from qlora.reopen import Say, read_adapter
 from qlora.report.card import reworked_card
-
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-REACH = 1e6  # largest weight of an adapter in a sum
-
-
-@dataclass(frozen=True)
-class Part:
-    """One adapter of a sum: its name, its folder, and its weight."""
-
-    name: str
-    path: str
-    weight: float
 
 
 def resize(name: str, out: str, rank: int, say: Say = lambda line: None) -> dict[str, Any]:
@@ -93,47 +80,12 @@ def combine(out: str, parts: Sequence[Part], rank: int | None, say: Say = lambda
     return {"path": str(folder), "rank": largest_rank(made), "energy_kept": energy, "exact": not shortened, **sources}
 
 
-def parse_part(text: str) -> Part:
-    """`NAME=PATH` or `NAME=PATH:WEIGHT`. InputError for anything else."""
-    name, _, rest = text.partition("=")
-    path, _, weight = rest.rpartition(":")
-    number = _number(weight) if path else None
-    if number is None:
-        path, number = rest, 1.0
-    if not NAME.fullmatch(name) or not path:
-        raise InputError(
-            f"{text!r}: an adapter is written NAME=PATH or NAME=PATH:WEIGHT, as in polite=runs/polite:0.5; "
-            "a name has letters, digits, - and _."
-        )
-    if not abs(number) <= REACH:
-        raise InputError(f"{text!r}: a weight is a number, at most {REACH:g}.")
-    return Part(name, path, number)
-
-
-def parse_parts(texts: Sequence[str], fewest: int) -> list[Part]:
-    """Several adapters, each under a name of its own."""
-    parts = [parse_part(text) for text in texts]
-    twice = next((part.name for part in parts if sum(other.name == part.name for other in parts) > 1), None)
-    if twice:
-        raise InputError(f"{twice}= is there twice. Give each adapter a name of its own.")
-    if len(parts) < fewest:
-        raise InputError(f"{fewest} adapters or more are needed, found {len(parts)}.")
-    return parts
-
-
 def free_folder(out: str) -> Path:
     """OUT as a folder that nothing is in yet. InputError if there is something."""
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already. Name a folder that does not exist yet.")
     return folder
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _energy(layers: Sequence[tuple[float, float]]) -> float:

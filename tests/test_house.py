@@ -23,6 +23,7 @@ FLOORS = {
         "reopen",
         "ask",
         "deliver",
+        "naming",
         "inspection",
         "rework",
         "look",

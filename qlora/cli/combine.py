@@ -18,9 +18,10 @@ def combine(
 
     Example: qlora combine both polite=runs/polite brief=runs/brief:0.5
     """
-    from qlora.rework import combine, parse_parts
+    from qlora.naming import parse_parts
+    from qlora.rework import combine
 
-    found = combine(out, parse_parts(adapters, 2), rank, say)
+    found = combine(out, parse_parts(adapters), rank, say)
     if as_json:
         return answer(found)
     say(f"-> {found['path']}")
