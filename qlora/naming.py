@@ -9,6 +9,7 @@ from qlora.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 BASE = "base"  # what the base alone is called where adapters are switched
+OWN = "own"  # what a run's own adapter is called beside others
 LARGEST = 1e6  # weight of an adapter in a sum
 
 
@@ -42,10 +43,11 @@ def parse_parts(texts: Sequence[str]) -> list[Part]:
     return parts
 
 
-def named_adapters(texts: Sequence[str]) -> dict[str, str]:
-    """Name -> folder of `NAME=PATH` words; a word that is a PATH alone is named after its folder."""
+def named_adapters(texts: Sequence[str], own: str | None = None) -> dict[str, str]:
+    """Name -> folder of `NAME=PATH` words, the run's `own` adapter first; a PATH alone is named after its folder."""
     pairs = [text.split("=", 1) if "=" in text else [Path(text).resolve().name, text] for text in texts]
     named = [(_checked(name, path, text), path) for (name, path), text in zip(pairs, texts, strict=True)]
+    named = [*([(OWN, own)] if own else []), *named]
     _refuse_twice([name for name, _ in named])
     return dict(named)
 

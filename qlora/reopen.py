@@ -71,9 +71,10 @@ def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: 
     return Opened(recipe, base, next(iter(files.values()), None)), switch
 
 
-def own_adapter(name: str) -> Path | None:
+def own_adapter(name: str) -> str | None:
     """The folder of the adapter that a run, a checkpoint or an adapter folder is; None for a plain model."""
-    return _find(name)[1]
+    own = _find(name)[1]
+    return None if own is None else str(own)
 
 
 def _find(name: str) -> tuple[Recipe, Path | None]:

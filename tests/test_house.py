@@ -23,6 +23,8 @@ FLOORS = {
         "reopen",
         "ask",
         "deliver",
+        "talk",
+        "chat",
         "naming",
         "inspection",
         "rework",

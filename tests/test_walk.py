@@ -335,7 +335,6 @@ BAD_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no such dtype": (("export", "{run}", "{out}", "--to", "merged", "--dtype", "int4"), ("int4", "float32")),
     "a plain model to export": (("export", "{model}", "{out}", "--to", "merged"), ("adapter",)),
     "a folder that is there": (("export", "{run}", "{run}", "--to", "merged"), ("already",)),
-    "a verb that is not built": (("chat", "{run}"), ("not built",)),
     "a card of no size": (("plan", "{recipe}", "--gpu", "big"), ("big",)),
     "rows below zero": (("export", "{run}", "{out}", "--to", "merged", "--rows", "-1"), ("rows",)),
 }

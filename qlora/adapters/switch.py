@@ -77,7 +77,6 @@ class Switch:
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside the block row n of every batch goes through adapter `names[n]`; the base's product is made once."""
-        before = {path: getattr(parent, leaf) for path, (parent, leaf) in self._places.items()}
         groups = [
             (self._layers(name), torch.tensor([row for row, other in enumerate(names) if other == name]))
             for name in dict.fromkeys(names)
@@ -86,7 +85,19 @@ class Switch:
         for path, frozen in self._frozen.items():
             members = [(layers[path], index) for layers, index in groups if path in layers]
             rows[path] = ByRow(frozen, members, len(names)) if members else frozen
-        self._mount(rows)
+        with self._mounted(rows):
+            yield
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside the block the base answers alone; afterwards what acted before."""
+        with self._mounted(self._frozen):
+            yield
+
+    @contextmanager
+    def _mounted(self, modules: Layers) -> Iterator[None]:
+        before = {path: getattr(parent, leaf) for path, (parent, leaf) in self._places.items()}
+        self._mount(modules)
         try:
             yield
         finally:
