@@ -25,7 +25,7 @@ from qlora.files import folder_in_one_step, manifest_of, write_bytes, write_json
 from qlora.naming import Part
 from qlora.recipe import Recipe, dump
 from qlora.reopen import Say, read_adapter
-from qlora.report.card import reworked_card
+from qlora.report.outgoing import reworked_card
 
 
 def resize(name: str, out: str, rank: int, say: Say = lambda line: None) -> dict[str, Any]:

@@ -330,7 +330,6 @@ BAD_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompts that are not there": (("generate", "{run}", "gone.jsonl"), ("gone.jsonl",)),
     "no tokens": (("generate", "{run}", "hello", "--max-new-tokens", "0"), ("max-new-tokens",)),
     "no such target": (("export", "{run}", "{out}", "--to", "merge"), ("merge", "merged")),
-    "a target that is not built": (("export", "{run}", "{out}", "--to", "portable"), ("portable",)),
     "no such base": (("export", "{run}", "{out}", "--to", "merged", "--base", "orginal"), ("orginal", "original")),
     "no such dtype": (("export", "{run}", "{out}", "--to", "merged", "--dtype", "int4"), ("int4", "float32")),
     "a plain model to export": (("export", "{model}", "{out}", "--to", "merged"), ("adapter",)),
