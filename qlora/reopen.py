@@ -15,7 +15,6 @@ from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import AdapterError, InputError
 from qlora.files import sha256_of
-from qlora.memory.allocator import return_freed_memory
 from qlora.quant import build as build_quantizer
 from qlora.recipe import Recipe, from_mapping
 from qlora.recipe import read as read_recipe
@@ -47,7 +46,7 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
     file = intact(folder) if folder else None
-    base = _loaded(recipe)
+    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
         say(note)
@@ -61,7 +60,7 @@ def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: 
     """
     recipe, _ = _find(name)
     files = {each: intact(Path(folder)) for each, folder in adapters.items()}
-    base = _loaded(recipe)
+    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
     switch = Switch(base.model)
     for each, file in files.items():
         layers, note = weights.fitted(base.model, file, base.manifest.sha256)
@@ -70,13 +69,6 @@ def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: 
             say(note)
     switch.use(next(iter(files), None))
     return Opened(recipe, base, next(iter(files.values()), None)), switch
-
-
-def _loaded(recipe: Recipe) -> Base:
-    device = Single().device
-    if device.type == "cpu":
-        return_freed_memory()  # else what each tensor took while it was packed stays counted as this process's
-    return load(recipe.model, build_quantizer(recipe.quant), device)
 
 
 def own_adapter(name: str) -> str | None:
