@@ -6,35 +6,64 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.base.generate import generate
+from qlora.adapters.switch import Switch, adapters_off
+from qlora.base.generate import BATCH_ROWS, generate
 from qlora.data.files import read_jsonl
 from qlora.data.formats.messages import conversation
-from qlora.data.types import BadRow, Example, Message, Row
+from qlora.data.types import TEXT, BadRow, Example, Message, Row
 from qlora.distributed.single import Single
-from qlora.errors import DataError, InputError, NotBuiltYet, did_you_mean
+from qlora.errors import DataError, InputError, did_you_mean
 from qlora.reopen import Opened, held_out
+from qlora.train.choice import Choice, choice_of, choice_share
 from qlora.train.evaluate import evaluate
 from qlora.train.loss import TokenLoss
 from qlora.train.tasks import exact_match, question, text_of
 
 TASKS = ("loss", "exact-match", "choice")
+GENERAL = Path(__file__).parent / "train" / "general.txt"  # what a model should not unlearn, whatever it is trained on
 
 
-def measure(opened: Opened, data: str | None, task: str) -> dict[str, Any]:
-    """What `qlora eval` answers: loss and perplexity always, the task's score where it has one."""
-    if task not in ("loss", "exact-match"):
-        if task == "choice":
-            raise NotBuiltYet("--task choice is not built yet. Use loss or exact-match.")
+def measure(opened: Opened, data: str | None, task: str, beside_base: bool = False) -> dict[str, Any]:
+    """What `qlora eval` answers: loss and perplexity always, the task's score where it has one.
+
+    With `beside_base` the base alone as well, and the loss of both on a general text: what was forgotten.
+    """
+    if task not in TASKS:
         raise InputError(f"--task: no {task!r}.{did_you_mean(task, TASKS)}")
+    if beside_base and opened.adapter is None:
+        raise InputError("--beside-base: this is a model without an adapter; it is its own base.")
     examples = held_out(opened, data)
+    choices = [choice_of(each, opened.base.tokenizer) for each in examples] if task == "choice" else []
+    found = {"task": task, **_measured(opened, examples, task, choices)}
+    if beside_base:
+        text = _general(opened)
+        tuned = _measured(opened, text, "loss", [])
+        with adapters_off(opened.base.model):
+            found["base"] = _measured(opened, examples, task, choices)
+            base = _measured(opened, text, "loss", [])
+        found["forgetting"] = {"base_loss": base["loss"], "loss": tuned["loss"], "tokens": tuned["tokens"]}
+    return found
+
+
+def _measured(opened: Opened, examples: Sequence[Example], task: str, choices: Sequence[Choice]) -> dict[str, Any]:
     micro_batch = opened.recipe.train.micro_batch
     found = evaluate(TokenLoss(opened.base.model), examples, micro_batch, Single())
-    score = exact_match_share(opened, examples) if task == "exact-match" else None
+    score = None
+    if task == "exact-match":
+        score = exact_match_share(opened, examples)
+    elif task == "choice":
+        score = choice_share(opened.base.model, choices, micro_batch, opened.base.device)
     perplexity = found.perplexity if math.isfinite(found.perplexity) else None
     return {
-        "task": task, "loss": found.loss, "perplexity": perplexity, "score": score,
-        "rows": found.rows, "tokens": found.tokens,
+        "loss": found.loss, "perplexity": perplexity, "score": score, "rows": found.rows, "tokens": found.tokens,
     }  # fmt: skip
+
+
+def _general(opened: Opened) -> list[Example]:
+    """The general text, a row a paragraph, every token of it scored: plain text, as no template wrote it."""
+    paragraphs = GENERAL.read_text(encoding="utf-8").strip().split("\n\n")
+    encode = opened.encoder.encode
+    return [encode(f"general text:{row}", [Message(TEXT, words)]) for row, words in enumerate(paragraphs, 1)]
 
 
 def exact_match_share(opened: Opened, examples: Sequence[Example]) -> float:
@@ -70,6 +99,27 @@ def answer_prompts(opened: Opened, prompt: str, max_new_tokens: int, temperature
         {"prompt": shown, "input_ids": ids, "output_ids": new, "text": text_of(new, opened.base.tokenizer)}
         for (shown, _), ids, new in zip(asked, encoded, found, strict=True)
     ]
+
+
+def answer_with_each(
+    opened: Opened, switch: Switch, prompt: str, max_new_tokens: int, temperature: float
+) -> list[dict[str, Any]]:
+    """What `qlora generate` answers with several adapters: for each prompt a row per adapter, all in shared batches."""
+    asked = [(shown, opened.encoder.prompt_ids(messages)) for shown, messages in read_prompts(prompt)]
+    jobs = [(name, shown, ids) for shown, ids in asked for name in switch.names]
+    # Sorted by length here, so that `generate` keeps the rows of a batch in the order in which adapters are named.
+    order = sorted(range(len(jobs)), key=lambda job: len(jobs[job][2]))
+    rows: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(order), BATCH_ROWS):
+        batch = order[start : start + BATCH_ROWS]
+        with switch.rows([jobs[job][0] for job in batch]):
+            prompts = [jobs[job][2] for job in batch]
+            found = generate(opened.base, prompts, max_new_tokens, temperature, opened.recipe.train.seed)
+        for job, new in zip(batch, found, strict=True):
+            name, shown, ids = jobs[job]
+            text = text_of(new, opened.base.tokenizer)
+            rows[job] = {"adapter": name, "prompt": shown, "input_ids": ids, "output_ids": new, "text": text}
+    return [rows[job] for job in range(len(jobs))]
 
 
 def read_prompts(prompt: str) -> list[tuple[str, list[Message]]]:

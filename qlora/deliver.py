@@ -1,25 +1,36 @@
-"""A run out of the house: an export written in one step, and its certificate measured on the written files."""
+"""A run out of the house: an export written in one step, its certificate measured on the written files, its card."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora.artefacts import CARD, MANIFEST
 from qlora.base import Model
 from qlora.base.dtypes import DTYPES, name_of
 from qlora.base.load import load
-from qlora.errors import InputError, did_you_mean
+from qlora.errors import InputError, QloraError, did_you_mean
 from qlora.export import TARGETS
-from qlora.export.certificate import Agreement, compare
+from qlora.export.certificate import Agreement, Rounding, compare, rounding
+from qlora.export.servers import as_text, servers
+from qlora.export.stream import PROGRESS
 from qlora.export.trained import Choice, Trained
-from qlora.files import folder_in_one_step, write_json
+from qlora.files import folder_in_one_step, sha256_of, write_json, write_text
 from qlora.quant import build as build_quantizer
 from qlora.quant.dense import Dense
+from qlora.recipe import dump
 from qlora.reopen import Opened, Say, held_out
+from qlora.report.card import is_hub
+from qlora.report.outgoing import exported_card
 
 ONTO = ("dequantized", "original")
+MODELS = ("merged", "ollama")  # targets that are whole models, and so have a certificate
 CERTIFICATE_ROWS = 128  # held-out rows of a certificate, if the user does not say
+MAX_KL = 0.05  # nats a token on the base that was trained on, if the user does not say; onto another base no limit
+MAX_LOST = 1.0  # rounding error over the update: beyond it rounding moved the weights further than training did
 
 
 @dataclass(frozen=True)
@@ -31,12 +42,15 @@ class Order:
     dtype: str | None
     data: str | None
     rows: int | None
+    max_kl: float | None = None
+    max_lost: float = MAX_LOST
 
 
 def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: None) -> dict[str, Any]:
     """Write an export and its certificate; returns what `qlora export` answers.
 
-    InputError if the order can't be meant, or the folder is there already; nothing half-written is left.
+    InputError if the order can't be meant, or the folder is there already; QloraError if the certificate is above a
+    limit: then there is no folder, and what was written waits aside for the same order with another limit.
     """
     if opened.adapter is None:
         raise InputError("export: this is a model without an adapter; there is nothing to export. Name a run's folder.")
@@ -45,25 +59,39 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
         raise InputError(f"--base: no {order.onto!r}.{did_you_mean(order.onto, ONTO)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already. Name a folder that does not exist yet.")
+    choice, trained = Choice(order.onto, dtype), trained_of(opened)
+    with folder_in_one_step(folder, _key(opened, order, dtype)) as aside:
+        size = target.write(trained, aside, choice)
+        measured = _certified(opened, aside, order, choice, say)
+        table = servers(order.to, aside, out, opened.recipe.model.name)
+        facts = {"to": order.to, "base": order.onto, "dtype": name_of(dtype), **measured}
+        if order.to != "adapter":
+            write_text(aside / CARD, _card(opened, aside, facts))
+        (aside / PROGRESS).unlink(missing_ok=True)
+    say(f"who takes {out} as it is:\n{as_text(table)}")
+    if order.to not in MODELS:
+        say("these servers add the adapter to the 16-bit base; `--to merged` keeps the quantised one it was trained on")
+    return {
+        "path": str(folder), "base": order.onto, "dtype": name_of(dtype), "bytes": size,
+        "agreement": measured.get("agreement"), "rounding": measured.get("rounding"),
+        "servers": [asdict(row) for row in table],
+    }  # fmt: skip
+
+
+def trained_of(opened: Opened) -> Trained:
+    """The run as the export targets see it."""
+    assert opened.adapter is not None
     base = opened.base
-    trained = Trained(
+    return Trained(
         opened.adapter,
         base.folder.path,
         build_quantizer(opened.recipe.quant),
         base.manifest.quantized,
         base.dtype,
         base.device,
+        opened.encoder.template,
+        tuple(base.tokenizer.convert_ids_to_tokens(list(base.stops))),
     )
-    with folder_in_one_step(folder) as aside:
-        size = target.write(trained, aside, Choice(order.onto, dtype))
-        agreement = certify(opened, aside, order) if order.to == "merged" and order.rows != 0 else None
-        if agreement:
-            write_json(aside / "certificate.json", asdict(agreement) | {"base": order.onto, "dtype": name_of(dtype)})
-            say(f"certificate: {agreement}")
-    measured = asdict(agreement) if agreement else None
-    return {
-        "path": str(folder), "base": order.onto, "dtype": name_of(dtype), "bytes": size, "agreement": measured,
-    }  # fmt: skip
 
 
 def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
@@ -72,6 +100,73 @@ def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
     dtype = name_of(_dtype(order, opened))
     written = load(Model.model_validate({"name": str(folder), "dtype": dtype}), Dense(), opened.base.device)
     return compare(opened.base.model, written.model, examples, opened.base.device)
+
+
+def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: Say) -> dict[str, Any]:
+    """Measure what was written, say it, write certificate.json. QloraError above a limit."""
+    if order.to not in MODELS:
+        return {}
+    took = rounding(choice.rounding)
+    say(str(took))
+    agreement = certify(opened, folder, order) if order.rows != 0 else None
+    if agreement:
+        say(f"certificate: {agreement}")
+        limits = {"max_kl": _max_kl(order), "max_lost": order.max_lost}
+        written = {"base": order.onto, "dtype": name_of(choice.dtype), "rounding": asdict(took), "limits": limits}
+        write_json(folder / "certificate.json", asdict(agreement) | written)
+    _refuse(took, agreement, order)
+    return {"agreement": asdict(agreement) if agreement else None, "rounding": asdict(took)}
+
+
+def _refuse(took: Rounding, agreement: Agreement | None, order: Order) -> None:
+    limit = _max_kl(order)
+    if agreement and limit is not None and not agreement.mean_kl <= limit:
+        raise QloraError(
+            f"export: mean KL {agreement.mean_kl:.2e} is above the limit {limit:g}: the written model is not the "
+            "trained one. Nothing was exported. "
+            f"Try --dtype float32, or --max-kl {_above(agreement.mean_kl)} to insist."
+        )
+    if took.lost > order.max_lost:
+        raise QloraError(
+            f"export: {took}. The limit is {order.max_lost:.0%}; nothing was exported. "
+            f"Take --dtype float32 or float16, or --max-lost {_above(took.lost)} to insist."
+        )
+
+
+def _above(value: float) -> str:
+    return f"{value * 1.1:.2g}"
+
+
+def _max_kl(order: Order) -> float | None:
+    """Onto the original weights the quantisation error comes back: it is measured and said, but no mistake."""
+    return MAX_KL if order.max_kl is None and order.onto == "dequantized" else order.max_kl
+
+
+def _card(opened: Opened, folder: Path, facts: dict[str, Any]) -> str:
+    """The export's README; the places of this machine stay out of it."""
+    assert opened.adapter is not None
+    name = opened.recipe.model.name
+    table = servers(facts["to"], folder, "THIS_FOLDER", name if is_hub(name) else "BASE")
+    return exported_card(_run_manifest(opened.adapter.folder), dump(opened.recipe), facts, as_text(table))
+
+
+def _key(opened: Opened, order: Order, dtype: torch.dtype) -> str | None:
+    """What a half-written model is to become: the same order on the same weights goes on with it."""
+    if order.to not in MODELS or opened.adapter is None:
+        return None
+    files = sorted(path for path in opened.adapter.folder.glob("adapter_*") if path.is_file())
+    said = [order.to, order.onto, name_of(dtype), opened.base.manifest.sha256, *(sha256_of(file) for file in files)]
+    said += [json.dumps(opened.recipe.quant.model_dump(mode="json"), sort_keys=True), name_of(opened.base.dtype)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _run_manifest(folder: Path) -> dict[str, Any]:
+    """The run's manifest; a checkpoint has none of its own yet, an adapter of PEFT's has none at all."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _dtype(order: Order, opened: Opened) -> torch.dtype:

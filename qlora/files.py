@@ -12,6 +12,7 @@ from typing import Any
 from qlora.errors import QloraError
 
 ASIDE = ".partial-"  # first letters of every name that is not finished yet; swept at the next start
+KEY = "key"  # in a folder that is not finished: what it is to become
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,24 +54,43 @@ def manifest_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 @contextmanager
-def folder_in_one_step(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` at the end, or vanishes if the block fails. An old one goes last."""
+def folder_in_one_step(path: Path, key: str | None = None) -> Iterator[Path]:
+    """A folder to write into that becomes `path` at the end, or vanishes if the block fails. An old one goes last.
+
+    With `key` what a block leaves when it fails or is killed is kept aside, and given to the next block of that key.
+    """
     aside = path.with_name(ASIDE + path.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    if key is None or _key_of(aside) != key:
+        shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        aside.mkdir(parents=True, exist_ok=True)
+        if key is not None:
+            write_text(aside / KEY, key)
         yield aside
+        (aside / KEY).unlink(missing_ok=True)
         _sync_files(aside)
         if path.exists():
             shutil.rmtree(path)
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        _drop(aside, key)
         raise QloraError(f"{path} could not be written: {error.strerror or error}.") from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        _drop(aside, key)
         raise
+
+
+def _drop(aside: Path, key: str | None) -> None:
+    if key is None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _key_of(aside: Path) -> str | None:
+    try:
+        return (aside / KEY).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def sweep(folder: Path) -> list[str]:

@@ -1,11 +1,12 @@
 """A finished run opened again, or a model as the defaults quantise it: what eval, generate and export work on."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.adapters import weights
+from qlora.adapters.switch import Switch
 from qlora.artefacts import MANIFEST, RECIPE
 from qlora.base.load import Base, load
 from qlora.data.prepare import prepare
@@ -44,12 +45,36 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     """
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
-    file = _intact(folder) if folder else None
+    file = intact(folder) if folder else None
     base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
         say(note)
     return Opened(recipe, base, file)
+
+
+def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: None) -> tuple[Opened, Switch]:
+    """Open a run or a model with several adapters on one base, by name -> folder; the first one acts.
+
+    InputError and AdapterError as `open_run`; all files are read before the base is.
+    """
+    recipe, _ = _find(name)
+    files = {each: intact(Path(folder)) for each, folder in adapters.items()}
+    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
+    switch = Switch(base.model)
+    for each, file in files.items():
+        layers, note = weights.fitted(base.model, file, base.manifest.sha256)
+        switch.hold(each, layers)
+        if note:
+            say(note)
+    switch.use(next(iter(files), None))
+    return Opened(recipe, base, next(iter(files.values()), None)), switch
+
+
+def own_adapter(name: str) -> str | None:
+    """The folder of the adapter that a run, a checkpoint or an adapter folder is; None for a plain model."""
+    own = _find(name)[1]
+    return None if own is None else str(own)
 
 
 def _find(name: str) -> tuple[Recipe, Path | None]:
@@ -62,6 +87,27 @@ def _find(name: str) -> tuple[Recipe, Path | None]:
     if (folder / weights.CONFIG).is_file():
         return _defaults(_base_named_by(folder)), folder
     return _defaults(name), None
+
+
+def read_adapter(name: str) -> tuple[weights.AdapterFile, Recipe | None]:
+    """The adapter of a run, a checkpoint or an adapter folder, its base left alone; and its run's recipe, if any.
+
+    InputError if there is none; AdapterError if it is damaged.
+    """
+    folder = Path(name)
+    recipe = next((_recipe_of(place) for place in (folder, folder.parent) if _speaks_for(place, folder)), None)
+    if recipe and folder.joinpath(RECIPE).is_file():
+        _finished(folder)
+    elif not (folder / weights.CONFIG).is_file():
+        raise InputError(
+            f"{folder}: is no run, checkpoint or adapter folder: it has no {weights.CONFIG} and no {RECIPE}."
+        )
+    return intact(folder), recipe
+
+
+def _speaks_for(place: Path, folder: Path) -> bool:
+    """Whether the recipe at `place` is that of the adapter in `folder`: its own, or the run's of a checkpoint."""
+    return (place / RECIPE).is_file() and (place == folder or (folder / POSITION).is_file())
 
 
 def _recipe_of(folder: Path) -> Recipe:
@@ -90,7 +136,7 @@ def _base_named_by(folder: Path) -> str:
     return name
 
 
-def _intact(folder: Path) -> weights.AdapterFile:
+def intact(folder: Path) -> weights.AdapterFile:
     """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down."""
     if (folder / POSITION).is_file():
         reason = broken(folder)

@@ -322,7 +322,8 @@ BAD_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no such option": (("eval", "{run}", "--jsn"), ("--jsn",)),
     "no argument": (("train",), ("recipe",)),
     "no such task": (("eval", "{run}", "--task", "los"), ("los", "loss")),
-    "a task that is not built": (("eval", "{run}", "--task", "choice"), ("choice",)),
+    "rows that offer no choice": (("eval", "{run}", "--task", "choice"), ("letters", "exact-match")),
+    "a base beside itself": (("eval", "{model}", "--data", "{data}", "--beside-base"), ("own base",)),
     "no data for a plain model": (("eval", "{model}"), ("--data",)),
     "data that is not there": (("eval", "{run}", "--data", "gone.jsonl"), ("gone.jsonl",)),
     "no such run": (("eval", "./gone"), ("gone",)),
@@ -330,12 +331,10 @@ BAD_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompts that are not there": (("generate", "{run}", "gone.jsonl"), ("gone.jsonl",)),
     "no tokens": (("generate", "{run}", "hello", "--max-new-tokens", "0"), ("max-new-tokens",)),
     "no such target": (("export", "{run}", "{out}", "--to", "merge"), ("merge", "merged")),
-    "a target that is not built": (("export", "{run}", "{out}", "--to", "portable"), ("portable",)),
     "no such base": (("export", "{run}", "{out}", "--to", "merged", "--base", "orginal"), ("orginal", "original")),
     "no such dtype": (("export", "{run}", "{out}", "--to", "merged", "--dtype", "int4"), ("int4", "float32")),
     "a plain model to export": (("export", "{model}", "{out}", "--to", "merged"), ("adapter",)),
     "a folder that is there": (("export", "{run}", "{run}", "--to", "merged"), ("already",)),
-    "a verb that is not built": (("chat", "{run}"), ("not built",)),
     "a card of no size": (("plan", "{recipe}", "--gpu", "big"), ("big",)),
     "rows below zero": (("export", "{run}", "{out}", "--to", "merged", "--rows", "-1"), ("rows",)),
 }
@@ -344,7 +343,7 @@ BAD_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", BAD_WORDS)
 def test_words_that_cannot_be_meant_are_refused(walk: Walk, case: str, tmp_path: Path) -> None:
     words, named = BAD_WORDS[case]
-    places = {"run": walk.run, "model": walk.model, "out": tmp_path / "out", "recipe": walk.recipe}
+    places = {"run": walk.run, "model": walk.model, "out": tmp_path / "out", "recipe": walk.recipe, "data": walk.data}
     refused(qlora(*(word.format(**places) for word in words)), *named)
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob(".partial-*"))
 

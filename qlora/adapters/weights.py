@@ -150,6 +150,16 @@ def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_ba
 
     AdapterError if it was trained on other weights, or one of its tensors has no place or another shape here.
     """
+    layers, note = fitted(model, file, base_sha256, allow_other_base)
+    for path, layer in layers.items():
+        replace(model, path, layer)
+    return note
+
+
+def fitted(
+    model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False
+) -> tuple[dict[str, LoraLinear], str | None]:
+    """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrix."""
     note = _check_base(file, base_sha256, allow_other_base)
     frozen = frozen_linears(model)
     problems = [problem for path, pair in file.pairs.items() if (problem := _misfit(path, pair, frozen))]
@@ -157,11 +167,11 @@ def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_ba
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
+    layers: dict[str, LoraLinear] = {}
     for path, (a, b) in file.pairs.items():
-        layer = LoraLinear(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
-        copy_pair(layer, a, b)
-        replace(model, path, layer)
-    return note
+        layers[path] = LoraLinear(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
+        copy_pair(layers[path], a, b)
+    return layers, note
 
 
 def settings(file: AdapterFile, path: str, rank: int) -> Lora:

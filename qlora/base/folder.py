@@ -33,6 +33,20 @@ def find(name: str, revision: str | None = None) -> Folder:
     return Folder(name, _checked(path), path.name)
 
 
+def find_here(name: str, revision: str | None = None) -> Folder | None:
+    """`find` for a base that is on this machine already; None, and nothing is fetched, if it is not."""
+    path = Path(name).expanduser()
+    if not path.exists() and not _looks_local(name):
+        try:
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    try:
+        return Folder(name, _checked(path), revision)
+    except BaseModelError:
+        return None
+
+
 def find_config(name: str, revision: str | None = None) -> Path:
     """The config.json of a model, which is all that planning needs: in a folder, the file itself, or from the hub."""
     path = Path(name).expanduser()

@@ -1,6 +1,6 @@
-"""Answers from a model: batches of prompts in, token ids out.  Door: transformers (generation)."""
+"""Answers from a model: batches of prompts in, token ids out, or one answer token by token.  Door: transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,31 @@ def generate(
         report(min(start + BATCH_ROWS, len(order)), len(order))
     base.model.train(training)
     return answers
+
+
+@torch.no_grad()
+def stream(
+    base: Base, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> Iterator[int]:
+    """The ids of one answer as they come, its end token included; temperature 0 is greedy, as in `generate`.
+
+    Stop asking and the work stops; which adapter acts may change between two answers, not within one.
+    """
+    model: Any = base.model.eval()
+    generator = torch.Generator(base.device).manual_seed(seed)
+    ids = torch.tensor([list(prompt)], device=base.device)
+    cache = None
+    for _ in range(max_new_tokens):
+        found = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, logits = found.past_key_values, found.logits[0, -1].float()
+        if temperature > 0:
+            ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[None]
+        else:
+            ids = logits.argmax()[None, None]
+        token = int(ids)
+        yield token
+        if token in base.stops:
+            return
 
 
 def _batch(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:

@@ -122,7 +122,8 @@ class _Filling:
         expected = self.model.get_parameter(name)
         self._check(key, tensor, tuple(expected.shape))
         hashed = self.hasher.submit(self.fingerprint.add, name, [tensor])
-        value = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+        # A copy even where nothing changes: a view into the file keeps all pages of it that were read in memory.
+        value = nn.Parameter(tensor.to(self.device, self.dtype, copy=True), requires_grad=False)
         _set(self.model, name, value)
         hashed.result()
 
@@ -159,7 +160,7 @@ class _Filling:
         bias = self.shards[bias_key]
         self._check(bias_key, bias, tuple(self.model.get_parameter(f"{path}.bias").shape))
         self.fingerprint.add(f"{path}.bias", [bias])
-        return bias.to(self.device, self.dtype)
+        return bias.to(self.device, self.dtype, copy=True)
 
     def _check(self, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         self._check_dtype(key, tensor)

@@ -1,14 +1,28 @@
-"""`qlora combine`: not built yet, and it says so."""
+"""`qlora combine`: one adapter out of several."""
 
-from qlora.cli.app import WITH_OVERRIDES, app
+from typing import Annotated
+
+import typer
+
+from qlora.cli.app import answer, app, say
 
 
-@app.command(context_settings=WITH_OVERRIDES)
-def combine() -> None:
-    """Make one adapter out of several. (Not built yet.)
+@app.command()
+def combine(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder that does not exist yet")],
+    adapters: Annotated[list[str], typer.Argument(metavar="NAME=PATH[:WEIGHT]...", help="two adapters or more")],
+    rank: Annotated[int | None, typer.Option(min=1, help="of the sum; default: all ranks together, exact")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Add adapters of one base: exactly, side by side, or the best approximation in a given rank.
 
-    Example: qlora combine --help
+    Example: qlora combine both polite=runs/polite brief=runs/brief:0.5
     """
-    from qlora.errors import NotBuiltYet
+    from qlora.naming import parse_parts
+    from qlora.rework import combine
 
-    raise NotBuiltYet("`qlora combine` is not built yet. `qlora --help` lists what is.")
+    found = combine(out, parse_parts(adapters), rank, say)
+    if as_json:
+        return answer(found)
+    say(f"-> {found['path']}")
+    return None

@@ -1,6 +1,6 @@
 """`qlora eval`: how good a run or a model is, measured."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ def evaluate(
     adapter: Annotated[str | None, typer.Option(help="an adapter folder to put on it instead of its own")] = None,
     data: Annotated[str | None, typer.Option(help="rows to measure on; default: the run's held-out ones")] = None,
     task: Annotated[str, typer.Option(help="loss | exact-match | choice")] = "loss",
+    beside_base: Annotated[
+        bool, typer.Option("--beside-base", help="the base alone as well, and what was forgotten of a general text")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Measure loss and perplexity, or the share of right answers, on held-out rows.
@@ -22,9 +25,18 @@ def evaluate(
     from qlora.ask import measure
     from qlora.reopen import open_run
 
-    found = measure(open_run(run, adapter, say), data, task)
+    found = measure(open_run(run, adapter, say), data, task, beside_base)
     if as_json:
         return answer(found)
-    score = "" if found["score"] is None else f", score {100 * found['score']:.1f} %"
-    say(f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}{score} on {found['rows']} rows")
+    say(_line(found) + f" on {found['rows']} rows")
+    if beside_base:
+        said = found["forgetting"]
+        say(f"the base alone: {_line(found['base'])}")
+        say(f"general text ({said['tokens']} tokens): loss {said['base_loss']:.4f} -> {said['loss']:.4f}")
     return None
+
+
+def _line(found: dict[str, Any]) -> str:
+    perplexity = "beyond all numbers" if found["perplexity"] is None else f"{found['perplexity']:.3f}"
+    score = "" if found["score"] is None else f", score {100 * found['score']:.1f} %"
+    return f"loss {found['loss']:.4f}, perplexity {perplexity}{score}"

@@ -16,16 +16,22 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 | float16 | float32; default: the run's own")] = None,
     data: Annotated[str | None, typer.Option(help="rows of the certificate; default: the run's held-out ones")] = None,
     rows: Annotated[int | None, typer.Option(min=0, help="how many rows; 0 leaves the certificate out")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0.0, help="fail above this mean KL; default 0.05, none onto the original base")
+    ] = None,
+    max_lost: Annotated[
+        float, typer.Option(min=0.0, help="fail if rounding takes more than this share of the update")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Write a merged model, or the adapter by itself, and certify that it answers as the trained one.
+    """Write a merged model, an adapter or an Ollama folder, certify merged ones, and say which servers take it.
 
     Example: qlora export runs/example merged --to merged --dtype bfloat16
     """
     from qlora.deliver import Order, export_run
     from qlora.reopen import open_run
 
-    found = export_run(open_run(run, None, say), Order(to, base, dtype, data, rows), out, say)
+    found = export_run(open_run(run, None, say), Order(to, base, dtype, data, rows, max_kl, max_lost), out, say)
     if as_json:
         return answer(found)
     say(f"{found['bytes'] / 2**20:,.1f} MiB -> {found['path']}")

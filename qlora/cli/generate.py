@@ -13,28 +13,27 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar='"PROMPT"|FILE.jsonl|-', help="a text, a file, or - for stdin")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH: an adapter instead of the run's own")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="instead of the run's own; several answer side by side"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Answer a prompt, or every line of a JSONL file with `prompt` or `messages`.
 
     Example: qlora generate runs/example "Write a haiku about memory."
     """
-    from qlora.ask import answer_prompts
-    from qlora.reopen import open_run
+    from qlora.ask import answer_prompts, answer_with_each
+    from qlora.naming import named_adapters
+    from qlora.reopen import open_run, open_switch
 
-    rows = answer_prompts(open_run(run, _path_of(adapter or []), say), prompt, max_new_tokens, temperature)
+    if adapter:
+        opened, switch = open_switch(run, named_adapters(adapter), say)
+        rows = answer_with_each(opened, switch, prompt, max_new_tokens, temperature)
+    else:
+        rows = answer_prompts(open_run(run, None, say), prompt, max_new_tokens, temperature)
     if as_json:
         return answer({"rows": rows})
     for row in rows:
-        typer.echo(row["text"])
+        typer.echo(f"{row['adapter']}: {row['text']}" if adapter and len(adapter) > 1 else row["text"])
     return None
-
-
-def _path_of(adapters: list[str]) -> str | None:
-    """The folder of the one adapter that was named."""
-    from qlora.errors import NotBuiltYet
-
-    if len(adapters) > 1:
-        raise NotBuiltYet("--adapter: several adapters at once are not built yet. Name one.")
-    return adapters[0].partition("=")[2] or adapters[0] if adapters else None

@@ -1,14 +1,27 @@
-"""`qlora resize`: not built yet, and it says so."""
+"""`qlora resize`: the same adapter in a lower rank."""
 
-from qlora.cli.app import WITH_OVERRIDES, app
+from typing import Annotated
+
+import typer
+
+from qlora.cli.app import answer, app, say
 
 
-@app.command(context_settings=WITH_OVERRIDES)
-def resize() -> None:
-    """Truncate an adapter to a lower rank. (Not built yet.)
+@app.command()
+def resize(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="a run's folder, a checkpoint, an adapter folder")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder that does not exist yet")],
+    rank: Annotated[int, typer.Option(min=1, help="the new rank, lower than the adapter's")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Truncate an adapter to a lower rank, by the singular values of its updates, and state the energy lost.
 
-    Example: qlora resize --help
+    Example: qlora resize runs/example small --rank 4
     """
-    from qlora.errors import NotBuiltYet
+    from qlora.rework import resize
 
-    raise NotBuiltYet("`qlora resize` is not built yet. `qlora --help` lists what is.")
+    found = resize(adapter, out, rank, say)
+    if as_json:
+        return answer(found)
+    say(f"-> {found['path']}")
+    return None

@@ -34,6 +34,11 @@ class Template:
         self.name, self.text = _choose(tokenizer, chat_template)
         self._variables = {"date_string": _DATE} if "strftime_now" in self.text else {}
 
+    @property
+    def bos(self) -> str:
+        """The beginning-of-text token as text; empty if the tokenizer has none."""
+        return str(self._tokenizer.bos_token or "")
+
     def render(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
         """The text of a conversation; with `prompt`, up to where the assistant begins to speak. RowError if refused."""
         try:

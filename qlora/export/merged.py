@@ -25,6 +25,8 @@ from qlora.export.trained import Choice, Trained
 from qlora.files import write_bytes, write_json
 from qlora.quant.linear import FrozenLinear
 
+CHUNK = 2**24  # values of a matrix that are summed and rounded at a time: 64 MiB each of update, sum and error
+
 
 class Merged:
     """Export target `merged`."""
@@ -34,7 +36,8 @@ class Merged:
 
         InputError if the original 16-bit weights are asked for and the base was stored in 4 bits.
         """
-        size = write_model(folder, list(_Merge(trained, choice).planned()), report=choice.report)
+        tensors = list(_Merge(trained, choice).planned())
+        size = write_model(folder, tensors, report=choice.report, notes=choice.rounding)
         for file in (*tokenizer_files(trained.base), trained.base / "generation_config.json"):
             if file.is_file():
                 write_bytes(folder / file.name, file.read_bytes())
@@ -80,7 +83,25 @@ class _Merge:
         return tensor.to(self.trained.compute) if tensor.is_floating_point() else tensor
 
     def _matrix(self, shards: Shards, key: str, path: str, shape: tuple[int, ...]) -> Planned:
-        return Planned(key, shape, self.choice.dtype, lambda: self._base_weight(shards, key).add_(self._delta(path)))
+        return Planned(key, shape, self.choice.dtype, lambda: self._summed(self._base_weight(shards, key), path))
+
+    def _summed(self, weight: Tensor, path: str) -> Tensor:
+        """W + s B A [O, I], summed in float32 a few rows at a time and rounded once; what rounding took is noted."""
+        if path not in self.trained.adapter.pairs:
+            return weight
+        a, b = (side.to(self.trained.device, torch.float32) for side in self.trained.adapter.pairs[path])
+        scaling = settings(self.trained.adapter, path, a.shape[0]).scaling
+        written = torch.empty(weight.shape, dtype=self.choice.dtype, device=weight.device)
+        error, size = 0.0, 0.0
+        for rows in torch.arange(len(weight), device=weight.device).split(max(1, CHUNK // a.shape[1])):
+            here = slice(int(rows[0]), int(rows[-1]) + 1)
+            update = scaling * (b[here] @ a)
+            exact = weight[here].add_(update)
+            written[here] = exact
+            error += float(exact.sub_(written[here]).square().sum(dtype=torch.float64))
+            size += float(update.square_().sum(dtype=torch.float64))
+        self.choice.rounding[path] = {"error": error**0.5, "update": size**0.5}
+        return written
 
     def _base_weight(self, shards: Shards, key: str) -> Tensor:
         """The matrix that the update is added to, [O, I] in float32, not shared with anything."""
@@ -90,13 +111,10 @@ class _Merge:
         if self.choice.onto == "original":
             return weight.to(torch.float32, copy=True)
         layer: FrozenLinear = self.trained.quantizer.quantize(weight, None)
-        return layer.weight(torch.float32).clone()
-
-    def _delta(self, path: str) -> Tensor:
-        if path not in self.trained.adapter.pairs:
-            return torch.zeros((), device=self.trained.device)
-        a, b = (side.to(self.trained.device, torch.float32) for side in self.trained.adapter.pairs[path])
-        return settings(self.trained.adapter, path, a.shape[0]).scaling * (b @ a)
+        rebuilt = layer.weight(torch.float32)
+        # A dense layer gives its own tensor; a copy of any other would double the peak.
+        own = any(rebuilt.data_ptr() == stored.data_ptr() for stored in layer.parameters())
+        return rebuilt.clone() if own else rebuilt
 
 
 def merged_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:

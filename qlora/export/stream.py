@@ -5,11 +5,12 @@ from the shapes.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from qlora.files import write_json
 
 SHARD_BYTES = 5 * 10**9
+SYNC_BYTES = 512 * 2**20  # written between two points from which a killed export goes on
+PROGRESS = "progress.json"
 NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
@@ -40,16 +43,25 @@ class Planned:
 
 
 def write_model(
-    folder: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES, report: Report = lambda done, total: None
+    folder: Path,
+    tensors: Sequence[Planned],
+    shard_bytes: int = SHARD_BYTES,
+    report: Report = lambda done, total: None,
+    notes: dict[str, Any] | None = None,
 ) -> int:
-    """Write model.safetensors, or numbered shards and their index, in the order given; returns all tensors' bytes."""
+    """Write model.safetensors, or numbered shards and their index, in the order given; returns all tensors' bytes.
+
+    Goes on where an earlier, killed call in the same folder and with the same tensors stopped; `notes` is JSON that
+    making the tensors fills, and is kept with them.
+    """
     shards = list(_shards(tensors, shard_bytes))
     total = sum(tensor.size_bytes for tensor in tensors)
+    progress = _Progress(folder, {} if notes is None else notes)
     weight_map: dict[str, str] = {}
     done = 0
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for tensor in _write_shard(folder / name, shard):
+        for tensor in _write_shard(folder / name, shard, progress):
             weight_map[tensor.name] = name
             done += tensor.size_bytes
             report(done, total)
@@ -60,27 +72,67 @@ def write_model(
     return total
 
 
+class _Progress:
+    """How many bytes of each file are surely on the disk, kept beside the files."""
+
+    def __init__(self, folder: Path, notes: dict[str, Any]) -> None:
+        self.path, self.notes = folder / PROGRESS, notes
+        self.files: dict[str, int] = {}
+        self._unsynced = 0
+        if self.path.is_file():
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            self.files = found["files"]
+            notes.update(found["notes"])
+
+    def advance(self, file: BinaryIO, name: str, end: int, size_bytes: int) -> None:
+        """A tensor ends at `end`; every SYNC_BYTES what is written is synced and noted."""
+        self._unsynced += size_bytes
+        if self._unsynced >= SYNC_BYTES or not size_bytes:
+            file.flush()
+            os.fsync(file.fileno())
+            self.files[name], self._unsynced = end, 0
+            write_json(self.path, {"files": self.files, "notes": self.notes})
+
+
 def _shards(tensors: Sequence[Planned], shard_bytes: int) -> Iterator[list[Planned]]:
     """Cut the sequence so that a shard holds at most `shard_bytes`, or one tensor that is larger by itself."""
     shard: list[Planned] = []
+    held = 0
     for tensor in tensors:
-        if shard and sum(other.size_bytes for other in shard) + tensor.size_bytes > shard_bytes:
+        if shard and held + tensor.size_bytes > shard_bytes:
             yield shard
-            shard = []
+            shard, held = [], 0
         shard.append(tensor)
+        held += tensor.size_bytes
     if shard:
         yield shard
 
 
-def _write_shard(path: Path, tensors: Sequence[Planned]) -> Iterator[Planned]:
-    with path.open("wb") as file:
-        file.write(_header(tensors))
+def _write_shard(path: Path, tensors: Sequence[Planned], progress: _Progress) -> Iterator[Planned]:
+    header = _header(tensors)
+    there = progress.files.get(path.name, 0)
+    with path.open("r+b" if there else "wb") as file:
+        if there:
+            file.truncate(there)
+            file.seek(there)
+        else:
+            file.write(header)
+        end = len(header)
         for tensor in tensors:
-            values = tensor.make().to(tensor.dtype).contiguous()
-            if tuple(values.shape) != tensor.shape:
-                raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(values.shape)}")
-            file.write(values.cpu().reshape(-1).view(torch.uint8).numpy().data)
+            end += tensor.size_bytes
+            if end > there:
+                _write_tensor(file, tensor)
+                progress.advance(file, path.name, end, tensor.size_bytes)
             yield tensor
+        if end > there:
+            progress.advance(file, path.name, end, 0)
+
+
+def _write_tensor(file: BinaryIO, tensor: Planned) -> None:
+    values = tensor.make().to(tensor.dtype).contiguous()
+    if tuple(values.shape) != tensor.shape:
+        raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(values.shape)}")
+    file.write(values.cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(tensors: Sequence[Planned]) -> bytes:

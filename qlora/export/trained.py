@@ -1,7 +1,7 @@
 """A trained adapter and its base as the export targets see them, and what a user chooses about an export."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from qlora.adapters.weights import AdapterFile
 from qlora.base.load import Quantizer
+from qlora.data.template import Template
 
 Report = Callable[[int, int], None]
 
@@ -23,6 +24,8 @@ class Trained:
     quantized: Mapping[str, Any]  # module paths that the run quantised
     compute: torch.dtype  # what the run computed in, and quantised from
     device: torch.device
+    template: Template | None = None  # how conversations are written
+    stops: tuple[str, ...] = ()  # tokens that end an answer
 
 
 @dataclass(frozen=True)
@@ -32,3 +35,4 @@ class Choice:
     onto: str = "dequantized"  # dequantized | original
     dtype: torch.dtype = torch.bfloat16  # of a merged model
     report: Report = lambda done, total: None
+    rounding: dict[str, Any] = field(default_factory=dict)  # path -> what storing in `dtype` did to the update

@@ -12,31 +12,25 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
     """The card as Markdown with the hub's front matter; base and data sets are named only where they are hub names."""
     base = word(manifest, "base", "name")
-    shown = base if _is_hub(base) else "a local base model"
-    adapter, data, result = (section(manifest, name) for name in ("adapter", "data", "result"))
+    shown = base if is_hub(base) else "a local base model"
+    adapter = section(manifest, "adapter")
     return "\n".join(
         [
-            *_front_matter(base),
+            *front_matter(base),
             f"# A {adapter.get('kind', 'LoRA')} adapter for {shown}",
             "",
             f"Rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, dropout {adapter.get('dropout')}: "
             f"{_count(adapter.get('trainable_parameters'))} trained parameters beside "
-            f"{_count(adapter.get('parameters'))} frozen ones, stored as {_stored(manifest)}.",
+            f"{_count(adapter.get('parameters'))} frozen ones, stored as {stored(manifest)}.",
             "",
-            "## Training",
-            "",
-            f"{_count(result.get('steps'))} optimizer steps on {_count(data.get('kept'))} of "
-            f"{_count(data.get('rows'))} rows ({_count(data.get('trained_tokens'))} trained tokens) "
-            f"in {_seconds(manifest)}, {_peak(manifest)} of memory at the peak.",
-            "",
-            *_losses(result),
+            *training(manifest),
             "Nothing beyond that was evaluated.",
             "",
-            *_loading(shown),
+            *loading(shown),
             "## Recipe",
             "",
             "```yaml",
-            _without_local_paths(recipe_text).rstrip(),
+            without_local_paths(recipe_text).rstrip(),
             "```",
             "",
             f"The base's fingerprint is sha256 `{word(manifest, 'base', 'sha256')}`; `run.json` has the rest.",
@@ -45,9 +39,24 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
     )
 
 
-def _front_matter(base: str) -> list[str]:
+def training(manifest: Mapping[str, Any]) -> list[str]:
+    """How it was trained and how well it did, as far as the manifest says."""
+    data, result = section(manifest, "data"), section(manifest, "result")
+    return [
+        "## Training",
+        "",
+        f"{_count(result.get('steps'))} optimizer steps on {_count(data.get('kept'))} of "
+        f"{_count(data.get('rows'))} rows ({_count(data.get('trained_tokens'))} trained tokens) "
+        f"in {_seconds(manifest)}, {_peak(manifest)} of memory at the peak.",
+        "",
+        *_losses(result),
+    ]
+
+
+def front_matter(base: str) -> list[str]:
+    """What the hub reads of an adapter; the base is named only where it is a hub name."""
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- qlora"]
-    if _is_hub(base):
+    if is_hub(base):
         lines += [f"- base_model:adapter:{base}", f"base_model: {base}"]
     return [*lines, "---", ""]
 
@@ -59,8 +68,9 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
     return ["| held-out loss | before | after |", "|---|---|---|", f"| | {before:.4f} | {after:.4f} |", ""]
 
 
-def _loading(base: str) -> list[str]:
-    name = base if _is_hub(base) else "BASE"
+def loading(base: str) -> list[str]:
+    """How an adapter is loaded."""
+    name = base if is_hub(base) else "BASE"
     return [
         "## Loading",
         "",
@@ -76,7 +86,8 @@ def _loading(base: str) -> list[str]:
     ]
 
 
-def _stored(manifest: Mapping[str, Any]) -> str:
+def stored(manifest: Mapping[str, Any]) -> str:
+    """How the base was stored in training, in words."""
     layers = section(manifest, "base", "quantized")
     first = next((layer for layer in layers.values() if isinstance(layer, Mapping)), {})
     parts = [str(first.get("kind", "they came"))]
@@ -84,12 +95,13 @@ def _stored(manifest: Mapping[str, Any]) -> str:
     return ", ".join([*parts, "double quantisation"] if first.get("double") else parts)
 
 
-def _without_local_paths(recipe_text: str) -> str:
+def without_local_paths(recipe_text: str) -> str:
     """The recipe with absolute paths cut to their last name: a card goes out, a home folder should not."""
     return re.sub(r"(?<![\w.])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",]+)+[/\\]([^\s/\\'\",]+)", r"\1", recipe_text)
 
 
-def _is_hub(name: str) -> bool:
+def is_hub(name: str) -> bool:
+    """Whether a base's name is one of the hub's, rather than a folder here."""
     return bool(HUB_NAME.fullmatch(name))
 
 

@@ -1,5 +1,6 @@
 """The base is loaded exactly as transformers loads it, streamed, and known by its weights alone."""
 
+import gc
 import json
 import os
 import shutil
@@ -198,3 +199,13 @@ def test_loading_holds_what_is_packed_so_far_and_one_tensor(tmp_path: Path) -> N
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to read mappings from")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_that_is_loaded_holds_on_to_the_file(zoo: Zoo, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A parameter that is a view into the mapped file would keep every page of it that was read in memory."""
+    folder = Path(shutil.copytree(zoo("llama-tied-bias", dtype=dtype), tmp_path / "base"))
+    loaded = load(Model(name=str(folder)), Nf4(), CPU)
+    gc.collect()
+    assert loaded.dtype == dtype and str(folder / SINGLE) not in Path("/proc/self/maps").read_text()

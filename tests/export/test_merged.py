@@ -185,7 +185,8 @@ def test_shards_are_read_back_as_one_model(
     opened = open_run(str(runs.of("llama")))
     write = stream.write_model
     monkeypatch.setattr(
-        "qlora.export.merged.write_model", lambda folder, tensors, report: write(folder, tensors, shard_bytes, report)
+        "qlora.export.merged.write_model",
+        lambda folder, tensors, report, notes: write(folder, tensors, shard_bytes, report, notes),
     )
     size = export_run(opened, order(rows=0), str(tmp_path / "merged"))["bytes"]
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
@@ -279,7 +280,7 @@ def test_an_existing_folder_is_never_touched(runs: Runs, tmp_path: Path) -> None
 @pytest.mark.xdist_group("export")
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), QloraError("no")])
 @pytest.mark.parametrize("place", ["write_model", "certify"])
-def test_nothing_half_written_is_left(
+def test_nothing_half_written_is_where_the_export_should_be(
     runs: Runs, place: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_run(str(runs.of("llama")))
@@ -288,8 +289,8 @@ def test_nothing_half_written_is_left(
     else:
         shard = stream._write_shard
 
-        def broken(path: Path, tensors: Any) -> Any:
-            for number, tensor in enumerate(shard(path, tensors)):
+        def broken(path: Path, tensors: Any, progress: Any) -> Any:
+            for number, tensor in enumerate(shard(path, tensors, progress)):
                 if number == 5:
                     raise error
                 yield tensor
@@ -297,7 +298,10 @@ def test_nothing_half_written_is_left(
         monkeypatch.setattr(stream, "_write_shard", broken)
     with pytest.raises(QloraError if isinstance(error, OSError) else type(error)):
         export_run(opened, ORDER, str(tmp_path / "merged"))
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.undo()
+    export_run(opened, ORDER, str(tmp_path / "merged"))
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def raise_(error: BaseException) -> Any:

@@ -1,12 +1,13 @@
-"""prompt, completion (or question, answer): one user turn and one assistant turn, or message lists on both sides."""
+"""prompt, completion (or question, answer, and MMLU's choices): a user turn and an assistant turn, or message lists."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from qlora.data import checks
 from qlora.data.formats.messages import conversation
-from qlora.data.types import Message, Row
+from qlora.data.types import Message, Row, RowError
 
+_LETTERS = "ABCDEFGHIJ"
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
@@ -20,9 +21,26 @@ class Completion:
     def messages(self, row: Row) -> list[Message]:
         """The turns of `row`; only the completion's are trained. RowError if one can't be read."""
         pair = next((pair for pair in _PAIRS if pair[0] in row.fields or pair[1] in row.fields), _PAIRS[0])
-        asked = _side(row.fields, pair[0], "user")
+        fields = _lettered(row.fields)
+        asked = _side(fields, pair[0], "user")
         turns = [Message(turn.role, turn.content, False, turn.extra) for turn in asked]
-        return checks.answered([*checks.tools(row.fields), *turns, *_side(row.fields, pair[1], "assistant")])
+        return checks.answered([*checks.tools(fields), *turns, *_side(fields, pair[1], "assistant")])
+
+
+def _lettered(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A question with `choices` (MMLU's columns) as one that lists them A. B. ... and is answered by a letter."""
+    choices, answer = fields.get("choices"), fields.get("answer")
+    if not isinstance(choices, list) or "question" not in fields:
+        return fields
+    if not 2 <= len(choices) <= len(_LETTERS) or not all(isinstance(choice, str) for choice in choices):
+        raise RowError("wrong choices", f"choices must be 2 to {len(_LETTERS)} texts")
+    letters = _LETTERS[: len(choices)]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        answer = letters[answer]
+    if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
+        raise RowError("wrong answer", f"answer must be one of {letters[0]} to {letters[-1]}, or a number from 0")
+    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
+    return {**fields, "question": f"{checks.text(fields, 'question')}{listed}\nAnswer:", "answer": answer}
 
 
 def _side(fields: Mapping[str, Any], name: str, role: str) -> list[Message]:
