@@ -7,14 +7,14 @@ from pathlib import Path
 
 from qlora.adapters import weights
 from qlora.artefacts import MANIFEST, RECIPE
-from qlora.base.load import Base, load
+from qlora.base.load import Base
 from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
 from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import AdapterError, InputError
 from qlora.files import sha256_of
-from qlora.quant import build as build_quantizer
+from qlora.obey import load_base, plan_here
 from qlora.recipe import Recipe, from_mapping
 from qlora.recipe import read as read_recipe
 from qlora.train.checkpoint import POSITION, broken
@@ -45,7 +45,7 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
     file = _intact(folder) if folder else None
-    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
+    base = load_base(recipe, Single().device, plan_here(recipe))
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
         say(note)

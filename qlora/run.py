@@ -11,7 +11,6 @@ from qlora.adapters import ADAPTERS
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.artefacts import RECIPE, Parts, leave, write_adapter
-from qlora.base.load import load
 from qlora.counsel import counsel
 from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
@@ -23,9 +22,8 @@ from qlora.errors import BaseModelError, InputError, NotBuiltYet
 from qlora.files import sweep, write_text
 from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.plan import Plan
-from qlora.memory.recompute import recompute
-from qlora.planning import plan_run
-from qlora.quant import build as build_quantizer
+from qlora.obey import arrange, arrange_unplanned, load_base
+from qlora.planning import in_words, plan_run
 from qlora.recipe import Recipe, dump
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
@@ -79,14 +77,14 @@ def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
     said = plan.as_json()
     log.say(
         f"memory: {said['peak_bytes'] / 2**30:.2f} GiB predicted of {said['gpu_bytes'] / 2**30:.2f} GiB, "
-        f"recompute {said['choice']['recompute']}"
+        f"{in_words(plan)}"
     )
     return plan
 
 
 def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Parts:
     """Base, adapters and data of a recipe, each announced in a line."""
-    base = load(recipe.model, build_quantizer(recipe.quant), processes.device)
+    base = load_base(recipe, processes.device, plan)
     if base.dtype == torch.float16:
         raise InputError(
             "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
@@ -149,7 +147,10 @@ def targets_of(recipe: Recipe) -> str | Sequence[str]:
 def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
     recipe, base = parts.recipe, parts.base
-    recompute(base.model, parts.plan.work.recompute if parts.plan else layers_of(recipe.memory.recompute))
+    if parts.plan:
+        arrange(base.model, parts.plan.work, parts.processes.device)
+    else:
+        arrange_unplanned(base.model, recipe, parts.processes.device)
     if recipe.train.compile:
         compile_layers(base.model, parts.processes.device)
     loss = TokenLoss(base.model)
@@ -181,12 +182,6 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
         checkpoints=checkpoints,
         stop=stop,
     )
-
-
-def layers_of(recompute: str | int) -> int | None:
-    """How many layers recompute their activations; None is all of them."""
-    words = {"auto": None, "all": None, "none": 0}
-    return words[recompute] if isinstance(recompute, str) else recompute
 
 
 def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FLOORS = {
         "look",
         "planning",
         "counsel",
+        "obey",
         "show",
         "doctor",
         "demo",

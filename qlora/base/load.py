@@ -48,8 +48,16 @@ class Base:
     stops: tuple[int, ...]  # token ids that end an answer
 
 
-def load(section: Model, quantizer: Quantizer, device: torch.device, report: Report = lambda done, total: None) -> Base:
+def load(
+    section: Model,
+    quantizer: Quantizer,
+    device: torch.device,
+    on_host: Callable[[str], bool] | None = None,
+    report: Report = lambda done, total: None,
+) -> Base:
     """The base of a recipe, its decoder's linear layers stored by `quantizer`, everything frozen on `device`.
+
+    `on_host`: whether the linear layer at a path stays in main memory, once it was quantised on the device.
 
     BaseModelError if the folder, its configuration or one of its tensors is not what is needed.
     """
@@ -59,6 +67,7 @@ def load(section: Model, quantizer: Quantizer, device: torch.device, report: Rep
     tokenizer = read_tokenizer(folder.path)
     model = build(config, dtype, section.attention, device)
     filling = _Filling(model, folder.path, quantizer, dtype, device)
+    filling.on_host = on_host or filling.on_host
     fingerprint, ignored = filling.run(report)
     lean(model)
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
@@ -76,6 +85,7 @@ class _Filling:
         self.model, self.folder, self.quantizer, self.dtype, self.device = model, folder, quantizer, dtype, device
         self.shards = Shards(folder)
         self.linears = set(linear_paths(model))
+        self.on_host: Callable[[str], bool] = lambda path: False
         self.fingerprint = Fingerprint()
         self.hasher = ThreadPoolExecutor(max_workers=1)
 
@@ -142,7 +152,7 @@ class _Filling:
                 f"model: {self.folder}: {key!r} is {[layer.out_features, layer.in_features]}, "
                 f"but config.json wants {[skeleton.out_features, skeleton.in_features]}."
             )
-        _set(self.model, path, layer)
+        _set(self.model, path, layer.to("cpu") if self.on_host(path) else layer)
         hashed.result()
 
     def _quantized(self, key: str, tensor: Tensor, bias: Tensor | None) -> FrozenLinear:

@@ -1,0 +1,61 @@
+"""The memory plan carried out: a base loaded where it says, layers arranged as it says."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qlora.base.load import Base, load
+from qlora.errors import BaseModelError
+from qlora.memory.lanes import Lane
+from qlora.memory.offload import Parking
+from qlora.memory.plan import Plan
+from qlora.memory.recompute import decoder_layers, recompute
+from qlora.memory.stream import Stream, embed_on_host, streamed_layers
+from qlora.memory.work import Work
+from qlora.planning import here, plan_of
+from qlora.quant import build as build_quantizer
+from qlora.recipe import Recipe
+
+
+def load_base(recipe: Recipe, device: torch.device, plan: Plan | None) -> Base:
+    """The base of a recipe: resident on `device`, or with layers that stream to it as planned.
+
+    Without a plan the recipe's own word counts: then `stream` streams every layer.
+    """
+    streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
+    stays = _on_host(plan.work) if plan and streams else None
+    base = load(recipe.model, build_quantizer(recipe.quant), device, stays)
+    if streams:
+        Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
+        embed_on_host(base.model, device)
+    return base
+
+
+def plan_here(recipe: Recipe) -> Plan | None:
+    """The plan for a finished run on this machine, whether it fits or not; None if its shapes are not known."""
+    try:
+        return plan_of(recipe, here())
+    except BaseModelError:
+        return None
+
+
+def arrange(model: nn.Module, work: Work, device: torch.device) -> None:
+    """Let every layer keep, recompute or park its activations as `work` says."""
+    recompute(model, work.recompute, Parking(work.parked, Lane(device)) if work.parked else None)
+
+
+def arrange_unplanned(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """The same by the recipe's own word, for a model without a plan: all layers recompute unless it says otherwise."""
+    words = {"auto": None, "all": None, "none": 0}
+    wanted = recipe.memory.recompute
+    layers = words[wanted] if isinstance(wanted, str) else wanted
+    parks = recipe.memory.offload_activations is True
+    recompute(model, layers, Parking(len(decoder_layers(model)) - 1, Lane(device)) if parks else None)
+
+
+def _on_host(work: Work) -> Callable[[str], bool]:
+    """Whether the module at a path belongs to a layer that streams."""
+    shapes = work.shapes
+    prefixes = tuple(f"{shapes.layers_path}.{each}." for each in streamed_layers(shapes.layers, work.resident_layers))
+    return lambda path: path.startswith(prefixes)
