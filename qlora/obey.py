@@ -7,6 +7,7 @@ from torch import nn
 
 from qlora.base.load import Base, load
 from qlora.errors import BaseModelError
+from qlora.memory.choose import Fixed, lower
 from qlora.memory.lanes import Lane
 from qlora.memory.offload import Parking
 from qlora.memory.plan import Plan
@@ -40,9 +41,26 @@ def plan_here(recipe: Recipe) -> Plan | None:
         return None
 
 
-def arrange(model: nn.Module, work: Work, device: torch.device) -> None:
-    """Let every layer keep, recompute or park its activations as `work` says."""
-    recompute(model, work.recompute, Parking(work.parked, Lane(device)) if work.parked else None)
+class Ladder:
+    """How a model's layers are arranged, and the ways down when the device runs out of memory."""
+
+    def __init__(self, model: nn.Module, work: Work, fixed: Fixed, device: torch.device) -> None:
+        """Let every layer keep, recompute or park its activations as `work` says."""
+        self.model, self.work, self.fixed, self.device = model, work, fixed, device
+        self._arrange()
+
+    def step_down(self) -> str | None:
+        """Take less of the device from now on; says how. None: what is left the user has set."""
+        less = lower(self.work, self.fixed)
+        if less is None:
+            return None
+        self.work = less
+        self._arrange()
+        return f"from here on {less.recomputed} of {less.shapes.layers} layers recompute, {less.parked} park"
+
+    def _arrange(self) -> None:
+        work = self.work
+        recompute(self.model, work.recompute, Parking(work.parked, Lane(self.device)) if work.parked else None)
 
 
 def arrange_unplanned(model: nn.Module, recipe: Recipe, device: torch.device) -> None:

@@ -21,19 +21,22 @@ from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError, NotBuiltYet
 from qlora.files import sweep, write_text
 from qlora.memory.allocator import keep_freed_memory
+from qlora.memory.choose import fixed_by
+from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
-from qlora.obey import arrange, arrange_unplanned, load_base
+from qlora.obey import Ladder, arrange_unplanned, load_base
 from qlora.planning import in_words, plan_run
 from qlora.recipe import Recipe, dump
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
 from qlora.train.guard import StopSignal, stop_signals
 from qlora.train.log import Log, RowsTold
-from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
+from qlora.train.loop import Job, fit, refuse_other_rates, rehearse, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
 from qlora.train.probe import refuse_leaks
 from qlora.train.regional import compile_layers
+from qlora.train.relief import Relief, StepDown
 
 WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
 
@@ -58,6 +61,8 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
         job = assemble(parts, log, stop)
         position = resume(parts, job)
         with log.watching(job.steps):
+            if processes.device.type == "cuda":  # a CPU does not raise when it runs out
+                rehearse(job, moments_of(parts, position))
             position = fit(job, position)
         keep_best(parts, job, position)
         manifest: Mapping[str, Any] = {}
@@ -147,10 +152,7 @@ def targets_of(recipe: Recipe) -> str | Sequence[str]:
 def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
     recipe, base = parts.recipe, parts.base
-    if parts.plan:
-        arrange(base.model, parts.plan.work, parts.processes.device)
-    else:
-        arrange_unplanned(base.model, recipe, parts.processes.device)
+    step_down = arrange_layers(parts)
     if recipe.train.compile:
         compile_layers(base.model, parts.processes.device)
     loss = TokenLoss(base.model)
@@ -181,7 +183,26 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
         log=log,
         checkpoints=checkpoints,
         stop=stop,
+        relief=Relief(trainable.values(), step_down, log.say),
     )
+
+
+def arrange_layers(parts: Parts) -> StepDown:
+    """Let layers keep, recompute or park as planned; returns how the run can do with less of the device's memory."""
+    model, device, plan = parts.base.model, parts.processes.device, parts.plan
+    if plan is None:
+        arrange_unplanned(model, parts.recipe, device)
+        return lambda: None
+    ladder = Ladder(model, plan.work, fixed_by(parts.recipe.memory, plan.work.shapes.layers), device)
+    # The other processes would wait for this one's gradients while it repeats its step.
+    return ladder.step_down if parts.processes.world == 1 else lambda: None
+
+
+def moments_of(parts: Parts, position: Position) -> int:
+    """Device memory that the optimiser takes at the first step; none once it is there, or where it is paged."""
+    optimizer = parts.recipe.optim.kind
+    waits = position.step == 0 and not optimizer.startswith("paged")
+    return moment_bytes(parts.injected.trainable_parameters, optimizer) if waits else 0
 
 
 def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:

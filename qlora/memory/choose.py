@@ -51,6 +51,19 @@ def choose(work: Work, budget: Budget, fixed: Fixed | None = None) -> Plan:
     return replace(found, advice=advise(found, fits))
 
 
+def lower(work: Work, fixed: Fixed) -> Work | None:
+    """The next way down from `work` that takes less of the device, for a run that ran out; None at the end.
+
+    First half of the layers that keep recompute, then all; then all park. What the user set stays.
+    """
+    layers = work.shapes.layers
+    if fixed.recompute is None and work.recomputed < layers:
+        return replace(work, recompute=work.recomputed + max(1, (layers - work.recomputed + 1) // 2))
+    if fixed.offload is None and work.parked < layers - 1 and work.device != "cpu":
+        return replace(work, offloaded=layers - 1)
+    return None
+
+
 def price(found: Plan) -> float:
     """The predicted seconds of a micro-batch, with a handicap on what moves: a link is shared, a prediction is one."""
     work = found.work

@@ -94,13 +94,12 @@ def _frozen(work: Work) -> Owners:
 def _moments(work: Work, paged: bool) -> Owners:
     """AdamW's two moments; paged ones give way to activations, so they count in the update alone."""
     away = work.optimizer.startswith("paged") and work.device == "cuda" and not paged
-    return {"optimizer": 0 if away else moment_bytes(work)}
+    return {"optimizer": 0 if away else moment_bytes(work.adapters.values, work.optimizer)}
 
 
-def moment_bytes(work: Work) -> int:
+def moment_bytes(values: int, optimizer: str) -> int:
     """Bytes of AdamW's moments: 8 a value, or 2 and an absmax of 4 for every 256."""
-    values = work.adapters.values
-    return 2 * values + 8 * -(-values // 256) if "8bit" in work.optimizer else 8 * values
+    return 2 * values + 8 * -(-values // 256) if "8bit" in optimizer else 8 * values
 
 
 def _gradient_bytes(work: Work) -> int:
