@@ -25,7 +25,7 @@ def load_base(recipe: Recipe, device: torch.device, plan: Plan | None) -> Base:
     Without a plan the recipe's own word counts: then `stream` streams every layer.
     """
     streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
-    stays = _on_host(plan.work) if plan and streams else None
+    stays = _on_host(plan.work) if plan and streams else _nothing
     base = load(recipe.model, build_quantizer(recipe.quant), device, stays)
     if streams:
         Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
@@ -70,6 +70,10 @@ def arrange_unplanned(model: nn.Module, recipe: Recipe, device: torch.device) ->
     layers = words[wanted] if isinstance(wanted, str) else wanted
     parks = recipe.memory.offload_activations is True
     recompute(model, layers, Parking(len(decoder_layers(model)) - 1, Lane(device)) if parks else None)
+
+
+def _nothing(path: str) -> bool:
+    return False
 
 
 def _on_host(work: Work) -> Callable[[str], bool]:
