@@ -1,5 +1,6 @@
 """The memory plan carried out: a base loaded where it says, layers arranged as it says."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from qlora.base.load import Base, load
 from qlora.errors import BaseModelError
+from qlora.memory.allocator import return_freed_memory
 from qlora.memory.choose import Fixed, lower
 from qlora.memory.lanes import Lane
 from qlora.memory.offload import Parking
@@ -18,15 +20,40 @@ from qlora.planning import here, plan_of
 from qlora.quant import build as build_quantizer
 from qlora.recipe import Recipe
 
+Say = Callable[[str], None]
+EVERY_SECONDS = 5.0  # between two lines about how far the base is read
 
-def load_base(recipe: Recipe, device: torch.device, plan: Plan | None) -> Base:
+
+class Reading:
+    """Says how far a base is read, how fast, and how long it will take; nothing about one that is there at once."""
+
+    def __init__(self, say: Say) -> None:
+        self.say, self.started = say, time.monotonic()
+        self._said = self.started
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of the files are done."""
+        now = time.monotonic()
+        if now - self._said < EVERY_SECONDS:
+            return
+        self._said = now
+        speed = done / (now - self.started)
+        left = round((total - done) / max(1.0, speed))
+        said = f"{100 * done // max(1, total)} % of {total / 1e9:.1f} GB, {speed / 1e6:,.0f} MB/s"
+        self.say(f"reading the base: {said}, {left // 60}:{left % 60:02} left")
+
+
+def load_base(recipe: Recipe, device: torch.device, plan: Plan | None, say: Say = lambda text: None) -> Base:
     """The base of a recipe: resident on `device`, or with layers that stream to it as planned.
 
     Without a plan the recipe's own word counts: then `stream` streams every layer.
     """
     streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
     stays = _on_host(plan.work) if plan and streams else _nothing
-    base = load(recipe.model, build_quantizer(recipe.quant), device, stays)
+    return_freed_memory()  # what reading frees would stay in the C library's heaps
+    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say))
+    for note in base.notes:
+        say(note)
     if streams:
         Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
         embed_on_host(base.model, device)

@@ -45,7 +45,7 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
     file = _intact(folder) if folder else None
-    base = load_base(recipe, Single().device, plan_here(recipe))
+    base = load_base(recipe, Single().device, plan_here(recipe), say)
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
         say(note)

@@ -54,10 +54,10 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
     for note in notes:
         log.say(note)
     with stop_signals() as stop:
-        if processes.device.type == "cpu":
-            keep_freed_memory()
         plan = planned(recipe, processes, log)
         parts = gather(recipe, processes, plan, log)
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         job = assemble(parts, log, stop)
         position = resume(parts, job)
         with log.watching(job.steps):
@@ -89,7 +89,7 @@ def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
 
 def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Parts:
     """Base, adapters and data of a recipe, each announced in a line."""
-    base = load_base(recipe, processes.device, plan)
+    base = load_base(recipe, processes.device, plan, log.say)
     if base.dtype == torch.float16:
         raise InputError(
             "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."

@@ -44,7 +44,7 @@ DOORS = {
     "huggingface_hub": {"base"},
     "accelerate": {"distributed"},
     "datasets": {"data/tables.py"},
-    "safetensors": {"adapters/weights.py", "base/shards.py", "base/prequantized.py", "demo"},
+    "safetensors": {"adapters/weights.py", "base/shards.py", "base/packed.py", "demo"},
     "triton": {"quant/fused.py"},
     "typer": {"cli"},
     "rich": {"cli", "train/log.py", "show.py"},

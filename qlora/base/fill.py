@@ -61,6 +61,15 @@ class _Read:
     bias: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a pass over the files found out: the fingerprint, and the keys that the model has no place for."""
+
+    sha256: str
+    ignored: tuple[str, ...]
+    prequantized: bool = False  # whether it was stored in 4 bits already
+
+
 class Filling:
     """Fills a model whose parameters are on meta."""
 
@@ -70,8 +79,8 @@ class Filling:
         self.linears = set(linear_paths(model))
         self.fingerprint = Fingerprint()
 
-    def run(self, report: Report) -> tuple[str, list[str]]:
-        """Fill the model; returns the fingerprint and the keys that the model has no place for.
+    def run(self, report: Report) -> Known:
+        """Fill the model.
 
         BaseModelError, naming the key, for what is missing, damaged, or has another shape than config.json says.
         """
@@ -85,7 +94,8 @@ class Filling:
             report(done, total)
         self.model.tie_weights()  # type: ignore[operator]
         self._refuse_missing()
-        return self.fingerprint.hexdigest(), [key for key, name in places.items() if name is None]
+        ignored = tuple(key for key, name in places.items() if name is None)
+        return Known(self.fingerprint.hexdigest(), ignored, any(is_prequantized(key, self.shards) for key in places))
 
     def _places(self) -> dict[str, str | None]:
         """File key -> parameter name, None where the model has no such parameter; companions of 4-bit keys left out."""
@@ -147,7 +157,7 @@ class Filling:
         """Put what was read in its place, quantised if it is a linear layer's."""
         if wanted.path is None and isinstance(read.found, Tensor):
             value = read.found.to(self.aim.device, self.aim.dtype, copy=True)  # not the file's own pages
-            _set(self.model, wanted.name, nn.Parameter(value, requires_grad=False))
+            put(self.model, wanted.name, nn.Parameter(value, requires_grad=False))
             return
         path = str(wanted.path)
         layer = read.found if isinstance(read.found, FrozenLinear) else self._quantized(wanted.key, read)
@@ -157,7 +167,7 @@ class Filling:
                 f"model: {self.folder}: {wanted.key!r} is {[layer.out_features, layer.in_features]}, "
                 f"but config.json wants {[skeleton.out_features, skeleton.in_features]}."
             )
-        _set(self.model, path, layer.to("cpu" if self.aim.on_host(path) else self.aim.device))
+        put(self.model, path, layer.to("cpu" if self.aim.on_host(path) else self.aim.device))
 
     def _quantized(self, key: str, read: _Read) -> FrozenLinear:
         to = partial(torch.Tensor.to, device=self.aim.device, dtype=self.aim.dtype)
@@ -190,6 +200,7 @@ class Filling:
             raise BaseModelError(f"model: {self.folder} lacks {listed}. Fetch the folder again.")
 
 
-def _set(model: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
+def put(model: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
+    """Let `path` be `value`."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, value)

@@ -11,10 +11,11 @@ from torch import nn
 
 from qlora.base import Model
 from qlora.base.dtypes import choose, has_bfloat16, name_of
-from qlora.base.fill import Aim, Filling, Quantizer, Report
+from qlora.base.fill import Aim, Filling, Known, Quantizer, Report
 from qlora.base.fingerprint import BaseManifest
 from qlora.base.folder import Folder, find
 from qlora.base.lean import lean
+from qlora.base.packed import Damaged, Packed
 from qlora.base.skeleton import build, read_config, read_tokenizer, stop_ids
 from qlora.quant.linear import FrozenLinear
 
@@ -31,6 +32,7 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     stops: tuple[int, ...]  # token ids that end an answer
+    notes: tuple[str, ...] = ()  # where it was read from, and where it is kept
 
 
 def load(
@@ -50,14 +52,31 @@ def load(
     config = read_config(folder.path)
     dtype = choose(section.dtype, config.get_text_config().dtype or config.dtype, has_bfloat16(device))
     tokenizer = read_tokenizer(folder.path)
-    model = build(config, dtype, section.attention, device)
     aim = Aim(quantizer, dtype, device, on_host)
-    fingerprint, ignored = Filling(model, folder.path, aim).run(report)
+    model, known, notes = _filled(folder.path, aim, lambda: build(config, dtype, section.attention, device), report)
     lean(model)
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
-    manifest = BaseManifest(folder.name, folder.revision, fingerprint, name_of(dtype), quantized, tuple(ignored))
+    manifest = BaseManifest(folder.name, folder.revision, known.sha256, name_of(dtype), quantized, known.ignored)
     stops = stop_ids(config, _generation_config(folder.path), tokenizer)
-    return Base(model, tokenizer, config, folder, manifest, dtype, device, stops)
+    return Base(model, tokenizer, config, folder, manifest, dtype, device, stops, notes)
+
+
+def _filled(
+    folder: Path, aim: Aim, build: Callable[[], nn.Module], report: Report
+) -> tuple[nn.Module, Known, tuple[str, ...]]:
+    """The model with its weights: kept ones where there are any that verify, else from the original files."""
+    packed, notes, model = Packed(folder, aim), list[str](), build()
+    try:
+        known = packed.recall(model, report)
+        if known:
+            return model, known, ("read quantised, as an earlier start kept it",)
+    except Damaged as error:
+        notes.append(f"the kept base does not verify ({error}); reading the original")
+        packed.forget()
+        model = build()
+    known = Filling(model, folder, aim).run(report)
+    kept = packed.keep(model, known)
+    return model, known, (*notes, *([kept] if kept else []))
 
 
 def _generation_config(folder: Path) -> Mapping[str, Any]:
