@@ -10,10 +10,10 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
 
+from qlora.quant import grid
 from qlora.quant.card import Form, pick
 
 NESTED_BLOCK = 256  # absmax values that share one nested absmax; fixed by bitsandbytes
-CPU_CHUNK = 2**16  # weights quantised at a time on a CPU: a multiple of every block, and small enough for its cache
 WIDEST_CPU_BLOCK = 1024  # wider ones take a slow path of bitsandbytes on a CPU
 
 _absmax_levels: dict[torch.device, Tensor] = {}
@@ -21,24 +21,10 @@ _absmax_levels: dict[torch.device, Tensor] = {}
 
 def quantize(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [ceil(O*I/2)], high nibble first, and absmax float32 [N] of a float32, bfloat16 or float16 weight."""
-    flat = weight.contiguous().reshape(-1)
-    if flat.device.type == "cpu" and flat.numel() > CPU_CHUNK:
-        return _quantize_in_chunks(flat, kind, block)
-    codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(flat, block, kind, torch.uint8)
+    if weight.device.type == "cpu":
+        return grid.quantize(weight, kind, block)
+    codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), block, kind, torch.uint8)
     return codes.reshape(-1), absmax
-
-
-def _quantize_in_chunks(flat: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
-    """The same bits a few blocks at a time: on a CPU the operator takes 16 bytes of scratch for every weight."""
-    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // block))
-    for start in range(0, flat.numel(), CPU_CHUNK):
-        part, scales = torch.ops.bitsandbytes.quantize_4bit.default(
-            flat[start : start + CPU_CHUNK], block, kind, torch.uint8
-        )
-        codes[start // 2 : start // 2 + len(part)] = part.reshape(-1)
-        absmax[start // block : start // block + len(scales)] = scales
-    return codes, absmax
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
