@@ -92,7 +92,7 @@ def _check_data(recipe: Recipe, found: dict[str, Any]) -> None:
 def _trainable_parameters(recipe: Recipe) -> int | None:
     """As the memory plan counts them; None for a model whose shapes it does not know."""
     try:
-        return int(plan_of(recipe, here(), EXECUTABLE).as_json()["trainable_parameters"])
+        return int(plan_of(recipe, here()).as_json()["trainable_parameters"])
     except QloraError:
         return None
 

@@ -1,14 +1,14 @@
 """A recipe's memory, planned before a weight is read: its work in plain values, the budget here, and the choice."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora.adapters.targets import select
 from qlora.base.folder import find_config
 from qlora.errors import DoesNotFit
 from qlora.memory import size_bytes
-from qlora.memory.choose import choose, fixed_by
+from qlora.memory.choose import Fixed, choose, fixed_by
 from qlora.memory.owners import CONTEXT_BYTES
 from qlora.memory.plan import Budget, Plan
 from qlora.memory.reader import read
@@ -59,7 +59,15 @@ def plan_of(recipe: Recipe, machine: Machine) -> Plan:
     """The plan of a recipe on a machine. BaseModelError if the model's shapes are not known."""
     shapes = read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name)
     work = work_of(recipe, shapes, machine)
-    return choose(work, machine.budget(recipe), fixed_by(recipe.memory, shapes.layers))
+    return choose(work, machine.budget(recipe), left_open(recipe, shapes.layers))
+
+
+def left_open(recipe: Recipe, layers: int) -> Fixed:
+    """What the recipe leaves no choice about: its memory section, and that compiled layers neither stream nor park."""
+    fixed = fixed_by(recipe.memory, layers)
+    if not recipe.train.compile:
+        return fixed
+    return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")
 
 
 def plan_run(recipe: Recipe, processes: int) -> Plan:

@@ -21,11 +21,10 @@ from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError, NotBuiltYet
 from qlora.files import sweep, write_text
 from qlora.memory.allocator import keep_freed_memory
-from qlora.memory.choose import fixed_by
 from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
 from qlora.obey import Ladder, arrange_unplanned, load_base
-from qlora.planning import in_words, plan_run
+from qlora.planning import in_words, left_open, plan_run
 from qlora.recipe import Recipe, dump
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
@@ -193,7 +192,7 @@ def arrange_layers(parts: Parts) -> StepDown:
     if plan is None:
         arrange_unplanned(model, parts.recipe, device)
         return lambda: None
-    ladder = Ladder(model, plan.work, fixed_by(parts.recipe.memory, plan.work.shapes.layers), device)
+    ladder = Ladder(model, plan.work, left_open(parts.recipe, plan.work.shapes.layers), device)
     # The other processes would wait for this one's gradients while it repeats its step.
     return ladder.step_down if parts.processes.world == 1 else lambda: None
 

@@ -1,4 +1,4 @@
-"""The C library's allocator: what reading a base frees goes back to the system, what a step frees stays for the next."""
+"""The C library's allocator: what reading a base frees goes back to the system, what a step frees is kept."""
 
 import ctypes
 

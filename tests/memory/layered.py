@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.base.attention import NAME
+from qlora.base.lean import lean
 from qlora.base.skeleton import linear_paths
 from qlora.memory.lanes import Lane
 from qlora.quant.nf4 import Nf4
@@ -54,6 +55,7 @@ def layered(family: str, layers: int = LAYERS, quantizer: Any = None, adapted: b
         linear = model.get_submodule(path)
         frozen = (quantizer or Nf4()).quantize(linear.weight.normal_(0, 0.15), linear.bias)
         setattr(model.get_submodule(parent), leaf, frozen)
+    lean(model)
     if adapted:
         adapt(model)
     return model.train()

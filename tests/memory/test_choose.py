@@ -54,8 +54,8 @@ def test_a_way_that_was_ruled_out_is_offered_again() -> None:
 
 
 @pytest.mark.parametrize("options, remedy", [
-    ({"micro_batch": 8}, "train.micro_batch=7"),
-    ({"max_length": 65536}, "data.max_length=8192"),
+    ({"micro_batch": 16}, "train.micro_batch=11"),
+    ({"max_length": 65536}, "data.max_length=16384"),
     ({"fixed": Fixed(recompute=0, offload=False)}, "left at auto"),
 ])  # fmt: skip
 def test_the_remedy_is_the_smallest_change(options: dict[str, Any], remedy: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from qlora.adapters.inject import frozen_linears
 from qlora.ask import answer_prompts, measure
 from qlora.base.shards import Shards
 from qlora.deliver import Order, export_run
+from qlora.errors import RecipeError
+from qlora.memory.choose import Fixed
 from qlora.obey import load_base
+from qlora.planning import left_open
 from qlora.reopen import open_run
 
 Zoo = Callable[..., Path]
@@ -61,3 +65,12 @@ def test_an_unplanned_model_streams_when_told(zoo: Zoo, tmp_path: Path) -> None:
     recipe = recipe_of(zoo("llama"), write_rows(tmp_path / "rows.jsonl", 4), tmp_path / "run", *WAYS["stream"])
     base = load_base(recipe, torch.device("cpu"), None)
     assert all(layer.fetch for layer in frozen_linears(base.model).values())
+
+
+@pytest.mark.parametrize("key, value", [("weights", "stream"), ("offload_activations", True)])
+def test_compiled_layers_neither_stream_nor_park(zoo: Zoo, tmp_path: Path, key: str, value: Any) -> None:
+    sections: dict[str, Any] = {"train": {"compile": True}, "memory": {key: value}}
+    with pytest.raises(RecipeError, match=rf"memory\.{key}.*train\.compile"):
+        recipe_of(zoo("llama"), tmp_path / "rows.jsonl", tmp_path / "run", **sections)
+    recipe = recipe_of(zoo("llama"), tmp_path / "rows.jsonl", tmp_path / "run", "train.compile=true")
+    assert left_open(recipe, 2) == Fixed(recompute=None, offload=False, weights="resident")

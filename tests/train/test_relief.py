@@ -92,7 +92,8 @@ def test_every_step_down_takes_less_and_there_is_an_end(fixed: Fixed, device: An
         work = less
         taken.append(plan(work, Budget(0)).peak_bytes)
         assert len(taken) < 12
-    assert taken == sorted(set(taken), reverse=True)
+    assert taken == sorted(taken, reverse=True)
+    assert device == "cpu" or len(set(taken)) == len(taken) > 1  # on a CPU the update may be what takes most
     assert fixed.recompute in (None, work.recompute) and not (fixed.offload is False and work.parked)
 
 
