@@ -4,12 +4,18 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import QloraError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may both do what one would do alone
+    fcntl = None  # type: ignore[assignment]
 
 ASIDE = ".partial-"  # first letters of every name that is not finished yet; swept at the next start
 KEY = "key"  # in a folder that is not finished: what it is to become
@@ -102,6 +108,33 @@ def sweep(folder: Path) -> list[str]:
         else:
             path.unlink(missing_ok=True)
     return [path.name for path in leftovers]
+
+
+@contextmanager
+def alone(folder: Path, key: str) -> Iterator[None]:
+    """Only one process at a time is inside for `key`; the lock goes with the process. OSError if there is no folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{key}.lock").open("w") as lock:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def cache_home(room: str) -> Path | None:
+    """Where a room keeps what it can make again: in $QLORA_CACHE or the user's cache folder; None if that is empty."""
+    named = os.environ.get("QLORA_CACHE")
+    if named == "":
+        return None
+    return (Path(named).expanduser() if named else _user_cache() / "qlora") / room
+
+
+def _user_cache() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora.errors import QloraError
 from qlora.memory.plan import Plan
-from qlora.planning import EXECUTABLE, Machine, elsewhere, here, plan_of
+from qlora.planning import Machine, elsewhere, here, in_words, plan_of
 from qlora.recipe import Recipe, from_mapping, read
 
 GIB = 2**30
@@ -92,13 +92,13 @@ def _check_data(recipe: Recipe, found: dict[str, Any]) -> None:
 def _trainable_parameters(recipe: Recipe) -> int | None:
     """As the memory plan counts them; None for a model whose shapes it does not know."""
     try:
-        return int(plan_of(recipe, here(), EXECUTABLE).as_json()["trainable_parameters"])
+        return int(plan_of(recipe, here()).as_json()["trainable_parameters"])
     except QloraError:
         return None
 
 
 def _check_memory(recipe: Recipe, found: dict[str, Any]) -> None:
-    plan = plan_of(recipe, here(), EXECUTABLE)
+    plan = plan_of(recipe, here())
     found["memory"] = plan.as_json()
     if not plan.fits:
         found["problems"].append({"where": "memory", "message": plan.advice})
@@ -137,7 +137,7 @@ def table(plan: Plan) -> str:
         *(f"  {name.replace('_', ' '):26}{_gib(size)}" for name, size in owners if size),
         f"  {'peak, ' + found['peak_phase']:26}{_gib(found['peak_bytes'])}  of {_gib(found['gpu_bytes']).strip()}",
         f"  {'main memory':26}{_gib(found['host_bytes'])}",
-        f"recompute {choice['recompute']}, weights {choice['weights']}, micro-batch {choice['micro_batch']}",
+        f"{in_words(plan)}, micro-batch {choice['micro_batch']}",
         "for comparison: "
         + ", ".join(f"{words} {_gib(found['compare'][key]).strip()}" for key, words in COMPARED.items()),
         "fits (predicted)" if found["fits"] else f"does not fit: {found['advice']}",

@@ -1,22 +1,20 @@
 """A recipe's memory, planned before a weight is read: its work in plain values, the budget here, and the choice."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora.adapters.targets import select
 from qlora.base.folder import find_config
-from qlora.errors import DoesNotFit, NotBuiltYet
+from qlora.errors import DoesNotFit
 from qlora.memory import size_bytes
-from qlora.memory.choose import EVERYTHING, choose, fixed_by
+from qlora.memory.choose import Fixed, choose, fixed_by
 from qlora.memory.owners import CONTEXT_BYTES
 from qlora.memory.plan import Budget, Plan
 from qlora.memory.reader import read
 from qlora.memory.shapes import Shapes
 from qlora.memory.work import Adapters, Storage, Work
 from qlora.recipe import Recipe
-
-EXECUTABLE: frozenset[str] = frozenset()  # of `offload` and `stream`, what the trainer can do
 
 
 @dataclass(frozen=True)
@@ -57,21 +55,35 @@ def main_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def plan_of(recipe: Recipe, machine: Machine, executable: frozenset[str] = EVERYTHING) -> Plan:
+def plan_of(recipe: Recipe, machine: Machine) -> Plan:
     """The plan of a recipe on a machine. BaseModelError if the model's shapes are not known."""
     shapes = read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name)
     work = work_of(recipe, shapes, machine)
-    return choose(work, machine.budget(recipe), fixed_by(recipe.memory, shapes.layers), executable)
+    return choose(work, machine.budget(recipe), left_open(recipe, shapes.layers))
+
+
+def left_open(recipe: Recipe, layers: int) -> Fixed:
+    """What the recipe leaves no choice about: its memory section, and that compiled layers neither stream nor park."""
+    fixed = fixed_by(recipe.memory, layers)
+    if not recipe.train.compile:
+        return fixed
+    return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")
 
 
 def plan_run(recipe: Recipe, processes: int) -> Plan:
-    """The plan that a run obeys. DoesNotFit, with what would make it fit; NotBuiltYet for what can't be done yet."""
-    if recipe.memory.weights == "stream" or recipe.memory.offload_activations is True:
-        raise NotBuiltYet("memory: weights=stream and offload_activations are planned, but not built yet. Use auto.")
-    found = plan_of(recipe, here(processes), EXECUTABLE)
+    """The plan that a run obeys. DoesNotFit, with what would make it fit."""
+    found = plan_of(recipe, here(processes))
     if not found.fits:
         raise DoesNotFit(f"memory: {found.advice}")
     return found
+
+
+def in_words(plan: Plan) -> str:
+    """How it runs, in half a line: `recompute 20 layers of 32, 29 park in main memory, weights resident`."""
+    work, layers = plan.work, plan.work.shapes.layers
+    parked = f", {work.parked} park in main memory" if work.parked else ""
+    weights = f"{work.streamed} layers stream from main memory" if work.streamed else "weights resident"
+    return f"{work.recomputed} of {layers} layers recompute{parked}, {weights}"
 
 
 def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:

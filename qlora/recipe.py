@@ -189,10 +189,18 @@ def _stops_between_evaluations(train: Train) -> dict[str, str]:
     return {"train.early_stop": "has no effect: there are no evaluations on the way. Set train.eval_every too."}
 
 
+def _compiled_stays(train: Train, memory: Memory) -> dict[str, str]:
+    """A compiled layer is one graph, with no place for copies that come and go."""
+    asked = {"memory.weights": memory.weights == "stream", "memory.offload_activations": memory.offload_activations}
+    why = "compiled layers neither stream nor park. Remove it, or train.compile."
+    return {key: why for key, wanted in asked.items() if train.compile and wanted is True}
+
+
 RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
     (("adapter", "quant"), _full_is_dense),
     (("adapter", "quant"), _loftq_is_quantised),
     (("adapter", "optim"), _loraplus_has_b),
     (("train",), _stops_between_evaluations),
     (("train", "data"), _evaluates),
+    (("train", "memory"), _compiled_stays),
 )

@@ -8,14 +8,14 @@ from pathlib import Path
 from qlora.adapters import weights
 from qlora.adapters.switch import Switch
 from qlora.artefacts import MANIFEST, RECIPE
-from qlora.base.load import Base, load
+from qlora.base.load import Base
 from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
 from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import AdapterError, InputError
 from qlora.files import sha256_of
-from qlora.quant import build as build_quantizer
+from qlora.obey import load_base, plan_here
 from qlora.recipe import Recipe, from_mapping
 from qlora.recipe import read as read_recipe
 from qlora.train.checkpoint import POSITION, broken
@@ -46,7 +46,7 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
     file = intact(folder) if folder else None
-    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
+    base = load_base(recipe, Single().device, plan_here(recipe), say)
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
         say(note)
@@ -60,7 +60,7 @@ def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: 
     """
     recipe, _ = _find(name)
     files = {each: intact(Path(folder)) for each, folder in adapters.items()}
-    base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
+    base = load_base(recipe, Single().device, plan_here(recipe), say)
     switch = Switch(base.model)
     for each, file in files.items():
         layers, note = weights.fitted(base.model, file, base.manifest.sha256)

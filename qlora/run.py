@@ -11,7 +11,6 @@ from qlora.adapters import ADAPTERS
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.artefacts import RECIPE, Parts, leave, write_adapter
-from qlora.base.load import load
 from qlora.counsel import counsel
 from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
@@ -22,20 +21,21 @@ from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError, NotBuiltYet
 from qlora.files import sweep, write_text
 from qlora.memory.allocator import keep_freed_memory
+from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
-from qlora.memory.recompute import recompute
-from qlora.planning import plan_run
-from qlora.quant import build as build_quantizer
+from qlora.obey import Ladder, arrange_unplanned, load_base
+from qlora.planning import in_words, left_open, plan_run
 from qlora.recipe import Recipe, dump
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
 from qlora.train.guard import StopSignal, stop_signals
 from qlora.train.log import Log, RowsTold
-from qlora.train.loop import Job, fit, refuse_other_rates, steps_of
+from qlora.train.loop import Job, fit, refuse_other_rates, rehearse, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
 from qlora.train.probe import refuse_leaks
 from qlora.train.regional import compile_layers
+from qlora.train.relief import Relief, StepDown
 
 WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
 
@@ -53,13 +53,15 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
     for note in notes:
         log.say(note)
     with stop_signals() as stop:
-        if processes.device.type == "cpu":
-            keep_freed_memory()
         plan = planned(recipe, processes, log)
         parts = gather(recipe, processes, plan, log)
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         job = assemble(parts, log, stop)
         position = resume(parts, job)
         with log.watching(job.steps):
+            if processes.device.type == "cuda":  # a CPU does not raise when it runs out
+                rehearse(job, moments_of(parts, position))
             position = fit(job, position)
         keep_best(parts, job, position)
         manifest: Mapping[str, Any] = {}
@@ -79,14 +81,14 @@ def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
     said = plan.as_json()
     log.say(
         f"memory: {said['peak_bytes'] / 2**30:.2f} GiB predicted of {said['gpu_bytes'] / 2**30:.2f} GiB, "
-        f"recompute {said['choice']['recompute']}"
+        f"{in_words(plan)}"
     )
     return plan
 
 
 def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Parts:
     """Base, adapters and data of a recipe, each announced in a line."""
-    base = load(recipe.model, build_quantizer(recipe.quant), processes.device)
+    base = load_base(recipe, processes.device, plan, log.say)
     if base.dtype == torch.float16:
         raise InputError(
             "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
@@ -149,7 +151,7 @@ def targets_of(recipe: Recipe) -> str | Sequence[str]:
 def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
     """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
     recipe, base = parts.recipe, parts.base
-    recompute(base.model, parts.plan.work.recompute if parts.plan else layers_of(recipe.memory.recompute))
+    step_down = arrange_layers(parts)
     if recipe.train.compile:
         compile_layers(base.model, parts.processes.device)
     loss = TokenLoss(base.model)
@@ -180,13 +182,26 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
         log=log,
         checkpoints=checkpoints,
         stop=stop,
+        relief=Relief(trainable.values(), step_down, log.say),
     )
 
 
-def layers_of(recompute: str | int) -> int | None:
-    """How many layers recompute their activations; None is all of them."""
-    words = {"auto": None, "all": None, "none": 0}
-    return words[recompute] if isinstance(recompute, str) else recompute
+def arrange_layers(parts: Parts) -> StepDown:
+    """Let layers keep, recompute or park as planned; returns how the run can do with less of the device's memory."""
+    model, device, plan = parts.base.model, parts.processes.device, parts.plan
+    if plan is None:
+        arrange_unplanned(model, parts.recipe, device)
+        return lambda: None
+    ladder = Ladder(model, plan.work, left_open(parts.recipe, plan.work.shapes.layers), device)
+    # The other processes would wait for this one's gradients while it repeats its step.
+    return ladder.step_down if parts.processes.world == 1 else lambda: None
+
+
+def moments_of(parts: Parts, position: Position) -> int:
+    """Device memory that the optimiser takes at the first step; none once it is there, or where it is paged."""
+    optimizer = parts.recipe.optim.kind
+    waits = position.step == 0 and not optimizer.startswith("paged")
+    return moment_bytes(parts.injected.trainable_parameters, optimizer) if waits else 0
 
 
 def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-MAPPED_BYTES = 256 * 2**20  # read through one mapping of a file before it is opened anew
+WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}  # bytes
+MAPPED_BYTES = 128 * 2**20  # read through one mapping of a file before it is opened anew
 
 
 class Shards(Mapping[str, Tensor]):
@@ -23,9 +25,9 @@ class Shards(Mapping[str, Tensor]):
     A file is opened anew every MAPPED_BYTES, so that the pages read before are not counted as this process's memory.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, str] | None = None) -> None:
         self.folder = folder
-        self.files = _files_by_key(folder)
+        self.files = _files_by_key(folder) if files is None else files
         self._open: dict[str, Any] = {}
         self._mapped_bytes = 0
 
@@ -37,6 +39,10 @@ class Shards(Mapping[str, Tensor]):
             return tensor
         except (SafetensorError, OSError) as error:
             raise BaseModelError(f"model: {self.folder / self.files[key]}: can't read {key!r}: {error}") from error
+
+    def beside(self) -> "Shards":
+        """The same tensors for another thread, which must not share a mapping with this one."""
+        return Shards(self.folder, self.files)
 
     def __iter__(self) -> Iterator[str]:
         """Keys file by file, so that each shard is walked once."""
@@ -50,11 +56,23 @@ class Shards(Mapping[str, Tensor]):
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading its data."""
-        return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
+        return tuple(self._described(key).get_shape())
+
+    def size_bytes(self, key: str) -> int:
+        """The tensor's bytes in the file, without reading its data."""
+        described = self._described(key)
+        return int(prod(described.get_shape())) * WIDTHS.get(str(described.get_dtype()), 1)
 
     def is_float(self, key: str) -> bool:
         """Whether the tensor holds floating point numbers, without reading its data."""
-        return str(self._handle(self.files[key]).get_slice(key).get_dtype()).startswith(("F", "BF"))
+        return str(self._described(key).get_dtype()).startswith(("F", "BF"))
+
+    def _described(self, key: str) -> Any:
+        """Shape and type of a tensor, as the file's header has them."""
+        try:
+            return self._handle(self.files[key]).get_slice(key)
+        except SafetensorError as error:
+            raise BaseModelError(f"model: {self.folder / self.files[key]}: can't read {key!r}: {error}") from error
 
     def _handle(self, file: str) -> Any:
         if file not in self._open or self._mapped_bytes > MAPPED_BYTES:

@@ -9,11 +9,10 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +20,7 @@ from typing import Any
 
 from qlora.data import columns
 from qlora.data.columns import Array, Columns, Unwritable
-from qlora.files import ASIDE
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at the same time may both prepare
-    fcntl = None  # type: ignore[assignment]
+from qlora.files import ASIDE, alone, cache_home
 
 UNUSED_DAYS = 30  # after which an entry is removed
 _ENTRY = "entry.json"
@@ -48,10 +42,7 @@ class Entry:
 
 def folder() -> Path | None:
     """Where entries are kept: data/ in $QLORA_CACHE or in the user's cache folder; None if $QLORA_CACHE is empty."""
-    named = os.environ.get("QLORA_CACHE")
-    if named == "":
-        return None
-    return (Path(named).expanduser() if named else _user_cache() / "qlora") / "data"
+    return cache_home("data")
 
 
 def code_sha256() -> str:
@@ -147,22 +138,10 @@ def _sweep(place: Path) -> None:
 
 @contextmanager
 def _alone(home: Path, key: str) -> Iterator[None]:
-    """Only one process at a time is inside for `key`; the lock goes with the process. Unwritable without a folder."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = (home / f"{key}.lock").open("w")
-    except OSError as error:
-        raise Unwritable(error.errno, error.strerror) from error
-    with lock:
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    """Only one process at a time is inside for `key`. Unwritable without a folder."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(home, key))
+        except OSError as error:
+            raise Unwritable(error.errno, error.strerror) from error
         yield
-
-
-def _user_cache() -> Path:
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

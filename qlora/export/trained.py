@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qlora.adapters.weights import AdapterFile
-from qlora.base.load import Quantizer
+from qlora.base.fill import Quantizer
 from qlora.data.template import Template
 
 Report = Callable[[int, int], None]

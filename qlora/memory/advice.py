@@ -8,7 +8,7 @@ from qlora.memory.owners import OUTSIDE
 from qlora.memory.plan import Plan
 from qlora.memory.work import Adapters, Storage, Work
 
-How = Literal["as set", "auto", "everything"]  # memory.* as the user set it, all auto, or auto with all that is planned
+How = Literal["as set", "auto"]  # memory.* as the user set it, or left to the plan
 Fits = Callable[[Work, How], bool]
 SHORTEST = 128  # tokens of a row below which no advice goes
 LEAST_RANK = 4
@@ -30,8 +30,6 @@ def _remedy(work: Work, fits: Fits) -> str:
     change = next((words for words, other in _changes(work) if fits(other, "as set")), None)
     if change:
         return f"What would fit: {change}."
-    if fits(work, "everything"):
-        return "Streamed weights and offloaded activations would make it fit; they can be planned, but not run yet."
     return "No smaller setting of this run fits: take a smaller model, or more memory."
 
 

@@ -1,18 +1,21 @@
 """The settings that fit a budget and run fastest in it; and when none do, what would make it fit.
 
-Keeping activations is faster than recomputing them, resident weights are never slower than streamed ones, and what
-waits in host memory costs transfers: the first way in that order that fits is taken. What the user set stays.
+Among the ways that fit, the one with the fastest predicted step (pace.py) is taken; one that moves tensors through the
+link has to win clearly. What the user set stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 from qlora.memory import Memory
 from qlora.memory.advice import How, advise
+from qlora.memory.pace import seconds
 from qlora.memory.plan import Budget, Plan, plan
 from qlora.memory.work import Weights, Work
 
-EVERYTHING = frozenset({"offload", "stream"})  # what may be planned; a trainer may be able to do less
+PARKING, STREAMING = 1.05, 1.15  # how much faster activations or weights that come and go must promise to be
 
 
 @dataclass(frozen=True)
@@ -35,56 +38,77 @@ def fixed_by(section: Memory, layers: int) -> Fixed:
     )
 
 
-def choose(work: Work, budget: Budget, fixed: Fixed | None = None, executable: frozenset[str] = EVERYTHING) -> Plan:
-    """The fastest plan of `work` that fits the budget; if none does, the one nearest to it, with advice.
-
-    `executable`: of `offload` and `stream`, what the trainer can do; the rest is never chosen by itself.
-    """
+def choose(work: Work, budget: Budget, fixed: Fixed | None = None) -> Plan:
+    """The fastest plan of `work` that fits the budget; if none does, the one nearest to it, with advice."""
     fixed = fixed or Fixed()
-    found = _best(work, budget, fixed, executable)
+    found = _best(work, budget, fixed)
     if found.fits:
         return found
 
     def fits(other: Work, how: How) -> bool:
-        free, able = Fixed(), executable if how == "auto" else EVERYTHING
-        return _best(other, budget, *((fixed, executable) if how == "as set" else (free, able))).fits
+        return _best(other, budget, fixed if how == "as set" else Fixed()).fits
 
     return replace(found, advice=advise(found, fits))
 
 
-def _best(work: Work, budget: Budget, fixed: Fixed, executable: frozenset[str]) -> Plan:
-    """The first of the ways that fits; else the nearest: the least on the card, or if that fits, in main memory."""
-    plans: list[Plan] = []
-    for way in _ways(work, fixed, executable):
-        plans.append(plan(way, budget))
-        if plans[-1].fits:
-            return plans[-1]
+def lower(work: Work, fixed: Fixed) -> Work | None:
+    """The next way down from `work` that takes less of the device, for a run that ran out; None at the end.
+
+    First half of the layers that keep recompute, then all; then all park. What the user set stays.
+    """
+    layers = work.shapes.layers
+    if fixed.recompute is None and work.recomputed < layers:
+        return replace(work, recompute=work.recomputed + max(1, (layers - work.recomputed + 1) // 2))
+    if fixed.offload is None and work.parked < layers - 1 and work.device != "cpu":
+        return replace(work, offloaded=layers - 1)
+    return None
+
+
+def price(found: Plan) -> float:
+    """The predicted seconds of a micro-batch, with a handicap on what moves: a link is shared, a prediction is one."""
+    work = found.work
+    handicap = (PARKING if work.parked else 1.0) * (STREAMING if work.streamed else 1.0)
+    return seconds(work) * handicap
+
+
+def _best(work: Work, budget: Budget, fixed: Fixed) -> Plan:
+    """The fastest way that fits; else the nearest: the least on the card, or if that fits, in main memory."""
+    plans = list(_ways(work, budget, fixed))
+    fast = [each for each in plans if each.fits]
+    if fast:
+        return min(fast, key=price)
     return min(plans, key=lambda each: (0, each.host_bytes) if each.fits_device else (1, each.peak_bytes))
 
 
-def _ways(work: Work, fixed: Fixed, executable: frozenset[str]) -> Iterator[Work]:
-    """Every way to run `work`, fastest first."""
-    elsewhere = work.device != "cpu"  # a CPU run has no other memory to move to
-    offloads = (
-        [fixed.offload] if fixed.offload is not None else [False, True][: 1 + (elsewhere and "offload" in executable)]
-    )
-    weights: list[Weights] = ["resident", "stream"] if elsewhere and "stream" in executable else ["resident"]
-    for held in [fixed.weights] if fixed.weights else weights:
-        for offload in offloads:
-            way = replace(work, offload=offload, weights=held)
-            yield from _recomputing(way, fixed) if held == "resident" else _streaming(way, fixed)
+def _ways(work: Work, budget: Budget, fixed: Fixed) -> Iterator[Plan]:
+    """Every number of layers that recompute, with as few parking or streaming as fit the card."""
+    layers, elsewhere = work.shapes.layers, work.device != "cpu"  # a CPU run has no other memory to move to
+    parks = {True: [layers - 1], False: [0], None: _spread(layers) if elsewhere else [0]}[fixed.offload]
+    every = range(layers + 1) if fixed.recompute is None else [fixed.recompute]
+    if fixed.weights != "stream":
+        for recompute in every:
+            way = replace(work, recompute=recompute)
+            yield _fewest(way, "offloaded", range(parks[0], parks[-1] + 1), budget)
+    if fixed.weights == "stream" or (fixed.weights is None and elsewhere):
+        for recompute, offloaded in product(_spread(layers) if fixed.recompute is None else every, parks):
+            way = replace(work, recompute=recompute, offloaded=offloaded, weights="stream")
+            yield _fewest(way, "resident_layers", range(layers - 1, -1, -1), budget)
 
 
-def _recomputing(work: Work, fixed: Fixed) -> Iterator[Work]:
-    """Resident weights: as few layers as possible recompute."""
-    layers = work.shapes.layers
-    for recompute in range(layers + 1) if fixed.recompute is None else [fixed.recompute]:
-        yield replace(work, recompute=recompute)
+def _spread(layers: int) -> list[int]:
+    """A few numbers of layers from none to all."""
+    return sorted({layers * eighth // 8 for eighth in range(9)})
 
 
-def _streaming(work: Work, fixed: Fixed) -> Iterator[Work]:
-    """Streamed weights: as many layers as possible stay, and all recompute."""
-    layers = work.shapes.layers
-    recompute = layers if fixed.recompute is None else fixed.recompute
-    for resident in range(layers - 1, -1, -1):
-        yield replace(work, recompute=recompute, resident_layers=resident)
+def _fewest(work: Work, field: str, values: Sequence[int], budget: Budget) -> Plan:
+    """The plan with the first of `values` in `field` that fits the card, later ones taking less; else with the last."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        fits = plan(_with(work, field, values[middle]), budget).fits_device
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return plan(_with(work, field, values[low]), budget)
+
+
+def _with(work: Work, field: str, value: Any) -> Work:
+    return replace(work, **{field: value})

@@ -12,6 +12,7 @@ from qlora.memory.activations import (
     recompute_bytes,
     widest_bytes,
 )
+from qlora.memory.pace import boundary_bytes, parked_bytes
 from qlora.memory.work import Work
 
 Owners = dict[str, int]
@@ -24,6 +25,7 @@ OUTSIDE = ("device_context", "runtime", "fragmentation_reserve")  # not counted 
 OWNERS = LASTING + PASSING + OUTSIDE
 
 CONTEXT_BYTES = 600_000_000  # a CUDA context with its modules and cuBLAS workspaces: 0.4 to 0.7 GB
+IN_FLIGHT = 2  # layers whose parked tensors, or whose packed weights, are on the device at a time
 NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
 RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
 FRAGMENTATION = 0.04  # of what comes and goes: 2 to 4 % with expandable segments
@@ -38,19 +40,19 @@ def host_bytes(work: Work) -> int:
     """Main memory of a process that trains on a card: itself, the streamed layers, what is offloaded, one tensor."""
     shapes, b = work.shapes, work.dtype_bytes
     embeddings = shapes.embedding * b if work.weights == "stream" and not shapes.tied else 0
-    away = work.recomputed * _boundary(work) if work.offload else 0
     reading = 2 * max(shapes.embedding, *(each.weights for each in shapes.block))
-    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + max(away, reading)
+    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + max(parked_bytes(work), reading)
 
 
 def _phases(work: Work) -> dict[str, Owners]:
     """Each phase's owners that are not zero, what lies outside the allocator left out."""
-    frozen, layers, n = _frozen(work), work.shapes.layers, work.recomputed
+    frozen = _frozen(work)
     learning = frozen | {"adapters": 4 * work.adapters.values} | _moments(work, paged=False)
     training = learning | {"gradients": _gradient_bytes(work)}
-    waiting = {"boundaries": _boundaries(work, n), "kept_activations": (layers - n) * kept_bytes(work)}
+    stay = work.shapes.layers - max(work.recomputed, work.parked)
+    waiting = {"boundaries": _boundaries(work), "kept_activations": stay * kept_bytes(work)}
     rebuilt = {"dequantisation_buffer": _rebuilt(work), "stream_buffers": _stream_buffers(work)}
-    forward = {"boundaries": 2 * _boundary(work), "layer_working_set": forward_bytes(work) + head_bytes(work)}
+    forward = {"boundaries": 2 * boundary_bytes(work), "layer_working_set": forward_bytes(work) + head_bytes(work)}
     backward = _backward(work, waiting)
     return {
         "load": frozen | {"dequantisation_buffer": widest_bytes(work)},
@@ -63,12 +65,13 @@ def _phases(work: Work) -> dict[str, Owners]:
 
 
 def _backward(work: Work, waiting: Owners) -> Owners:
-    """Kept layers go first, and are gone when the first recomputed one comes; `waiting` as the loss leaves it."""
-    kept = waiting["kept_activations"]
+    """Kept layers go first, then kept ones from the host, then recomputed ones; `waiting` as the loss leaves it."""
+    fetched = min(IN_FLIGHT, max(0, work.parked - work.recomputed)) * kept_bytes(work)
+    kept = max(waiting["kept_activations"], fetched)
     again = recompute_bytes(work) if work.recomputed else 0
     inside = {"layer_working_set": backward_bytes(work)}
     if again <= kept:
-        return waiting | inside
+        return waiting | {"kept_activations": kept} | inside
     return waiting | {"kept_activations": 0, "layer_working_set": again + inside["layer_working_set"]}
 
 
@@ -76,11 +79,12 @@ def _frozen(work: Work) -> Owners:
     """What never changes."""
     shapes, b = work.shapes, work.dtype_bytes
     streaming = work.weights == "stream"
-    resident = shapes.layers - work.streamed
+    # A CPU has one memory: what streams lies in it too.
+    resident = shapes.layers - (work.streamed if work.device == "cuda" else 0)
     return {
         "packed_base": resident * work.layer_bytes,
         # While layers stream, rows of the embedding are gathered in main memory; a tied one is needed as the head.
-        "embeddings": 0 if streaming and not shapes.tied else shapes.embedding * b,
+        "embeddings": 0 if streaming and not shapes.tied and work.device == "cuda" else shapes.embedding * b,
         "head": shapes.head * b,
         "norms": (shapes.norms + shapes.biases) * b,
         "vision": shapes.vision * b,
@@ -90,13 +94,12 @@ def _frozen(work: Work) -> Owners:
 def _moments(work: Work, paged: bool) -> Owners:
     """AdamW's two moments; paged ones give way to activations, so they count in the update alone."""
     away = work.optimizer.startswith("paged") and work.device == "cuda" and not paged
-    return {"optimizer": 0 if away else moment_bytes(work)}
+    return {"optimizer": 0 if away else moment_bytes(work.adapters.values, work.optimizer)}
 
 
-def moment_bytes(work: Work) -> int:
+def moment_bytes(values: int, optimizer: str) -> int:
     """Bytes of AdamW's moments: 8 a value, or 2 and an absmax of 4 for every 256."""
-    values = work.adapters.values
-    return 2 * values + 8 * -(-values // 256) if "8bit" in work.optimizer else 8 * values
+    return 2 * values + 8 * -(-values // 256) if "8bit" in optimizer else 8 * values
 
 
 def _gradient_bytes(work: Work) -> int:
@@ -104,14 +107,11 @@ def _gradient_bytes(work: Work) -> int:
     return (8 if work.processes > 1 else 4) * work.adapters.values
 
 
-def _boundary(work: Work) -> int:
-    """The hidden state between two layers."""
-    return work.tokens * work.shapes.hidden * work.dtype_bytes
-
-
-def _boundaries(work: Work, layers: int) -> int:
-    """The inputs of `layers` recomputed layers; offloaded, only two are on the device."""
-    return (min(2, layers) if work.offload else layers) * _boundary(work)
+def _boundaries(work: Work) -> int:
+    """The inputs of recomputed layers; of parked ones two are on the device at a time, after the others are gone."""
+    parked = min(work.recomputed, work.parked)
+    here = max(work.recomputed - parked, min(IN_FLIGHT, parked)) * boundary_bytes(work)
+    return here + (parked_bytes(work) if work.device == "cpu" else 0)  # a CPU parks in the memory it works in
 
 
 def _rebuilt(work: Work) -> int:
@@ -121,8 +121,8 @@ def _rebuilt(work: Work) -> int:
 
 
 def _stream_buffers(work: Work) -> int:
-    """Two layers' packed matrices: one in use, one on its way."""
-    return 2 * work.layer_bytes if work.streamed else 0
+    """Packed matrices of two layers: one in use, one on its way."""
+    return min(IN_FLIGHT, work.streamed) * work.layer_bytes
 
 
 def _whole(work: Work, owners: Owners) -> Owners:

@@ -80,7 +80,8 @@ class Plan:
             "advice": self.advice,
             "choice": {
                 "recompute": _layers_in_words(work.recomputed, work.shapes.layers),
-                "offload_activations": work.offload,
+                "offload_activations": work.parked > 0,
+                "offloaded_layers": work.parked,
                 "weights": work.weights,
                 "resident_layers": work.shapes.layers - work.streamed,
                 "micro_batch": work.micro_batch,
@@ -98,7 +99,7 @@ def plan(work: Work, budget: Budget) -> Plan:
 
 def compare(work: Work) -> dict[str, int]:
     """What full fine-tuning, 16-bit LoRA and QLoRA need on the card for the same rows, all layers recomputed."""
-    same = replace(work, recompute=None, offload=False, weights="resident", processes=1)
+    same = replace(work, recompute=None, offloaded=0, weights="resident", processes=1)
     quantised = same if work.storage.kind != "dense" else replace(same, storage=Storage())
     dense = replace(same, storage=Storage("dense"), dtype_bytes=2)
     bare = replace(dense, adapters=Adapters(()))

@@ -68,7 +68,7 @@ class Work:
     packing: bool = True  # rows hold several documents
     attention: str = "auto"  # the kernel, as model.attention says it
     recompute: int | None = None  # the first layers, recomputed in backward; None: all
-    offload: bool = False  # boundaries wait in host memory
+    offloaded: int = 0  # the first layers, which park what they keep in host memory; the last one never does
     weights: Weights = "resident"
     resident_layers: int = 0  # of a streamed base, how many layers stay on the device
     device: Literal["cuda", "cpu"] = "cuda"
@@ -123,11 +123,16 @@ class Work:
         return self.shapes.layers if self.recompute is None else min(self.recompute, self.shapes.layers)
 
     @property
+    def parked(self) -> int:
+        """Layers that park what they keep."""
+        return min(self.offloaded, self.shapes.layers - 1)
+
+    @property
     def streamed(self) -> int:
         """Layers whose frozen matrices come from host memory each time."""
         return max(0, self.shapes.layers - self.resident_layers) if self.weights == "stream" else 0
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         """Stored bytes of one layer's matrices."""
         return sum(self.storage.matrix_bytes(each.weights, self.dtype_bytes) for each in self.shapes.block)

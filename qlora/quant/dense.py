@@ -18,7 +18,7 @@ class DenseLinear(FrozenLinear):
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """W [O, I] in `dtype`; the stored tensor itself when that is its type."""
-        return self.dense.to(dtype)
+        return self.stored()["dense"].to(dtype)
 
     def describe(self) -> dict[str, Any]:
         """Kind, shape and type."""

@@ -49,8 +49,7 @@ class FourBitLinear(FrozenLinear):
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """W [O, I] in `dtype` (float32, bfloat16 or float16), dequantised in float32 and rounded once."""
-        tensors = (self.codes, self.absmax, self.nested_absmax, self.offset, self.absmax_levels)
-        stored = [tensor for tensor in tensors if tensor is not None]
+        stored = list(self.stored().values())
         shape = (self.out_features, self.in_features)
         weight: Tensor = torch.ops.qlora.dequantize_4bit.default(stored, self.block, self.kind, shape, dtype, after)
         return weight

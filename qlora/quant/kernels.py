@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
 
+from qlora.quant import grid
 from qlora.quant.card import Form, pick
 
 NESTED_BLOCK = 256  # absmax values that share one nested absmax; fixed by bitsandbytes
@@ -20,6 +21,8 @@ _absmax_levels: dict[torch.device, Tensor] = {}
 
 def quantize(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [ceil(O*I/2)], high nibble first, and absmax float32 [N] of a float32, bfloat16 or float16 weight."""
+    if weight.device.type == "cpu":
+        return grid.quantize(weight, kind, block)
     codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), block, kind, torch.uint8)
     return codes.reshape(-1), absmax
 

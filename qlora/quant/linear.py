@@ -43,6 +43,7 @@ class FrozenLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    fetch: Callable[[], None] | None = None  # brings the stored tensors to the device, where they come and go
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -56,6 +57,12 @@ class FrozenLinear(nn.Module):
         Backward passes its gradient as `after`: without it torch.compile merges both calls and keeps W in between.
         """
         raise NotImplementedError
+
+    def stored(self) -> dict[str, nn.Parameter]:
+        """The tensors that W is rebuilt from, by name, the bias left out; what they hold is there now."""
+        if self.fetch is not None:
+            self.fetch()
+        return {name: value for name, value in self._parameters.items() if value is not None and name != "bias"}
 
     def forward(self, x: Tensor) -> Tensor:
         """Give y [..., O] for x [..., I], computed in x's dtype."""

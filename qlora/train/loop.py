@@ -17,7 +17,7 @@ from qlora.data.batches import Batch, collate
 from qlora.data.order import RowOrder, lengths_of, micro_batches, shares, steps_per_epoch
 from qlora.data.types import Example
 from qlora.distributed.processes import Processes
-from qlora.errors import InputError, QloraError
+from qlora.errors import InputError
 from qlora.memory.meter import peak_bytes
 from qlora.train import SCHEDULES, Optim, Train
 from qlora.train.checkpoint import Checkpoints, Position, Saved
@@ -25,6 +25,7 @@ from qlora.train.evaluate import evaluate
 from qlora.train.guard import FiniteGuard, StopSignal
 from qlora.train.log import Log
 from qlora.train.optim import set_factor
+from qlora.train.relief import Relief, longest
 from qlora.train.schedule import rounded_up, warmup_steps
 
 
@@ -46,6 +47,7 @@ class Job:
     checkpoints: Checkpoints
     stop: StopSignal
     guard: FiniteGuard = field(default_factory=FiniteGuard)
+    relief: Relief = field(default_factory=Relief)
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,7 @@ def _step(job: Job, step: int) -> Step:
     counts = torch.tensor([[batch.trained_tokens, batch.tokens] for batch in batches]).sum(0)
     trained, tokens = (int(count) for count in job.processes.sum(counts.to(job.processes.device)))
 
-    total = torch.zeros((), device=job.processes.device)
-    for index, batch in enumerate(batches):
-        torch.manual_seed(dropout_seed(job.settings.seed, step, job.processes.rank, index))
-        with job.processes.accumulating(job.model, last=index == len(batches) - 1):
-            total += _backward(job, batch, trained)
-
+    total = job.relief.run(lambda: _gradients(job, step, batches, trained))
     set_factor(job.optimizer, factor_of(job.optim, step, job.steps))
     grad_norm = float(job.processes.clip(job.trainable.values(), job.optim.max_grad_norm))
     loss = float(job.processes.sum(total))
@@ -139,19 +136,28 @@ def _step(job: Job, step: int) -> Step:
     return Step(loss, trained, tokens, grad_norm, time.monotonic() - started)
 
 
+def rehearse(job: Job, moment_bytes: int) -> None:
+    """The longest micro-batch of the run, forward and backward, before the first step; changes nothing."""
+    batch = longest(job.train, job.settings.micro_batch).to(job.processes.device)
+    with job.processes.accumulating(job.model, last=False):
+        job.relief.rehearse(lambda each: _backward(job, each, each.trained_tokens), batch, moment_bytes)
+
+
+def _gradients(job: Job, step: int, batches: Sequence[Batch], trained: int) -> Tensor:
+    """Gradients of all micro-batches of a step; returns their summed loss."""
+    total = torch.zeros((), device=job.processes.device)
+    for index, batch in enumerate(batches):
+        torch.manual_seed(dropout_seed(job.settings.seed, step, job.processes.rank, index))
+        with job.processes.accumulating(job.model, last=index == len(batches) - 1):
+            total += _backward(job, batch, trained)
+    return total
+
+
 def _backward(job: Job, batch: Batch, trained: int) -> Tensor:
     """Gradients of one micro-batch; returns its summed loss."""
     batch = batch.to(job.processes.device)
-    try:
-        loss: Tensor = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.starts)
-        job.processes.backward(loss / max(1, trained))
-    except torch.OutOfMemoryError as error:
-        shape = list(batch.input_ids.shape)
-        raise QloraError(
-            f"out of memory on a micro-batch of {shape} rows x tokens. The same training fits with a smaller "
-            "train.micro_batch (without dropout the result does not change), memory.recompute=all, or a shorter "
-            "data.max_length."
-        ) from error
+    loss: Tensor = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.starts)
+    job.processes.backward(loss / max(1, trained))
     return loss.detach()
 
 

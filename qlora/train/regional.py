@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import InputError
-from qlora.memory.recompute import layers_of_model
+from qlora.memory.recompute import decoder_layers
 
 COMPILERS = ("g++", "c++", "clang++")
 
@@ -28,7 +28,7 @@ def compile_layers(model: nn.Module, device: torch.device) -> int:
         raise InputError(
             "train.compile: true, but Triton is not installed. Install it, or leave train.compile at false."
         )
-    layers = layers_of_model(model)
+    layers = decoder_layers(model)
     for layer in layers:
         layer.compile(dynamic=True)  # rows differ in length and in documents
     return len(layers)

@@ -45,10 +45,42 @@ def test_the_truth_quantises_as_bitsandbytes_bit_for_bit(weight: Tensor, kind: s
     expected, state = bnb.quantize_4bit(weight, blocksize=block, quant_type=kind)
     assert torch.equal(codes, expected.reshape(-1)) and torch.equal(absmax, state.absmax)
 
+    fast = kernels.quantize(weight, kind, block)
+    assert torch.equal(fast[0], codes) and torch.equal(fast[1], absmax)
+
     restored = blockwise.dequantize(codes, absmax, levels, block, shape)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         fast = kernels.dequantize([codes, absmax], block, kind, shape, dtype, None)
         assert torch.equal(fast, restored.to(dtype))
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_every_float_near_a_midpoint_gets_the_code_that_bitsandbytes_gives_it(kind: str) -> None:
+    rising = LEVELS[kind]().sort().values
+    middles = (rising[:-1] + rising[1:]) / 2
+    around = [middles]
+    for end in (-2.0, 2.0):
+        step = middles
+        for _ in range(40):
+            step = torch.nextafter(step, torch.full_like(step, end))
+            around.append(step)
+    cells = torch.arange(-2048, 2049) / 2048
+    edges = [cells, torch.nextafter(cells, cells + 1), torch.nextafter(cells, cells - 1)]
+    values = torch.cat([*around, *edges]).clamp(-1, 1)
+    values = torch.cat([values, torch.zeros(-len(values) % 31)]).reshape(-1, 31)
+    weight = torch.cat([values, torch.ones(len(values), 1)], dim=1)  # each block of 32 has absmax 1: values stay
+    expected, state = bnb.quantize_4bit(weight, blocksize=32, quant_type=kind)
+    codes, absmax = kernels.quantize(weight, kind, 32)
+    assert torch.equal(codes, expected.reshape(-1)) and torch.equal(absmax, state.absmax)
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize("shape", [(700, 701), (1, 2**16 + 5), (3, 2**17)])
+def test_large_matrices_are_quantised_in_pieces_to_the_same_bits(kind: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    codes, absmax = kernels.quantize(weight, kind, 64)
+    assert torch.equal(codes, expected.reshape(-1)) and torch.equal(absmax, state.absmax)
 
 
 @settings(max_examples=150, deadline=None)

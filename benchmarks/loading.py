@@ -1,0 +1,129 @@
+"""Loading a base: seconds and peak memory of the first start, of the second, and of transformers' own, side by side.
+
+A random Llama in one bfloat16 file of `--gigabytes`, each contender in a process of its own, in turn, twice; the pages
+of the file are in the cache for all. `python benchmarks/loading.py` writes results/loading.json.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from bench import write
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+ROOT = Path(__file__).parents[1]
+CHILD = """
+import json, resource, sys, time, torch
+torch.set_num_threads(1)
+folder = sys.argv[1]
+{imports}
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+before, started, spent = resident(), time.monotonic(), time.process_time()
+{load}
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+used = time.process_time() - spent
+found = {{"seconds": time.monotonic() - started, "cpu_seconds": used, "peak_bytes": peak, "imports_bytes": before}}
+print(json.dumps(found))
+"""
+OURS = {
+    "imports": "from qlora.base import Model\nfrom qlora.base.load import load\nfrom qlora.quant.nf4 import Nf4\n"
+    "import qlora.quant.kernels, transformers.models.llama.modeling_llama\n"
+    "from qlora.memory.allocator import return_freed_memory",
+    "load": "return_freed_memory()\nbase = load(Model(name=folder), Nf4(), torch.device('cpu'))",
+}
+THEIRS = {
+    "imports": "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\nimport bitsandbytes\n"
+    "import transformers.models.llama.modeling_llama",
+    "load": "how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
+    "bnb_4bit_compute_dtype=torch.bfloat16)\n"
+    "model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16, "
+    "device_map={'': 'cpu'})",
+}
+
+
+def make(folder: Path, gigabytes: float) -> int:
+    """A random Llama whose one file has about so many GB; returns its bytes."""
+    width, middle = 2048, 5632
+    layer = 2 * (4 * width * width + 3 * width * middle)
+    layers = max(1, int((gigabytes * 1e9 - 4 * 32000 * width) // layer))
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
+        num_attention_heads=16, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        named = dict(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).named_parameters())
+    noise = (torch.randn(2**22) / 50).bfloat16()
+    save_file(
+        {name: noise.repeat(-(-p.numel() // noise.numel()))[: p.numel()].reshape(p.shape) for name, p in named.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(folder)
+    for file in (ROOT / "qlora/demo/base").glob("*token*"):
+        shutil.copy(file, folder)
+    return (folder / "model.safetensors").stat().st_size
+
+
+def measured(contender: dict[str, str], folder: Path, cache: Path) -> dict[str, Any]:
+    """Seconds and bytes of one load in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "QLORA_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD.format(**contender), str(folder)],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Run the race and write its results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "base"
+        folder.mkdir()
+        context = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'benchmarks')!r}]; "
+             f"from pathlib import Path; import loading; print(loading.make(Path({str(folder)!r}), "
+             f"{options.gigabytes}))"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        file_bytes = int(context.stdout)
+        found: dict[str, list[dict[str, Any]]] = {"first start": [], "second start": [], "transformers": []}
+        for number in range(options.rounds):
+            cache = Path(scratch) / f"cache-{number}"
+            for name, contender in (("first start", OURS), ("second start", OURS), ("transformers", THEIRS)):
+                found[name].append(measured(contender, folder, cache))
+                last = found[name][-1]
+                taken = f"{last['seconds']:.1f} s, {last['cpu_seconds']:.1f} s of a core"
+                print(f"{name}: {taken}, {last['peak_bytes'] / 1e9:.2f} GB", flush=True)
+            shutil.rmtree(cache)
+    print(write("loading", {"file_bytes": file_bytes, "loads": {name: summary(runs) for name, runs in found.items()}}))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds."""
+    return {
+        "seconds": [round(run["seconds"], 2) for run in runs],
+        "median_seconds": round(median(run["seconds"] for run in runs), 2),
+        "cpu_seconds": [round(run["cpu_seconds"], 2) for run in runs],
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "imports_bytes": max(run["imports_bytes"] for run in runs),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The memory plan carried out: a base loaded where it says, layers arranged as it says."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qlora.base.load import Base, load
+from qlora.errors import BaseModelError
+from qlora.memory.allocator import return_freed_memory
+from qlora.memory.choose import Fixed, lower
+from qlora.memory.lanes import Lane
+from qlora.memory.offload import Parking
+from qlora.memory.plan import Plan
+from qlora.memory.recompute import decoder_layers, recompute
+from qlora.memory.stream import Stream, embed_on_host, streamed_layers
+from qlora.memory.work import Work
+from qlora.planning import here, plan_of
+from qlora.quant import build as build_quantizer
+from qlora.recipe import Recipe
+
+Say = Callable[[str], None]
+EVERY_SECONDS = 5.0  # between two lines about how far the base is read
+
+
+class Reading:
+    """Says how far a base is read, how fast, and how long it will take; nothing about one that is there at once."""
+
+    def __init__(self, say: Say) -> None:
+        self.say, self.started = say, time.monotonic()
+        self._said = self.started
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of the files are done."""
+        now = time.monotonic()
+        if now - self._said < EVERY_SECONDS:
+            return
+        self._said = now
+        speed = done / (now - self.started)
+        left = round((total - done) / max(1.0, speed))
+        said = f"{100 * done // max(1, total)} % of {total / 1e9:.1f} GB, {speed / 1e6:,.0f} MB/s"
+        self.say(f"reading the base: {said}, {left // 60}:{left % 60:02} left")
+
+
+def load_base(recipe: Recipe, device: torch.device, plan: Plan | None, say: Say = lambda text: None) -> Base:
+    """The base of a recipe: resident on `device`, or with layers that stream to it as planned.
+
+    Without a plan the recipe's own word counts: then `stream` streams every layer.
+    """
+    streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
+    stays = _on_host(plan.work) if plan and streams else _nothing
+    return_freed_memory()  # what reading frees would stay in the C library's heaps
+    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say))
+    for note in base.notes:
+        say(note)
+    if streams:
+        Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
+        embed_on_host(base.model, device)
+    return base
+
+
+def plan_here(recipe: Recipe) -> Plan | None:
+    """The plan for a finished run on this machine, whether it fits or not; None if its shapes are not known."""
+    try:
+        return plan_of(recipe, here())
+    except BaseModelError:
+        return None
+
+
+class Ladder:
+    """How a model's layers are arranged, and the ways down when the device runs out of memory."""
+
+    def __init__(self, model: nn.Module, work: Work, fixed: Fixed, device: torch.device) -> None:
+        """Let every layer keep, recompute or park its activations as `work` says."""
+        self.model, self.work, self.fixed, self.device = model, work, fixed, device
+        self._arrange()
+
+    def step_down(self) -> str | None:
+        """Take less of the device from now on; says how. None: what is left the user has set."""
+        less = lower(self.work, self.fixed)
+        if less is None:
+            return None
+        self.work = less
+        self._arrange()
+        return f"from here on {less.recomputed} of {less.shapes.layers} layers recompute, {less.parked} park"
+
+    def _arrange(self) -> None:
+        work = self.work
+        recompute(self.model, work.recompute, Parking(work.parked, Lane(self.device)) if work.parked else None)
+
+
+def arrange_unplanned(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """The same by the recipe's own word, for a model without a plan: all layers recompute unless it says otherwise."""
+    words = {"auto": None, "all": None, "none": 0}
+    wanted = recipe.memory.recompute
+    layers = words[wanted] if isinstance(wanted, str) else wanted
+    parks = recipe.memory.offload_activations is True
+    recompute(model, layers, Parking(len(decoder_layers(model)) - 1, Lane(device)) if parks else None)
+
+
+def _nothing(path: str) -> bool:
+    return False
+
+
+def _on_host(work: Work) -> Callable[[str], bool]:
+    """Whether the module at a path belongs to a layer that streams."""
+    shapes = work.shapes
+    prefixes = tuple(f"{shapes.layers_path}.{each}." for each in streamed_layers(shapes.layers, work.resident_layers))
+    return lambda path: path.startswith(prefixes)
