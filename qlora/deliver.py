@@ -13,7 +13,8 @@ from qlora.errors import InputError, did_you_mean
 from qlora.export import TARGETS
 from qlora.export.certificate import Agreement, compare
 from qlora.export.trained import Choice, Trained
-from qlora.files import folder_in_one_step, write_json
+from qlora.files import write_json
+from qlora.folders import folder_in_one_step
 from qlora.quant import build as build_quantizer
 from qlora.quant.dense import Dense
 from qlora.reopen import Opened, Say, held_out

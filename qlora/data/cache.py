@@ -22,6 +22,7 @@ from typing import Any
 from qlora.data import columns
 from qlora.data.columns import Array, Columns, Unwritable
 from qlora.files import ASIDE
+from qlora.redact import redacted_values
 
 try:
     import fcntl
@@ -109,7 +110,8 @@ def _write(place: Path, build: Build) -> Entry:
     store = Columns(aside)
     try:
         found, report = build(store)
-        body = json.dumps({"columns": columns.digests_of(aside), "report": report}, ensure_ascii=True)
+        kept = redacted_values(report)  # its findings quote rows
+        body = json.dumps({"columns": columns.digests_of(aside), "report": kept}, ensure_ascii=True)
         _put(aside, place, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
     except BaseException:
         store.close()
