@@ -1,10 +1,13 @@
 """The chat template: which one is used, conversations rendered through it, and ceilings on what it may cost."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora.ceiling import MEMORY_BYTES, SECONDS, Ceilings, TooMuch
 from qlora.data.types import RowError
 from qlora.errors import DataError
 
@@ -32,23 +35,47 @@ class Template:
     def __init__(self, tokenizer: Any, chat_template: str) -> None:
         self._tokenizer = tokenizer
         self.name, self.text = _choose(tokenizer, chat_template)
+        self._ceilings = Ceilings()
         self._variables = {"date_string": _DATE} if "strftime_now" in self.text else {}
 
     def render(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
-        """The text of a conversation; with `prompt`, up to where the assistant begins to speak. RowError if refused."""
+        """The text of a conversation; with `prompt`, up to where the assistant begins to speak. RowError if refused.
+
+        DataError if it takes more memory than any honest template, inside `bounded` also if it takes more time.
+        """
+        work = partial(
+            self._tokenizer.apply_chat_template,
+            turns,
+            tools=tools,
+            chat_template=self.text,
+            add_generation_prompt=prompt,
+            tokenize=False,
+            **self._variables,
+        )
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                turns,
-                tools=tools,
-                chat_template=self.text,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                **self._variables,
-            )
+            text: str = self._ceilings.call(work)
+        except MemoryError:
+            raise self._too_much() from None
         except Exception as error:  # a template is a program of its own: it may fail in any way
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise RowError("refused by the chat template", line) from None
         return _within(text, turns, tools)
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Inside the block every rendering has ceilings on time and memory; DataError ends it when one is reached."""
+        try:
+            with self._ceilings.armed():
+                yield
+        except TooMuch:
+            raise self._too_much() from None
+
+    def _too_much(self) -> DataError:
+        return DataError(
+            f"{self.name}: was stopped: it took more than {SECONDS:.0f} s of processor time, or "
+            f"{MEMORY_BYTES / 2**30:.0f} GiB, for one conversation. "
+            "Give another one with model.chat_template=FILE.jinja."
+        )
 
 
 def _choose(tokenizer: Any, chat_template: str) -> tuple[str, str]:

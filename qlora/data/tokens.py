@@ -36,7 +36,8 @@ class Encoder:
         eos = tokenizer.eos_token_id
         self._eos = NO_IDS if eos is None else np.array([eos], dtype=np.int32)
         try:
-            self._cutter = Cutter(self.template, self.tokeniser)
+            with self.template.bounded():
+                self._cutter = Cutter(self.template, self.tokeniser)
         except RowError as error:
             raise DataError(f"{self.template.name}: {error}. Give another one with model.chat_template.") from None
 
@@ -71,7 +72,8 @@ class Encoder:
 
     def encode_all(self, items: Sequence[Item]) -> list[Encoded | RowError]:
         """`encode` for many rows at once, which is much faster; a RowError in the place of each that can't be used."""
-        drafts = [self._draft(messages) for _, messages in items]
+        with self.template.bounded():
+            drafts = [self._draft(messages) for _, messages in items]
         ready = [draft for draft in drafts if isinstance(draft, Draft)]
         ids = self.tokeniser.encode([(draft.pieces, draft.mark) for draft in ready])
         sound = [(draft, parts) for draft, parts in zip(ready, ids, strict=True) if not isinstance(parts, RowError)]
@@ -84,7 +86,8 @@ class Encoder:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids a model goes on from: those that training puts before the next answer. RowError if refused."""
-        draft = self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages, prompt=True)
+        with self.template.bounded():
+            draft = self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages, prompt=True)
         if isinstance(draft, RowError):
             raise draft
         ids = self.tokeniser.encode([(draft.pieces, draft.mark)])[0]
