@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.base import Model
+from qlora.base.arithmetic import arithmetic_of
 from qlora.base.dtypes import choose, has_bfloat16, name_of
 from qlora.base.fingerprint import BaseManifest, Fingerprint
 from qlora.base.folder import Folder, find
@@ -59,6 +60,7 @@ def load(section: Model, quantizer: Quantizer, device: torch.device, report: Rep
     tokenizer = read_tokenizer(folder.path)
     model = build(config, dtype, section.attention, device)
     filling = _Filling(model, folder.path, quantizer, dtype, device)
+    filling.fingerprint.add_text("config.json", arithmetic_of(config.get_text_config().to_dict()))
     fingerprint, ignored = filling.run(report)
     lean(model)
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
