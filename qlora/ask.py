@@ -29,6 +29,7 @@ def measure(opened: Opened, data: str | None, task: str) -> dict[str, Any]:
     examples = held_out(opened, data)
     micro_batch = opened.recipe.train.micro_batch
     found = evaluate(TokenLoss(opened.base.model), examples, micro_batch, Single())
+    assert found is not None  # nobody gave up
     score = exact_match_share(opened, examples) if task == "exact-match" else None
     perplexity = found.perplexity if math.isfinite(found.perplexity) else None
     return {

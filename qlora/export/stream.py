@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.errors import QloraError
 from qlora.files import write_json
 
 SHARD_BYTES = 5 * 10**9
@@ -21,6 +22,7 @@ NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
 }  # fmt: skip
+WIDER = "Take --dtype bfloat16 or float32; nothing was written."
 Report = Callable[[int, int], None]
 
 
@@ -79,6 +81,8 @@ def _write_shard(path: Path, tensors: Sequence[Planned]) -> Iterator[Planned]:
             values = tensor.make().to(tensor.dtype).contiguous()
             if tuple(values.shape) != tensor.shape:
                 raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(values.shape)}")
+            if values.is_floating_point() and not torch.isfinite(values).all():
+                raise QloraError(f"{path.name}: {tensor.name} has values beyond {NAMES[tensor.dtype]}. {WIDER}")
             file.write(values.cpu().reshape(-1).view(torch.uint8).numpy().data)
             yield tensor
 
