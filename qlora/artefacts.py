@@ -41,6 +41,7 @@ class Parts:
     injected: Injection
     data: Prepared
     plan: Plan | None = None
+    encoder_sha256: str = ""  # of what decides which tokens a row becomes
 
 
 def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]:

@@ -43,7 +43,7 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     """
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
-    file = _intact(folder, say) if folder else None
+    file = intact(folder, say) if folder else None
     base = load(recipe.model, build_quantizer(recipe.quant), Single().device)
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
@@ -90,7 +90,7 @@ def _base_named_by(folder: Path) -> str:
     return name
 
 
-def _intact(folder: Path, say: Say) -> weights.AdapterFile:
+def intact(folder: Path, say: Say) -> weights.AdapterFile:
     """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down.
 
     AdapterError if a file is damaged; a recipe that was edited since is only told.

@@ -103,7 +103,7 @@ def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) ->
     data = prepare(recipe.data, encoder, recipe.train.seed)
     announce(data.report, log)
     data.report.refuse()
-    return Parts(recipe, processes, base, adapter, injected, data, plan)
+    return Parts(recipe, processes, base, adapter, injected, data, plan, encoder.sha256)
 
 
 def announce(report: DataReport, log: Log) -> None:
@@ -219,6 +219,7 @@ def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
         keys["train.micro_batch"], keys["processes"] = recipe.train.micro_batch, parts.processes.world
     keys["model.dtype"] = parts.base.manifest.dtype
     keys["base sha256"], keys["data sha256"] = parts.base.manifest.sha256, parts.data.report.sha256
+    keys["tokenizer and template sha256"] = parts.encoder_sha256
     return dict(redacted_values(keys))  # as the checkpoint's file has them
 
 

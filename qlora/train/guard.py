@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from qlora.distributed.processes import Processes
 from qlora.errors import QloraError, Stopped
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -71,6 +72,13 @@ def stop_signals() -> Iterator[StopSignal]:
         yield stop
     except Abandoned:
         raise stop.error("before the first step: nothing new to save; the same command starts it again") from None
+    except RuntimeError as error:
+        if not stop.came or Processes.launched() < 2:
+            raise
+        # Another process took the same signal a moment earlier, and this one was waiting for it.
+        raise stop.error(
+            "another process of the run ended first; the same command goes on from what is saved"
+        ) from error
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
