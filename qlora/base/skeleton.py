@@ -3,7 +3,6 @@
 Transformers' own classes and weight renamings are used; nothing of theirs is patched, and no remote code is run.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,4 +116,6 @@ def stop_ids(config: Any, generation: Mapping[str, Any], tokenizer: Any) -> tupl
 
 
 def _first_line(error: Exception) -> str:
-    return re.split(r"[\n]", str(error).strip() or type(error).__name__)[0]
+    """What an error says in one line; the next one too where the first only introduces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
