@@ -18,6 +18,7 @@ slow: $(VENV)/dev.ok
 
 # Kills, signals, poison, flips, attacks and mutants at full size: about an hour on two cores.
 faults: $(VENV)/dev.ok
+	PYTHONPATH=.:tests:tests/faults $(BIN)/python benchmarks/fault_peers.py
 	PYTHONPATH=.:tests:tests/faults $(BIN)/python benchmarks/faults.py
 
 lint: $(VENV)/dev.ok

@@ -35,8 +35,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     return folder_of
 
 
-# Pickle is spoken over pipes between a process and its own children (data/workers.py); files are never unpickled.
-_PIPES = ("multiprocessing", "concurrent")
+# Pickle is spoken over pipes between a process and its own children (data/workers.py), and by torch.compile with its
+# own cache; files of a user's or of the world's are never unpickled.
+_PIPES = ("multiprocessing", "concurrent", "_inductor", "_functorch", "_dynamo")
 _unpickled: list[str] = []
 
 
