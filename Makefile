@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA card the CPU build of torch is enough, and saves gigabytes of CUDA packages.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-.PHONY: demo test lint types slow gpu clean
+.PHONY: demo test lint types slow gpu faults clean
 
 demo: $(VENV)/run.ok
 	$(BIN)/qlora demo --out demo-run
@@ -19,6 +19,11 @@ slow: $(VENV)/dev.ok
 # What only a card can show, in parts of under nine minutes; results that are there are skipped.
 gpu: $(VENV)/dev.ok
 	$(BIN)/python benchmarks/gpu.py
+
+# Kills, signals, poison, flips, attacks and mutants at full size: about an hour on two cores.
+faults: $(VENV)/dev.ok
+	PYTHONPATH=.:tests:tests/faults $(BIN)/python benchmarks/fault_peers.py
+	PYTHONPATH=.:tests:tests/faults $(BIN)/python benchmarks/faults.py
 
 lint: $(VENV)/dev.ok
 	$(BIN)/ruff check .

@@ -41,17 +41,20 @@ class Parts:
     injected: Injection
     data: Prepared
     plan: Plan | None = None
+    encoder_sha256: str = ""  # of what decides which tokens a row becomes
 
 
 def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]:
     """Write the final adapter and everything that describes it; returns run.json."""
     output = Path(parts.recipe.train.output)
+    # That of an earlier run here goes first: until the new one is written, this folder is not a finished run.
+    (output / MANIFEST).unlink(missing_ok=True)
     write_adapter(parts, output)
     for file in tokenizer_files(parts.base.folder.path):
         write_bytes(output / file.name, file.read_bytes())
     recipe_text = dump(parts.recipe)
     write_text(output / RECIPE, recipe_text)
-    kept = (weights.WEIGHTS, weights.CONFIG, *(file.name for file in tokenizer_files(parts.base.folder.path)))
+    kept = (weights.WEIGHTS, weights.CONFIG, RECIPE, *(file.name for file in tokenizer_files(parts.base.folder.path)))
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
     described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)

@@ -48,6 +48,7 @@ def measure(opened: Opened, data: str | None, task: str, beside_base: bool = Fal
 def _measured(opened: Opened, examples: Sequence[Example], task: str, choices: Sequence[Choice]) -> dict[str, Any]:
     micro_batch = opened.recipe.train.micro_batch
     found = evaluate(TokenLoss(opened.base.model), examples, micro_batch, Single())
+    assert found is not None  # nobody gave up
     score = None
     if task == "exact-match":
         score = exact_match_share(opened, examples)

@@ -18,7 +18,8 @@ from qlora.export.certificate import Agreement, Rounding, compare, rounding
 from qlora.export.servers import as_text, servers
 from qlora.export.stream import PROGRESS
 from qlora.export.trained import Choice, Trained
-from qlora.files import folder_in_one_step, sha256_of, write_json, write_text
+from qlora.files import sha256_of, write_json, write_text
+from qlora.folders import folder_in_one_step
 from qlora.quant import build as build_quantizer
 from qlora.quant.dense import Dense
 from qlora.recipe import dump

@@ -1,4 +1,7 @@
-"""How files reach the disk whole: written aside, synced, renamed; with the permissions the umask asks for."""
+"""How files reach the disk whole: written aside, synced, renamed; with the permissions the umask asks for.
+
+Text is redacted on its way: no token or key stays in a file (redact.py).
+"""
 
 import hashlib
 import json
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import QloraError
+from qlora.redact import redacted, redacted_values
 
 try:
     import fcntl
@@ -18,7 +22,7 @@ except ImportError:  # Windows: two processes may both do what one would do alon
     fcntl = None  # type: ignore[assignment]
 
 ASIDE = ".partial-"  # first letters of every name that is not finished yet; swept at the next start
-KEY = "key"  # in a folder that is not finished: what it is to become
+MAX_JSON_BYTES = 2**28
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -33,18 +37,49 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise QloraError(f"{path}: {len(content)} bytes could not be written: {error.strerror or error}.") from error
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise refused(path, len(content), error) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text."""
-    write_bytes(path, text.encode("utf-8"))
+    """`write_bytes` for UTF-8 text, secrets taken out."""
+    write_bytes(path, redacted(text).encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for JSON, indented, keys in the order given; NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_bytes` for JSON, indented, keys in the order given, secrets taken out; NaN is refused."""
+    text = json.dumps(redacted_values(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode("utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of bounded size. ValueError, with the reason, for anything else."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError) as error:
+        raise ValueError(getattr(error, "strerror", None) or "nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}, not an object")
+    return found
+
+
+def plain_name(name: Any) -> bool:
+    """Whether `name`, found in a file, is the bare name of a file: it can't lead out of its folder on any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(sign in name for sign in "/\\:\0")
+
+
+def refused(path: Path, size: int, error: OSError) -> QloraError:
+    """The error of a disk that does not take `size` bytes for `path`."""
+    free = ""
+    with suppress(OSError):
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+        free = f" ({shutil.disk_usage(folder).free:,} bytes are free there)"
+    return QloraError(
+        f"{path}: {size:,} bytes could not be written: {error.strerror or error}{free}. What was saved before is whole."
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -57,57 +92,6 @@ def manifest_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, str]:
     """Name -> sha256 of every file directly in `folder`, those named in `but` left out."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(ASIDE))
     return {file.name: sha256_of(file) for file in files if file.name not in but}
-
-
-@contextmanager
-def folder_in_one_step(path: Path, key: str | None = None) -> Iterator[Path]:
-    """A folder to write into that becomes `path` at the end, or vanishes if the block fails. An old one goes last.
-
-    With `key` what a block leaves when it fails or is killed is kept aside, and given to the next block of that key.
-    """
-    aside = path.with_name(ASIDE + path.name)
-    if key is None or _key_of(aside) != key:
-        shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True, exist_ok=True)
-        if key is not None:
-            write_text(aside / KEY, key)
-        yield aside
-        (aside / KEY).unlink(missing_ok=True)
-        _sync_files(aside)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        _drop(aside, key)
-        raise QloraError(f"{path} could not be written: {error.strerror or error}.") from error
-    except BaseException:
-        _drop(aside, key)
-        raise
-
-
-def _drop(aside: Path, key: str | None) -> None:
-    if key is None:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _key_of(aside: Path) -> str | None:
-    try:
-        return (aside / KEY).read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
-def sweep(folder: Path) -> list[str]:
-    """Remove what an earlier, killed process left half-written; returns the names."""
-    leftovers = sorted(folder.glob(ASIDE + "*")) if folder.is_dir() else []
-    for path in leftovers:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return [path.name for path in leftovers]
 
 
 @contextmanager
@@ -146,18 +130,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sync_files(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    sync_folder(folder)
-
-
 def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    with suppress(FileNotFoundError):
+        path.unlink()  # a leftover, or a link that somebody put there: it is not followed
+    with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

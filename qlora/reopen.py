@@ -1,6 +1,5 @@
 """A finished run opened again, or a model as the defaults quantise it: what eval, generate and export work on."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from qlora.data.tokens import Encoder
 from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import AdapterError, InputError
-from qlora.files import sha256_of
+from qlora.files import plain_name, read_json, sha256_of
 from qlora.obey import load_base, plan_here
 from qlora.recipe import Recipe, from_mapping
 from qlora.recipe import read as read_recipe
@@ -45,7 +44,7 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     """
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
-    file = intact(folder) if folder else None
+    file = intact(folder, say) if folder else None
     base = load_base(recipe, Single().device, plan_here(recipe), say)
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
@@ -59,7 +58,7 @@ def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: 
     InputError and AdapterError as `open_run`; all files are read before the base is.
     """
     recipe, _ = _find(name)
-    files = {each: intact(Path(folder)) for each, folder in adapters.items()}
+    files = {each: intact(Path(folder), say) for each, folder in adapters.items()}
     base = load_base(recipe, Single().device, plan_here(recipe), say)
     switch = Switch(base.model)
     for each, file in files.items():
@@ -119,12 +118,13 @@ def _defaults(model: str) -> Recipe:
 
 
 def _finished(folder: Path) -> Path:
-    """A run's folder, if its final adapter is there."""
-    if (folder / weights.WEIGHTS).is_file():
+    """A run's folder, if its final adapter is there, and run.json, which is written last."""
+    lacking = next((name for name in (weights.WEIGHTS, MANIFEST) if not (folder / name).is_file()), None)
+    if lacking is None:
         return folder
     saved = sorted(path.name for path in folder.glob("checkpoint-*"))
     hint = f" Its newest checkpoint is {folder / saved[-1]}; name that." if saved else ""
-    raise InputError(f"{folder}: the run is not finished, it has no {weights.WEIGHTS}.{hint}")
+    raise InputError(f"{folder}: the run is not finished, it has no {lacking}.{hint}")
 
 
 def _base_named_by(folder: Path) -> str:
@@ -136,27 +136,38 @@ def _base_named_by(folder: Path) -> str:
     return name
 
 
-def intact(folder: Path) -> weights.AdapterFile:
-    """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down."""
+def intact(folder: Path, say: Say = lambda line: None) -> weights.AdapterFile:
+    """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down.
+
+    AdapterError if a file is damaged; a recipe that was edited since is only told.
+    """
     if (folder / POSITION).is_file():
         reason = broken(folder)
         if reason:
             raise AdapterError(f"{folder}: {reason}.")
     for name, expected in _digests(folder / MANIFEST).items():
-        path = folder / Path(name).name
-        if path.is_file() and sha256_of(path) != expected:
+        path = folder / name
+        if not path.is_file() or sha256_of(path) == expected:
+            continue
+        if name == RECIPE:
+            say(f"{path} is not as the run wrote it; it is read as it is now.")
+        else:
             raise AdapterError(f"{path} is damaged: its sha256 is not the one in {folder / MANIFEST}.")
     return weights.read(folder)
 
 
 def _digests(path: Path) -> dict[str, str]:
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+    """The sha256 of every file that a run wrote down; nothing for a folder that no run has left."""
+    if not path.exists():
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    try:
+        files = dict(read_json(path)["files"])
+    except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} is damaged: {error!r}.") from error
-    return {str(name): str(digest) for name, digest in files.items()} if isinstance(files, dict) else {}
+    wrong = next((name for name in files if not plain_name(name)), None)
+    if wrong is not None or not files.keys() >= {weights.WEIGHTS, weights.CONFIG}:
+        raise AdapterError(f"{path} is damaged: `files` must name the adapter's own, found {str(wrong)[:80]!r}.")
+    return {name: str(digest) for name, digest in files.items()}
 
 
 def held_out(opened: Opened, data: str | None) -> Sequence[Example]:

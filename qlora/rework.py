@@ -21,7 +21,8 @@ from qlora.adapters.weights import MAX_RANK, AdapterFile
 from qlora.artefacts import CARD, MANIFEST, RECIPE
 from qlora.base.folder import tokenizer_files
 from qlora.errors import AdapterError, InputError
-from qlora.files import folder_in_one_step, manifest_of, write_bytes, write_json, write_text
+from qlora.files import manifest_of, write_bytes, write_json, write_text
+from qlora.folders import folder_in_one_step
 from qlora.naming import Part
 from qlora.recipe import Recipe, dump
 from qlora.reopen import Say, read_adapter

@@ -11,6 +11,7 @@ from qlora.adapters import ADAPTERS
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.artefacts import RECIPE, Parts, leave, write_adapter
+from qlora.base.unchanged import frozen_sha256
 from qlora.counsel import counsel
 from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
@@ -18,14 +19,16 @@ from qlora.data.tokens import Encoder
 from qlora.data.types import counted
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
-from qlora.errors import BaseModelError, InputError, NotBuiltYet
-from qlora.files import sweep, write_text
+from qlora.errors import BaseModelError, InputError, NotBuiltYet, QloraError
+from qlora.files import write_text
+from qlora.folders import sweep
 from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
 from qlora.obey import Ladder, arrange_unplanned, load_base
 from qlora.planning import in_words, left_open, plan_run
 from qlora.recipe import Recipe, dump
+from qlora.redact import redacted_values
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
 from qlora.train.guard import StopSignal, stop_signals
@@ -34,6 +37,7 @@ from qlora.train.loop import Job, fit, refuse_other_rates, rehearse, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
 from qlora.train.probe import refuse_leaks
+from qlora.train.reached import watch_gradients
 from qlora.train.regional import compile_layers
 from qlora.train.relief import Relief, StepDown
 
@@ -46,23 +50,26 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
     QloraError if something is wrong, Stopped after a signal: in both cases with what to do next.
     """
     started = time.monotonic()
-    processes = open_processes(recipe)
-    log = Log(Path(recipe.train.output), processes.track, quiet=quiet or not processes.is_main)
-    processes.start_trackers(Path(recipe.train.output).name, recipe.model_dump(mode="json"))
-    torch.use_deterministic_algorithms(recipe.train.deterministic)
-    for note in notes:
-        log.say(note)
     with stop_signals() as stop:
+        processes = open_processes(recipe)
+        log = Log(Path(recipe.train.output), processes.track, quiet=quiet or not processes.is_main)
+        processes.start_trackers(Path(recipe.train.output).name, recipe.model_dump(mode="json"))
+        torch.use_deterministic_algorithms(recipe.train.deterministic)
+        for note in notes:
+            log.say(note)
         plan = planned(recipe, processes, log)
         parts = gather(recipe, processes, plan, log)
         if processes.device.type == "cpu":
             keep_freed_memory()
         job = assemble(parts, log, stop)
+        before = frozen_sha256(parts.base.model)
+        stop.at_once = False  # from here on files are written, and a signal waits until they are whole
         position = resume(parts, job)
         with log.watching(job.steps):
             if processes.device.type == "cuda":  # a CPU does not raise when it runs out
                 rehearse(job, moments_of(parts, position))
             position = fit(job, position)
+        refuse_changed_base(parts, before)
         keep_best(parts, job, position)
         manifest: Mapping[str, Any] = {}
         if processes.writes:
@@ -105,7 +112,7 @@ def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) ->
         recipe, data.report, steps_of(recipe.train, len(data.train)), injected.trainable_parameters
     ):
         log.say(f"{key}: {message}")
-    return Parts(recipe, processes, base, adapter, injected, data, plan)
+    return Parts(recipe, processes, base, adapter, injected, data, plan, encoder.sha256)
 
 
 def announce(report: DataReport, log: Log) -> None:
@@ -168,10 +175,12 @@ def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
         lambda folder: write_adapter(parts, folder),
         fixed_of(parts, steps),
     )
+    optimizer = OPTIMIZERS[optim.kind].build(peak_rates, optim.betas, optim.weight_decay)
+    watch_gradients(optimizer, trainable)
     return Job(
         model=parts.processes.wrap(loss.train()),
         trainable=trainable,
-        optimizer=OPTIMIZERS[optim.kind].build(peak_rates, optim.betas, optim.weight_decay),
+        optimizer=optimizer,
         train=parts.data.train,
         held_out=parts.data.eval,
         order=recipe.data.order,
@@ -204,6 +213,15 @@ def moments_of(parts: Parts, position: Position) -> int:
     return moment_bytes(parts.injected.trainable_parameters, optimizer) if waits else 0
 
 
+def refuse_changed_base(parts: Parts, before: str) -> None:
+    """QloraError if a byte of the frozen base is not what it was before the first step."""
+    if frozen_sha256(parts.base.model) != before:
+        raise QloraError(
+            f"{parts.recipe.model.name}: bytes of the frozen base changed during training, so the adapter is not this "
+            "base's; no final one was written. Is memory faulty? A library that changes weights is a defect: tell us."
+        )
+
+
 def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
     """What may not change between two parts of a run: all that alters the mathematics."""
     recipe = parts.recipe
@@ -219,9 +237,12 @@ def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
     rows = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
     keys |= {f"data.{key}": value for key, value in rows.items()}
     keys["train.seed"], keys["train.global_batch"] = recipe.train.seed, recipe.train.global_batch
+    if parts.adapter.dropout:  # its masks are drawn a micro-batch and a process at a time
+        keys["train.micro_batch"], keys["processes"] = recipe.train.micro_batch, parts.processes.world
     keys["model.dtype"] = parts.base.manifest.dtype
     keys["base sha256"], keys["data sha256"] = parts.base.manifest.sha256, parts.data.report.sha256
-    return keys
+    keys["tokenizer and template sha256"] = parts.encoder_sha256
+    return dict(redacted_values(keys))  # as the checkpoint's file has them
 
 
 def resume(parts: Parts, job: Job) -> Position:
@@ -242,7 +263,7 @@ def resume(parts: Parts, job: Job) -> Position:
         position = restore(saved, parts.base.model, job.optimizer, job.trainable)
         job.log.say(f"resumed from {saved.folder} at step {position.step} of {job.steps}")
     if parts.processes.writes:
-        job.log.restart(position.step)
+        job.log.restart(position.step, position.evaluated_step == position.step)
         write_text(output / RECIPE, dump(parts.recipe))
     parts.processes.wait()
     return position

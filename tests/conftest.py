@@ -1,7 +1,9 @@
-"""What all tests share: no network, one thread a worker, tiny models that are written once per worker."""
+"""What all tests share: no network, no unpickling, one thread a worker, tiny models, each written once."""
 
 import os
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +33,33 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         return made[key]
 
     return folder_of
+
+
+# Pickle is spoken over pipes between a process and its own children (data/workers.py), and by torch.compile with its
+# own cache; files of a user's or of the world's are never unpickled.
+_PIPES = ("multiprocessing", "concurrent", "_inductor", "_functorch", "_dynamo")
+_unpickled: list[str] = []
+
+
+def _no_pickle(event: str, arguments: tuple[object, ...]) -> None:
+    """An audit hook: whatever looks up a class or a function for a pickle fails the test that it happened in."""
+    if event != "pickle.find_class" or os.environ.get("QLORA_MAY_UNPICKLE"):
+        return
+    frames = traceback.extract_stack()
+    if not any(part in frame.filename.split(os.sep) for frame in frames for part in _PIPES):
+        _unpickled.append(f"{arguments[0]}.{arguments[1]} at {frames[-2].filename}:{frames[-2].lineno}")
+        raise RuntimeError(f"unpickled {_unpickled[-1]}")
+
+
+sys.addaudithook(_no_pickle)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_unpickled() -> Iterator[None]:
+    """Also where the error that the hook raised was caught."""
+    _unpickled.clear()
+    yield
+    assert _unpickled == []
 
 
 @pytest.fixture(autouse=True)

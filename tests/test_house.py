@@ -8,7 +8,7 @@ import pytest
 
 HOUSE = Path(__file__).parents[1] / "qlora"
 FLOORS = {
-    0: ("errors", "kinds", "files", "quiet", "replay", "__init__"),
+    0: ("errors", "kinds", "files", "folders", "redact", "ceiling", "quiet", "replay", "__init__"),
     1: ("config",),
     2: ("quant", "data", "distributed"),
     3: ("base", "adapters"),

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from qlora.adapters.inject import adapted, frozen_linears, replace
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.rslora import RsLora
-from qlora.errors import AdapterError
-from qlora.files import write_bytes, write_json
+from qlora.ceiling import TooMuch, within_ceilings
+from qlora.errors import AdapterError, QloraError
+from qlora.files import read_json, write_bytes, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -56,14 +57,22 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them.
 
-    AdapterError, and nothing is written, if a value is not finite.
+    QloraError, and nothing is written, if a value is not finite.
     """
     named = {key: value.cpu().contiguous() for key, value in tensors(model).items()}
-    for key, value in named.items():
-        if not torch.isfinite(value).all():
-            raise AdapterError(f"{folder / WEIGHTS}: {key} has a value that is not finite; nothing was written.")
+    refuse_non_finite(named, folder / WEIGHTS)
     write_bytes(folder / WEIGHTS, serialize(named, {FINGERPRINT: base.sha256}))
     write_json(folder / CONFIG, config_of(model, adapter, base))
+
+
+def refuse_non_finite(named: Mapping[str, Tensor], path: Path) -> None:
+    """QloraError, naming the tensor, if one that is to be written to `path` has a NaN or an infinity."""
+    for key, value in named.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise QloraError(
+                f"{path}: {key} has a value that is not finite; nothing was written. "
+                "Lower optim.learning_rate, and go on from the newest checkpoint."
+            )
 
 
 def serialize(named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -217,7 +226,19 @@ def _misfit(path: str, pair: tuple[Tensor, Tensor], frozen: Mapping[str, Any]) -
 
 
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, read as an expression, is the path or its end wins."""
+    """PEFT's rule: the first key that, read as an expression, is the path or its end wins.
+
+    AdapterError for an expression that takes for ever.
+    """
+    if not patterns:
+        return default
+    try:
+        return within_ceilings(lambda: _first_match(patterns, path, default))
+    except (TooMuch, MemoryError):
+        raise AdapterError(f"{CONFIG}: alpha_pattern: one of its expressions takes for ever on {path!r}.") from None
+
+
+def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)), default)
 
 
@@ -233,10 +254,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"{path} is not there: an adapter folder has {CONFIG} and {WEIGHTS}.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        found = read_json(path)
+    except ValueError as error:
+        raise AdapterError(f"{path} is no JSON object: {error}") from error
+    if found.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type must be LORA.")
     refused = next((key for key in REFUSED if found.get(key)), None)
     if refused:
@@ -260,8 +281,8 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
 
 def _is_expression(key: Any) -> bool:
     try:
-        return isinstance(key, str) and len(key) < MAX_EXPRESSION and re.compile(key) is not None
-    except re.error:
+        return isinstance(key, str) and len(key) < MAX_EXPRESSION and re.compile(rf"(?:.*\.)?(?:{key})") is not None
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

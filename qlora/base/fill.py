@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.base.ahead import PerThread, ahead
+from qlora.base.arithmetic import arithmetic_of
 from qlora.base.dtypes import name_of
 from qlora.base.fingerprint import Fingerprint
 from qlora.base.prequantized import companions, is_prequantized, read
@@ -78,6 +79,8 @@ class Filling:
         self.shards = Shards(folder)
         self.linears = set(linear_paths(model))
         self.fingerprint = Fingerprint()
+        config: Any = model.config
+        self.fingerprint.add_text("config.json", arithmetic_of(config.get_text_config().to_dict()))
 
     def run(self, report: Report) -> Known:
         """Fill the model.

@@ -1,7 +1,8 @@
-"""Which base this is: sha256 over the values of every tensor, and what was quantised how.
+"""Which base this is: sha256 over the values of every tensor and the arithmetic, and what was quantised how.
 
-The fingerprint does not depend on the file layout, the shard order or the stored dtype, only on names, shapes and
-values: each tensor is hashed in the smallest of bfloat16, float16 and float32 that holds it exactly.
+The fingerprint does not depend on the file layout, the shard order or the stored dtype, only on names, shapes, values
+and what config.json says about the arithmetic: each tensor is hashed in the smallest of bfloat16, float16 and float32
+that holds it exactly.
 """
 
 import hashlib
@@ -43,6 +44,10 @@ class Fingerprint:
         for tensor in tensors:
             _update(digest, tensor)
         self._digests[name] = digest.hexdigest()
+
+    def add_text(self, name: str, text: str) -> None:
+        """Hash a text under `name`, which no tensor has."""
+        self._digests[name] = hashlib.sha256(text.encode()).hexdigest()
 
     def hexdigest(self) -> str:
         """One sha256 over all names and their digests."""

@@ -25,7 +25,8 @@ from qlora.base.ahead import ahead
 from qlora.base.dtypes import name_of
 from qlora.base.fill import Aim, Known, Report, put
 from qlora.errors import QloraError
-from qlora.files import ASIDE, alone, cache_home, folder_in_one_step, sha256_of, write_json
+from qlora.files import ASIDE, alone, cache_home, sha256_of, write_json
+from qlora.folders import folder_in_one_step
 from qlora.quant.fourbit import FourBit, FourBitLinear, FourBitTensors
 from qlora.quant.linear import FrozenLinear
 

@@ -1,6 +1,5 @@
 """The base's tensors on disk: one safetensors file or many, read one tensor at a time.  Door: safetensors (reading)."""
 
-import json
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora.errors import BaseModelError
+from qlora.files import plain_name, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -97,12 +97,12 @@ def _files_by_key(folder: Path) -> dict[str, str]:
 def _from_index(folder: Path) -> dict[str, str]:
     """The index's weight map; every file it names must be a plain name inside the folder."""
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX)["weight_map"]
         files = {str(key): str(file) for key, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseModelError(f"model: {folder / INDEX} is no safetensors index: {error!r}") from error
     for file in sorted(set(files.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not plain_name(file) or not file.endswith(".safetensors"):
             raise BaseModelError(f"model: {folder / INDEX} points to {file!r}; only files of its own folder are read.")
         if not (folder / file).is_file():
             raise BaseModelError(f"model: {folder / INDEX} names {file}, which is not there. Fetch the folder again.")

@@ -3,7 +3,6 @@
 Transformers' own classes and weight renamings are used; nothing of theirs is patched, and no remote code is run.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging as transformers_logging
 
 from qlora.base.attention import NAME
+from qlora.base.bounds import refuse_giant_buffers, refuse_giants
 from qlora.errors import BaseModelError
 
 transformers_logging.set_verbosity_error()
@@ -29,6 +29,7 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a broken file makes transformers raise
         raise BaseModelError(f"model: {folder / 'config.json'}: {_first_line(error)}") from error
+    refuse_giants(config.to_dict())
     experts = _experts(config.to_dict())
     if experts:
         raise BaseModelError(
@@ -47,6 +48,7 @@ def build(config: Any, dtype: torch.dtype, attention: str, device: torch.device)
     except Exception as error:  # sizes that make no model raise whatever the first layer trips over
         raise BaseModelError(f"model: config.json makes no model: {_first_line(error)}") from error
     model.requires_grad_(False)
+    refuse_giant_buffers(model)
     _fill_buffers(model, device)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -114,4 +116,6 @@ def stop_ids(config: Any, generation: Mapping[str, Any], tokenizer: Any) -> tupl
 
 
 def _first_line(error: Exception) -> str:
-    return re.split(r"[\n]", str(error).strip() or type(error).__name__)[0]
+    """What an error says in one line; the next one too where the first only introduces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -5,12 +5,14 @@ People read stderr; programs read stdout.  Nothing heavy is imported before a ve
 
 import json
 import sys
+import traceback
 from typing import Any
 
 import typer
 from typer.exceptions import TyperException
 
 from qlora.errors import QloraError
+from qlora.redact import RedactedStream, redacted
 
 app = typer.Typer(
     name="qlora",
@@ -29,8 +31,8 @@ INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
 
 
 def say(text: str) -> None:
-    """A line for people."""
-    typer.echo(text, err=True)
+    """A line for people, secrets taken out."""
+    typer.echo(redacted(text), err=True)
 
 
 def answer(value: Any) -> None:
@@ -39,14 +41,14 @@ def answer(value: Any) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the program; returns its exit code. A mistake of the user's is one line, a stack trace only with --debug."""
+    """Run the program; returns its exit code. A mistake is one line; --debug puts the stack trace before it."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="qlora", standalone_mode=False)
     except QloraError as error:
         if debug:
-            raise
+            say(traceback.format_exc())
         say(f"error: {error}")
         return error.exit_code
     except TyperException as error:
@@ -57,7 +59,7 @@ def run(arguments: list[str]) -> int:
         return 2
     except Exception as error:
         if debug:
-            raise
+            say(traceback.format_exc())
         say(f"error: {type(error).__name__}: {error}\nThis is qlora's mistake, not yours; --debug shows where it is.")
         return 1
     if code == INTERRUPTED:
@@ -66,5 +68,6 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """The `qlora` command."""
+    """The `qlora` command. What other libraries say on stderr is redacted too."""
+    sys.stderr = RedactedStream(sys.stderr)  # type: ignore[assignment]
     sys.exit(run(sys.argv[1:]))

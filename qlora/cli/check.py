@@ -18,10 +18,11 @@ def check(
     Example: qlora check recipe.yaml
     """
     from qlora.look import check_recipe, shortened
+    from qlora.redact import redacted_values
 
     found = check_recipe(recipe, context.args)
     if as_json:
-        answer(found)
+        answer(redacted_values(found))  # findings quote rows
     else:
         for line in (*found["data"]["notes"], *found["data"]["summary"]) if found["data"] else ():
             say(line)

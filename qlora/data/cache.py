@@ -21,6 +21,7 @@ from typing import Any
 from qlora.data import columns
 from qlora.data.columns import Array, Columns, Unwritable
 from qlora.files import ASIDE, alone, cache_home
+from qlora.redact import redacted_values
 
 UNUSED_DAYS = 30  # after which an entry is removed
 _ENTRY = "entry.json"
@@ -100,7 +101,8 @@ def _write(place: Path, build: Build) -> Entry:
     store = Columns(aside)
     try:
         found, report = build(store)
-        body = json.dumps({"columns": columns.digests_of(aside), "report": report}, ensure_ascii=True)
+        kept = redacted_values(report)  # its findings quote rows
+        body = json.dumps({"columns": columns.digests_of(aside), "report": kept}, ensure_ascii=True)
         _put(aside, place, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
     except BaseException:
         store.close()

@@ -19,7 +19,7 @@ except ImportError:  # Windows
 
 from qlora.data.types import RowError
 
-ROW_SECONDS = 4.0  # of the processor, so that a busy machine changes nothing; an honest row takes a few hundredths
+ROW_SECONDS = 1.0  # of the processor, so that a busy machine changes nothing; an honest row takes a few hundredths
 ROW_BYTES = 2 * 2**30  # beyond what the process holds already
 
 

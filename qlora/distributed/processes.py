@@ -15,6 +15,7 @@ from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES, DistributedDataP
 from torch import Tensor, nn
 
 from qlora.errors import QloraError
+from qlora.redact import redacted, redacted_values
 
 
 class Processes:
@@ -90,7 +91,7 @@ class Processes:
     def start_trackers(self, name: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Open the trackers named at the start; `settings` are sections of keys."""
         flat = {f"{group}.{key}": str(value) for group, values in settings.items() for key, value in values.items()}
-        self.accelerator.init_trackers(name, config=flat)
+        self.accelerator.init_trackers(redacted(name), config=redacted_values(flat))
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Send values of a step to the trackers; nothing happens without one."""

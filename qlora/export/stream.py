@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from qlora.errors import QloraError
 from qlora.files import write_json
 
 SHARD_BYTES = 5 * 10**9
@@ -24,6 +25,7 @@ NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
 }  # fmt: skip
+WIDER = "Take --dtype bfloat16 or float32; nothing was written."
 Report = Callable[[int, int], None]
 
 
@@ -132,6 +134,8 @@ def _write_tensor(file: BinaryIO, tensor: Planned) -> None:
     values = tensor.make().to(tensor.dtype).contiguous()
     if tuple(values.shape) != tensor.shape:
         raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(values.shape)}")
+    if values.is_floating_point() and not torch.isfinite(values).all():
+        raise QloraError(f"{Path(file.name).name}: {tensor.name} has values beyond {NAMES[tensor.dtype]}. {WIDER}")
     file.write(values.cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora.base.bounds import refuse_giants
 from qlora.errors import BaseModelError, did_you_mean
 from qlora.memory.families import FAMILIES, NESTED, SIGLIP, Family, Switch
 from qlora.memory.shapes import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_INPUT, Matrix, Shapes
@@ -24,6 +25,7 @@ def read(folder: Path, name: str | None = None) -> Shapes:
 
 def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
     """The shapes that a config.json says. BaseModelError, naming the key, for what is unknown or can't be meant."""
+    refuse_giants(config)
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(NESTED.get(model_type, model_type))
     if family is None:

@@ -4,25 +4,27 @@
 whose `files` maps every other file to its sha256.  Safetensors and JSON only: resuming never runs somebody's code.
 """
 
-import json
+import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters import weights
 from qlora.errors import AdapterError, InputError, QloraError
-from qlora.files import folder_in_one_step, manifest_of, sha256_of, write_bytes, write_json
+from qlora.files import manifest_of, plain_name, read_json, sha256_of, write_bytes, write_json
+from qlora.folders import folder_in_one_step, remove
 from qlora.train.optim import load_state, state_tensors
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
 EARLIER = "earlier-"  # a folder of checkpoints that a new run started over
 MANIFEST, POSITION, OPTIMIZER = "manifest.json", "position.json", "optimizer.safetensors"
+FORMAT = 1  # of the folder; another number was written by another version and is not guessed at
+HOLDS = {POSITION, OPTIMIZER, weights.WEIGHTS, weights.CONFIG}
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,16 @@ class Checkpoints:
     def save(self, position: Position, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> Path:
         """Write `checkpoint-{step}` in one step, then remove the oldest beyond `keep`; the best one stays.
 
-        QloraError if the disk refuses; what was there before stays.
+        QloraError if the disk refuses or a value is not finite; what was there before stays.
         """
         folder = self.folder_of(position.step)
         with folder_in_one_step(folder) as aside:
             self.write_adapter(aside)
-            write_bytes(aside / OPTIMIZER, weights.serialize(state_tensors(optimizer, named)))
+            state = state_tensors(optimizer, named)
+            weights.refuse_non_finite(state, folder / OPTIMIZER)
+            write_bytes(aside / OPTIMIZER, weights.serialize(state))
             write_json(aside / POSITION, {**asdict(position), "fixed": dict(self.fixed)})
-            write_json(aside / MANIFEST, {"format": 1, "step": position.step, "files": manifest_of(aside)})
+            write_json(aside / MANIFEST, {"format": FORMAT, "step": position.step, "files": manifest_of(aside)})
         self._prune(position)
         return folder
 
@@ -104,7 +108,7 @@ class Checkpoints:
         kept = {_step_of(folder) for folder in folders[-self.keep :]} | {position.best_step, position.step}
         for folder in folders:
             if _step_of(folder) not in kept and broken(folder) is None:
-                shutil.rmtree(folder)
+                remove(folder)
 
 
 def read(folder: Path) -> Saved:
@@ -112,26 +116,51 @@ def read(folder: Path) -> Saved:
     reason = broken(folder)
     if reason:
         raise InputError(f"{folder}: {reason}. Resume from an older checkpoint, or start anew with train.resume=never.")
-    values = json.loads((folder / POSITION).read_text(encoding="utf-8"))
-    fixed = values.pop("fixed")
-    return Saved(folder, Position(**values), fixed)
+    try:
+        values = read_json(folder / POSITION)
+        fixed = values.pop("fixed")
+        return Saved(folder, position_of(values), dict(fixed))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / POSITION}: says no position ({error}). Resume from an older one.") from error
+
+
+def position_of(values: Mapping[str, Any]) -> Position:
+    """A position out of JSON values. ValueError or TypeError, naming the entry, if one is not what it should be."""
+    for name, kind in get_type_hints(Position).items():
+        value = values[name]
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if isinstance(value, int | float):
+            fits = fits and (math.isfinite(value) if isinstance(value, float) else 0 <= value < 2**53)
+        if not fits:
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return Position(**values)
 
 
 def broken(folder: Path) -> str | None:
     """Why a checkpoint can't be used, or None if every file is as its manifest says."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        text_ends = (folder / MANIFEST).read_bytes()[-2:] == b"}\n"
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        text_ends, manifest = False, {}
+    files, version = manifest.get("files"), manifest.get("format")
+    if not text_ends or not isinstance(files, dict):
         return f"{MANIFEST} is missing or damaged, so the checkpoint was never finished"
-    if not isinstance(files, dict) or not {POSITION, OPTIMIZER, weights.WEIGHTS, weights.CONFIG} <= files.keys():
+    if version != FORMAT or type(version) is not int:
+        return f"{MANIFEST} has format {str(version)[:20]!r}; this version of qlora reads format {FORMAT}"
+    if not files.keys() >= HOLDS:
         return f"{MANIFEST} does not list what a checkpoint holds"
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            return f"{name} is missing"
-        if sha256_of(path) != expected:
-            return f"{name} is damaged (its sha256 is not the manifest's)"
-    return None
+    if manifest.get("step") != _step_of(folder) and NAME.fullmatch(folder.name):
+        return f"{MANIFEST} is that of another step"
+    return next((why for name, expected in files.items() if (why := _damage(folder, name, expected))), None)
+
+
+def _damage(folder: Path, name: str, expected: Any) -> str | None:
+    """What is wrong with a file that the manifest lists; a name that leads elsewhere is never followed."""
+    path = folder / name if plain_name(name) else folder
+    if path == folder or not path.is_file():
+        return f"{name[:80]!r}, which {MANIFEST} names, is missing" + (", or no plain name" if path == folder else "")
+    return None if sha256_of(path) == expected else f"{name} is damaged (its sha256 is not the manifest's)"
 
 
 def restore(

@@ -32,20 +32,25 @@ def evaluate(
     examples: Sequence[Example],
     micro_batch: int,
     processes: Processes,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """The token-weighted loss of `model` (a TokenLoss) over `examples`; each process takes its share of the rows."""
+    give_up: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """The token-weighted loss of `model` (a TokenLoss) over `examples`; each process takes its share of the rows.
+
+    `give_up` is asked before every micro-batch; None if any process gave up.
+    """
     training = model.training
     model.eval()
     # Rows of like length share a batch, so that padding costs little; the mean does not depend on it.
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
     mine = order[processes.rank :: processes.world]
-    total = torch.zeros(2, dtype=torch.float64, device=processes.device)
+    total = torch.zeros(3, dtype=torch.float64, device=processes.device)
     for start in range(0, len(mine), micro_batch):
+        if give_up():
+            total[2] = 1.0
+            break
         batch = collate([examples[row] for row in mine[start : start + micro_batch]], pad_id=0).to(processes.device)
         total[0] += model(batch.input_ids, batch.labels, batch.position_ids, batch.starts).double()
         total[1] += batch.trained_tokens
-        report(min(start + micro_batch, len(mine)), len(mine))
     model.train(training)
-    loss_sum, tokens = processes.sum(total).tolist()
-    return Evaluation(loss_sum / max(1.0, tokens), len(examples), int(tokens))
+    loss_sum, tokens, given_up = processes.sum(total).tolist()
+    return None if given_up else Evaluation(loss_sum / max(1.0, tokens), len(examples), int(tokens))

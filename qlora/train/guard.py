@@ -1,15 +1,17 @@
-"""What stops a run, or a step: signals that wait for the step's end, and gradients that are not finite."""
+"""What stops a run, or a step: signals, at once or at the step's end, and gradients that are not finite."""
 
 import ctypes
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from qlora.distributed.processes import Processes
 from qlora.errors import QloraError, Stopped
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -17,22 +19,35 @@ SAME_SIGNAL_SECONDS = 1.0
 PATIENCE = 3  # steps in a row without a finite gradient before the run ends
 
 
+class Abandoned(BaseException):
+    """Raised wherever the program is when a signal comes before there is anything to save; no library catches it."""
+
+
 class StopSignal:
     """Remembers the first SIGINT or SIGTERM; another one, a second later or more, ends the process at once.
 
     Within a second it is the same one: a launcher passes on what the terminal sent as well, the kernel once a thread.
+    While there is nothing to save (`at_once`) the first one ends the run where it is; later the loop looks at `number`.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.at_once = True
         self._when = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.number is None:
             self.number, self._when = number, time.monotonic()
+            if self.at_once:
+                raise Abandoned
         elif time.monotonic() - self._when > SAME_SIGNAL_SECONDS:
             raise SystemExit(128 + number)
+
+    @property
+    def came(self) -> bool:
+        """Whether a signal has come."""
+        return self.number is not None
 
     def error(self, saved: str) -> Stopped:
         """The error to end the run with, once `saved` is on disk."""
@@ -42,13 +57,28 @@ class StopSignal:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Inside the block SIGINT and SIGTERM only set a flag, which the loop looks at after every step."""
+    """Inside the block SIGINT and SIGTERM end the run at once, or, from the first step on, at the end of a step.
+
+    Outside the main thread, where Python takes no signals, the process keeps its own way with them.
+    """
     stop = StopSignal()
-    _follow_the_launcher()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]
     try:
+        _follow_the_launcher()
         yield stop
+    except Abandoned:
+        raise stop.error("before the first step: nothing new to save; the same command starts it again") from None
+    except RuntimeError as error:
+        if not stop.came or Processes.launched() < 2:
+            raise
+        # Another process took the same signal a moment earlier, and this one was waiting for it.
+        raise stop.error(
+            "another process of the run ended first; the same command goes on from what is saved"
+        ) from error
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -11,6 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from qlora.files import refused, write_text
+from qlora.redact import redacted
+
 METRICS = "metrics.jsonl"
 Track = Callable[[Mapping[str, float], int], None]
 
@@ -59,11 +62,13 @@ class Log:
             yield
         self._progress = None
 
-    def restart(self, step: int) -> None:
-        """Keep the metrics up to `step` and drop later lines, which a resumed run writes again."""
-        kept = [line for line in _lines(self.path) if step and line.get("step", 0) <= step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    def restart(self, step: int, evaluated: bool = True) -> None:
+        """Keep the metrics up to `step` and drop later lines, which a resumed run writes again.
+
+        evaluated: whether the evaluation of `step` is part of the checkpoint; if not, its line is written again too.
+        """
+        kept = [line for line in _lines(self.path) if step and _is_kept(line, step, evaluated)]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -72,7 +77,7 @@ class Log:
 
     def say_anyway(self, text: str) -> None:
         """One line from a process that is not the main one, about work that it does for all of them."""
-        self.console.print(text, markup=False)
+        self.console.print(redacted(text), markup=False)
 
     def train(self, line: Mapping[str, Any]) -> None:
         """A logged training step."""
@@ -107,8 +112,12 @@ class Log:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         finite = {key: None if _not_finite(value) else value for key, value in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        written = json.dumps(finite) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(written)
+        except OSError as error:
+            raise refused(self.path, len(written), error) from error
         numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
         self.track(numbers, int(line["step"]))
 
@@ -124,6 +133,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     return [found for text in texts if (found := _parsed(text)) is not None]
+
+
+def _is_kept(line: Mapping[str, Any], step: int, evaluated: bool) -> bool:
+    at = line.get("step", 0)
+    return bool(at < step or (at == step and (evaluated or line.get("event") != "eval")))
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

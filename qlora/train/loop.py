@@ -21,7 +21,7 @@ from qlora.errors import InputError
 from qlora.memory.meter import peak_bytes
 from qlora.train import SCHEDULES, Optim, Train
 from qlora.train.checkpoint import Checkpoints, Position, Saved
-from qlora.train.evaluate import evaluate
+from qlora.train.evaluate import Evaluation, evaluate
 from qlora.train.guard import FiniteGuard, StopSignal
 from qlora.train.log import Log
 from qlora.train.optim import set_factor
@@ -63,17 +63,17 @@ class Step:
 
 def fit(job: Job, position: Position) -> Position:
     """Train from `position` to the last step. Stopped, after an exact checkpoint, on SIGINT or SIGTERM."""
-    if job.processes.any(job.stop.number is not None):
+    position, stopping, window = *_evaluate_unless_stopping(job, position), list[Step]()
+    if stopping:
         raise job.stop.error(f"before step {position.step + 1}: nothing new to save; the same command starts it again")
-    position, window = _evaluate_if_due(job, position), list[Step]()
     while position.step < job.steps and not _no_longer_improves(job, position):
         window.append(_step(job, position.step))
         position = _after(position, window[-1])
-        stopping = job.processes.any(job.stop.number is not None)
-        if stopping or _due(position.step, job.settings.log_every) or position.step == job.steps:
+        if _due(position.step, job.settings.log_every) or position.step == job.steps:
             position, window = _log(job, position, window), []
-        if not stopping:  # else the resumed run does it first
-            position = _evaluate_if_due(job, position)
+        position, stopping = _evaluate_unless_stopping(job, position)
+        if stopping and window:
+            position = _log(job, position, window)
         _save_if_due(job, position, stopping)
         if stopping:
             raise job.stop.error(f"{job.checkpoints.folder_of(position.step)} holds it; the same command resumes it")
@@ -200,14 +200,22 @@ def _log(job: Job, position: Position, window: Sequence[Step]) -> Position:
     return replace(position, loss=loss, open_loss=0.0, open_trained_tokens=0)
 
 
-def _evaluate_if_due(job: Job, position: Position) -> Position:
-    """Held-out loss before the first step, after the last one, and every `eval_every`; logged and remembered."""
+def _evaluate_unless_stopping(job: Job, position: Position) -> tuple[Position, bool]:
+    """Evaluate if it is time and no signal has come; whether one has, before or while. Then the resumed run does it."""
+    stopping = job.processes.any(job.stop.came)
     ends = position.step in (0, job.steps)
-    if not job.held_out or position.evaluated_step == position.step:
-        return position
-    if not ends and not _due(position.step, job.settings.eval_every):
-        return position
-    found = evaluate(job.processes.bare(job.model), job.held_out, job.settings.micro_batch, job.processes)
+    due = job.held_out and position.evaluated_step != position.step
+    if stopping or not due or not (ends or _due(position.step, job.settings.eval_every)):
+        return position, stopping
+    model = job.processes.bare(job.model)
+    found = evaluate(model, job.held_out, job.settings.micro_batch, job.processes, lambda: job.stop.came)
+    if found is None:
+        return position, True
+    return _evaluated(job, position, found), job.processes.any(job.stop.came)
+
+
+def _evaluated(job: Job, position: Position, found: Evaluation) -> Position:
+    """The position with an evaluation remembered, and its line logged."""
     line = {"step": position.step, "eval_loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     line |= {"epoch": _epoch(job, position), "peak_bytes": peak_bytes(job.processes.device)}
     if job.processes.is_main:

@@ -24,7 +24,7 @@ from qlora.adapters.inject import Injection, adapted, count, inject, select
 from qlora.adapters.switch import adapters_off
 from qlora.base import Model
 from qlora.base.load import Base, load
-from qlora.errors import AdapterError
+from qlora.errors import AdapterError, QloraError
 from qlora.quant import QUANTIZERS
 
 Zoo = Callable[..., Path]
@@ -269,8 +269,9 @@ def test_nothing_is_written_when_a_value_is_not_finite(zoo: Zoo, tmp_path: Path)
     adapter = trained(base, "lora")
     with torch.no_grad():
         list(adapted(base.model).values())[-1].B[0, 0] = math.nan
-    with pytest.raises(AdapterError, match="not finite"):
+    with pytest.raises(QloraError, match="not finite") as caught:
         weights.write(tmp_path / "run", base.model, adapter, identity(base))
+    assert caught.value.exit_code == 1
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 

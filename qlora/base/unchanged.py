@@ -1,0 +1,40 @@
+"""Did the frozen base stay as it was loaded? A digest of every frozen byte in memory, before and after."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_BYTES = 1 << 24  # looked at at a time
+LINE = 1 << 10  # columns of the table that a chunk is summed as
+
+
+def frozen_sha256(model: nn.Module) -> str:
+    """A digest over the bytes of all parameters that are frozen, and of all buffers, where they lie.
+
+    Each chunk is summed along the rows and the columns of a table, on its device: a changed byte changes a sum of each.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _frozen(model):
+        digest.update(name.encode())
+        for sums in _sums(tensor):
+            digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, value) for name, value in model.named_parameters() if not value.requires_grad)
+    yield from model.named_buffers()
+
+
+@torch.no_grad()
+def _sums(tensor: Tensor) -> Iterator[Tensor]:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    flat = local.detach().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), CHUNK_BYTES):
+        chunk = flat[start : start + CHUNK_BYTES]
+        whole = chunk[: chunk.numel() // LINE * LINE].view(-1, LINE)
+        yield whole.sum(0, dtype=torch.int64)
+        yield whole.sum(1, dtype=torch.int64)
+        yield chunk[whole.numel() :].long()

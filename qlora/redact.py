@@ -1,0 +1,91 @@
+"""Secrets taken out of every text on its way to a log, a tracker, a card, a file or a crash report: the one place.
+
+Three nets: the values of environment variables that are named like secrets, the known shapes of tokens, and what stands
+after `password=`, `Authorization:` or before the `@` of a URL.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, TextIO
+from urllib.parse import quote
+
+MARK = "[redacted]"
+SHORTEST = 8  # characters of a variable's value; shorter ones would blank out ordinary words
+
+_NAMED = re.compile(r"(?:^|_)(?:TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|PAT|PWD)(?:_|$)|API_?KEY")
+_PLACES = ("/", "~", "./", "\\")  # how a value begins that is no secret but says where one lies
+_SHAPES = (
+    r"\bhf_[A-Za-z0-9]{16,}", r"\bapi_org_[A-Za-z0-9]{16,}",  # Hugging Face
+    r"\bsk-[\w-]{16,}", r"\bnvapi-[\w-]{16,}", r"\bAIza[\w-]{30,}", r"\bya29\.[\w.-]{16,}",
+    r"\bgh[pousr]_[A-Za-z0-9]{20,}", r"\bgithub_pat_\w{20,}", r"\bglpat-[\w-]{16,}",
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", r"\bxox[abeoprs]-[\w-]{10,}", r"\b(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}",
+    r"\bnpm_[A-Za-z0-9]{30,}", r"\bpypi-[\w-]{16,}", r"\bSG\.[\w-]{16,}\.[\w-]{16,}", r"\br8_[A-Za-z0-9]{30,}",
+    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+",  # a JSON web token
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+)  # fmt: skip
+_SHAPE = re.compile("|".join(_SHAPES), re.DOTALL)
+_AFTER = re.compile(
+    r"(?i)(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+|passw(?:or)?d[\"']?\s*[:=]\s*[\"']?"
+    r"|(?:token|secret|api[_-]?key|access[_-]?key)[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d))"
+    r"([\w.~+/=!#$%^*-]{6,})"
+)
+_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/@\"'<>]+@", re.IGNORECASE)
+
+
+def redacted(text: str) -> str:
+    """`text` with every secret in it replaced by `[redacted]`."""
+    known = _known(tuple(_secrets()))
+    if known:
+        text = known.sub(MARK, text)
+    text = _IN_URL.sub(rf"\1{MARK}@", _SHAPE.sub(MARK, text))
+    return _AFTER.sub(rf"\1{MARK}", text)
+
+
+def redacted_values(value: Any) -> Any:
+    """Plain values (dicts, lists, texts, numbers) with every text in them, keys too, redacted."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {redacted_values(key): redacted_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(redacted_values(each) for each in value)
+    return value
+
+
+class RedactedStream:
+    """A text stream that lets no secret through; everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` redacted."""
+        self._stream.write(redacted(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each line redacted."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _secrets() -> Iterator[str]:
+    """Values of environment variables that are named like secrets."""
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST and _NAMED.search(name.upper()) and not value.startswith(_PLACES):
+            yield value
+
+
+@lru_cache(maxsize=8)
+def _known(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
+    """One pattern for all of them, as they are and as JSON, Python and URLs write them; the longest first."""
+    written = (lambda text: text, lambda text: json.dumps(text)[1:-1], lambda text: repr(text)[1:-1], quote)
+    forms = {write(secret) for secret in secrets for write in written}
+    longest_first = sorted(forms, key=lambda form: (-len(form), form))
+    return re.compile("|".join(map(re.escape, longest_first))) if forms else None

@@ -1,0 +1,196 @@
+"""SIGTERM and SIGINT in every phase of a run: each must end in an exact checkpoint, or refuse before the first step."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from forks import PHASES, Child, Tell, tell_phases
+from pairs import pair
+from runs import differing, metrics, recipe_of, run, write_rows
+
+from qlora.cli.app import run as run_cli
+from qlora.recipe import Recipe, dump
+from qlora.train.checkpoint import Checkpoints
+
+STEPS = 6
+
+
+@dataclass
+class Found:
+    """What became of the signals."""
+
+    signals: int = 0
+    exact: int = 0  # stopped at a checkpoint of the step logged last; resumed, the run is the one never stopped
+    refused: int = 0  # before the first step: nothing was written that was not there
+    finished: int = 0  # came when the last step was done: the run ended as if nothing had been
+    wrong: int = 0
+    orphans: int = 0
+    phases: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        return not (self.wrong or self.orphans)
+
+
+def recipe_of_stops(model: Path, data: Path, output: Path) -> Recipe:
+    options = ("data.eval_fraction=0.2", "train.eval_every=2", "adapter.dropout=0.1", f"train.max_steps={STEPS}")
+    # train_on all: then there are no questions for the report's samples, whose answers would take most of the time.
+    return recipe_of(model, data, output, *options, "train.save_every=3", "train.keep=99", "data.train_on=all")
+
+
+def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None], world: int = 1) -> Found:
+    """`count` signals, spread evenly over the phases, each at a random moment after its phase began."""
+    draw, found = random.Random(seed), Found()
+    data = write_rows(home / "rows.jsonl", 12)
+    whole = home / f"whole-{world}"
+    if world == 1:
+        run(recipe_of_stops(model, data, whole))
+    else:
+        assert [child.end() for child in pair(_in_two(recipe_of_stops(model, data, whole), home), home)] == [0, 0]
+    while found.signals < count:
+        phase = PHASES[found.signals % len(PHASES)]
+        number = draw.choice((signal.SIGTERM, signal.SIGINT))
+        output = home / "stopped"
+        shutil.rmtree(output, ignore_errors=True)
+        recipe = recipe_of_stops(model, data, output)
+        children = _started(recipe, home, world)
+        heard = children[0].wait_for(phase, times=draw.randint(1, {"training": STEPS, "evaluating": 3}.get(phase, 1)))
+        time.sleep(draw.uniform(0, 0.05))
+        for child in children:
+            child.send(number)
+        codes = [child.end() for child in children]
+        found.signals += 1
+        found.phases[phase if heard else "finished"] += 1
+        found.orphans += sum(child.orphans() for child in children)
+        before = found.wrong, "".join(path.read_text()[-400:] for path in home.glob("said*"))
+        _judge(codes, number, output, found)
+        if codes[0]:
+            again = [child.end() for child in _started(recipe, home, world)]
+            same = all(metrics(whole, event) == metrics(output, event) for event in ("train", "eval"))
+            if any(again) or differing(whole, output) or not same:
+                found.wrong += 1
+        if found.wrong > before[0]:
+            found.notes.append(f"{phase} {number}: codes {codes}, {before[1]}")
+        for path in home.glob("said*"):
+            path.unlink()
+        report(found)
+    shutil.rmtree(home / "stopped", ignore_errors=True)
+    return found
+
+
+def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None]) -> Found:
+    """`count` signals to `accelerate launch` with one process or two, each a random while after the first line."""
+    draw, found = random.Random(seed), Found()
+    data, file, output = write_rows(home / "rows.jsonl", 12), home / "recipe.yaml", home / "launched"
+    endless = ("train.max_steps=100000", "train.save_every=null", "optim.warmup=0", "data.eval_fraction=0")
+    for number in range(count):
+        shutil.rmtree(output, ignore_errors=True)
+        file.write_text(dump(recipe_of(model, data, output, *endless)))
+        world, kind = 1 + number % 2, draw.choice((signal.SIGTERM, signal.SIGINT))
+        launcher = _launch(world, file, home)
+        give_up = time.monotonic() + 180
+        while (
+            not (metrics(output) if output.is_dir() else []) and time.monotonic() < give_up and launcher.poll() is None
+        ):
+            time.sleep(0.1)
+        time.sleep(draw.uniform(0, 2))
+        launcher.send_signal(kind)
+        launcher.wait(timeout=120)
+        found.signals += 1
+        found.orphans += _left(launcher.pid)
+        last = metrics(output)[-1]["step"]
+        saved, skipped = Checkpoints(output, 9, lambda folder: None, {}).newest()
+        exact = saved is not None and saved.position.step == last and not skipped
+        found.exact += exact
+        found.wrong += not exact
+        if not exact:
+            found.notes.append(f"{kind} {world}: logged {last}, saved {saved and saved.folder.name}")
+        report(found)
+    shutil.rmtree(output, ignore_errors=True)
+    return found
+
+
+def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
+    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = ["-m", "accelerate.commands.launch", "--num_processes", str(world), *options, "--main_process_port", port]
+    with (home / "said-launcher").open("wb") as said:
+        return subprocess.Popen(
+            [sys.executable, *command, "-m", "qlora", "train", str(file)], stdout=said, stderr=said,
+            start_new_session=True, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+
+
+def _left(session: int) -> int:
+    """Processes of the launcher's session that are still there after ten seconds."""
+    for _ in range(100):
+        there = [path for path in Path("/proc").glob("[0-9]*") if _session_of(path) == session]
+        if not there:
+            return 0
+        time.sleep(0.1)
+    for path in there:
+        os.kill(int(path.name), signal.SIGKILL)
+    return len(there)
+
+
+def _session_of(process: Path) -> int:
+    try:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[3])
+
+
+def _started(recipe: Recipe, home: Path, world: int) -> list[Child]:
+    if world == 2:
+        return pair(_in_two(recipe, home), home)
+    return [Child(_in_one(recipe, home), home / "said")]
+
+
+def _in_one(recipe: Recipe, home: Path) -> Callable[[Tell], int]:
+    """`qlora train` as a user types it."""
+    file = home / "recipe.yaml"
+    file.write_text(dump(recipe))
+
+    def work(tell: Tell) -> int:
+        tell_phases(tell)
+        return run_cli(["train", str(file)])
+
+    return work
+
+
+def _in_two(recipe: Recipe, home: Path) -> Callable[[int, Tell], int]:
+    single = _in_one(recipe, home)
+    return lambda rank, tell: single(tell)
+
+
+def _judge(codes: list[int], number: int, output: Path, found: Found) -> None:
+    """The exit codes, and whether the newest checkpoint is of the very step logged last."""
+    lines = [line["step"] for line in metrics(output)] if output.is_dir() else []
+    saved, skipped = Checkpoints(output, 9, lambda folder: None, {}).newest() if output.is_dir() else (None, [])
+    if codes[0] == 0:  # another rank, which writes nothing, may be in its last breath when the signal comes
+        done = (output / "run.json").is_file() and json.loads((output / "run.json").read_text())["result"]["steps"]
+        found.finished += done == STEPS
+        found.wrong += done != STEPS
+    elif set(codes) != {128 + number} or skipped:
+        found.wrong += 1
+    elif not lines:
+        found.refused += saved is None
+        found.wrong += saved is not None
+    else:
+        exact = saved is not None and saved.position.step == lines[-1]
+        found.exact += exact
+        found.wrong += not exact
