@@ -182,7 +182,8 @@ def flipped(home: Path, model: Path, flips: int) -> dict[str, int]:
     folder, draw = home / "peft", random.Random(0)
     lora(model).save_pretrained(folder)
     path, found = folder / "adapter_model.safetensors", {"flips": 0, "undetected": 0}
-    whole, tensors = path.read_bytes(), load_file(path)
+    # Cloned: what safetensors gives is a map of the file, which is about to be spoilt.
+    whole, tensors = path.read_bytes(), {name: value.clone() for name, value in load_file(path).items()}
     for _ in range(flips):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)

@@ -32,7 +32,8 @@ _AFTER = re.compile(
     r"|(?:token|secret|api[_-]?key|access[_-]?key)[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d))"
     r"([\w.~+/=!#$%^*-]{6,})"
 )
-_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/@\"'<>]+@", re.IGNORECASE)
+# With one slash too, as a path has it that was made of a URL.
+_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*:(?://|/(?=[^\s/@]+:)))[^\s/@\"'<>]+@", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:

@@ -1,5 +1,6 @@
 """The walk: recipe -> processes -> base -> adapters -> data -> fit -> save. With reopen.py, what sees every room."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
         processes = open_processes(recipe)
         log = Log(Path(recipe.train.output), processes.track, quiet=quiet or not processes.is_main)
         processes.start_trackers(Path(recipe.train.output).name, recipe.model_dump(mode="json"))
-        torch.use_deterministic_algorithms(recipe.train.deterministic)
+        choose_kernels(recipe.train.deterministic)
         for note in notes:
             log.say(note)
         plan = planned(recipe, processes, log)
@@ -76,6 +77,13 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
             manifest = leave(parts, position, time.monotonic() - started)
         processes.end()
     return manifest
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Only kernels that give the same bits again, or any; before the first product of matrices."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS in this mode
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:

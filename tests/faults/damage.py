@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora.adapters import weights
@@ -64,6 +64,8 @@ def _flipped(content: bytes, draw: random.Random) -> bytes:
 def _opened(folder: Path) -> tuple[Saved | None, weights.AdapterFile]:
     said: list[str] = []
     adapter = intact(folder, said.append)
+    # Cloned: what safetensors gives is a map of the file, which is about to be spoilt.
+    adapter = replace(adapter, pairs={path: (a.clone(), b.clone()) for path, (a, b) in adapter.pairs.items()})
     if said:
         raise QloraError(said[0])
     return read(folder) if (folder / "position.json").is_file() else None, adapter

@@ -99,6 +99,7 @@ def commands(home: Path, model: Path, shapes: dict[str, str]) -> list[list[str]]
         ["train", str(recipe), f"data.train={spoilt}"],
         ["train", str(recipe), f"data.train={address}"],
         ["train", str(recipe), f"model.name=me/{shapes['aws id']}", "--debug"],
+        ["train", str(recipe), f"model.name=https://me:{shapes['url password']}@host/me/base"],
         ["train", str(recipe), f"adapter.targets={shapes['npm']}", "train.output=" + str(home / "out" / "other")],
         ["train", str(recipe), f"--password={shapes['pypi']}"],
         ["eval", str(output), "--data", address],

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ class Found:
     finished: int = 0  # came when the last step was done: the run ended as if nothing had been
     wrong: int = 0
     orphans: int = 0
-    phases: Counter[str] = field(default_factory=Counter)
+    phases: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -71,7 +70,8 @@ def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found
             child.send(number)
         codes = [child.end() for child in children]
         found.signals += 1
-        found.phases[phase if heard else "finished"] += 1
+        met = phase if heard else "finished"
+        found.phases[met] = found.phases.get(met, 0) + 1
         found.orphans += sum(child.orphans() for child in children)
         before = found.wrong, "".join(path.read_text()[-400:] for path in home.glob("said*"))
         _judge(codes, number, output, found)
