@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from qlora.quant.linear import FrozenLinear
+
 CHUNK_BYTES = 1 << 24  # looked at at a time
 LINE = 1 << 10  # columns of the table that a chunk is summed as
 
@@ -24,8 +26,12 @@ def frozen_sha256(model: nn.Module) -> str:
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, value) for name, value in model.named_parameters() if not value.requires_grad)
-    yield from model.named_buffers()
+    """Frozen tensors by name; a matrix is asked for its own, since it may be somewhere else at the moment."""
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        values = own | (module.stored() if isinstance(module, FrozenLinear) else {})
+        yield from ((f"{path}.{name}", value) for name, value in values.items() if not value.requires_grad)
+        yield from ((f"{path}.{name}", value) for name, value in module.named_buffers(recurse=False))
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora.adapters import weights
 from qlora.adapters.folder import folded
+from qlora.artefacts import MANIFEST
+from qlora.files import sha256_of
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("rework")
@@ -58,7 +60,9 @@ def planted(source: Path, folder: Path, true_rank: int) -> Path:
         tensors[name] = (turn @ torch.randn(true_rank, a.shape[1], generator=generator) * 0.05).contiguous()
         tensors[other] = (torch.randn(b.shape[0], true_rank, generator=generator) @ turn.t() * 0.05).contiguous()
     save_file(tensors, copy / weights.WEIGHTS, {"format": "pt", weights.FINGERPRINT: fingerprint(source)})
-    (copy / "run.json").unlink()
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"][weights.WEIGHTS] = sha256_of(copy / weights.WEIGHTS)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
     return copy
 
 
