@@ -33,10 +33,12 @@ class Race:
 
     def __init__(self, contenders: dict[str, Contender], **settings: Any) -> None:
         self.lines: dict[str, Connection] = {}
+        self.processes = []
         context = get_context("spawn")
         for name, contender in contenders.items():
             here, there = context.Pipe()
-            context.Process(target=_child, args=(contender, there, settings), daemon=True).start()
+            self.processes.append(context.Process(target=_child, args=(contender, there, settings), daemon=True))
+            self.processes[-1].start()
             there.close()  # so that a child that dies ends the race rather than hanging it
             self.lines[name] = here
             print(f"{name}: {here.recv()}", flush=True)  # loaded; the next one starts loading
@@ -53,6 +55,9 @@ class Race:
             print(f"round {number + 1}: {taken}", flush=True)
         for line in self.lines.values():
             line.send("end")
+        for process in self.processes:  # what is measured next has the machine to itself
+            process.join(timeout=30)
+            process.terminate()
         return {name: _summary(found, warm_up) for name, found in steps.items()}
 
 

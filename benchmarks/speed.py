@@ -5,13 +5,14 @@ step's matmuls alone would take is measured between the steps.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench import Race, write
+from bench import RESULTS, Race, write
 from contenders import ours, ours_compiled, ours_recomputing, peft_classic, trl_defaults
 from workloads import RANK, SHAPES, make_base, rows_of
 
@@ -51,7 +52,6 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
     """All chosen contenders on one workload."""
     chosen = {name: run for name, run in CONTENDERS.items() if not options.only or name in options.only}
     steps = options.warm_up + options.rounds + 1
-    shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.base or Path(scratch)
         make_base(folder, options.shape, options.device)
@@ -61,13 +61,20 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
         found = running.run(options.warm_up, options.rounds)
     rows = rows_of(options.batch * steps, options.length, options.short)[options.warm_up * options.batch :]
     tokens = sum(map(len, rows[: options.rounds * options.batch])) / options.rounds
-    limit = matmul_seconds(shape, int(tokens), options.device)
     for result in found.values():
         result["tokens_per_second"] = options.rounds * tokens / sum(result["seconds"])
-        result["share_of_matmul_limit"] = limit / (sum(result["seconds"]) / options.rounds)
     workload = {"shape": options.shape, "rank": RANK, **work, "device": options.device, "tokens_per_step": tokens}
     workload |= {"folder": "random weights", "cap_gib": options.cap_gib}
-    return {"workload": workload, "matmul_seconds": limit, "contenders": found}
+    return with_limit({"workload": workload, "contenders": found})
+
+
+def with_limit(result: dict[str, Any]) -> dict[str, Any]:
+    """A race's result with the seconds of its matmuls, measured now, and each contender's share of their speed."""
+    work = result["workload"]
+    limit = matmul_seconds(SHAPES[work["shape"]], int(work["tokens_per_step"]), work["device"])
+    for found in result["contenders"].values():
+        found["share_of_matmul_limit"] = limit / (sum(found["seconds"]) / len(found["seconds"]))
+    return {**result, "matmul_seconds": limit}
 
 
 def main() -> None:
@@ -84,7 +91,12 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="keep the random base here for the next race")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--name", default="speed")
+    parser.add_argument("--limit-only", action="store_true", help="measure the matmuls of results/NAME.json again")
     options = parser.parse_args()
+    if options.limit_only:
+        path = RESULTS / f"{options.name}.json"
+        path.write_text(json.dumps(with_limit(json.loads(path.read_text())), indent=2) + "\n")
+        return
     result = race(options)
     for name, found in result["contenders"].items():
         print(
