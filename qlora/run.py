@@ -151,9 +151,9 @@ def open_processes(recipe: Recipe) -> Processes:
 def build_adapter(recipe: Recipe) -> Lora:
     """The adapter kind of the recipe. NotBuiltYet for a kind that has no file yet."""
     section = recipe.adapter
-    if section.kind not in ("lora", "rslora") or section.init != "default":
+    if section.kind == "full" or section.init != "default":
         raise NotBuiltYet(
-            f"adapter: kind {section.kind} with init {section.init} is not built yet. Use lora or rslora."
+            f"adapter: kind {section.kind} with init {section.init} is not built yet. Use lora, rslora or dora."
         )
     return ADAPTERS[section.kind](rank=section.rank, alpha=section.alpha, dropout=section.dropout)  # type: ignore[no-any-return]
 

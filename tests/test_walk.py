@@ -244,7 +244,7 @@ BAD_RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rows that are all too long": (("data.max_length=3",), ("max_length",)),
     "no model": (("model.name={folder}/gone",), ("gone", "config.json")),
     "a model without safetensors": (("model.name={folder}/pickled",), ("pytorch_model.bin",)),
-    "a kind that is not built": (("adapter.kind=dora",), ("dora",)),
+    "a kind that is not built": (("adapter.kind=full", "quant.kind=dense"), ("full",)),
     "a start that is not built": (("adapter.init=pissa",), ("pissa",)),
     "a checkpoint that is none": (("train.resume={folder}/gone",), ("gone",)),
     "half the gradients of float16": (("model.dtype=float16",), ("model.dtype", "float16")),

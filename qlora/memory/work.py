@@ -45,8 +45,12 @@ class Adapters:
     @cached_property
     def values(self) -> int:
         """Values that train; dora trains one magnitude a row as well."""
-        rows = sum(each.out_features for each in self.matrices) if self.kind == "dora" else 0
-        return rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+        return self.rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows whose length dora trains; it also holds the square of each."""
+        return sum(each.out_features for each in self.matrices) if self.kind == "dora" else 0
 
     @cached_property
     def paths_in_block(self) -> frozenset[str]:
