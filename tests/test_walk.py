@@ -245,7 +245,7 @@ BAD_RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no model": (("model.name={folder}/gone",), ("gone", "config.json")),
     "a model without safetensors": (("model.name={folder}/pickled",), ("pytorch_model.bin",)),
     "a kind that is not built": (("adapter.kind=full", "quant.kind=dense"), ("full",)),
-    "a start that is not built": (("adapter.init=pissa",), ("pissa",)),
+    "a start with more directions than there are": (("adapter.init=pissa", "adapter.rank=999"), ("999", "pissa")),
     "a checkpoint that is none": (("train.resume={folder}/gone",), ("gone",)),
     "half the gradients of float16": (("model.dtype=float16",), ("model.dtype", "float16")),
     "a template that is not there": (("model.chat_template={folder}/gone.jinja",), ("gone.jinja",)),

@@ -78,7 +78,7 @@ class DoraLinear(LoraLinear):
 
     def lengths(self, weight: Tensor) -> Tensor:
         """|W + s B A| row by row, float32 [O], from W [O, I] in any dtype."""
-        a, b = self.A.detach(), self.B.detach()
+        a, b = (side.detach() for side in self.pair())
         across = (b * (weight @ a.t().to(weight.dtype))).sum(1)
         inside = (b @ (a @ a.t()) * b).sum(1)
         return (self.squares + 2 * self.scaling * across + self.scaling**2 * inside).clamp_min(SHORTEST).sqrt()
@@ -89,14 +89,14 @@ class DoraLinear(LoraLinear):
             return self.base(x)  # type: ignore[no-any-return]
         dropping = self.training and self.dropout > 0
         read = F.dropout(x, self.dropout) if dropping else x
-        update, passed_on = Branch.apply(read, self.A, self.B, Strength(self.scaling, 0.0), origin_of(read))
+        update, passed_on = Branch.apply(read, *self.pair(), Strength(self.scaling, 0.0), origin_of(read))
         y: Tensor = Magnify.apply(update, passed_on if read.requires_grad else read, self.magnitude, self)
         if dropping:
             return y + self.base(x - read)  # type: ignore[no-any-return]
         return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 
     def delta(self) -> Tensor:
-        """m / |W + s B A| (W + s B A) - W [O, I] in float32."""
+        """M / |W + s B A| (W + s B A) - W [O, I] in float32."""
         weight = self.base.weight(torch.float32)
         return magnified(weight + super().delta(), self.magnitude.detach()) - weight
 
@@ -104,7 +104,8 @@ class DoraLinear(LoraLinear):
 def magnified(weight: Tensor, magnitude: Tensor) -> Tensor:
     """Rows of `weight` [O, I] brought to the lengths `magnitude` [O], float32; a row of zeros stays one."""
     lengths = torch.linalg.vector_norm(weight, dim=1).square().clamp_min(SHORTEST).sqrt()
-    return weight * (magnitude / lengths)[:, None]
+    longer: Tensor = magnitude / lengths
+    return weight * longer[:, None]
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,21 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     named: dict[str, Tensor] = {}
     for path, layer in adapted(model).items():
-        named[PREFIX + path + SUFFIXES["A"]] = layer.A.detach()
-        named[PREFIX + path + SUFFIXES["B"]] = layer.B.detach()
+        a, b = layer.pair()
+        named[PREFIX + path + SUFFIXES["A"]] = a.detach()
+        named[PREFIX + path + SUFFIXES["B"]] = b.detach()
         if isinstance(layer, DoraLinear):
             named[PREFIX + path + SUFFIXES["magnitude"]] = layer.magnitude.detach()
     return named
+
+
+@torch.no_grad()
+def fill(model: nn.Module, named: Mapping[str, Tensor]) -> None:
+    """Overwrite the adapters of `model` with what `tensors` gave for it, in place."""
+    for path, layer in adapted(model).items():
+        layer.fill(named[PREFIX + path + SUFFIXES["A"]], named[PREFIX + path + SUFFIXES["B"]])
+        if isinstance(layer, DoraLinear):
+            layer.magnitude.copy_(named[PREFIX + path + SUFFIXES["magnitude"]])
 
 
 def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None:
@@ -99,7 +109,8 @@ def read_named(path: Path) -> dict[str, Tensor]:
 
 def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]:
     """adapter_config.json with the fields every PEFT since 0.10 knows."""
-    alpha = adapter.alpha
+    rank = next((layer.pair()[0].shape[0] for layer in adapted(model).values()), adapter.rank)
+    alpha = adapter.of_rank(rank).alpha
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
@@ -117,7 +128,7 @@ def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]
         "megatron_core": "megatron.core",
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": adapter.rank,
+        "r": rank,
         "rank_pattern": {},
         "revision": base.revision,
         "target_modules": target_names(model),
@@ -192,7 +203,7 @@ def fitted(
     for path, (a, b) in file.pairs.items():
         kind = DoraLinear if path in file.magnitudes else LoraLinear
         layers[path] = layer = kind(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
-        copy_pair(layer, a, b)
+        layer.fill(a, b)
         if isinstance(layer, DoraLinear):
             layer.magnitude.data.copy_(file.magnitudes[path])
     return layers, note
@@ -203,13 +214,6 @@ def settings(file: AdapterFile, path: str, rank: int) -> Lora:
     alpha = _by_pattern(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", PEFT_ALPHA))
     kind = RsLora if file.config.get("use_rslora") else Lora
     return kind(rank=rank, alpha=float(alpha), dropout=float(file.config.get("lora_dropout") or 0.0))
-
-
-def copy_pair(layer: LoraLinear, a: Tensor, b: Tensor) -> None:
-    """Overwrite a layer's A and B in place."""
-    with torch.no_grad():
-        layer.A.copy_(a)
-        layer.B.copy_(b)
 
 
 def _check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> str | None:

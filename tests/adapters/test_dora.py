@@ -13,7 +13,9 @@ from qlora.adapters.lora import LoraLinear
 from qlora.quant import QUANTIZERS
 
 
-def layer_of(kind: str = "dora", quantizer: str = "dense", shape: tuple[int, int] = (6, 5), **options: float) -> LoraLinear:
+def layer_of(
+    kind: str = "dora", quantizer: str = "dense", shape: tuple[int, int] = (6, 5), **options: float
+) -> LoraLinear:
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(*size, generator=generator) for size in (shape, shape[:1]))
     layer: LoraLinear = ADAPTERS[kind](**{"rank": 3, "alpha": 4.0} | options).wrap(
