@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.adapters import weights
+from qlora.adapters.init import Begun
 from qlora.adapters.inject import Injection
 from qlora.adapters.lora import Lora
 from qlora.adapters.switch import adapters_off
@@ -42,6 +43,7 @@ class Parts:
     data: Prepared
     plan: Plan | None = None
     encoder_sha256: str = ""  # of what decides which tokens a row becomes
+    begun: Begun | None = None  # what the adapters' start did to the error of quantising
 
 
 def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]:
@@ -97,6 +99,8 @@ def describe(parts: Parts, position: Position) -> dict[str, Any]:
         "adapter": {
             "kind": parts.recipe.adapter.kind,
             **asdict(parts.adapter),
+            "init": parts.recipe.adapter.init or "default",
+            "quantization_error": asdict(parts.begun) if parts.begun else None,
             "trainable_parameters": injected.trainable_parameters,
             "parameters": injected.parameters,
             "paths": list(injected.paths),

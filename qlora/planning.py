@@ -91,7 +91,11 @@ def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
     named = {matrix.path: matrix for matrix in shapes.matrices}
     chosen = select(named, recipe.adapter.targets or "all-linear")
     adapters = Adapters(
-        tuple(named[path] for path in chosen), recipe.adapter.kind, recipe.adapter.rank, recipe.adapter.dropout > 0
+        tuple(named[path] for path in chosen),
+        recipe.adapter.kind,
+        recipe.adapter.rank,
+        recipe.adapter.dropout > 0,
+        recipe.adapter.init == "pissa",
     )
     return Work(
         shapes=shapes,

@@ -3,15 +3,18 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora.adapters import ADAPTERS
+from qlora.adapters.init import begin
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.artefacts import RECIPE, Parts, leave, write_adapter
+from qlora.base.norms import matrices
 from qlora.base.unchanged import frozen_sha256
 from qlora.counsel import counsel
 from qlora.data.labels import DataReport
@@ -63,9 +66,9 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
         if processes.device.type == "cpu":
             keep_freed_memory()
         job = assemble(parts, log, stop)
-        before = frozen_sha256(parts.base.model)
         stop.at_once = False  # from here on files are written, and a signal waits until they are whole
         position = resume(parts, job)
+        before = frozen_sha256(parts.base.model)  # a checkpoint brings its own of what a start keeps beside A and B
         with log.watching(job.steps):
             if processes.device.type == "cuda":  # a CPU does not raise when it runs out
                 rehearse(job, moments_of(parts, position))
@@ -111,6 +114,9 @@ def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) ->
     adapter = build_adapter(recipe)
     injected = inject(base.model, adapter, targets_of(recipe), recipe.train.seed)
     log.say(f"{recipe.model.name}: {injected}")
+    begun = begin(base.model, recipe.adapter.init or "default", partial(matrices, base.folder.path), recipe.train.seed)
+    if begun:
+        log.say(f"adapter.init {recipe.adapter.init}: {begun}")
     encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
     told = RowsTold(log.say if processes.is_main else log.say_anyway)  # the first to come prepares for all
     data = prepare(recipe.data, encoder, recipe.train.seed, told)
@@ -120,7 +126,7 @@ def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) ->
         recipe, data.report, steps_of(recipe.train, len(data.train)), injected.trainable_parameters
     ):
         log.say(f"{key}: {message}")
-    return Parts(recipe, processes, base, adapter, injected, data, plan, encoder.sha256)
+    return Parts(recipe, processes, base, adapter, injected, data, plan, encoder.sha256, begun)
 
 
 def announce(report: DataReport, log: Log) -> None:
@@ -151,10 +157,8 @@ def open_processes(recipe: Recipe) -> Processes:
 def build_adapter(recipe: Recipe) -> Lora:
     """The adapter kind of the recipe. NotBuiltYet for a kind that has no file yet."""
     section = recipe.adapter
-    if section.kind not in ("lora", "rslora") or section.init != "default":
-        raise NotBuiltYet(
-            f"adapter: kind {section.kind} with init {section.init} is not built yet. Use lora or rslora."
-        )
+    if section.kind == "full":
+        raise NotBuiltYet("adapter.kind: full is not built yet. Use lora, rslora or dora.")
     return ADAPTERS[section.kind](rank=section.rank, alpha=section.alpha, dropout=section.dropout)  # type: ignore[no-any-return]
 
 

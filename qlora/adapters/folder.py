@@ -20,7 +20,12 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R]) whos
 
 
 def folded(file: AdapterFile, weight: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapter's matrices with their scale, and `weight`, multiplied into B."""
+    """The adapter's matrices with their scale, and `weight`, multiplied into B. AdapterError for DoRA."""
+    if file.magnitudes:
+        raise AdapterError(
+            f"{file.folder}: DoRA scales the rows of the base, which no low-rank pair says. "
+            "`qlora export --to merged` takes it."
+        )
     return {
         path: (a.float(), b.float() * (weight * settings(file, path, a.shape[0]).scaling))
         for path, (a, b) in file.pairs.items()

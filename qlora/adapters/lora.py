@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685): a low-rank update beside each frozen matrix."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,13 @@ class LoraLinear(nn.Module):
     """y = base(x) + s (x A^T) B^T, s = alpha / rank; A [R, I], B [O, R]. B = 0: training starts at the base's output.
 
     A and B are float32 whatever the base computes in. `active = False` leaves the base alone.
+
+    A start elsewhere than at B = 0 may keep A0 [R, I] and B0 [O, R], which never train: the update is then
+    s (B A - B0 A0), which any reader knows as a LoRA of rank 2 R beside the same base.
     """
+
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(self, base: FrozenLinear, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -24,6 +30,8 @@ class LoraLinear(nn.Module):
         self.active = True
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        for name in ("A0", "B0"):
+            self.register_buffer(name, None, persistent=False)
 
     def reset(self, generator: torch.Generator) -> None:
         """A uniform in +-1/sqrt(I), as PEFT starts it; B zero. `generator` lives on the CPU, so cards start alike."""
@@ -37,12 +45,28 @@ class LoraLinear(nn.Module):
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
         strength = Strength(self.scaling, self.dropout if self.training else 0.0)
-        update, passed_on = Branch.apply(x, self.A, self.B, strength, origin_of(x))
+        update, passed_on = Branch.apply(x, *self.pair(), strength, origin_of(x))
         return Accumulate.apply(update, passed_on if x.requires_grad else x, self.base)  # type: ignore[no-any-return]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B as they act: [A; A0] and [B, -B0] where A0 and B0 are kept."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+
+    @torch.no_grad()
+    def fill(self, a: Tensor, b: Tensor) -> None:
+        """Overwrite, in place, what `pair` gives."""
+        self.A.copy_(a[: self.rank])
+        self.B.copy_(b[:, : self.rank])
+        if self.A0 is not None and self.B0 is not None:
+            self.A0.copy_(a[self.rank :])
+            self.B0.copy_(-b[:, self.rank :])
 
     def delta(self) -> Tensor:
         """S B A [O, I] in float32: what the adapter adds to the frozen matrix."""
-        return self.scaling * (self.B.detach().float() @ self.A.detach().float())
+        a, b = self.pair()
+        return self.scaling * (b.detach() @ a.detach())
 
     def merged_weight(self) -> Tensor:
         """The frozen matrix as it is stored, plus the update, [O, I] in float32."""
@@ -61,6 +85,10 @@ class Lora:
     def scaling(self) -> float:
         """Strength of the update: alpha / rank."""
         return self.alpha / self.rank
+
+    def of_rank(self, rank: int) -> "Lora":
+        """The same kind and strength at another rank."""
+        return replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
 
     def wrap(self, base: FrozenLinear) -> LoraLinear:
         """`base` with an untrained update beside it."""

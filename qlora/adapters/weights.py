@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from qlora.adapters.dora import Dora, DoraLinear
 from qlora.adapters.inject import adapted, frozen_linears, replace
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.rslora import RsLora
@@ -25,12 +26,13 @@ from qlora.files import read_json, write_bytes, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 FINGERPRINT = "qlora.base_sha256"
 MAX_RANK = 65_536
 MAX_EXPRESSION = 500  # characters of a pattern's key
 PEFT_ALPHA = 8  # PEFT's own default
 REFUSED = (  # settings that change what an adapter computes, in ways that are not built
-    "use_dora", "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
+    "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
     "target_parameters", "trainable_token_indices", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
     "monteclora_config", "arrow_config",
 )  # fmt: skip
@@ -46,12 +48,27 @@ class Identity:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I] and `.lora_B` [O, R]."""
+    """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I] and `.lora_B` [O, R].
+
+    DoRA has a `.lora_magnitude_vector` [O] as well.
+    """
     named: dict[str, Tensor] = {}
     for path, layer in adapted(model).items():
-        named[f"{PREFIX}{path}.lora_A.weight"] = layer.A.detach()
-        named[f"{PREFIX}{path}.lora_B.weight"] = layer.B.detach()
+        a, b = layer.pair()
+        named[PREFIX + path + SUFFIXES["A"]] = a.detach()
+        named[PREFIX + path + SUFFIXES["B"]] = b.detach()
+        if isinstance(layer, DoraLinear):
+            named[PREFIX + path + SUFFIXES["magnitude"]] = layer.magnitude.detach()
     return named
+
+
+@torch.no_grad()
+def fill(model: nn.Module, named: Mapping[str, Tensor]) -> None:
+    """Overwrite the adapters of `model` with what `tensors` gave for it, in place."""
+    for path, layer in adapted(model).items():
+        layer.fill(named[PREFIX + path + SUFFIXES["A"]], named[PREFIX + path + SUFFIXES["B"]])
+        if isinstance(layer, DoraLinear):
+            layer.magnitude.copy_(named[PREFIX + path + SUFFIXES["magnitude"]])
 
 
 def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None:
@@ -92,7 +109,8 @@ def read_named(path: Path) -> dict[str, Tensor]:
 
 def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]:
     """adapter_config.json with the fields every PEFT since 0.10 knows."""
-    alpha = adapter.alpha
+    rank = next((layer.pair()[0].shape[0] for layer in adapted(model).values()), adapter.rank)
+    alpha = adapter.of_rank(rank).alpha
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
@@ -110,12 +128,12 @@ def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]
         "megatron_core": "megatron.core",
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": adapter.rank,
+        "r": rank,
         "rank_pattern": {},
         "revision": base.revision,
         "target_modules": target_names(model),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": isinstance(adapter, Dora),
         "use_rslora": isinstance(adapter, RsLora),
     }
 
@@ -137,21 +155,25 @@ class AdapterFile:
     config: Mapping[str, Any]
     pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R])
     base_sha256: str | None
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)  # path -> m [O]; of DoRA, for every pair
 
 
 def read(folder: Path) -> AdapterFile:
-    """Read an adapter folder written by us or by PEFT. AdapterError if it is damaged or holds more than LoRA pairs."""
+    """Read an adapter folder written by us or by PEFT. AdapterError if it is damaged or neither LoRA nor DoRA."""
     config = _read_config(folder / CONFIG)
     named, metadata = _read_tensors(folder / WEIGHTS)
     sides: dict[str, dict[str, Tensor]] = {}
     for key, value in named.items():
         path, side = _split(key, folder)
         sides.setdefault(path, {})[side] = value
-    lonely = next((path for path, pair in sides.items() if len(pair) != 2), None)
-    if lonely or not sides:
-        raise AdapterError(f"{folder / WEIGHTS}: {lonely or 'the file'} lacks a lora_A or a lora_B.")
-    pairs = {path: (pair["A"], pair["B"]) for path, pair in sides.items()}
-    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT))
+    needed = set(SUFFIXES) if config.get("use_dora") else {"A", "B"}
+    odd = next((path for path, found in sides.items() if found.keys() != needed), None)
+    if odd or not sides:
+        names = ", ".join(SUFFIXES[side].split(".")[1] for side in sorted(needed))
+        raise AdapterError(f"{folder / WEIGHTS}: {odd or 'the file'} must have exactly {names}, as its {CONFIG} says.")
+    pairs = {path: (found["A"], found["B"]) for path, found in sides.items()}
+    magnitudes = {path: found["magnitude"] for path, found in sides.items() if "magnitude" in found}
+    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes)
 
 
 def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False) -> str | None:
@@ -172,14 +194,18 @@ def fitted(
     note = _check_base(file, base_sha256, allow_other_base)
     frozen = frozen_linears(model)
     problems = [problem for path, pair in file.pairs.items() if (problem := _misfit(path, pair, frozen))]
+    problems += [problem for path, m in file.magnitudes.items() if (problem := _odd_magnitude(path, m, frozen))]
     problems += [f"{path} is named by target_modules, but the file lacks it" for path in _lacking(file, frozen)]
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
     layers: dict[str, LoraLinear] = {}
     for path, (a, b) in file.pairs.items():
-        layers[path] = LoraLinear(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
-        copy_pair(layers[path], a, b)
+        kind = DoraLinear if path in file.magnitudes else LoraLinear
+        layers[path] = layer = kind(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
+        layer.fill(a, b)
+        if isinstance(layer, DoraLinear):
+            layer.magnitude.data.copy_(file.magnitudes[path])
     return layers, note
 
 
@@ -188,13 +214,6 @@ def settings(file: AdapterFile, path: str, rank: int) -> Lora:
     alpha = _by_pattern(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", PEFT_ALPHA))
     kind = RsLora if file.config.get("use_rslora") else Lora
     return kind(rank=rank, alpha=float(alpha), dropout=float(file.config.get("lora_dropout") or 0.0))
-
-
-def copy_pair(layer: LoraLinear, a: Tensor, b: Tensor) -> None:
-    """Overwrite a layer's A and B in place."""
-    with torch.no_grad():
-        layer.A.copy_(a)
-        layer.B.copy_(b)
 
 
 def _check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> str | None:
@@ -225,6 +244,13 @@ def _misfit(path: str, pair: tuple[Tensor, Tensor], frozen: Mapping[str, Any]) -
     return None
 
 
+def _odd_magnitude(path: str, magnitude: Tensor, frozen: Mapping[str, Any]) -> str | None:
+    rows = frozen[path].out_features if path in frozen else len(magnitude)
+    if magnitude.shape != (rows,) or not magnitude.is_floating_point() or not torch.isfinite(magnitude).all():
+        return f"{path} has a magnitude {list(magnitude.shape)} of {magnitude.dtype}, needed: {rows} finite numbers"
+    return None
+
+
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first key that, read as an expression, is the path or its end wins.
 
@@ -243,11 +269,10 @@ def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def _split(key: str, folder: Path) -> tuple[str, str]:
-    for side in ("A", "B"):
-        suffix = f".lora_{side}.weight"
+    for side, suffix in SUFFIXES.items():
         if key.startswith(PREFIX) and key.endswith(suffix):
             return key[len(PREFIX) : -len(suffix)], side
-    raise AdapterError(f"{folder / WEIGHTS}: {key!r} is no LoRA matrix; only lora_A and lora_B pairs can be read.")
+    raise AdapterError(f"{folder / WEIGHTS}: {key!r} is no part of LoRA or DoRA; only these can be read.")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

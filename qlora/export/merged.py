@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.adapters.dora import magnified
 from qlora.adapters.weights import settings
 from qlora.base.dtypes import name_of
 from qlora.base.folder import tokenizer_files
@@ -86,16 +87,23 @@ class _Merge:
         return Planned(key, shape, self.choice.dtype, lambda: self._summed(self._base_weight(shards, key), path))
 
     def _summed(self, weight: Tensor, path: str) -> Tensor:
-        """W + s B A [O, I], summed in float32 a few rows at a time and rounded once; what rounding took is noted."""
-        if path not in self.trained.adapter.pairs:
+        """W + s B A [O, I], summed in float32 a few rows at a time and rounded once; what rounding took is noted.
+
+        DoRA's rows are then brought to their length.
+        """
+        adapter, device = self.trained.adapter, self.trained.device
+        if path not in adapter.pairs:
             return weight
-        a, b = (side.to(self.trained.device, torch.float32) for side in self.trained.adapter.pairs[path])
-        scaling = settings(self.trained.adapter, path, a.shape[0]).scaling
+        a, b = (side.to(device, torch.float32) for side in adapter.pairs[path])
+        magnitude = adapter.magnitudes[path].to(device, torch.float32) if path in adapter.magnitudes else None
+        scaling = settings(adapter, path, a.shape[0]).scaling
         written = torch.empty(weight.shape, dtype=self.choice.dtype, device=weight.device)
         error, size = 0.0, 0.0
         for rows in torch.arange(len(weight), device=weight.device).split(max(1, CHUNK // a.shape[1])):
             here = slice(int(rows[0]), int(rows[-1]) + 1)
             update = scaling * (b[here] @ a)
+            if magnitude is not None:
+                update = magnified(weight[here] + update, magnitude[here]) - weight[here]
             exact = weight[here].add_(update)
             written[here] = exact
             error += float(exact.sub_(written[here]).square().sum(dtype=torch.float64))

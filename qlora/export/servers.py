@@ -44,13 +44,17 @@ def as_text(rows: list[Server]) -> str:
 
 
 def _adapter(out: str, config: Mapping[str, Any], base: str) -> list[Server]:
+    if config.get("use_dora"):
+        return [Server("PEFT", True, _peft(out, base))] + [
+            Server(name, False, "refuses DoRA: use --to merged") for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")
+        ]
     patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
     scaled = bool(config.get("use_rslora")) or patterns
     rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
     fits = next((each for each in VLLM_RANKS if each >= rank), None)
     portable = "use --to portable"
     return [
-        Server("PEFT", True, f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")'),
+        Server("PEFT", True, _peft(out, base)),
         _vllm(out, base, patterns, fits),
         Server("SGLang", False, f"another scale would be used: {portable}") if scaled else Server(
             "SGLang", True, f"python -m sglang.launch_server --model-path {base} --lora-paths mine={out} "
@@ -61,6 +65,10 @@ def _adapter(out: str, config: Mapping[str, Any], base: str) -> list[Server]:
         ),
         Server("Ollama", False, "takes merged models: use --to ollama"),
     ]  # fmt: skip
+
+
+def _peft(out: str, base: str) -> str:
+    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")'
 
 
 def _vllm(out: str, base: str, patterns: bool, rank: int | None) -> Server:

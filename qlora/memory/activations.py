@@ -10,7 +10,7 @@ from qlora.memory.work import Work
 
 def kept_bytes(work: Work) -> int:
     """What one layer's forward keeps for its backward, its own input included where backward reads it."""
-    return work.tokens * (_norms(work) + _attention(work) + _mlp(work)) + _scores(work)
+    return work.tokens * (_norms(work) + _attention(work) + _mlp(work) + _magnified(work)) + _scores(work)
 
 
 def recompute_bytes(work: Work) -> int:
@@ -84,6 +84,16 @@ def _mlp(work: Work) -> int:
     """Per token: gate and up, or up alone; norm outputs and products are made again from what is kept."""
     shapes = work.shapes
     return shapes.intermediate * (2 if shapes.family.gated else 1) * work.dtype_bytes
+
+
+def _magnified(work: Work) -> int:
+    """Per token, of dora: outputs that nobody else keeps (an MLP's inner ones are kept anyway), and dropped inputs."""
+    adapters, b = work.adapters, work.dtype_bytes
+    if adapters.kind != "dora":
+        return 0
+    chosen = [each for each in work.shapes.block if each.path in adapters.paths_in_block]
+    outputs = sum(each.out_features for each in chosen if each.bias or each.out_features < work.shapes.intermediate)
+    return outputs * b + adapters.dropout * sum(each.in_features for each in chosen) * (b + 1)
 
 
 def _scores(work: Work) -> int:

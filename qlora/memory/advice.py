@@ -6,7 +6,7 @@ from typing import Literal
 
 from qlora.memory.owners import OUTSIDE
 from qlora.memory.plan import Plan
-from qlora.memory.work import Adapters, Storage, Work
+from qlora.memory.work import Storage, Work
 
 How = Literal["as set", "auto"]  # memory.* as the user set it, or left to the plan
 Fits = Callable[[Work, How], bool]
@@ -70,7 +70,7 @@ def _small(work: Work) -> Iterator[tuple[str, Work]]:
     shortest = replace(work, micro_batch=1, max_length=min(work.max_length, SHORTEST))
     rank = work.adapters.rank // 2
     while rank >= LEAST_RANK:
-        adapters = Adapters(work.adapters.matrices, work.adapters.kind, rank, work.adapters.dropout)
+        adapters = replace(work.adapters, rank=rank)
         changed = replace(shortest, adapters=adapters, optimizer="paged_adamw_8bit")
         yield f"adapter.rank={rank}, data.max_length={shortest.max_length} and optim.kind=paged_adamw_8bit", changed
         rank //= 2

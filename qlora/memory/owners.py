@@ -47,7 +47,7 @@ def host_bytes(work: Work) -> int:
 def _phases(work: Work) -> dict[str, Owners]:
     """Each phase's owners that are not zero, what lies outside the allocator left out."""
     frozen = _frozen(work)
-    learning = frozen | {"adapters": 4 * work.adapters.values} | _moments(work, paged=False)
+    learning = frozen | {"adapters": work.adapters.held_bytes} | _moments(work, paged=False)
     training = learning | {"gradients": _gradient_bytes(work)}
     stay = work.shapes.layers - max(work.recomputed, work.parked)
     waiting = {"boundaries": _boundaries(work), "kept_activations": stay * kept_bytes(work)}

@@ -41,12 +41,22 @@ class Adapters:
     kind: str = "lora"
     rank: int = 16
     dropout: bool = False
+    starts: bool = False  # where A and B started is kept beside them
 
     @cached_property
     def values(self) -> int:
         """Values that train; dora trains one magnitude a row as well."""
-        rows = sum(each.out_features for each in self.matrices) if self.kind == "dora" else 0
-        return rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+        return self.rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows whose length dora trains; it also holds the square of each."""
+        return sum(each.out_features for each in self.matrices) if self.kind == "dora" else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What stands for the adapters, all of it float32."""
+        return 4 * ((2 if self.starts else 1) * self.values + self.rows)
 
     @cached_property
     def paths_in_block(self) -> frozenset[str]:

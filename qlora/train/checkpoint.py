@@ -177,8 +177,7 @@ def restore_adapter(folder: Path, model: nn.Module) -> None:
     values, wanted = weights.read_named(folder / weights.WEIGHTS), weights.tensors(model)
     if values.keys() != wanted.keys() or any(values[key].shape != wanted[key].shape for key in wanted):
         raise AdapterError(f"{folder}: its adapter has other layers or another rank than the recipe asks for.")
-    for key, parameter in wanted.items():
-        parameter.copy_(values[key])  # detached views of the parameters: filled in place
+    weights.fill(model, values)
 
 
 def refuse_changes(saved: Saved, fixed: Mapping[str, Any]) -> None:

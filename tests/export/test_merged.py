@@ -83,7 +83,7 @@ def test_the_merged_model_is_the_trained_one(runs: Runs, family: str, tmp_path: 
 
 @pytest.mark.xdist_group("export")
 @pytest.mark.parametrize("kind", ["fp4", "dense"])
-@pytest.mark.parametrize("adapter", ["lora", "rslora"])
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
 def test_other_stores_and_adapters_merge_as_well(runs: Runs, kind: str, adapter: str, tmp_path: Path) -> None:
     overrides = (f"quant.kind={kind}", f"adapter.kind={adapter}", "adapter.targets=[q_proj,down_proj]")
     opened = open_run(str(runs.of("llama-tied-bias", *overrides)))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from qlora.adapters import ADAPTERS, weights
+from qlora.adapters.dora import DoraLinear
 from qlora.adapters.inject import adapted, inject
 from qlora.base import Model
 from qlora.base.load import Base, load
@@ -62,7 +63,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.1\..*"], ids=["all", "one layer"])
-@pytest.mark.parametrize("kind", ["lora", "rslora"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("family", ["llama-tied-bias", "gemma2", "qwen3", "phi3", "gpt_neox"])
 def test_peft_reads_our_folder_without_a_word(zoo: Zoo, family: str, kind: str, targets: str, tmp_path: Path) -> None:
     base = base_of(zoo(family))
@@ -70,6 +71,8 @@ def test_peft_reads_our_folder_without_a_word(zoo: Zoo, family: str, kind: str, 
     inject(base.model, adapter, targets, 0)
     for number, layer in enumerate(adapted(base.model).values()):
         torch.nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(number))
+        if isinstance(layer, DoraLinear):
+            layer.magnitude.data *= torch.linspace(0.5, 1.5, len(layer.magnitude))
     weights.write(tmp_path, base.model, adapter, weights.Identity(str(zoo(family)), None, base.manifest.sha256))
     before = logits(plain(zoo(family)))
     with warnings.catch_warnings():
@@ -84,6 +87,8 @@ def test_peft_reads_our_folder_without_a_word(zoo: Zoo, family: str, kind: str, 
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "DoRA": {"use_dora": True},
+    "DoRA and rsLoRA by leaf": {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 9}},
     "rsLoRA": {"use_rslora": True},
     "by leaf": {"rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"q_proj": 32, "up_proj": 3}},
     "by path": {"rank_pattern": {"model.layers.0.mlp.up_proj": 7}, "alpha_pattern": {"layers.1.mlp.up_proj": 1}},
@@ -129,6 +134,34 @@ def test_pefts_default_alpha_is_taken_where_its_config_is_silent(zoo: Zoo, tmp_p
     base = base_of(zoo("llama"))
     weights.attach(base.model, weights.read(tmp_path), base.manifest.sha256)
     torch.testing.assert_close(logits(base.model), logits(again), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_dora_gives_pefts_output_and_gradients_dropout_included(zoo: Zoo, training: bool, tmp_path: Path) -> None:
+    base = base_of(zoo("llama"))
+    adapter = ADAPTERS["dora"](rank=3, alpha=5.0, dropout=0.4)
+    inject(base.model, adapter, "all-linear", 0)
+    for number, layer in enumerate(adapted(base.model).values()):
+        assert isinstance(layer, DoraLinear)
+        torch.nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(number))
+        layer.magnitude.data *= torch.linspace(0.5, 1.5, len(layer.magnitude))
+    weights.write(tmp_path, base.model, adapter, weights.Identity("", None, base.manifest.sha256))
+    theirs = peft.PeftModel.from_pretrained(plain(zoo("llama")), tmp_path, is_trainable=True)
+    found = []
+    for model in (base.model, theirs):
+        torch.manual_seed(3)  # both draw one mask a layer, in the order of the layers
+        out = model.train(training)(input_ids=IDS).logits
+        F.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+        found.append(out.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
+    grads = {
+        name.removeprefix(weights.PREFIX).replace(".default", "").removesuffix(".weight"): parameter.grad
+        for name, parameter in theirs.named_parameters() if parameter.requires_grad
+    }  # fmt: skip
+    for path, layer in adapted(base.model).items():
+        assert isinstance(layer, DoraLinear)
+        for name, ours in (("lora_A", layer.A), ("lora_B", layer.B), ("lora_magnitude_vector", layer.magnitude)):
+            torch.testing.assert_close(ours.grad, grads[f"{path}.{name}"], rtol=1e-4, atol=1e-6)
 
 
 # ---- training on a bitsandbytes base

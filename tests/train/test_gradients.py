@@ -123,12 +123,16 @@ def test_packed_rows_give_the_gradient_of_their_documents(zoo: Zoo, family: str,
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", ["llama-tied-bias", "gemma2", "gpt_neox", "phi3"])
-def test_recomputing_does_not_change_a_bit(zoo: Zoo, family: str, dropout: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*((family, "lora") for family in ("llama-tied-bias", "gemma2", "gpt_neox", "phi3")), ("llama-tied-bias", "dora")],
+)
+def test_recomputing_does_not_change_a_bit(zoo: Zoo, family: str, kind: str, dropout: float, tmp_path: Path) -> None:
     found = {}
     for layers in ("none", "1", "all"):
         (tmp_path / layers).mkdir()
-        job = job_of(zoo(family), tmp_path / layers, f"memory.recompute={layers}", f"adapter.dropout={dropout}", rows=3)
+        options = (f"memory.recompute={layers}", f"adapter.dropout={dropout}", f"adapter.kind={kind}")
+        job = job_of(zoo(family), tmp_path / layers, *options, rows=3)
         on = [m.gradient_checkpointing for m in job.model.modules() if hasattr(type(m), "gradient_checkpointing")]
         assert sum(on) == {"none": 0, "1": 1, "all": 2}[layers]
         found[layers] = gradients(job)
