@@ -54,7 +54,39 @@ def contenders(found: dict[str, Any]) -> list[str]:
     return rows
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed_table}
+def memory_table() -> str:
+    """Largest contexts and what is chosen at the benchmark's length, by model and card: all predicted."""
+    found = read("memory")
+    if found is None:
+        return "\n"
+    cards = sorted({row["card_gib"] for row in found["contexts"]})
+    head = ["| predicted | " + " | ".join(f"{card} GiB" for card in cards) + " |", "|---" * (len(cards) + 1) + "|"]
+    host = f"{found['host_bytes'] / 2**30:.0f} GiB of main memory"
+    lines = [
+        f"Longest row in tokens on the card alone, all layers recomputed; after the stroke with {host}:",
+        "",
+        *head,
+    ]
+    lines += by_card(found["contexts"], lambda row: f"{row['on_card_tokens']:,} / {row['with_host_tokens']:,}")
+    lines += ["", f"What is chosen for rows of {found['length']:,} tokens: layers recomputed / parked / streamed:", ""]
+    return "\n".join([*lines, *head, *by_card(found["peaks"], choice)]) + "\n"
+
+
+def by_card(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> list[str]:
+    """A line for each model, a cell for each card."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    return [f"| {each} | " + " | ".join(cell(row) for row in rows if row["model"] == each) + " |" for each in models]
+
+
+def choice(row: dict[str, Any]) -> str:
+    """The peak and how it was reached."""
+    if not row["fits"]:
+        return "no"
+    how = f"{row['recomputed']} / {row['parked']} / {row['streamed']}"
+    return f"{row['peak_bytes'] / 2**30:.1f} GiB: {how}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"speed": speed_table, "memory": memory_table}
 
 
 def drawn(text: str) -> str:

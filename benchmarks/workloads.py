@@ -4,9 +4,19 @@ from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "30M": {
+        "vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1_024, "num_hidden_layers": 8,
+        "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 4_096,
+        "tie_word_embeddings": True,
+    },
     "100M": {
         "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12,
         "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 4_096,
+        "tie_word_embeddings": True,
+    },
+    "250M": {
+        "vocab_size": 32_000, "hidden_size": 1_024, "intermediate_size": 2_816, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 4_096,
         "tie_word_embeddings": True,
     },
     "8B": {

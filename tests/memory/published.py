@@ -21,9 +21,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-32B": _llama(151936, 5120, 25600, 64, 64, 8) | {"model_type": "qwen3", "head_dim": 128},
     "Llama-3.1-70B": _llama(128256, 8192, 28672, 80, 64, 8),
 }
+BEYOND = {"Llama-3.1-405B": _llama(128256, 16384, 53248, 126, 128, 8)}  # of docs/beyond.md alone
 
 
 def work_of(name: str, **options: Any) -> Work:
-    """QLoRA of rank 16 on every linear layer of a model of CONFIGS; options as in Work, and `rank`."""
-    shapes = shapes_of(CONFIGS[name], name)
+    """QLoRA of rank 16 on every linear layer of a model of CONFIGS or BEYOND; options as in Work, and `rank`."""
+    shapes = shapes_of((CONFIGS | BEYOND)[name], name)
     return Work(shapes, Adapters(shapes.matrices, rank=options.pop("rank", 16)), **options)
