@@ -19,6 +19,8 @@ FLOORS = {
         "recipe",
         "aliases",
         "said",
+        "others",
+        "convert",
         "artefacts",
         "reopen",
         "ask",
