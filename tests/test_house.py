@@ -21,6 +21,7 @@ FLOORS = {
         "said",
         "others",
         "convert",
+        "compare",
         "artefacts",
         "reopen",
         "ask",

@@ -14,6 +14,7 @@ from qlora.cli import (
     plan,
     preview,
     recipes,
+    report,
     resize,
     schema,
     train,
@@ -22,5 +23,5 @@ from qlora.cli.app import app, main
 
 __all__ = [
     "app", "chat", "check", "combine", "convert", "demo", "doctor", "evaluate", "export", "generate", "inspect",
-    "main", "plan", "preview", "recipes", "resize", "schema", "train",
+    "main", "plan", "preview", "recipes", "report", "resize", "schema", "train",
 ]  # fmt: skip
