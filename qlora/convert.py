@@ -134,6 +134,7 @@ def _taken_out(settings: Settings, path: Path) -> str:
     """Take the value at a path out of the settings, as deep as it goes; what it was, if that is short."""
     key = ".".join(map(str, path[:2]))
     holder, inner = settings.get(key), path[2:]
+    step: Any
     for step in inner[:-1]:
         holder = holder[step] if isinstance(holder, list | dict) else None
     if inner and isinstance(holder, dict) and inner[-1] in holder:
