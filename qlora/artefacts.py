@@ -58,13 +58,13 @@ def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]
     write_text(output / RECIPE, recipe_text)
     kept = (weights.WEIGHTS, weights.CONFIG, RECIPE, *(file.name for file in tokenizer_files(parts.base.folder.path)))
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
-    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files}
+    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files, "samples": samples_of(parts)}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
     write_json(output / MANIFEST, manifest)
     write_text(output / CARD, model_card(manifest, recipe_text))
     write_text(
         output / PAGE,
-        report_page([RunData(output.name, manifest, read_metrics(output), recipe_text, samples_of(parts))]),
+        report_page([RunData(output.name, manifest, read_metrics(output), recipe_text, manifest["samples"])]),
     )
     return manifest
 

@@ -50,7 +50,7 @@ class Recipe(Section):
 
     def clashes(self) -> Mapping[str, str]:
         """What is wrong between sections."""
-        return _clashes({name: getattr(self, name) for name in SECTIONS})
+        return between({name: getattr(self, name) for name in SECTIONS})
 
 
 SECTIONS: Mapping[str, type[Section]] = {
@@ -111,10 +111,10 @@ def _recipe(document: Document, where: str, overrides: Sequence[str]) -> tuple[R
     written = {at: place for *_, inside in given for at, place in inside.items()}
     line = Said(SECTIONS, SOURCE, written, unread)
     line.take((path, value, line.place(path)) for path, value, _ in given)
-    return _checked(_accumulated(line.over(file)))
+    return _checked(accumulated(line.over(file)))
 
 
-def _accumulated(said: Said) -> Said:
+def accumulated(said: Said) -> Said:
     """The global batch that other trainers write as accumulation, for one process."""
     accumulation = said.settings.pop(ACCUMULATION, None)
     if accumulation is None:
@@ -141,7 +141,7 @@ def _checked(said: Said) -> tuple[Recipe, list[str]]:
         found, wrong = validate(section, value, partial(_inside, said, name))
         problems += wrong
         good |= {name: found} if found is not None else {}
-    for key, text in _clashes(good).items():
+    for key, text in between(good).items():
         problems.append((said.place(tuple(key.split("."))), text))
     complain(problems)
     return Recipe(**good), said.notes
@@ -151,7 +151,7 @@ def _inside(said: Said, section: str, path: Path) -> Place:
     return said.place((section, *path))
 
 
-def _clashes(sections: Mapping[str, Any]) -> dict[str, str]:
+def between(sections: Mapping[str, Any]) -> dict[str, str]:
     """What the rules say about the sections that are there."""
     ready = [(rule, [sections[name] for name in needs]) for needs, rule in RULES if sections.keys() >= set(needs)]
     return {key: text for rule, needed in ready for key, text in rule(*needed).items()}

@@ -4,6 +4,7 @@ from qlora.cli import (
     chat,
     check,
     combine,
+    convert,
     demo,
     doctor,
     evaluate,
@@ -13,6 +14,7 @@ from qlora.cli import (
     plan,
     preview,
     recipes,
+    report,
     resize,
     schema,
     train,
@@ -20,6 +22,6 @@ from qlora.cli import (
 from qlora.cli.app import app, main
 
 __all__ = [
-    "app", "chat", "check", "combine", "demo", "doctor", "evaluate", "export", "generate", "inspect", "main", "plan",
-    "preview", "recipes", "resize", "schema", "train",
+    "app", "chat", "check", "combine", "convert", "demo", "doctor", "evaluate", "export", "generate", "inspect",
+    "main", "plan", "preview", "recipes", "report", "resize", "schema", "train",
 ]  # fmt: skip

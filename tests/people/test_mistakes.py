@@ -1,0 +1,51 @@
+"""A user's mistake is a clear line and exit code 2, never a stack trace; every verb shows how it is called."""
+
+import pytest
+import typer
+from cli_runs import qlora
+
+from qlora.cli.app import app
+
+WRONG = [
+    ("trian", "recipe.yaml"),
+    ("train",),
+    ("train", "nowhere.yaml"),
+    ("train", "recipe.yaml", "adapter.rnak=3"),
+    ("train", "recipe.yaml", "adapter.rank=many"),
+    ("train", "recipe.yaml", "adapter.rank"),
+    ("train", "recipe.yaml", "quant.kind=nf5"),
+    ("check", "."),
+    ("check", "broken.yaml"),
+    ("preview", "recipe.yaml", "-n", "0"),
+    ("plan", "recipe.yaml", "--gpu", "big"),
+    ("plan", "recipe.yaml", "--gpus", "none"),
+    ("recipes", "show", "24gb-lama"),
+    ("recipes", "copy", "24gb-llama3.1-8b", "recipe.yaml"),
+    ("generate", "nowhere"),
+    ("export", "nowhere"),
+    ("resize", "nowhere", "out", "--rank", "0"),
+    ("convert", "nowhere.yml"),
+    ("convert", "recipe.yaml"),
+    ("report", "nowhere"),
+    ("report",),
+    ("doctor", "--jsno"),
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("model: nobody/nothing\ndata: {train: rows.jsonl}\n")
+    (tmp_path / "broken.yaml").write_text("model: [\n")
+    said = qlora(*arguments)
+    assert said.code == 2 and said.out == ""
+    errors = [line for line in said.err.splitlines() if line.strip() and line not in ("ok",)]
+    assert len([line for line in errors if not line.startswith("not ok")]) == 1, said.err
+    assert "Traceback" not in said.err and "qlora's mistake" not in said.err
+
+
+def test_every_verbs_help_shows_an_example():
+    group = typer.main.get_command(app)
+    for name, verb in group.commands.items():  # type: ignore[attr-defined]
+        for each in getattr(verb, "commands", {"": verb}).values():
+            assert "Example: qlora " + name in (each.help or ""), name
