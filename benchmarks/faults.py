@@ -136,12 +136,17 @@ def main() -> int:
     finally:
         shutil.rmtree(home.folder, ignore_errors=True)
     draw(record.content["parts"])
-    return int(not all(record.content["parts"][part]["clean"] for part in chosen.part or PARTS))
+    parts = record.content["parts"]
+    return int(not all(part in parts and parts[part]["clean"] and parts[part]["done"] for part in chosen.part or PARTS))
 
 
 def _run(part: str, share: float, home: Home, record: Record) -> None:
     started = time.monotonic()
-    found = PARTS[part](home, share, lambda found: record.put(part, found, time.monotonic() - started, done=False))
+    try:
+        found = PARTS[part](home, share, lambda found: record.put(part, found, time.monotonic() - started, done=False))
+    except Exception as error:  # the other parts are measured all the same; this one stays not done
+        print(f"{part}: stopped by {error!r}", flush=True)
+        return
     record.put(part, found, time.monotonic() - started, done=True)
 
 

@@ -25,7 +25,7 @@ from qlora.base.ahead import ahead
 from qlora.base.dtypes import name_of
 from qlora.base.fill import Aim, Known, Report, put
 from qlora.errors import QloraError
-from qlora.files import ASIDE, alone, cache_home, sha256_of, write_json
+from qlora.files import ASIDE, alone, cache_home, plain_name, sha256_of, write_json
 from qlora.folders import folder_in_one_step
 from qlora.quant.fourbit import FourBit, FourBitLinear, FourBitTensors
 from qlora.quant.linear import FrozenLinear
@@ -106,8 +106,7 @@ class Packed:
             name = json.loads(self._memo().read_text(encoding="utf-8"))["entry"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        place = self.home / Path(str(name)).name
-        return place if place.is_dir() else None
+        return self.home / name if plain_name(name) and (self.home / name).is_dir() else None
 
     def _memo(self) -> Path:
         """Where it is remembered which entry this model folder has, as long as its files stay as they are."""

@@ -12,13 +12,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from qlora import run as walk
 from qlora.train import loop
 from qlora.train.checkpoint import Checkpoints
 
 Tell = Callable[[str], None]
 Work = Callable[[Tell], int | None]
-GIVE_UP_SECONDS = 120.0
+GIVE_UP_SECONDS = 900.0  # of a machine that is busy with other things
 
 
 class Child:
@@ -91,6 +93,9 @@ def _live(work: Work, writer: int, said: Path) -> None:
     code = 1
     try:
         os.setsid()
+        torch.set_num_threads(
+            1
+        )  # torch makes its pool anew after a fork; two threads that ask first at once would fail
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
