@@ -23,8 +23,13 @@ ROWS, STEPS = 10, 6  # global batch 4: three steps an epoch, the last one short;
 COMBINATIONS = {
     "adamw": ("adapter.dropout=0.2", "adapter.kind=dora"),
     "adamw_8bit": ("adapter.rank=64", "data.packing=true", "adapter.dropout=0.1"),
-    "paged_adamw_32bit": ("data.packing=true", "optim.loraplus_ratio=4", "optim.schedule=cosine", "optim.warmup=2",
-                          "adapter.init=pissa"),
+    "paged_adamw_32bit": (
+        "data.packing=true",
+        "optim.loraplus_ratio=4",
+        "optim.schedule=cosine",
+        "optim.warmup=2",
+        "adapter.init=pissa",
+    ),
     "paged_adamw_8bit": ("adapter.rank=64", "adapter.kind=rslora", "data.eval_fraction=0.2", "train.eval_every=2"),
 }
 

@@ -29,7 +29,7 @@ IN_FLIGHT = 2  # layers whose parked tensors, or whose packed weights, are on th
 NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
 RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
 # Of what comes and goes. CUDA: 2 to 4 % with expandable segments. CPU: glibc's heap, which allocator.py keeps, held 879
-# MiB where 565 stood and 190 came and went (benchmarks/cpu_peaks.py, 30M, all kept): 65 % on top.
+# MiB where 565 stood and 190 came and went (one run of 30M, all kept): 65 % on top. Fitted to it, proved nowhere yet.
 FRAGMENTATION = {"cuda": 0.04, "cpu": 0.65}
 
 

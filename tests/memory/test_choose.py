@@ -112,6 +112,6 @@ def test_a_recipe_fixes_what_it_says(written: dict[str, Any], fixed: Fixed) -> N
 
 
 def test_choosing_takes_less_than_a_second() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     chosen("Llama-3.1-70B", 24, ram=16)
-    assert time.monotonic() - started < 5  # 0.7 s on an idle core
+    assert time.process_time() - started < 3  # 0.7 s on an idle core; a busy one shares its caches
