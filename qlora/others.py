@@ -2,8 +2,8 @@
 
 Defaults are written in the tool's own keys and read through aliases.py. Only those are listed that shape the result and
 that qlora has too. Sources: TRL 1.16 (trainer/sft_config.py, trainer/model_config.py) on transformers 5.23
-(training_args.py); Axolotl (utils/schemas/training.py, peft.py); LLaMA-Factory (hparams/data_args.py). The other defaults
-of the last two are their documentation's, not read in their code.
+(training_args.py); Axolotl (utils/schemas/training.py, peft.py); LLaMA-Factory (hparams/data_args.py). Other
+defaults of the last two are their documentation's, not read in their code.
 """
 
 from collections.abc import Mapping
