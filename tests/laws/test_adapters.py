@@ -87,7 +87,7 @@ def test_untrained_it_is_the_base(zoo: Zoo, kind: str, quantizer: str, training:
     inject(base.model, adapter_of(kind, dropout=0.5), "all-linear", 0)
     after = logits(base.model.train(training))
     if kind == "dora":  # the bias is added after a product is scaled by 1, and dropout splits the product in two
-        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)  # float32 logits beyond 1 round more coarsely
     else:
         assert torch.equal(after, before)
 
