@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fault_table
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 SPEEDS = ("speed", "speed-short", "gpu-speed-2048", "gpu-speed-4096", "gpu-speed-24gb")
@@ -86,7 +88,13 @@ def choice(row: dict[str, Any]) -> str:
     return f"{row['peak_bytes'] / 2**30:.1f} GiB: {how}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed_table, "memory": memory_table}
+def faults_table() -> str:
+    """What the product withstood, as far as `make faults` has come."""
+    found = read("faults")
+    return fault_table.table(found["parts"]) if found else ""
+
+
+TABLES: dict[str, Callable[[], str]] = {"speed": speed_table, "memory": memory_table, "faults": faults_table}
 
 
 def drawn(text: str) -> str:
