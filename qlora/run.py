@@ -35,7 +35,7 @@ from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
-from qlora.train.guard import StopSignal, stop_signals
+from qlora.train.guard import Abandoned, StopSignal, stop_signals
 from qlora.train.log import Log, RowsTold
 from qlora.train.loop import Job, fit, refuse_other_rates, rehearse, steps_of
 from qlora.train.loss import TokenLoss
@@ -53,6 +53,14 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
 
     QloraError if something is wrong, Stopped after a signal: in both cases with what to do next.
     """
+    try:
+        return _walk(recipe, notes, quiet)
+    except Abandoned as abandoned:  # a signal that came while another error was on its way out
+        raise abandoned.error from None
+
+
+def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any]:
+    """Each part after the other, all under the signals' eyes."""
     started = time.monotonic()
     with stop_signals() as stop:
         processes = open_processes(recipe)

@@ -16,11 +16,16 @@ from qlora.errors import QloraError, Stopped
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SAME_SIGNAL_SECONDS = 1.0
+NOTHING_TO_SAVE = "before the first step: nothing new to save; the same command starts it again"
 PATIENCE = 3  # steps in a row without a finite gradient before the run ends
 
 
 class Abandoned(BaseException):
     """Raised wherever the program is when a signal comes before there is anything to save; no library catches it."""
+
+    def __init__(self, error: Stopped) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class StopSignal:
@@ -40,7 +45,7 @@ class StopSignal:
         if self.number is None:
             self.number, self._when = number, time.monotonic()
             if self.at_once:
-                raise Abandoned
+                raise Abandoned(self.error(NOTHING_TO_SAVE))
         elif time.monotonic() - self._when > SAME_SIGNAL_SECONDS:
             raise SystemExit(128 + number)
 
@@ -70,8 +75,8 @@ def stop_signals() -> Iterator[StopSignal]:
     try:
         _follow_the_launcher()
         yield stop
-    except Abandoned:
-        raise stop.error("before the first step: nothing new to save; the same command starts it again") from None
+    except Abandoned as abandoned:
+        raise abandoned.error from None
     except RuntimeError as error:
         if not stop.came or Processes.launched() < 2:
             raise
