@@ -26,7 +26,7 @@ from qlora.export.trained import Choice, Trained
 from qlora.files import write_bytes, write_json
 from qlora.quant.linear import FrozenLinear
 
-CHUNK = 2**24  # values of a matrix that are summed and rounded at a time: 64 MiB each of update, sum and error
+CHUNK = 2**22  # values of a matrix that are summed and rounded at a time: 16 MiB each of update, sum and error
 
 
 class Merged:
