@@ -213,21 +213,9 @@ def main() -> None:
         poison, flips = poisoned(home, model), flipped(home, model, 200)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    kills = (
-        f"Trainer: newest unusable in {hf['unusable']} of {hf['kills']}; "
-        f"accelerate save_state: {own['unusable']} of {own['kills']}"
-    )
-    spoilt = (
-        f"Trainer: run ends with {poison['exit_code']}, {poison['non_finite_values']:,} of {poison['values']:,} values"
-    )
-    parts = {
-        "kills at moments": kills,
-        "poison, 1 process": spoilt,
-        "flips and cuts": f"PEFT: {flips['undetected']} of {flips['flips']} flips load",
-    }
-    found = {"trainer": hf, "accelerate": own, "poison": poison, "flips": flips, "parts": parts}
+    found = {"trainer": hf, "accelerate": own, "poison": poison, "flips": flips}
     (RESULTS / "fault_peers.json").write_text(json.dumps({"machine": machine(), **found}, indent=2) + "\n")
-    print(json.dumps(parts, indent=1))
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -40,11 +40,23 @@ def draw(parts: Mapping[str, Any]) -> None:
 def table(parts: Mapping[str, Any]) -> str:
     """A row for each part that has run: what was done, how often, and what came of it."""
     peers = HERE / "results" / "fault_peers.json"
-    theirs = json.loads(peers.read_text())["parts"] if peers.exists() else {}
+    theirs = of_peers(json.loads(peers.read_text())) if peers.exists() else {}
     lines = ["| what was done | times | here | others |", "|---|---|---|---|"]
     for label, part, times, zeros in ROWS:
         if part in parts:
             found = parts[part]
             ours = ", ".join(f"{found[zero]:g} {zero.replace('_', ' ')}" for zero in zeros)
-            lines.append(f"| {label} | {found[times]:,} | {ours} | {theirs.get(label, '')} |")
+            lines.append(f"| {label} | {found[times]:,} | {ours} | {theirs.pop(part, '')} |")
     return "\n".join(lines) + "\n"
+
+
+def of_peers(found: Mapping[str, Any]) -> dict[str, str]:
+    """What became of the others, by part: the same faults, a smaller number of them."""
+    trainer, state, poison, flips = (found[name] for name in ("trainer", "accelerate", "poison", "flips"))
+    return {
+        "kills at moments": f"Trainer: newest unusable in {trainer['unusable']} of {trainer['kills']}; "
+        f"accelerate's save_state: {state['unusable']} of {state['kills']}",
+        "poison, 1 process": f"Trainer after one NaN: exit code {poison['exit_code']}, "
+        f"{poison['non_finite_values']:,} of {poison['values']:,} saved values not finite",
+        "flips and cuts": f"PEFT: {flips['undetected']} of {flips['flips']} load unnoticed",
+    }
