@@ -43,8 +43,9 @@ def peaks() -> list[dict[str, Any]]:
 
 
 def chosen(work: Work) -> dict[str, int]:
-    """Layers that recompute, park and stream."""
-    return {"recomputed": work.recomputed, "parked": work.parked, "streamed": work.streamed}
+    """Layers that recompute, park and stream, and whether the embedding waits in main memory."""
+    away = work.embeds_on_host
+    return {"recomputed": work.recomputed, "parked": work.parked, "streamed": work.streamed, "embedding_on_host": away}
 
 
 def contexts() -> list[dict[str, Any]]:
@@ -65,6 +66,7 @@ def fit(work: Work, budget: Budget) -> Iterator[bool]:
     """Whether it fits with all layers recomputed and parked, for every number of resident layers."""
     parked = replace(work, offloaded=work.shapes.layers - 1)
     yield plan(parked, budget).fits
+    yield plan(replace(parked, gathers=True), budget).fits
     for resident in range(work.shapes.layers):
         yield plan(replace(parked, weights="stream", resident_layers=resident), budget).fits
 
@@ -79,11 +81,13 @@ def longest(fits: Callable[[int], bool]) -> int:
 
 
 def configurations(work: Work) -> Iterator[Work]:
-    """What is measured of a model, the streaming ones last, since its layers leave the card for them."""
+    """What is measured of a model, gathering and streaming last: embedding and layers leave the card for them."""
     layers = work.shapes.layers
     for length in (1024, 2048, 4096):
         for recompute, offloaded in ((layers, 0), (layers // 2, 0), (layers, layers - 1)):
             yield replace(work, max_length=length, recompute=recompute, offloaded=offloaded)
+    if not work.shapes.tied:
+        yield replace(work, max_length=LENGTH, recompute=layers, gathers=True)
     yield replace(work, max_length=4096, recompute=layers, weights="stream")
 
 
@@ -96,7 +100,7 @@ class Rig:
         from qlora.adapters.inject import inject
         from qlora.adapters.lora import Lora
 
-        self.device, self.streaming = torch.device(device), False
+        self.device, self.streaming, self.gathering = torch.device(device), False, False
         self.model = random_base(config, self.device)
         inject(self.model, Lora(rank=work.adapters.rank, alpha=32, dropout=0.0), "all-linear", 0)
 
@@ -114,6 +118,8 @@ class Rig:
         if work.weights == "stream" and not self.streaming:
             self.streaming = True
             Stream(self.model, work.resident_layers, Lane(self.device))
+        if work.embeds_on_host and not self.gathering:
+            self.gathering = True
             embed_on_host(self.model, self.device)
         Ladder(self.model, work, Fixed(), self.device)
         loss = TokenLoss(self.model).train()
@@ -207,7 +213,7 @@ def row_of(work: Work) -> dict[str, Any]:
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """The same, to be looked up."""
-    return tuple(row[name] for name in ("model", "length", "recomputed", "parked", "streamed"))
+    return tuple(row[name] for name in ("model", "length", "recomputed", "parked", "streamed", "embedding_on_host"))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The README's tables of figures, drawn from results/*.json: python benchmarks/tables.py. None is typed by hand."""
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,29 @@ def memory_table() -> str:
         *head,
     ]
     lines += by_card(found["contexts"], lambda row: f"{row['on_card_tokens']:,} / {row['with_host_tokens']:,}")
-    lines += ["", f"What is chosen for rows of {found['length']:,} tokens: layers recomputed / parked / streamed:", ""]
-    return "\n".join([*lines, *head, *by_card(found["peaks"], choice)]) + "\n"
+    chosen = "layers recomputed / parked / streamed (e: the embedding, too, waits in main memory)"
+    lines += ["", f"What is chosen for rows of {found['length']:,} tokens: {chosen}:", ""]
+    return "\n".join([*lines, *head, *by_card(found["peaks"], choice), *on_cpu()]) + "\n"
+
+
+def on_cpu() -> list[str]:
+    """Planned and measured peaks of runs on a CPU."""
+    found = read("cpu_peaks")
+    if found is None:
+        return []
+    off = [abs(run["planned_bytes"] / run["peak_bytes"] - 1) for run in found["runs"]]
+    lines = [
+        "",
+        f"Measured on a CPU, whole runs of random Llamas; the plan is off by {100 * statistics.median(off):.1f} % "
+        f"(median), {100 * max(off):.1f} % at most:",
+        "",
+        "| base | micro-batch | layers recomputed | planned | measured |",
+        "|---|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        sizes = " | ".join(f"{run[name] / 2**20:,.0f} MiB" for name in ("planned_bytes", "peak_bytes"))
+        lines.append(f"| {run['size']} | {run['rows']} x {run['length']} | {run['recompute']} | {sizes} |")
+    return lines
 
 
 def by_card(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> list[str]:
@@ -85,7 +107,7 @@ def choice(row: dict[str, Any]) -> str:
     if not row["fits"]:
         return "no"
     how = f"{row['recomputed']} / {row['parked']} / {row['streamed']}"
-    return f"{row['peak_bytes'] / 2**30:.1f} GiB: {how}"
+    return f"{row['peak_bytes'] / 2**30:.1f} GiB: {how}{' e' * row['embedding_on_host']}"
 
 
 def faults_table() -> str:

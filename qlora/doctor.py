@@ -1,7 +1,9 @@
 """What this machine can do, and the remedy for what it can't."""
 
 import os
+import platform
 import shutil
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -66,10 +68,17 @@ def _problems(devices: list[dict[str, Any]], works: bool, backend: str) -> list[
         problems.append("no NVIDIA card is visible: training runs on the CPU, which is for trials and tests")
     if not works:
         problems.append(f"bitsandbytes can't quantise here ({backend}): reinstall it for this version of CUDA")
+    if torch.cuda.is_available() and not _pages():
+        problems.append("the driver does not page here: paged optimisers stay on the card; use optim.kind=hosted_adamw")
     old = [device["name"] for device in devices if not device["bf16"]]
     if old:
         problems.append(f"{', '.join(old)}: no bfloat16; the model will compute in float32")
     return problems
+
+
+def _pages() -> bool:
+    """Whether managed memory moves between card and host by itself: not under Windows, WSL included."""
+    return sys.platform == "linux" and "microsoft" not in platform.release().lower()
 
 
 def _disk_problem(free_bytes: int) -> list[str]:

@@ -56,6 +56,7 @@ def load_base(recipe: Recipe, device: torch.device, plan: Plan | None, say: Say 
         say(note)
     if streams:
         Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
+    if plan.work.embeds_on_host if plan else streams:
         embed_on_host(base.model, device)
     return base
 

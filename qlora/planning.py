@@ -83,7 +83,8 @@ def in_words(plan: Plan) -> str:
     work, layers = plan.work, plan.work.shapes.layers
     parked = f", {work.parked} park in main memory" if work.parked else ""
     weights = f"{work.streamed} layers stream from main memory" if work.streamed else "weights resident"
-    return f"{work.recomputed} of {layers} layers recompute{parked}, {weights}"
+    embedding = ", the embedding in main memory" if work.embeds_on_host else ""
+    return f"{work.recomputed} of {layers} layers recompute{parked}, {weights}{embedding}"
 
 
 def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:

@@ -227,9 +227,9 @@ def arrange_layers(parts: Parts) -> StepDown:
 
 
 def moments_of(parts: Parts, position: Position) -> int:
-    """Device memory that the optimiser takes at the first step; none once it is there, or where it is paged."""
+    """Device memory that the optimiser takes at the first step; none once it is there, or where it can be elsewhere."""
     optimizer = parts.recipe.optim.kind
-    waits = position.step == 0 and not optimizer.startswith("paged")
+    waits = position.step == 0 and not optimizer.startswith(("paged", "hosted"))
     return moment_bytes(parts.injected.trainable_parameters, optimizer) if waits else 0
 
 

@@ -22,6 +22,7 @@ ROWS, STEPS = 10, 6  # global batch 4: three steps an epoch, the last one short;
 # Every optimiser, with and without dropout, packing, LoRA+, held-out rows. Rank 64 makes tensors that 8 bits can hold.
 COMBINATIONS = {
     "adamw": ("adapter.dropout=0.2", "adapter.kind=dora"),
+    "hosted_adamw": ("adapter.dropout=0.1",),
     "adamw_8bit": ("adapter.rank=64", "data.packing=true", "adapter.dropout=0.1"),
     "paged_adamw_32bit": (
         "data.packing=true",

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 128  # queries at a time: a block's scores of some heads fit a CPU's cache
+BLOCK = 128  # queries at a time
+SCORES_BYTES = 4 * 2**20  # of float32 scores at a time, for as many rows or heads as that is: a CPU's cache holds them
 
 
 class Block(NamedTuple):
@@ -55,8 +56,9 @@ def block_attention(
     query, key and value; scores are made again in backward (arXiv:2205.14135).
     """
     out = query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3])
-    for rows, blocks in _rows_with_blocks(query, ends, window):
-        _attend(query[rows], key[rows], value[rows], blocks, scale, out[rows])
+    for rows, groups, heads, blocks in _parts(query, key, ends, window):
+        of_part = query[rows, heads], key[rows, groups], value[rows, groups]
+        _attend(*of_part, blocks, scale, out[rows, :, heads])
     return out
 
 
@@ -66,9 +68,10 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the inputs query, key and value, laid out as [B, T, heads, D], from that of the output."""
     query, key, value = (each.new_empty(each.transpose(1, 2).shape) for each in inputs)
-    for rows, blocks in _rows_with_blocks(inputs[0], ends, window):
-        found = [each[rows] for each in (query, key, value)]
-        _attend_backward(grad[rows], [each[rows] for each in inputs], blocks, scale, found)
+    for rows, groups, heads, blocks in _parts(inputs[0], inputs[1], ends, window):
+        of_part = [inputs[0][rows, heads], inputs[1][rows, groups], inputs[2][rows, groups]]
+        found = [query[rows, :, heads], key[rows, :, groups], value[rows, :, groups]]
+        _attend_backward(grad[rows, :, heads], of_part, blocks, scale, found)
     return query, key, value
 
 
@@ -96,17 +99,32 @@ def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 block_attention.register_autograd(_back, setup_context=_keep)
 
 
+def _parts(
+    query: Tensor, key: Tensor, ends: Tensor | None, window: int | None
+) -> Iterator[tuple[slice, slice, slice, tuple[Block, ...]]]:
+    """Rows cut alike with their blocks, as many rows, or groups and heads of one row, as SCORES_BYTES allow."""
+    (rows, heads, length, _), groups = query.shape, key.shape[1]
+    of_group = heads // groups
+    at_once = max(1, SCORES_BYTES // (4 * BLOCK * length * of_group))  # groups
+    for alike, blocks in _rows_with_blocks(rows, length, ends, window):
+        several = max(1, at_once // groups)  # rows
+        for row in range(alike.start, alike.stop, several):
+            for group in range(0, groups, at_once):
+                these = slice(group, min(groups, group + at_once))
+                those = slice(these.start * of_group, these.stop * of_group)
+                yield slice(row, min(alike.stop, row + several)), these, those, blocks
+
+
 def _rows_with_blocks(
-    query: Tensor, ends: Tensor | None, window: int | None
+    rows: int, length: int, ends: Tensor | None, window: int | None
 ) -> Iterator[tuple[slice, tuple[Block, ...]]]:
     """Rows cut alike at once, others one by one, with their blocks."""
-    rows, _, length, _ = query.shape
     cuts: list[tuple[int, ...]] = [(0,)] * rows
     if ends is not None:
         begins = [divmod(int(end), length) for end in ends[:-1]]
         cuts = [tuple(start for of_row, start in begins if of_row == row) for row in range(rows)]
     if len(set(cuts)) == 1:
-        yield slice(None), blocks_of(cuts[0], length, window)
+        yield slice(0, rows), blocks_of(cuts[0], length, window)
         return
     yield from ((slice(row, row + 1), blocks_of(cut, length, window)) for row, cut in enumerate(cuts))
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from qlora.quant.linear import FrozenLinear
 
-CHUNK_BYTES = 1 << 21  # looked at at a time; a CPU widens them to eight times as many to sum them
+# Looked at at a time. A CPU widens them to eight times as many to sum them, in a heap that keeps what it ever held.
+CHUNK_BYTES = {"cuda": 1 << 21, "cpu": 1 << 18}
 LINE = 1 << 10  # columns of the table that a chunk is summed as
 
 
@@ -38,8 +39,9 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _sums(tensor: Tensor) -> Iterator[Tensor]:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     flat = local.detach().contiguous().reshape(-1).view(torch.uint8)
-    for start in range(0, flat.numel(), CHUNK_BYTES):
-        chunk = flat[start : start + CHUNK_BYTES]
+    step = CHUNK_BYTES["cuda" if flat.is_cuda else "cpu"]
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step]
         whole = chunk[: chunk.numel() // LINE * LINE].view(-1, LINE)
         yield whole.sum(0, dtype=torch.int64)
         yield whole.sum(1, dtype=torch.int64)

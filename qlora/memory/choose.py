@@ -15,7 +15,8 @@ from qlora.memory.pace import seconds
 from qlora.memory.plan import Budget, Plan, plan
 from qlora.memory.work import Weights, Work
 
-PARKING, STREAMING = 1.05, 1.15  # how much faster activations or weights that come and go must promise to be
+# How much faster a way must promise to be whose activations or weights come and go, or which waits for its tokens.
+PARKING, STREAMING, GATHERING = 1.05, 1.15, 1.01
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def price(found: Plan) -> float:
     """The predicted seconds of a micro-batch, with a handicap on what moves: a link is shared, a prediction is one."""
     work = found.work
     handicap = (PARKING if work.parked else 1.0) * (STREAMING if work.streamed else 1.0)
-    return seconds(work) * handicap
+    return seconds(work) * handicap * (GATHERING if work.embeds_on_host else 1.0)
 
 
 def _best(work: Work, budget: Budget, fixed: Fixed) -> Plan:
@@ -86,8 +87,9 @@ def _ways(work: Work, budget: Budget, fixed: Fixed) -> Iterator[Plan]:
     parks = {True: [layers - 1], False: [0], None: _spread(layers) if elsewhere else [0]}[fixed.offload]
     every = range(layers + 1) if fixed.recompute is None else [fixed.recompute]
     if fixed.weights != "stream":
-        for recompute in every:
-            way = replace(work, recompute=recompute)
+        gathers = (False, True) if elsewhere and not work.shapes.tied else (False,)
+        for recompute, gather in product(every, gathers):
+            way = replace(work, recompute=recompute, gathers=gather)
             yield _fewest(way, "offloaded", range(parks[0], parks[-1] + 1), budget)
     if fixed.weights == "stream" or (fixed.weights is None and elsewhere):
         for recompute, offloaded in product(_spread(layers) if fixed.recompute is None else every, parks):

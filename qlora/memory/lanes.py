@@ -40,6 +40,11 @@ class Lane:
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def finish(self) -> None:
+        """Wait here, on the host, until everything queued is copied."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
 
 def host_bytes(size: int, device: torch.device) -> Tensor:
     """`size` bytes of main memory, uint8 [size], that `device` copies from and to without the host's help.

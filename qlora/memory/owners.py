@@ -26,11 +26,13 @@ OWNERS = LASTING + PASSING + OUTSIDE
 
 CONTEXT_BYTES = 600_000_000  # a CUDA context with its modules and cuBLAS workspaces: 0.4 to 0.7 GB
 IN_FLIGHT = 2  # layers whose parked tensors, or whose packed weights, are on the device at a time
+HOSTED_PIECE_BYTES = 32 * 2**20  # both moments of a piece of hosted_adamw
 NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
 RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
-# Of what comes and goes. CUDA: 2 to 4 % with expandable segments. CPU: glibc's heap, which allocator.py keeps, held 879
-# MiB where 565 stood and 190 came and went (one run of 30M, all kept): 65 % on top. Fitted to it, proved nowhere yet.
-FRAGMENTATION = {"cuda": 0.04, "cpu": 0.65}
+# Of what comes and goes. CUDA: 2 to 4 % with expandable segments. CPU: glibc's heap, which allocator.py keeps; its
+# aligned allocations seldom fit what was freed just before. Fitted to results/cpu_peaks.json.
+FRAGMENTATION = {"cuda": 0.04, "cpu": 0.6}
+HOLES = 2.1  # on a CPU, of what recomputing takes: boundaries stay where the tensors between them were
 
 
 def phases_of(work: Work) -> dict[str, Owners]:
@@ -41,15 +43,17 @@ def phases_of(work: Work) -> dict[str, Owners]:
 def host_bytes(work: Work) -> int:
     """Main memory of a process that trains on a card: itself, the streamed layers, what is offloaded, one tensor."""
     shapes, b = work.shapes, work.dtype_bytes
-    embeddings = shapes.embedding * b if work.weights == "stream" and not shapes.tied else 0
+    embeddings = shapes.embedding * b if work.embeds_on_host else 0
     reading = 2 * max(shapes.embedding, *(each.weights for each in shapes.block))
-    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + max(parked_bytes(work), reading)
+    hosted = work.optimizer.startswith("hosted")
+    moments = moment_bytes(work.adapters.values, work.optimizer) if hosted else 0
+    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + max(parked_bytes(work), reading)
 
 
 def _phases(work: Work) -> dict[str, Owners]:
     """Each phase's owners that are not zero, what lies outside the allocator left out."""
     frozen = _frozen(work)
-    learning = frozen | {"adapters": work.adapters.held_bytes} | _moments(work, paged=False)
+    learning = frozen | {"adapters": work.adapters.held_bytes} | _moments(work, updating=False)
     training = learning | {"gradients": _gradient_bytes(work)}
     stay = work.shapes.layers - max(work.recomputed, work.parked)
     waiting = {"boundaries": _boundaries(work), "kept_activations": stay * kept_bytes(work)}
@@ -60,7 +64,7 @@ def _phases(work: Work) -> dict[str, Owners]:
         "load": frozen | {"dequantisation_buffer": widest_bytes(work)},
         "loss": training | waiting | {"layer_working_set": head_bytes(work), "logits_chunk": logits_bytes(work)},
         "backward": training | backward | rebuilt,
-        "update": training | _moments(work, paged=True),
+        "update": training | _moments(work, updating=True),
         "evaluation": learning | forward | rebuilt | {"logits_chunk": logits_bytes(work)},
         "save": learning,
     }
@@ -80,23 +84,25 @@ def _backward(work: Work, waiting: Owners) -> Owners:
 def _frozen(work: Work) -> Owners:
     """What never changes."""
     shapes, b = work.shapes, work.dtype_bytes
-    streaming = work.weights == "stream"
     # A CPU has one memory: what streams lies in it too.
     resident = shapes.layers - (work.streamed if work.device == "cuda" else 0)
     return {
         "packed_base": resident * work.layer_bytes,
-        # While layers stream, rows of the embedding are gathered in main memory; a tied one is needed as the head.
-        "embeddings": 0 if streaming and not shapes.tied and work.device == "cuda" else shapes.embedding * b,
+        "embeddings": 0 if work.embeds_on_host else shapes.embedding * b,
         "head": shapes.head * b,
         "norms": (shapes.norms + shapes.biases) * b,
         "vision": shapes.vision * b,
     }
 
 
-def _moments(work: Work, paged: bool) -> Owners:
-    """AdamW's two moments; paged ones give way to activations, so they count in the update alone."""
-    away = work.optimizer.startswith("paged") and work.device == "cuda" and not paged
-    return {"optimizer": 0 if away else moment_bytes(work.adapters.values, work.optimizer)}
+def _moments(work: Work, updating: bool) -> Owners:
+    """AdamW's two moments; paged ones give way to activations, so they count in the update alone, hosted ones pass."""
+    size, cuda = moment_bytes(work.adapters.values, work.optimizer), work.device == "cuda"
+    if work.optimizer.startswith("hosted"):
+        passing = min(2 * HOSTED_PIECE_BYTES, 2 * size)
+        return {"optimizer": passing * updating if cuda else size + passing}
+    away = work.optimizer.startswith("paged") and cuda and not updating
+    return {"optimizer": 0 if away else size}
 
 
 def moment_bytes(values: int, optimizer: str) -> int:
@@ -134,6 +140,14 @@ def _whole(work: Work, owners: Owners) -> Owners:
     outside = {
         "device_context": (CONTEXT_BYTES + (NCCL_BYTES if work.processes > 1 else 0)) if cuda else 0,
         "runtime": 0 if cuda else RUNTIME_BYTES,
-        "fragmentation_reserve": int(FRAGMENTATION[work.device] * passing),
+        "fragmentation_reserve": int(FRAGMENTATION[work.device] * passing) + bool(passing) * _holes(work),
     }
     return {owner: (owners | outside).get(owner, 0) for owner in OWNERS}
+
+
+def _holes(work: Work) -> int:
+    """What recomputing leaves unused in a CPU's heap."""
+    if work.device == "cuda" or not work.recomputed:
+        return 0
+    taken = work.recomputed * boundary_bytes(work) + recompute_bytes(work) + backward_bytes(work)
+    return int(HOLES * taken)

@@ -83,6 +83,7 @@ class Plan:
                 "offload_activations": work.parked > 0,
                 "offloaded_layers": work.parked,
                 "weights": work.weights,
+                "embedding": "host" if work.embeds_on_host else "device",
                 "resident_layers": work.shapes.layers - work.streamed,
                 "micro_batch": work.micro_batch,
             },

@@ -81,6 +81,7 @@ class Work:
     offloaded: int = 0  # the first layers, which park what they keep in host memory; the last one never does
     weights: Weights = "resident"
     resident_layers: int = 0  # of a streamed base, how many layers stay on the device
+    gathers: bool = False  # the rows of the embedding come from main memory, as they always do while layers stream
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
 
@@ -141,6 +142,12 @@ class Work:
     def streamed(self) -> int:
         """Layers whose frozen matrices come from host memory each time."""
         return max(0, self.shapes.layers - self.resident_layers) if self.weights == "stream" else 0
+
+    @property
+    def embeds_on_host(self) -> bool:
+        """Whether the embedding stays in main memory: not where it is the head too, nor where processes share it."""
+        apart = self.device == "cuda" and not self.shapes.tied and self.processes == 1
+        return apart and (self.gathers or self.weights == "stream")
 
     @cached_property
     def layer_bytes(self) -> int:

@@ -13,6 +13,7 @@ from qlora.kinds import Kinds
 OPTIMIZERS = Kinds(
     "optim.kind",
     adamw="qlora.train.optim:Adamw",  # float32 moments                                    arXiv:1711.05101
+    hosted_adamw="qlora.train.optim:HostedAdamw",  # float32 moments that wait in main memory
     adamw_8bit="qlora.train.optim:Adamw8bit",  # moments in 8 bits                         arXiv:2110.02861
     paged_adamw_32bit="qlora.train.optim:PagedAdamw32bit",  # moments may move to the host arXiv:2305.14314
     paged_adamw_8bit="qlora.train.optim:PagedAdamw8bit",  # both
@@ -34,7 +35,7 @@ class Optim(Section):
     """How the trainable weights move."""
 
     kind: Annotated[str, KindOf(OPTIMIZERS)] = setting(
-        "paged_adamw_32bit", "adamw | adamw_8bit | paged_adamw_32bit | paged_adamw_8bit"
+        "paged_adamw_32bit", "adamw | hosted_adamw | adamw_8bit | paged_adamw_32bit | paged_adamw_8bit"
     )
     learning_rate: float = setting(2e-4, "at its peak", gt=0)
     schedule: Annotated[str, KindOf(SCHEDULES)] = setting("constant", "after the warm-up: constant | linear | cosine")

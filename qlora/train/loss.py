@@ -78,7 +78,14 @@ class Head:
 
     def with_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and how fast they move with the projection's own output where a soft cap bends them (else None)."""
-        logits: Tensor = self._parts[1](hidden).float()
+        return self.bend(self.project(hidden).float())
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The projection's own output [..., V], in its own dtype."""
+        return self._parts[1](hidden)  # type: ignore[no-any-return]
+
+    def bend(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Float32 projections scaled and soft-capped, and the slope of the cap (None without one)."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if not self.softcap:
@@ -86,13 +93,16 @@ class Head:
         bent = torch.tanh(logits / self.softcap)
         return bent * self.softcap, 1 - bent**2
 
-    def back(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
-        """The gradient of hidden states [..., I] from that of the logits; `gradient` is used up."""
+    def back(self, gradient: Tensor, slope: Tensor | None, room: Tensor) -> Tensor:
+        """The gradient of hidden states [..., I] from that of the logits; `gradient` is used up.
+
+        `room`: memory for the gradient in the projection's dtype.
+        """
         if slope is not None:
             gradient *= slope
         if self.scale != 1.0:
             gradient *= self.scale
-        return gradient.to(self.weight.dtype) @ self.weight
+        return room.copy_(gradient) @ self.weight
 
     def chunk_rows(self) -> int:
         """Rows of hidden states whose float32 logits are computed at a time."""
@@ -109,16 +119,19 @@ class FrozenHeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = head.chunk_rows()
+        # One room for the float32 logits of every chunk: a C library that aligns can't reuse what it has just freed.
+        wide = hidden.new_empty(min(rows, len(targets)), head.vocabulary, dtype=torch.float32)
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            logits, slope = head.with_slope(hidden[chunk])
+            raw = head.project(hidden[chunk])
+            logits, slope = head.bend(wide[: len(raw)].copy_(raw))
             chosen = logits.gather(-1, targets[chunk, None])
             probabilities, log_sum = _softmax_in_place(logits)
             total += (log_sum - chosen).sum()
             if gradient is not None:
                 probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(chosen, -1.0))
-                gradient[chunk] = head.back(probabilities, slope)
-            del logits, probabilities, slope  # before the next chunk is made
+                gradient[chunk] = head.back(probabilities, slope, raw)
+            del raw, logits, probabilities, slope  # before the next chunk is made
         ctx.save_for_backward(gradient)
         return total
 

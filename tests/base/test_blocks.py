@@ -57,6 +57,17 @@ def test_block_attention_is_masked_attention(data: Any, groups: int, repeat: int
         assert (mine - true).norm() <= 2e-6 * true.norm() + 1e-6  # float32 against float64
 
 
+@pytest.mark.parametrize("scores_bytes", [1, 4 * 128 * 200 * 3, 4 * 128 * 200 * 3 * 2, 2**30])
+def test_however_few_scores_are_there_at_a_time_it_is_the_same(
+    scores_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora.base.blocks.SCORES_BYTES", scores_bytes)
+    cuts: Cuts = ((0, 50), (0, 50), (0, 120))
+    inputs = inputs_of(3, 6, 2, 200, torch.float32)
+    for mine, true in zip(ours(inputs, cuts, None), exact(inputs, cuts, None), strict=True):
+        assert (mine - true).norm() <= 2e-6 * true.norm() + 1e-6  # float32 against float64
+
+
 def test_its_bfloat16_gradients_are_as_near_to_exact_ones_as_sdpas() -> None:
     inputs = inputs_of(2, 4, 4, 200, torch.bfloat16)
     true = exact(inputs, ((0,), (0,)), None)

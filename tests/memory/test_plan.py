@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as some
 from published import CONFIGS, work_of
 
-from qlora.memory.owners import OWNERS
+from qlora.memory.owners import HOSTED_PIECE_BYTES, OWNERS
 from qlora.memory.plan import Budget, plan
 from qlora.memory.work import LOGITS_BYTES, Storage
 from qlora.quant import QUANTIZERS
+from qlora.train.hosted import PIECE_VALUES
 from qlora.train.loss import CHUNK_BYTES
 
 GIB = 2**30
@@ -65,6 +66,7 @@ def test_a_stored_matrix_takes_what_the_quantiser_says(
 
 def test_the_loss_takes_its_chunks_as_planned() -> None:
     assert LOGITS_BYTES == CHUNK_BYTES
+    assert HOSTED_PIECE_BYTES == 2 * 4 * PIECE_VALUES
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,9 +1,9 @@
 """The recipes that come along, the page of defaults, the launcher configurations, and how they are packed."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -95,13 +95,19 @@ def test_everything_is_packed():
     assert tool["package-dir"] == {"qlora.recipes": "recipes"}
 
 
+def processor_seconds() -> float:
+    """Of all children that have ended: what a busy machine adds to the clock is left out."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_reading_a_recipe_imports_no_torch_and_is_quick():
     code = "import json, sys, qlora.recipe; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(processor_seconds() - start)
     heavy = {"torch", "transformers", "numpy", "accelerate", "datasets", "bitsandbytes", "safetensors"}
     assert not heavy & set(json.loads(done.stdout))
-    assert min(seconds) < 1.0  # 0.25 alone; the other worker and its tests take the cores as well
+    assert min(seconds) < 0.7  # 0.25 measured alone; a busy core's caches make it slower

@@ -78,6 +78,22 @@ def test_before_the_first_step_there_is_no_state_and_that_is_restored_too(kind: 
     assert all(torch.equal(named[name], again[name]) for name in named)
 
 
+@pytest.mark.parametrize("piece_values", [64, 4096, 2**22])
+def test_in_pieces_through_main_memory_it_is_adamw_bit_for_bit(
+    piece_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora.train.hosted.PIECE_VALUES", piece_values)
+    here, away = parameters(), parameters()
+    optimizers = build("adamw", here, 4.0), build("hosted_adamw", away, 4.0)
+    for number in range(4):
+        for optimizer, named in zip(optimizers, (here, away), strict=True):
+            step(optimizer, named, number)
+    assert all(torch.equal(here[name], away[name]) for name in here)
+    states = [state_tensors(optimizer, named) for optimizer, named in zip(optimizers, (here, away), strict=True)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
 def test_state_of_another_optimiser_or_another_rank_is_refused() -> None:
     def saved_by(kind: str) -> dict[str, Tensor]:
         named = parameters()
