@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from qlora.artefacts import CARD, MANIFEST
-from qlora.base import Model
 from qlora.base.dtypes import DTYPES, name_of
-from qlora.base.load import load
+from qlora.base.filed import model_in_files
 from qlora.errors import InputError, QloraError, did_you_mean
 from qlora.export import TARGETS
 from qlora.export.certificate import Agreement, Rounding, compare, rounding
@@ -21,7 +20,6 @@ from qlora.export.trained import Choice, Trained
 from qlora.files import sha256_of, write_json, write_text
 from qlora.folders import folder_in_one_step
 from qlora.quant import build as build_quantizer
-from qlora.quant.dense import Dense
 from qlora.recipe import dump
 from qlora.reopen import Opened, Say, held_out
 from qlora.report.card import is_hub
@@ -96,11 +94,11 @@ def trained_of(opened: Opened) -> Trained:
 
 
 def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
-    """Load the written model and compare it with the trained one, row by row."""
+    """Compare the written model with the trained one; its matrices are read from the files as they are used."""
     examples = held_out(opened, order.data)[: order.rows or CERTIFICATE_ROWS]
-    dtype = name_of(_dtype(order, opened))
-    written = load(Model.model_validate({"name": str(folder), "dtype": dtype}), Dense(), opened.base.device)
-    return compare(opened.base.model, written.model, examples, opened.base.device)
+    device, attention = opened.base.device, opened.recipe.model.attention
+    written = model_in_files(folder, _dtype(order, opened), attention, device)
+    return compare(opened.base.model, written, examples, device)
 
 
 def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: Say) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Batch:
     position_ids: Tensor  # [B, T] int64, 0 where a document begins; pads count on
     tokens: int = 0  # without pads
     starts: tuple[tuple[int, ...], ...] = ()  # of each row, where its documents begin
+    lengths: tuple[int, ...] = ()  # of each row, without pads
 
     @property
     def trained_tokens(self) -> int:
@@ -30,7 +31,7 @@ class Batch:
         ids, labels, positions = (
             tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.position_ids)
         )
-        return Batch(ids, labels, positions, self.tokens, self.starts)
+        return Batch(ids, labels, positions, self.tokens, self.starts, self.lengths)
 
     def silent(self) -> "Batch":
         """The same batch with nothing to learn, for a process that has no rows left but must take part."""
@@ -51,4 +52,5 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     labels[position_ids == 0] = IGNORED  # nothing before it, or another document: no prediction to learn from
     ids, targets, positions = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
     starts = tuple(example.starts() for example in examples)
-    return Batch(ids, targets, positions, sum(len(example) for example in examples), starts)
+    lengths = tuple(len(example) for example in examples)
+    return Batch(ids, targets, positions, sum(lengths), starts, lengths)

@@ -1,7 +1,7 @@
 """The certificate: how far the written model is from the one that was trained, measured on rows it never saw."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.base.head import Head
+from qlora.data.batches import Batch, collate
 from qlora.data.types import IGNORED, Example
 
+BATCH_TOKENS = 4096  # of both models at a time
 DROWNED = 0.5  # a layer whose rounding error is more than half its update is named
 
 
@@ -34,6 +37,30 @@ class Agreement:
         )
 
 
+@dataclass
+class _Sums:
+    """What is added up over positions."""
+
+    kl: float = 0.0
+    same: int = 0
+    tokens: int = 0
+    largest: float = 0.0
+    trained_loss: float = 0.0
+    written_loss: float = 0.0
+    targets: int = 0
+
+    def add(self, ours: Tensor, theirs: Tensor, targets: Tensor) -> None:
+        """Float32 logits [N, V] of both models, and what their positions should predict [N]."""
+        logs, others = ours.log_softmax(-1), theirs.log_softmax(-1)
+        self.kl += F.kl_div(others, logs, log_target=True, reduction="sum").item()
+        self.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        self.largest = max(self.largest, (ours - theirs).abs().max().item())
+        self.trained_loss += F.nll_loss(logs, targets, ignore_index=IGNORED, reduction="sum").item()
+        self.written_loss += F.nll_loss(others, targets, ignore_index=IGNORED, reduction="sum").item()
+        self.tokens += len(targets)
+        self.targets += int((targets != IGNORED).sum())
+
+
 @torch.no_grad()
 def compare(
     trained: nn.Module,
@@ -42,35 +69,41 @@ def compare(
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Agreement:
-    """Run both models on every row and compare their next-token distributions position by position."""
-    kl, same, tokens, largest = 0.0, 0, 0, 0.0
-    losses, targets = [0.0, 0.0], 0
-    for done, example in enumerate(examples, start=1):
-        ids = torch.as_tensor(example.input_ids, dtype=torch.long, device=device)[None]
-        ours, theirs = (model(input_ids=ids, use_cache=False).logits[0].float() for model in (trained, written))
-        kl += F.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum").item()
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        largest = max(largest, (ours - theirs).abs().max().item())
-        tokens += ids.shape[1]
-        labels = _targets(example).to(device)
-        losses = [sum_ + _loss(logits, labels) for sum_, logits in zip(losses, (ours, theirs), strict=True)]
-        targets += int((labels != IGNORED).sum())
+    """Run both models on every row and compare their next-token distributions position by position.
+
+    Logits exist for as many positions as the loss takes at a time, twice.
+    """
+    heads, sums, done = (Head(trained), Head(written)), _Sums(), 0
+    for batch in _batches(examples):
+        ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+        real = (torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).to(device)
+        ours, theirs = (head.hidden(ids, positions, batch.starts)[real] for head in heads)
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).to(device)[real]
+        for chunk in torch.arange(len(targets), device=device).split(heads[0].chunk_rows()):
+            sums.add(heads[0].as_served(ours[chunk]), heads[1].as_served(theirs[chunk]), targets[chunk])
+        done += len(ids)
         report(done, len(examples))
-    mean = [loss / max(1, targets) for loss in losses]
     return Agreement(
-        max(0.0, kl / max(1, tokens)), same / max(1, tokens), largest, len(examples), tokens, mean[0], mean[1]
+        max(0.0, sums.kl / max(1, sums.tokens)),
+        sums.same / max(1, sums.tokens),
+        sums.largest,
+        len(examples),
+        sums.tokens,
+        sums.trained_loss / max(1, sums.targets),
+        sums.written_loss / max(1, sums.targets),
     )
 
 
-def _targets(example: Example) -> Tensor:
-    """What position t should predict, [T - 1]; a document's first token is predicted from nothing."""
-    labels = torch.as_tensor(example.labels, dtype=torch.long).clone()
-    labels[list(example.starts())] = IGNORED
-    return labels[1:]
-
-
-def _loss(logits: Tensor, targets: Tensor) -> float:
-    return F.cross_entropy(logits[:-1], targets, ignore_index=IGNORED, reduction="sum").item()
+def _batches(examples: Sequence[Example]) -> Iterator[Batch]:
+    """Rows by length, together as long as they are BATCH_TOKENS with their pads: a model may be read for each batch."""
+    waiting: list[Example] = []
+    for example in sorted(examples, key=len):
+        if waiting and (len(waiting) + 1) * len(example) > BATCH_TOKENS:
+            yield collate(waiting, pad_id=0)
+            waiting = []
+        waiting.append(example)
+    if waiting:
+        yield collate(waiting, pad_id=0)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from qlora.adapters.lora import LoraLinear
 from qlora.base.attention import NAME, documents_of
+from qlora.base.head import Head
 from qlora.base.lean import swap
 from qlora.base.skeleton import linear_paths
 from qlora.quant.fourbit import FourBitLinear, FourBitTensors
-from qlora.train.loss import FrozenHeadLoss, Head
+from qlora.train.loss import FrozenHeadLoss
 
 
 class Live(TorchDispatchMode):

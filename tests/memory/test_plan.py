@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as some
 from published import CONFIGS, work_of
 
+from qlora.base.head import CHUNK_BYTES
 from qlora.memory.owners import HOSTED_PIECE_BYTES, OWNERS
 from qlora.memory.plan import Budget, plan
 from qlora.memory.work import LOGITS_BYTES, Storage
 from qlora.quant import QUANTIZERS
 from qlora.train.hosted import PIECE_VALUES
-from qlora.train.loss import CHUNK_BYTES
 
 GIB = 2**30
 # performance.md, after 2.3: GiB at rank 16, all recomputed, embeddings in host memory; T = 512, 2,048, 8,192.

@@ -163,8 +163,7 @@ def test_the_loss_is_cross_entropy_of_transformers_logits(
     zoo: Zoo, family: str, chunk_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(zoo(family), tmp_path, "quant.kind=dense", rows=4)
-    monkeypatch.setattr("qlora.train.loss.CHUNK_BYTES", chunk_rows * 4 * 384)
-    monkeypatch.setattr("qlora.train.loss.Head.chunk_rows", lambda self: chunk_rows)
+    monkeypatch.setattr("qlora.base.head.Head.chunk_rows", lambda self: chunk_rows)
     batch = collate(job.train, pad_id=0)
     loss = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.starts)
     theirs = AutoModelForCausalLM.from_pretrained(zoo(family), dtype=torch.float32)

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from qlora.base.attention import NAME
+from qlora.base.head import Head
 from qlora.data.batches import collate
 from qlora.data.packing import join
 from qlora.data.types import IGNORED, Example
 from qlora.errors import DataError
 from qlora.train import probe
-from qlora.train.loss import Head, TokenLoss
+from qlora.train.loss import TokenLoss
 from qlora.train.probe import refuse_leaks
 
 Zoo = Callable[..., Path]
