@@ -19,6 +19,7 @@ from qlora.export.stream import PROGRESS
 from qlora.export.trained import Choice, Trained
 from qlora.files import sha256_of, write_json, write_text
 from qlora.folders import folder_in_one_step
+from qlora.memory.stream import embed_on_host
 from qlora.quant import build as build_quantizer
 from qlora.recipe import dump
 from qlora.reopen import Opened, Say, held_out
@@ -97,8 +98,11 @@ def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
     """Compare the written model with the trained one; its matrices are read from the files as they are used."""
     examples = held_out(opened, order.data)[: order.rows or CERTIFICATE_ROWS]
     device, attention = opened.base.device, opened.recipe.model.attention
-    written = model_in_files(folder, _dtype(order, opened), attention, device)
-    return compare(opened.base.model, written, examples, device)
+    trained: Any = opened.base.model
+    written = model_in_files(folder, _dtype(order, opened), attention, device, beside=trained)
+    if trained.get_input_embeddings().weight.device != device:
+        embed_on_host(written, device)
+    return compare(trained, written, examples, device)
 
 
 def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: Say) -> dict[str, Any]:

@@ -136,7 +136,10 @@ def table(plan: Plan) -> str:
         f"{found['model']}: {found['parameters']:,} parameters, {found['trainable_parameters']:,} of them trainable",
         *(f"  {name.replace('_', ' '):26}{_gib(size)}" for name, size in owners if size),
         f"  {'peak, ' + found['peak_phase']:26}{_gib(found['peak_bytes'])}  of {_gib(found['gpu_bytes']).strip()}",
+        "  phases: " + ", ".join(f"{name} {_gib(size).strip()}" for name, size in found["phases"].items()),
         f"  {'main memory':26}{_gib(found['host_bytes'])}",
+        f"  {'a merged export':26}{_gib(found['export_bytes'])}",
+        "  disk: " + ", ".join(f"{DISK[name]} {_gib(size).strip()}" for name, size in found["disk"].items()),
         f"{in_words(plan)}, micro-batch {choice['micro_batch']}",
         "for comparison: "
         + ", ".join(f"{words} {_gib(found['compare'][key]).strip()}" for key, words in COMPARED.items()),
@@ -145,6 +148,7 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+DISK = {"base": "the base's files", "kept_base": "kept in 4 bits", "run": "a run's folder", "merged": "a merged model"}
 COMPARED = {
     "full_finetune_bytes": "full fine-tuning",
     "lora_16bit_bytes": "16-bit LoRA",

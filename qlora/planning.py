@@ -59,7 +59,8 @@ def plan_of(recipe: Recipe, machine: Machine) -> Plan:
     """The plan of a recipe on a machine. BaseModelError if the model's shapes are not known."""
     shapes = read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name)
     work = work_of(recipe, shapes, machine)
-    return choose(work, machine.budget(recipe), left_open(recipe, shapes.layers))
+    found = choose(work, machine.budget(recipe), left_open(recipe, shapes.layers))
+    return replace(found, checkpoints=recipe.train.keep if recipe.train.save_every else 0)
 
 
 def left_open(recipe: Recipe, layers: int) -> Fixed:

@@ -27,11 +27,15 @@ class FiledLinear(FrozenLinear):
         return found.to(dtype)
 
 
-def model_in_files(folder: Path, dtype: torch.dtype, attention: str, device: torch.device) -> nn.Module:
+def model_in_files(
+    folder: Path, dtype: torch.dtype, attention: str, device: torch.device, beside: nn.Module | None = None
+) -> nn.Module:
     """The dense model of a folder on `device`, in evaluation mode, all but its decoder's linear weights read.
 
+    What `beside` has with the very same values (an embedding, a head) is shared with it, wherever it is there.
     BaseModelError if a tensor is missing or has another shape than config.json says.
     """
+    known = dict(beside.named_parameters()) if beside else {}
     model = build(read_config(folder), dtype, attention, device)
     shards, rename = Shards(folder), renamer(model, folder)
     linears, tied = set(linear_paths(model)), set(model.all_tied_weights_keys)  # type: ignore[arg-type]
@@ -47,9 +51,16 @@ def model_in_files(folder: Path, dtype: torch.dtype, attention: str, device: tor
                 bias = shards[_present(places, f"{path}.bias", bias, shards)].to(device, dtype, copy=True)
             put(model, path, FiledLinear(shards, key, device, bias))  # type: ignore[arg-type]  # a tensor or None
         else:
-            put(model, name, nn.Parameter(shards[key].to(device, dtype, copy=True), requires_grad=False))
+            put(model, name, _shared(shards[key].to(dtype), known.get(name), device))
     model.tie_weights()  # type: ignore[operator]
     return model
+
+
+def _shared(read: Tensor, other: nn.Parameter | None, device: torch.device) -> nn.Parameter:
+    """`other`, if it holds exactly what was read, else what was read."""
+    if other is not None and other.dtype == read.dtype and torch.equal(other.detach().cpu(), read):
+        return other
+    return nn.Parameter(read.to(device, copy=True), requires_grad=False)
 
 
 def _present(places: dict[str, str], name: str, expected: Tensor, shards: Shards) -> str:

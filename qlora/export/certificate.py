@@ -13,7 +13,8 @@ from qlora.base.head import Head
 from qlora.data.batches import Batch, collate
 from qlora.data.types import IGNORED, Example
 
-BATCH_TOKENS = 4096  # of both models at a time
+BATCH_TOKENS = 2048  # of both models at a time
+LOGITS_SHARE = 4  # of as many positions as the loss takes at a time, logits of both models and their logarithms exist
 DROWNED = 0.5  # a layer whose rounding error is more than half its update is named
 
 
@@ -69,17 +70,14 @@ def compare(
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Agreement:
-    """Run both models on every row and compare their next-token distributions position by position.
-
-    Logits exist for as many positions as the loss takes at a time, twice.
-    """
+    """Run both models on every row and compare their next-token distributions position by position."""
     heads, sums, done = (Head(trained), Head(written)), _Sums(), 0
     for batch in _batches(examples):
         ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
         real = (torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).to(device)
         ours, theirs = (head.hidden(ids, positions, batch.starts)[real] for head in heads)
         targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).to(device)[real]
-        for chunk in torch.arange(len(targets), device=device).split(heads[0].chunk_rows()):
+        for chunk in torch.arange(len(targets), device=device).split(max(1, heads[0].chunk_rows() // LOGITS_SHARE)):
             sums.add(heads[0].as_served(ours[chunk]), heads[1].as_served(theirs[chunk]), targets[chunk])
         done += len(ids)
         report(done, len(examples))

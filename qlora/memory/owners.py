@@ -50,6 +50,16 @@ def host_bytes(work: Work) -> int:
     return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + max(parked_bytes(work), reading)
 
 
+def standing_bytes(work: Work) -> int:
+    """What stands in the device's memory while a trained model is used: the base and its adapters."""
+    return sum(_frozen(work).values()) + work.adapters.held_bytes + _stream_buffers(work)
+
+
+def outside_bytes(work: Work, passing: int) -> int:
+    """What lies outside the allocator while so many bytes come and go."""
+    return sum(_outside(work, passing).values())
+
+
 def _phases(work: Work) -> dict[str, Owners]:
     """Each phase's owners that are not zero, what lies outside the allocator left out."""
     frozen = _frozen(work)
@@ -135,14 +145,17 @@ def _stream_buffers(work: Work) -> int:
 
 def _whole(work: Work, owners: Owners) -> Owners:
     """All owners in their order, with what lies outside the allocator."""
+    outside = _outside(work, sum(owners.get(owner, 0) for owner in PASSING))
+    return {owner: (owners | outside).get(owner, 0) for owner in OWNERS}
+
+
+def _outside(work: Work, passing: int) -> Owners:
     cuda = work.device == "cuda"
-    passing = sum(owners.get(owner, 0) for owner in PASSING)
-    outside = {
+    return {
         "device_context": (CONTEXT_BYTES + (NCCL_BYTES if work.processes > 1 else 0)) if cuda else 0,
         "runtime": 0 if cuda else RUNTIME_BYTES,
         "fragmentation_reserve": int(FRAGMENTATION[work.device] * passing) + bool(passing) * _holes(work),
     }
-    return {owner: (owners | outside).get(owner, 0) for owner in OWNERS}
 
 
 def _holes(work: Work) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora.memory.after import disk_bytes, export_bytes
 from qlora.memory.owners import OUTSIDE, Owners, host_bytes, phases_of
 from qlora.memory.work import Adapters, Storage, Work
 
@@ -26,6 +27,7 @@ class Plan:
     budget: Budget
     phases: Mapping[str, Mapping[str, int]]  # phase -> owner -> bytes
     host_bytes: int
+    checkpoints: int = 0  # that the run leaves on the disk
     advice: str = ""  # when it does not fit: why, and what would make it fit
 
     @property
@@ -88,6 +90,8 @@ class Plan:
                 "micro_batch": work.micro_batch,
             },
             "host_bytes": self.host_bytes,
+            "export_bytes": export_bytes(work),
+            "disk": disk_bytes(work, self.checkpoints),
             "compare": compare(work),
         }
 

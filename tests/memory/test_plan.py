@@ -11,6 +11,10 @@ from hypothesis import strategies as some
 from published import CONFIGS, work_of
 
 from qlora.base.head import CHUNK_BYTES
+from qlora.export import certificate
+from qlora.export.merged import CHUNK
+from qlora.memory import after
+from qlora.memory.choose import choose
 from qlora.memory.owners import HOSTED_PIECE_BYTES, OWNERS
 from qlora.memory.plan import Budget, plan
 from qlora.memory.work import LOGITS_BYTES, Storage
@@ -67,6 +71,22 @@ def test_a_stored_matrix_takes_what_the_quantiser_says(
 def test_the_loss_takes_its_chunks_as_planned() -> None:
     assert LOGITS_BYTES == CHUNK_BYTES
     assert HOSTED_PIECE_BYTES == 2 * 4 * PIECE_VALUES
+    assert (after.CERTIFIED_TOKENS, after.LOGITS_SHARE) == (certificate.BATCH_TOKENS, certificate.LOGITS_SHARE)
+    assert after.SUMMED_BYTES == 3 * 4 * CHUNK
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_trains_on_a_card_is_exported_on_it(name: str) -> None:
+    for card in (8, 12, 16, 24, 48, 80):
+        found = choose(work_of(name), Budget(card * GIB, 64 * GIB))
+        assert not found.fits or found.as_json()["export_bytes"] <= card * GIB
+
+
+def test_the_disk_holds_the_base_twice_over_and_little_else() -> None:
+    found = replace(plan(work_of("Llama-3.1-8B"), Budget(24 * GIB)), checkpoints=2).as_json()["disk"]
+    assert found["base"] == found["merged"] == 2 * 8_030_261_248
+    assert found["kept_base"] / found["base"] == pytest.approx(0.35, abs=0.02)
+    assert found["run"] == (4 + 2 * (4 + 8)) * work_of("Llama-3.1-8B").adapters.values
 
 
 @pytest.mark.parametrize("name", CONFIGS)
