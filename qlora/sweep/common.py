@@ -1,9 +1,10 @@
 """What all variants of a sweep have in common: the base, how it is stored and where; the rest is each one's own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from qlora.errors import InputError
+from qlora.errors import InputError, QloraError
 from qlora.recipe import Recipe
 
 SECTIONS = ("model", "quant", "memory", "distributed")
@@ -60,3 +61,12 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
 
 def _without_output(recipe: Recipe) -> str:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"output": "-"})}).model_dump_json()
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Let an error inside the block say which variant's it is."""
+    try:
+        yield
+    except QloraError as error:
+        raise type(error)(f"{name}: {error}") from error

@@ -13,6 +13,7 @@ from qlora.memory.reader import read
 from qlora.memory.work import Beside, Work
 from qlora.planning import Machine, in_words, left_open, work_of
 from qlora.recipe import Recipe
+from qlora.sweep.common import named
 
 GIB = 2**30
 APART = "No one arrangement of the layers fits all of them. Set memory.recompute=all, or sweep rows of like length."
@@ -68,7 +69,10 @@ def plan_sweep(recipes: Mapping[str, Recipe], machine: Machine) -> Together:
     """The plan of variants on a machine. BaseModelError if the model's shapes are not known."""
     leader = next(iter(recipes.values()))
     shapes = read(find_config(leader.model.name, leader.model.revision), leader.model.name)
-    works = {name: work_of(recipe, shapes, machine) for name, recipe in recipes.items()}
+    works = {}
+    for name, recipe in recipes.items():
+        with named(name):
+            works[name] = work_of(recipe, shapes, machine)
     budget, fixed = machine.budget(leader), left_open(leader, shapes.layers)
     alone = {name: choose(work, budget, fixed) for name, work in works.items()}
     return Together(arranged(_waiting(works), budget, fixed), alone)

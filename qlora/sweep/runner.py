@@ -25,6 +25,7 @@ from qlora.run import (
     refuse_changed_base,
     resume,
 )
+from qlora.sweep.common import named
 from qlora.sweep.variants import Variant
 from qlora.train.checkpoint import Position
 from qlora.train.guard import StopSignal
@@ -62,7 +63,7 @@ class Runner:
         self._job: Job | None = None
         for note in variant.notes:
             self.log.say(note)
-        with self._preparing(None):
+        with named(self.name), self._at_work(None):
             self.parts = equip(variant.recipe, self.processes, shared.base, shared.plan, self.log, shared.read)
         shared.turns.keep(self.name)
 
@@ -84,20 +85,20 @@ class Runner:
 
     def assemble(self, stop: StopSignal, step_down: StepDown) -> None:
         """Make optimiser and checkpoints, on layers that are arranged already."""
-        with self._preparing(self.name):
+        with named(self.name), self._at_work(self.name):
             self._job = assemble(self.parts, self.log, stop, step_down)
         self.processes.start_trackers(self.name, self.variant.recipe.model_dump(mode="json"))
 
     def resume(self) -> int:
         """Go to the newest checkpoint, if there is one; the bytes that the optimiser has yet to take."""
-        with self._preparing(self.name):
+        with named(self.name), self._at_work(self.name):
             self._position = resume(self.parts, self.job)
         self._passes = passes(self.job, self._position)
         return moments_of(self.parts, self._position)
 
     def rehearse(self, moment_bytes: int) -> None:
         """Run the longest micro-batch beside the moments of all."""
-        with self._preparing(self.name):
+        with named(self.name), self._at_work(self.name):
             rehearse(self.job, moment_bytes)
 
     def turn(self, base_sha256: str) -> bool:
@@ -141,15 +142,6 @@ class Runner:
             yield
         finally:
             self.seconds += time.monotonic() - started
-
-    @contextmanager
-    def _preparing(self, turn: str | None) -> Iterator[None]:
-        """`_at_work` before the first step, where an error ends the sweep and has to say whose it is."""
-        try:
-            with self._at_work(turn):
-                yield
-        except QloraError as error:
-            raise type(error)(f"{self.name}: {error}") from error
 
 
 def finished(parts: Parts) -> Mapping[str, Any] | None:
