@@ -41,6 +41,8 @@ def _refuse_alone(name: str, recipe: Recipe) -> None:
         raise InputError(
             f"adapter.kind: full trains the base itself ({name}), which the variants share. Use lora, rslora or dora."
         )
+    if recipe.distributed.kind == "fsdp":
+        raise InputError("distributed.kind: fsdp shares one run out over cards; a sweep is one process. Use auto.")
     if train.compile:
         raise InputError(
             "train.compile: a compiled layer holds one adapter, and a sweep changes it at every step. Leave it out."

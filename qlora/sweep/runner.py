@@ -73,7 +73,7 @@ class Runner:
         assert self._job is not None
         return self._job
 
-    def is_finished(self) -> bool:
+    def found_finished(self) -> bool:
         """Whether an earlier sweep has finished this very run, and its files are as they were written."""
         self.manifest = finished(self.parts) if self.variant.recipe.train.resume == "auto" else None
         if self.manifest is None:

@@ -55,7 +55,7 @@ def _walk(variants: Sequence[Variant], out: Path, quiet: bool) -> Outcome:
             keep_freed_memory()
         shared = Shared(base, Turns(base.model), plan, reading_once())
         runners = [Runner(variant, shared, quiet) for variant in variants]
-        _train([runner for runner in runners if not runner.is_finished()], stop)
+        _train([runner for runner in runners if not runner.found_finished()], stop)
         if any(runner.stopped for runner in runners):
             raise stop.error("every variant has a checkpoint of its last step; the same command goes on with all")
         return outcome_of(runners, out, time.monotonic() - started)

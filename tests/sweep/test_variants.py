@@ -69,6 +69,7 @@ REFUSED = {
     "memory.recompute": ("memory.recompute=all,none",),
     "train.deterministic": ("train.deterministic=true,false",),
     "train.output: each variant": ("train.output=a,b",),
+    "distributed.kind: fsdp": ("distributed.kind=fsdp", "adapter.rank=1,2"),
     "train.compile": ("train.compile=true", "adapter.rank=1,2"),
     "train.resume": ("train.resume=runs/x/checkpoint-000001", "adapter.rank=1,2"),
     "train.report_to: wandb": ("train.report_to=[wandb]", "adapter.rank=1,2"),

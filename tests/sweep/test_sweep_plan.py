@@ -21,12 +21,12 @@ def plan_of(sweep: Sweep, machine: Machine, *arguments: str):
 
 
 @pytest.mark.parametrize("machine", [CARD, CPU], ids=["card", "cpu"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_32bit", "hosted_adamw"])
 def test_a_variant_more_is_its_adapter_and_its_moments_more(zoo: Zoo, tmp_path: Path, machine, optimizer) -> None:
     sweep = Sweep(zoo("llama"), tmp_path, f"optim.kind={optimizer}")
     two, three = plan_of(sweep, machine, "adapter.rank=4,8"), plan_of(sweep, machine, "adapter.rank=4,8,16")
     more = three.turns["rank-16"].work.adapters
-    waits = not (machine is CARD and optimizer.startswith("paged"))
+    waits = not (machine is CARD and optimizer.startswith(("paged", "hosted")))
     for name, before in two.turns.items():
         after = three.turns[name].phases["backward"]
         grown = {owner: after[owner] - size for owner, size in before.phases["backward"].items()}
@@ -64,7 +64,8 @@ def test_all_turns_have_one_arrangement_of_the_layers(zoo: Zoo, tmp_path_factory
     found = plan_of(sweep, Machine(budget, 1, 64 * GIB), f"train.micro_batch={lists}")
     if all(turn.fits for turn in found.turns.values()):
         ways = {
-            (t.work.recompute, t.work.offloaded, t.work.weights, t.work.resident_layers) for t in found.turns.values()
+            (t.work.recompute, t.work.offloaded, t.work.weights, t.work.resident_layers, t.work.gathers)
+            for t in found.turns.values()
         }
         assert len(ways) == 1
         refuse_too_much(found)
