@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from qlora.adapters.init import begin
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.artefacts import RECIPE, Parts, leave, write_adapter
+from qlora.base.load import Base
 from qlora.base.norms import matrices
 from qlora.base.unchanged import frozen_sha256
 from qlora.counsel import counsel
 from qlora.data.labels import DataReport
-from qlora.data.prepare import prepare
+from qlora.data.prepare import Prepared, prepare
 from qlora.data.tokens import Encoder
 from qlora.data.types import counted
 from qlora.distributed import STRATEGIES
@@ -36,7 +37,7 @@ from qlora.redact import redacted_values
 from qlora.train import OPTIMIZERS
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
 from qlora.train.guard import Abandoned, StopSignal, stop_signals
-from qlora.train.log import Log, RowsTold
+from qlora.train.log import Log, RowsTold, watching
 from qlora.train.loop import Job, fit, refuse_other_rates, rehearse, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
@@ -44,6 +45,9 @@ from qlora.train.probe import refuse_leaks
 from qlora.train.reached import watch_gradients
 from qlora.train.regional import compile_layers
 from qlora.train.relief import Relief, StepDown
+
+Rows = tuple[Prepared, str]  # and the sha256 of what decides which tokens a row becomes
+ReadRows = Callable[[Recipe, Processes, Base, Log], Rows]
 
 WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
 
@@ -77,7 +81,7 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any
         stop.at_once = False  # from here on files are written, and a signal waits until they are whole
         position = resume(parts, job)
         before = frozen_sha256(parts.base.model)  # a checkpoint brings its own of what a start keeps beside A and B
-        with log.watching(job.steps):
+        with watching({log: job.steps}):
             if processes.device.type == "cuda":  # a CPU does not raise when it runs out
                 rehearse(job, moments_of(parts, position))
             position = fit(job, position)
@@ -114,27 +118,45 @@ def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
 
 def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Parts:
     """Base, adapters and data of a recipe, each announced in a line."""
+    return equip(recipe, processes, open_base(recipe, processes, plan, log), plan, log)
+
+
+def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Base:
+    """The base of a recipe, where its plan wants it. InputError if it can't be trained on in its dtype."""
     base = load_base(recipe, processes.device, plan, log.say)
     if base.dtype == torch.float16:
         raise InputError(
             "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
         )
+    return base
+
+
+def read_rows(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Rows:
+    """The data of a recipe, as the base's tokenizer reads it; said in lines, refused if it can't be trained on."""
+    encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
+    told = RowsTold(log.say if processes.is_main else log.say_anyway)  # the first to come prepares for all
+    data = prepare(recipe.data, encoder, recipe.train.seed, told)
+    announce(data.report, log)
+    data.report.refuse()
+    return data, encoder.sha256
+
+
+def equip(
+    recipe: Recipe, processes: Processes, base: Base, plan: Plan | None, log: Log, read: ReadRows = read_rows
+) -> Parts:
+    """Adapters on a base, and data for them."""
     adapter = build_adapter(recipe)
     injected = inject(base.model, adapter, targets_of(recipe), recipe.train.seed)
     log.say(f"{recipe.model.name}: {injected}")
     begun = begin(base.model, recipe.adapter.init or "default", partial(matrices, base.folder.path), recipe.train.seed)
     if begun:
         log.say(f"adapter.init {recipe.adapter.init}: {begun}")
-    encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
-    told = RowsTold(log.say if processes.is_main else log.say_anyway)  # the first to come prepares for all
-    data = prepare(recipe.data, encoder, recipe.train.seed, told)
-    announce(data.report, log)
-    data.report.refuse()
+    data, encoder_sha256 = read(recipe, processes, base, log)
     for key, message in counsel(
         recipe, data.report, steps_of(recipe.train, len(data.train)), injected.trainable_parameters
     ):
         log.say(f"{key}: {message}")
-    return Parts(recipe, processes, base, adapter, injected, data, plan, encoder.sha256, begun)
+    return Parts(recipe, processes, base, adapter, injected, data, plan, encoder_sha256, begun)
 
 
 def announce(report: DataReport, log: Log) -> None:
@@ -175,10 +197,13 @@ def targets_of(recipe: Recipe) -> str | Sequence[str]:
     return recipe.adapter.targets or "all-linear"
 
 
-def assemble(parts: Parts, log: Log, stop: StopSignal) -> Job:
-    """The loop's working set: model wrapped for its processes, optimiser, checkpoints."""
+def assemble(parts: Parts, log: Log, stop: StopSignal, step_down: StepDown | None = None) -> Job:
+    """The loop's working set: model wrapped for its processes, optimiser, checkpoints.
+
+    `step_down`: how a model whose layers are arranged already can do with less.
+    """
     recipe, base = parts.recipe, parts.base
-    step_down = arrange_layers(parts)
+    step_down = step_down or arrange_layers(parts)
     if recipe.train.compile:
         compile_layers(base.model, parts.processes.device)
     loss = TokenLoss(base.model)

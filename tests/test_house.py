@@ -38,6 +38,7 @@ FLOORS = {
         "show",
         "doctor",
         "demo",
+        "sweep",
     ),
     7: ("cli", "__main__"),
 }

@@ -17,11 +17,12 @@ from qlora.cli import (
     report,
     resize,
     schema,
+    sweep,
     train,
 )
 from qlora.cli.app import app, main
 
 __all__ = [
     "app", "chat", "check", "combine", "convert", "demo", "doctor", "evaluate", "export", "generate", "inspect",
-    "main", "plan", "preview", "recipes", "report", "resize", "schema", "train",
+    "main", "plan", "preview", "recipes", "report", "resize", "schema", "sweep", "train",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ def read_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Probl
     """The overrides in the order given, and what can't be read among them."""
     found: list[Override] = []
     problems: list[Problem] = []
-    for key, text in _pairs(arguments):
+    for key, text in pairs(arguments):
         path: Path = tuple(key.replace("-", "_").split("."))
         place = Place(SOURCE, 0, ".".join(map(str, path)))
         try:
@@ -33,7 +33,7 @@ def read_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Probl
     return found, problems
 
 
-def _pairs(arguments: Iterable[str]) -> Iterable[tuple[str, str | None]]:
+def pairs(arguments: Iterable[str]) -> Iterable[tuple[str, str | None]]:
     """`(key, text)` of each override; no text where there is no value."""
     waiting: str | None = None
     for argument in arguments:

@@ -1,8 +1,7 @@
 """Which rows a step sees and which process takes them: pure functions of (seed, epoch, step), nothing to save."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,30 +42,20 @@ class RowOrder:
     kind: str
     global_batch: int
     seed: int
+    _last: list[Any] = field(default_factory=list, compare=False, repr=False)  # rows, epoch, and their order
 
     def rows(self, train: Sequence[Example], step: int) -> list[int]:
         """The rows of optimizer step `step`, counted from 0 over all epochs, before they are dealt to processes."""
         epoch, place = divmod(step, steps_per_epoch(len(train), self.global_batch))
         first = place * self.global_batch
-        return [int(row) for row in _epoch(self, _Same(train), epoch)[first : first + self.global_batch]]
+        return [int(row) for row in self._epoch(train, epoch)[first : first + self.global_batch]]
 
-
-class _Same:
-    """Rows as a key: the same only as themselves."""
-
-    def __init__(self, rows: Sequence[Example]) -> None:
-        self.rows = rows
-
-    def __hash__(self) -> int:
-        return id(self.rows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.rows is self.rows
-
-
-@lru_cache(maxsize=2)
-def _epoch(order: RowOrder, train: _Same, epoch: int) -> Indices:
-    return ORDERS[order.kind](train.rows, order, epoch)
+    def _epoch(self, train: Sequence[Example], epoch: int) -> Indices:
+        """All rows of an epoch, worked out once for all of its steps."""
+        if not self._last or self._last[0] is not train or self._last[1] != epoch:
+            self._last[:] = train, epoch, ORDERS[self.kind](train, self, epoch)
+        found: Indices = self._last[2]
+        return found
 
 
 def shuffled(rows: Sequence[Any], order: RowOrder, epoch: int) -> Indices:

@@ -46,7 +46,7 @@ def host_bytes(work: Work) -> int:
     embeddings = shapes.embedding * b if work.embeds_on_host else 0
     reading = 2 * max(shapes.embedding, *(each.weights for each in shapes.block))
     hosted = work.optimizer.startswith("hosted")
-    moments = moment_bytes(work.adapters.values, work.optimizer) if hosted else 0
+    moments = work.beside.host_moments + (moment_bytes(work.adapters.values, work.optimizer) if hosted else 0)
     return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + max(parked_bytes(work), reading)
 
 
@@ -63,7 +63,8 @@ def outside_bytes(work: Work, passing: int) -> int:
 def _phases(work: Work) -> dict[str, Owners]:
     """Each phase's owners that are not zero, what lies outside the allocator left out."""
     frozen = _frozen(work)
-    learning = frozen | {"adapters": work.adapters.held_bytes} | _moments(work, updating=False)
+    held = {"adapters": work.adapters.held_bytes + work.beside.adapters}
+    learning = frozen | held | _moments(work, updating=False)
     training = learning | {"gradients": _gradient_bytes(work)}
     stay = work.shapes.layers - max(work.recomputed, work.parked)
     waiting = {"boundaries": _boundaries(work), "kept_activations": stay * kept_bytes(work)}
@@ -108,11 +109,12 @@ def _frozen(work: Work) -> Owners:
 def _moments(work: Work, updating: bool) -> Owners:
     """AdamW's two moments; paged ones give way to activations, so they count in the update alone, hosted ones pass."""
     size, cuda = moment_bytes(work.adapters.values, work.optimizer), work.device == "cuda"
+    waiting = work.beside.moments + (0 if cuda else work.beside.host_moments)
     if work.optimizer.startswith("hosted"):
         passing = min(2 * HOSTED_PIECE_BYTES, 2 * size)
-        return {"optimizer": passing * updating if cuda else size + passing}
+        return {"optimizer": waiting + (passing * updating if cuda else size + passing)}
     away = work.optimizer.startswith("paged") and cuda and not updating
-    return {"optimizer": 0 if away else size}
+    return {"optimizer": waiting + (0 if away else size)}
 
 
 def moment_bytes(values: int, optimizer: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora.memory.after import disk_bytes, export_bytes
 from qlora.memory.owners import OUTSIDE, Owners, host_bytes, phases_of
-from qlora.memory.work import Adapters, Storage, Work
+from qlora.memory.work import Adapters, Beside, Storage, Work
 
 FULL_BYTES = 16  # a weight of full fine-tuning: 2 + 2 in 16 bit with its gradient, float32 master and two moments 12
 
@@ -104,7 +104,7 @@ def plan(work: Work, budget: Budget) -> Plan:
 
 def compare(work: Work) -> dict[str, int]:
     """What full fine-tuning, 16-bit LoRA and QLoRA need on the card for the same rows, all layers recomputed."""
-    same = replace(work, recompute=None, offloaded=0, weights="resident", processes=1)
+    same = replace(work, recompute=None, offloaded=0, weights="resident", processes=1, beside=Beside())
     quantised = same if work.storage.kind != "dense" else replace(same, storage=Storage())
     dense = replace(same, storage=Storage("dense"), dtype_bytes=2)
     bare = replace(dense, adapters=Adapters(()))

@@ -65,6 +65,18 @@ class Adapters:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Bytes of adapters that wait while this one has its turn: themselves, and the moments of their optimisers.
+
+    Gradients last a step, so nobody has any who waits.
+    """
+
+    adapters: int = 0
+    moments: int = 0
+    host_moments: int = 0  # of paged and hosted optimisers, which wait in main memory
+
+
+@dataclass(frozen=True)
 class Work:
     """One process's share of a training run, as far as its memory goes."""
 
@@ -84,6 +96,7 @@ class Work:
     gathers: bool = False  # the rows of the embedding come from main memory, as they always do while layers stream
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def tokens(self) -> int:

@@ -39,28 +39,16 @@ class RowsTold:
 
 
 class Log:
-    """One run's voice. Only the main process has one that speaks."""
+    """One run's voice; `name` stands before its lines where several speak. Only the main process has one that does."""
 
-    def __init__(self, folder: Path, track: Track = lambda values, step: None, quiet: bool = False) -> None:
-        self.path, self.track, self.quiet = folder / METRICS, track, quiet
+    def __init__(
+        self, folder: Path, track: Track = lambda values, step: None, quiet: bool = False, name: str = ""
+    ) -> None:
+        self.path, self.track, self.quiet, self.name = folder / METRICS, track, quiet, name
         self.console = console()
         self.steps = 0
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
+        self._bar: tuple[Progress, TaskID] | None = None
         self._started: tuple[int, float] | None = None  # first logged step and when, for the time left
-
-    @contextmanager
-    def watching(self, steps: int) -> Iterator[None]:
-        """Inside the block a run of `steps` steps is shown: a live bar on a terminal, plain lines elsewhere."""
-        self.steps = steps
-        if self.quiet or not self.console.is_terminal:
-            yield
-            return
-        columns = TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as self._progress:
-            self._task = self._progress.add_task("", total=steps)
-            yield
-        self._progress = None
 
     def restart(self, step: int, evaluated: bool = True) -> None:
         """Keep the metrics up to `step` and drop later lines, which a resumed run writes again.
@@ -73,7 +61,7 @@ class Log:
     def say(self, text: str) -> None:
         """One line for people."""
         if not self.quiet:
-            self.say_anyway(text)
+            self.say_anyway(f"{self.name}: {text}" if self.name else text)
 
     def say_anyway(self, text: str) -> None:
         """One line from a process that is not the main one, about work that it does for all of them."""
@@ -92,8 +80,8 @@ class Log:
         self.say(f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  perplexity {line['perplexity']:.3f}")
 
     def _show(self, step: int, text: str) -> None:
-        if self._progress:
-            self._progress.update(self._task, completed=step, description=text)
+        if self._bar:
+            self._bar[0].update(self._bar[1], completed=step, description=text)
         elif not self.quiet and self._is_due(step):
             self.say(f"step {step:>6}/{self.steps}  {text}  {self._time_left(step)}")
 
@@ -120,6 +108,24 @@ class Log:
             raise refused(self.path, len(written), error) from error
         numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
         self.track(numbers, int(line["step"]))
+
+
+@contextmanager
+def watching(runs: Mapping[Log, int]) -> Iterator[None]:
+    """Inside the block runs of so many steps are shown: a live bar each on a terminal, plain lines elsewhere."""
+    shared = next(iter(runs)).console  # what is printed beside a bar has to go through the bar's own console
+    for log, steps in runs.items():
+        log.steps, log.console = steps, shared
+    if all(log.quiet for log in runs) or not shared.is_terminal:
+        yield
+        return
+    columns = MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    with Progress(TextColumn("[bold]{task.fields[name]}"), *columns, console=shared, transient=True) as progress:
+        for log, steps in runs.items():
+            log._bar = progress, progress.add_task("", total=steps, name=log.name or "step")
+        yield
+    for log in runs:
+        log._bar = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ class Job:
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     relief: Relief = field(default_factory=Relief)
 
+    @cached_property
+    def row_order(self) -> RowOrder:
+        """Which rows a step sees."""
+        return RowOrder(self.order, self.settings.global_batch, self.settings.seed)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -63,12 +69,23 @@ class Step:
 
 def fit(job: Job, position: Position) -> Position:
     """Train from `position` to the last step. Stopped, after an exact checkpoint, on SIGINT or SIGTERM."""
+    for passed in passes(job, position):
+        position = passed
+    return position
+
+
+def passes(job: Job, position: Position) -> Iterator[Position]:
+    """`fit` as a walk: pauses after each step, before it is logged, and once more at the end; the last one counts.
+
+    In a pause others may step on the same base; a signal that comes there stops this run at the step it has taken.
+    """
     position, stopping, window = *_evaluate_unless_stopping(job, position), list[Step]()
     if stopping:
         raise job.stop.error(f"before step {position.step + 1}: nothing new to save; the same command starts it again")
     while position.step < job.steps and not _no_longer_improves(job, position):
         window.append(_step(job, position.step))
         position = _after(position, window[-1])
+        yield position
         if _due(position.step, job.settings.log_every) or position.step == job.steps:
             position, window = _log(job, position, window), []
         position, stopping = _evaluate_unless_stopping(job, position)
@@ -79,7 +96,7 @@ def fit(job: Job, position: Position) -> Position:
             raise job.stop.error(f"{job.checkpoints.folder_of(position.step)} holds it; the same command resumes it")
     if position.step < job.steps:
         job.log.say(f"no better held-out loss for {job.settings.early_stop} evaluations: the run ends here")
-    return position
+    yield position
 
 
 def steps_of(settings: Train, rows: int) -> int:
@@ -118,7 +135,7 @@ def refuse_other_rates(saved: Saved, optim: Optim, steps: int) -> None:
 def _step(job: Job, step: int) -> Step:
     """One optimizer step."""
     started = time.monotonic()
-    rows = RowOrder(job.order, job.settings.global_batch, job.settings.seed).rows(job.train, step)
+    rows = job.row_order.rows(job.train, step)
     batches = list(_batches(job, rows))
     counts = torch.tensor([[batch.trained_tokens, batch.tokens] for batch in batches]).sum(0)
     trained, tokens = (int(count) for count in job.processes.sum(counts.to(job.processes.device)))

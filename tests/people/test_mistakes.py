@@ -29,6 +29,9 @@ WRONG = [
     ("report", "nowhere"),
     ("report",),
     ("doctor", "--jsno"),
+    ("sweep", "recipe.yaml"),
+    ("sweep", "recipe.yaml", "quant.kind=nf4,fp4"),
+    ("sweep", "recipe.yaml", "adapter.rank=1,2", "--variants", "nowhere.yaml"),
 ]
 
 
