@@ -1,8 +1,9 @@
 """A sweep of four variants against the same four runs, one after the other: python benchmarks/sweep.py.
 
 Whole processes, imports and loading included. The page shows processor seconds: other programs on the machine lengthen
-those of the clock, which are in the results beside the machine's load. `bound` is what sharing each rebuilt matrix between the variants' rows could
-bring at most: four micro-batches of one row, against one micro-batch of four rows through a single adapter.
+those of the clock, which are in the results beside the machine's load. `bound` is what sharing each rebuilt matrix
+between the variants' rows could bring at most: four micro-batches of one row, against one micro-batch of four rows
+through a single adapter.
 """
 
 import argparse
