@@ -1,8 +1,9 @@
 """A sweep of four variants against the same four runs, one after the other: python benchmarks/sweep.py.
 
-Whole processes, imports and loading included. Processor seconds are told beside those of the clock: another program on
-the machine lengthens only the latter. `bound` is what sharing each rebuilt matrix between the variants' rows could
-bring at most: four micro-batches of one row, against one micro-batch of four rows through a single adapter.
+Whole processes, imports and loading included. The page shows processor seconds: other programs on the machine lengthen
+those of the clock, which are in the results beside the machine's load. `bound` is what sharing each rebuilt matrix
+between the variants' rows could bring at most: four micro-batches of one row, against one micro-batch of four rows
+through a single adapter.
 """
 
 import argparse
@@ -126,7 +127,6 @@ def table(found: dict[str, Any]) -> str:
     )
     lines = [head, "", "| | one sweep | four runs | ratio |", "|---|---|---|---|"]
     for key, words, unit, size in (
-        ("seconds", "seconds by the clock", "s", 1.0),
         ("processor_seconds", "seconds of the processor", "s", 1.0),
         ("peak_bytes", "peak memory (four runs: their sum)", "MiB", 2**20),
     ):
