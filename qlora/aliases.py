@@ -83,6 +83,8 @@ SAME = {  # the same value under our name
     "adapter.rank": ("lora_r", "lora_rank"),
     "adapter.alpha": ("lora_alpha",),
     "adapter.dropout": ("lora_dropout",),
+    "adapter.rank_pattern": ("rank_pattern",),
+    "adapter.alpha_pattern": ("alpha_pattern",),
     "data.train": ("dataset", "dataset_name", "dataset_path"),
     "data.eval_fraction": ("val_set_size", "val_size", "test_split_size"),
     "data.max_length": ("sequence_len", "cutoff_len", "max_seq_length", "max_seq_len", "max_length"),

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qlora.adapters.patterns import by_pattern, refuse_idle
 from qlora.adapters.targets import select
 from qlora.base.folder import find_config
 from qlora.errors import DoesNotFit
@@ -92,12 +93,17 @@ def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
     """One process's share of a recipe, as far as its memory goes."""
     named = {matrix.path: matrix for matrix in shapes.matrices}
     chosen = select(named, recipe.adapter.targets or "all-linear")
+    section = recipe.adapter
+    ranks, alphas = section.rank_pattern or {}, section.alpha_pattern or {}
+    refuse_idle("adapter.rank_pattern", ranks, chosen)
+    refuse_idle("adapter.alpha_pattern", alphas, chosen)
     adapters = Adapters(
         tuple(named[path] for path in chosen),
         recipe.adapter.kind,
         recipe.adapter.rank,
         recipe.adapter.dropout > 0,
         recipe.adapter.init == "pissa",
+        {path: by_pattern(ranks, path, section.rank) for path in chosen} if ranks else {},
     )
     return Work(
         shapes=shapes,

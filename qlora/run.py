@@ -189,7 +189,8 @@ def build_adapter(recipe: Recipe) -> Lora:
     section = recipe.adapter
     if section.kind == "full":
         raise NotBuiltYet("adapter.kind: full is not built yet. Use lora, rslora or dora.")
-    return ADAPTERS[section.kind](rank=section.rank, alpha=section.alpha, dropout=section.dropout)  # type: ignore[no-any-return]
+    patterns = (dict(section.rank_pattern or {}), dict(section.alpha_pattern or {}))
+    return ADAPTERS[section.kind](section.rank, section.alpha, section.dropout, *patterns)  # type: ignore[no-any-return]
 
 
 def targets_of(recipe: Recipe) -> str | Sequence[str]:

@@ -1,6 +1,6 @@
 """Which frozen matrices get an adapter: find the targets, wrap them, report the count."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,12 +8,19 @@ import torch
 from torch import nn
 
 from qlora.adapters.lora import LoraLinear
+from qlora.adapters.patterns import refuse_idle
 from qlora.adapters.targets import select
 from qlora.quant.linear import FrozenLinear
 
 
 class Wrapper(Protocol):
     """Anything of the ADAPTERS table."""
+
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+    def at(self, path: str) -> "Wrapper":
+        """The settings of one module."""
 
     def wrap(self, base: FrozenLinear) -> Any:
         """The frozen matrix with an adapter beside it."""
@@ -43,9 +50,11 @@ def inject(model: nn.Module, adapter: Wrapper, targets: str | Sequence[str], see
     """
     frozen = frozen_linears(model)
     paths = select(frozen, targets)
+    refuse_idle("adapter.rank_pattern", adapter.rank_pattern, paths)
+    refuse_idle("adapter.alpha_pattern", adapter.alpha_pattern, paths)
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
-        layer = adapter.wrap(frozen[path])
+        layer = adapter.at(path).wrap(frozen[path])
         layer.reset(generator)
         replace(model, path, layer)
     return count(model, len(frozen))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora.adapters.dora import Dora, DoraLinear
 from qlora.adapters.inject import adapted, frozen_linears, replace
 from qlora.adapters.lora import Lora, LoraLinear
+from qlora.adapters.patterns import by_pattern
 from qlora.adapters.rslora import RsLora
 from qlora.ceiling import TooMuch, within_ceilings
 from qlora.errors import AdapterError, QloraError
@@ -109,10 +110,10 @@ def read_named(path: Path) -> dict[str, Tensor]:
 
 def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]:
     """adapter_config.json with the fields every PEFT since 0.10 knows."""
-    rank = next((layer.pair()[0].shape[0] for layer in adapted(model).values()), adapter.rank)
-    alpha = adapter.of_rank(rank).alpha
+    path, layer = next(iter(adapted(model).items()))
+    stored = adapter.widened(layer.pair()[0].shape[0] // adapter.at(path).rank)
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": {key: _plain(alpha) for key, alpha in stored.alpha_pattern.items()},
         "auto_mapping": None,
         "base_model_name_or_path": base.name,
         "bias": "none",
@@ -122,20 +123,25 @@ def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]
         "layers_pattern": None,
         "layers_to_transform": None,
         "loftq_config": {},
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # Ollama reads it as a whole number
+        "lora_alpha": _plain(stored.alpha),
         "lora_dropout": adapter.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
+        "r": stored.rank,
+        "rank_pattern": dict(stored.rank_pattern),
         "revision": base.revision,
         "target_modules": target_names(model),
         "task_type": "CAUSAL_LM",
         "use_dora": isinstance(adapter, Dora),
         "use_rslora": isinstance(adapter, RsLora),
     }
+
+
+def _plain(alpha: float) -> float:
+    """A whole number where it is one: so Ollama reads it."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def target_names(model: nn.Module) -> list[str]:
@@ -211,7 +217,7 @@ def fitted(
 
 def settings(file: AdapterFile, path: str, rank: int) -> Lora:
     """Kind, rank and alpha of one module, the patterns of the config taken into account."""
-    alpha = _by_pattern(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", PEFT_ALPHA))
+    alpha = _within_ceilings(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", PEFT_ALPHA))
     kind = RsLora if file.config.get("use_rslora") else Lora
     return kind(rank=rank, alpha=float(alpha), dropout=float(file.config.get("lora_dropout") or 0.0))
 
@@ -251,7 +257,7 @@ def _odd_magnitude(path: str, magnitude: Tensor, frozen: Mapping[str, Any]) -> s
     return None
 
 
-def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def _within_ceilings(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first key that, read as an expression, is the path or its end wins.
 
     AdapterError for an expression that takes for ever.
@@ -259,13 +265,9 @@ def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     if not patterns:
         return default
     try:
-        return within_ceilings(lambda: _first_match(patterns, path, default))
+        return within_ceilings(lambda: by_pattern(patterns, path, default))
     except (TooMuch, MemoryError):
         raise AdapterError(f"{CONFIG}: alpha_pattern: one of its expressions takes for ever on {path!r}.") from None
-
-
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)), default)
 
 
 def _split(key: str, folder: Path) -> tuple[str, str]:
@@ -293,10 +295,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     """AdapterError unless alpha, dropout and the patterns are what they should be."""
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(_is_expression(key) for key in patterns):
-        raise AdapterError(f"{path}: alpha_pattern must map expressions for module names to numbers.")
-    for alpha in (config.get("lora_alpha", PEFT_ALPHA), *patterns.values()):
+    alphas, ranks = (config.get(key) or {} for key in ("alpha_pattern", "rank_pattern"))
+    for key, patterns in (("alpha_pattern", alphas), ("rank_pattern", ranks)):
+        if not isinstance(patterns, dict) or not all(_is_expression(each) for each in patterns):
+            raise AdapterError(f"{path}: {key} must map expressions for module names to numbers.")
+    if not all(type(rank) is int and 1 <= rank <= MAX_RANK for rank in ranks.values()):
+        raise AdapterError(f"{path}: rank_pattern: found {str(ranks)[:80]}, allowed: whole numbers from 1.")
+    for alpha in (config.get("lora_alpha", PEFT_ALPHA), *alphas.values()):
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
             raise AdapterError(f"{path}: lora_alpha: found {alpha!r}, allowed: a number above 0.")
     dropout = config.get("lora_dropout") or 0.0

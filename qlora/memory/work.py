@@ -1,6 +1,7 @@
 """What is to be planned, in plain values: shapes of the base, how it is stored, what trains, on how much at a time."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -42,11 +43,14 @@ class Adapters:
     rank: int = 16
     dropout: bool = False
     starts: bool = False  # where A and B started is kept beside them
+    ranks: Mapping[str, int] = field(default_factory=dict)  # path -> rank, where it is another one
 
     @cached_property
     def values(self) -> int:
         """Values that train; dora trains one magnitude a row as well."""
-        return self.rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+        return self.rows + sum(
+            self.ranks.get(each.path, self.rank) * (each.in_features + each.out_features) for each in self.matrices
+        )
 
     @cached_property
     def rows(self) -> int:

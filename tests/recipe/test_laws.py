@@ -45,6 +45,8 @@ VALUES = {
     "adapter.alpha": POSITIVE | WHOLE | st.none(),
     "adapter.dropout": SHARE,
     "adapter.targets": st.just("all-linear") | st.lists(WORDS, min_size=1, max_size=3),
+    "adapter.rank_pattern": st.dictionaries(st.just("q_proj") | st.just(r"layers\.\d+\.mlp\..*"), WHOLE) | st.none(),
+    "adapter.alpha_pattern": st.dictionaries(st.just("up_proj"), POSITIVE | WHOLE) | st.none(),
     "adapter.init": st.sampled_from(["default", "gaussian", "pissa", "loftq"]),
     "data.train": SOURCES,
     "data.eval": SOURCES | st.none(),
