@@ -83,6 +83,7 @@ SAME = {  # the same value under our name
     "adapter.rank": ("lora_r", "lora_rank"),
     "adapter.alpha": ("lora_alpha",),
     "adapter.dropout": ("lora_dropout",),
+    "adapter.save_modules": ("modules_to_save", "lora_modules_to_save"),
     "adapter.rank_pattern": ("rank_pattern",),
     "adapter.alpha_pattern": ("alpha_pattern",),
     "data.train": ("dataset", "dataset_name", "dataset_path"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qlora.adapters.weights import AdapterFile
 from qlora.artefacts import CARD, MANIFEST
 from qlora.base.dtypes import DTYPES, name_of
 from qlora.base.filed import model_in_files
@@ -25,6 +26,7 @@ from qlora.recipe import dump
 from qlora.reopen import Opened, Say, held_out
 from qlora.report.card import is_hub
 from qlora.report.outgoing import exported_card
+from qlora.whole import ADAPTERLESS
 
 ONTO = ("dequantized", "original")
 MODELS = ("merged", "ollama")  # targets that are whole models, and so have a certificate
@@ -52,8 +54,7 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
     InputError if the order can't be meant, or the folder is there already; QloraError if the certificate is above a
     limit: then there is no folder, and what was written waits aside for the same order with another limit.
     """
-    if opened.adapter is None:
-        raise InputError("export: this is a model without an adapter; there is nothing to export. Name a run's folder.")
+    _refuse_adapterless(opened, order)
     target, dtype, folder = TARGETS[order.to](), _dtype(order, opened), Path(out)
     if order.onto not in ONTO:
         raise InputError(f"--base: no {order.onto!r}.{did_you_mean(order.onto, ONTO)}")
@@ -78,12 +79,20 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
     }  # fmt: skip
 
 
+def _refuse_adapterless(opened: Opened, order: Order) -> None:
+    if opened.adapter is not None:
+        return
+    if opened.recipe.adapter.kind != "full":
+        raise InputError("export: this is a model without an adapter; there is nothing to export. Name a run's folder.")
+    if order.to in TARGETS and order.to not in MODELS:
+        raise InputError(f"--to {order.to}: {ADAPTERLESS} Use --to merged or --to ollama.")
+
+
 def trained_of(opened: Opened) -> Trained:
-    """The run as the export targets see it."""
-    assert opened.adapter is not None
+    """The run as the export targets see it; where every weight trained, its own folder with nothing to add."""
     base = opened.base
     return Trained(
-        opened.adapter,
+        opened.adapter or AdapterFile(base.folder.path, {}, {}, None),
         base.folder.path,
         build_quantizer(opened.recipe.quant),
         base.manifest.quantized,
@@ -110,7 +119,8 @@ def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: 
     if order.to not in MODELS:
         return {}
     took = rounding(choice.rounding)
-    say(str(took))
+    if choice.rounding:
+        say(str(took))
     agreement = certify(opened, folder, order) if order.rows != 0 else None
     if agreement:
         say(f"certificate: {agreement}")
@@ -147,10 +157,10 @@ def _max_kl(order: Order) -> float | None:
 
 def _card(opened: Opened, folder: Path, facts: dict[str, Any]) -> str:
     """The export's README; the places of this machine stay out of it."""
-    assert opened.adapter is not None
+    source = opened.adapter.folder if opened.adapter else opened.base.folder.path
     name = opened.recipe.model.name
     table = servers(facts["to"], folder, "THIS_FOLDER", name if is_hub(name) else "BASE")
-    return exported_card(_run_manifest(opened.adapter.folder), dump(opened.recipe), facts, as_text(table))
+    return exported_card(_run_manifest(source), dump(opened.recipe), facts, as_text(table))
 
 
 def _key(opened: Opened, order: Order, dtype: torch.dtype) -> str | None:

@@ -50,6 +50,9 @@ class Adapter(Section):
         min_length=1,
         unsaid=True,
     )
+    save_modules: tuple[str, ...] = setting(
+        (), "modules that train whole beside the updates: embed_tokens, lm_head, norm, ...", unsaid=True
+    )
     rank_pattern: Ranks | None = setting(
         None, "other ranks for some modules: {name or expression: rank}; null: none", unsaid=True
     )
@@ -60,5 +63,5 @@ class Adapter(Section):
 
     def idle(self) -> Mapping[str, str]:
         """Full fine-tuning adds no matrices."""
-        keys = ("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "init")
+        keys = ("rank", "alpha", "dropout", "targets", "save_modules", "rank_pattern", "alpha_pattern", "init")
         return dict.fromkeys(keys, "adapter.kind full trains the weights themselves") if self.kind == "full" else {}

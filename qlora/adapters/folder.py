@@ -20,7 +20,12 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R]) whos
 
 
 def folded(file: AdapterFile, weight: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapter's matrices with their scale, and `weight`, multiplied into B. AdapterError for DoRA."""
+    """The adapter's matrices with their scale, and `weight`, multiplied into B. AdapterError if there is more to it."""
+    if file.modules:
+        raise AdapterError(
+            f"{file.folder}: {', '.join(sorted(file.modules)[:3])} trained whole, which no low-rank pair says. "
+            "`qlora export --to merged` takes it."
+        )
     if file.magnitudes:
         raise AdapterError(
             f"{file.folder}: DoRA scales the rows of the base, which no low-rank pair says. "

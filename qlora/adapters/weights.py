@@ -21,6 +21,7 @@ from qlora.adapters.inject import adapted, frozen_linears, replace
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.patterns import by_pattern
 from qlora.adapters.rslora import RsLora
+from qlora.adapters.saved import fitted_modules, saved_tensors, written_names
 from qlora.ceiling import TooMuch, within_ceilings
 from qlora.errors import AdapterError, QloraError
 from qlora.files import read_json, write_bytes, write_json
@@ -33,7 +34,7 @@ MAX_RANK = 65_536
 MAX_EXPRESSION = 500  # characters of a pattern's key
 PEFT_ALPHA = 8  # PEFT's own default
 REFUSED = (  # settings that change what an adapter computes, in ways that are not built
-    "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
+    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
     "target_parameters", "trainable_token_indices", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
     "monteclora_config", "arrow_config",
 )  # fmt: skip
@@ -51,7 +52,7 @@ class Identity:
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I] and `.lora_B` [O, R].
 
-    DoRA has a `.lora_magnitude_vector` [O] as well.
+    DoRA has a `.lora_magnitude_vector` [O] as well; modules that train whole have their own names.
     """
     named: dict[str, Tensor] = {}
     for path, layer in adapted(model).items():
@@ -60,7 +61,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         named[PREFIX + path + SUFFIXES["B"]] = b.detach()
         if isinstance(layer, DoraLinear):
             named[PREFIX + path + SUFFIXES["magnitude"]] = layer.magnitude.detach()
-    return named
+    return named | {PREFIX + name: value.detach() for name, value in saved_tensors(model)}
 
 
 @torch.no_grad()
@@ -70,6 +71,8 @@ def fill(model: nn.Module, named: Mapping[str, Tensor]) -> None:
         layer.fill(named[PREFIX + path + SUFFIXES["A"]], named[PREFIX + path + SUFFIXES["B"]])
         if isinstance(layer, DoraLinear):
             layer.magnitude.copy_(named[PREFIX + path + SUFFIXES["magnitude"]])
+    for name, value in saved_tensors(model):
+        value.copy_(named[PREFIX + name])
 
 
 def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None:
@@ -95,7 +98,12 @@ def refuse_non_finite(named: Mapping[str, Tensor], path: Path) -> None:
 
 def serialize(named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file in memory, its header marked as PyTorch's; the same tensors are the same bytes."""
-    written = save(dict(named), metadata={"format": "pt", **(metadata or {})})
+    seen: set[int] = set()
+    apart = {}  # a tied tensor is written under each of its names
+    for key, value in named.items():
+        apart[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    written = save(apart, metadata={"format": "pt", **(metadata or {})})
     size = int.from_bytes(written[:8], "little")
     # The library writes its header's entries in random order.
     header = json.dumps(json.loads(written[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
@@ -127,7 +135,7 @@ def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]
         "lora_dropout": adapter.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": None,
+        "modules_to_save": written_names(model),
         "peft_type": "LORA",
         "r": stored.rank,
         "rank_pattern": dict(stored.rank_pattern),
@@ -162,6 +170,7 @@ class AdapterFile:
     pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R])
     base_sha256: str | None
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)  # path -> m [O]; of DoRA, for every pair
+    modules: Mapping[str, Tensor] = field(default_factory=dict)  # name -> weight of a module that trained whole
 
 
 def read(folder: Path) -> AdapterFile:
@@ -169,9 +178,11 @@ def read(folder: Path) -> AdapterFile:
     config = _read_config(folder / CONFIG)
     named, metadata = _read_tensors(folder / WEIGHTS)
     sides: dict[str, dict[str, Tensor]] = {}
+    modules = {key.removeprefix(PREFIX): value for key, value in named.items() if _is_saved(key, config)}
     for key, value in named.items():
-        path, side = _split(key, folder)
-        sides.setdefault(path, {})[side] = value
+        if key.removeprefix(PREFIX) not in modules:
+            path, side = _split(key, folder)
+            sides.setdefault(path, {})[side] = value
     needed = set(SUFFIXES) if config.get("use_dora") else {"A", "B"}
     odd = next((path for path, found in sides.items() if found.keys() != needed), None)
     if odd or not sides:
@@ -179,7 +190,7 @@ def read(folder: Path) -> AdapterFile:
         raise AdapterError(f"{folder / WEIGHTS}: {odd or 'the file'} must have exactly {names}, as its {CONFIG} says.")
     pairs = {path: (found["A"], found["B"]) for path, found in sides.items()}
     magnitudes = {path: found["magnitude"] for path, found in sides.items() if "magnitude" in found}
-    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes)
+    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes, modules)
 
 
 def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False) -> str | None:
@@ -195,17 +206,19 @@ def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_ba
 
 def fitted(
     model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False
-) -> tuple[dict[str, LoraLinear], str | None]:
+) -> tuple[dict[str, nn.Module], str | None]:
     """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrix."""
     note = _check_base(file, base_sha256, allow_other_base)
     frozen = frozen_linears(model)
     problems = [problem for path, pair in file.pairs.items() if (problem := _misfit(path, pair, frozen))]
     problems += [problem for path, m in file.magnitudes.items() if (problem := _odd_magnitude(path, m, frozen))]
     problems += [f"{path} is named by target_modules, but the file lacks it" for path in _lacking(file, frozen)]
+    modules, odd = fitted_modules(model, file.modules)
+    problems += odd
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
-    layers: dict[str, LoraLinear] = {}
+    layers: dict[str, nn.Module] = {**modules}
     for path, (a, b) in file.pairs.items():
         kind = DoraLinear if path in file.magnitudes else LoraLinear
         layers[path] = layer = kind(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
@@ -270,6 +283,12 @@ def _within_ceilings(patterns: Mapping[str, Any], path: str, default: Any) -> An
         raise AdapterError(f"{CONFIG}: alpha_pattern: one of its expressions takes for ever on {path!r}.") from None
 
 
+def _is_saved(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a key is a weight of one of `modules_to_save`, which PEFT matches as ends of paths."""
+    names = tuple(config.get("modules_to_save") or ())
+    return key.startswith(PREFIX) and bool(names) and key.rpartition(".")[0].endswith(names)
+
+
 def _split(key: str, folder: Path) -> tuple[str, str]:
     for side, suffix in SUFFIXES.items():
         if key.startswith(PREFIX) and key.endswith(suffix):
@@ -304,6 +323,9 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     for alpha in (config.get("lora_alpha", PEFT_ALPHA), *alphas.values()):
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
             raise AdapterError(f"{path}: lora_alpha: found {alpha!r}, allowed: a number above 0.")
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(f"{path}: modules_to_save must be a list of names.")
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise AdapterError(f"{path}: lora_dropout: found {dropout!r}, allowed: a number from 0 to below 1.")

@@ -48,6 +48,11 @@ def _adapter(out: str, config: Mapping[str, Any], base: str) -> list[Server]:
         return [Server("PEFT", True, _peft(out, base))] + [
             Server(name, False, "refuses DoRA: use --to merged") for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")
         ]
+    if config.get("modules_to_save"):
+        return [Server("PEFT", True, _peft(out, base))] + [
+            Server(name, False, "takes no modules that trained whole: use --to merged")
+            for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")
+        ]
     patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
     scaled = bool(config.get("use_rslora")) or patterns
     rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])

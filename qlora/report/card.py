@@ -14,6 +14,8 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
     base = word(manifest, "base", "name")
     shown = base if is_hub(base) else "a local base model"
     adapter = section(manifest, "adapter")
+    if adapter.get("kind") == "full":
+        return whole_card(manifest, recipe_text)
     return "\n".join(
         [
             *front_matter(base),
@@ -35,6 +37,37 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
             "",
             f"The base's fingerprint is sha256 `{word(manifest, 'base', 'sha256')}`; `run.json` has the rest.",
             "",
+        ]
+    )
+
+
+def whole_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
+    """The card of a run that trained every weight: a model, not an adapter."""
+    base = word(manifest, "base", "name")
+    hub = [f"base_model: {base}", "base_model_relation: finetune"] if is_hub(base) else []
+    count = _count(section(manifest, "adapter").get("trainable_parameters"))
+    return "\n".join(
+        [
+            *(
+                "---",
+                "library_name: transformers",
+                "pipeline_tag: text-generation",
+                "tags:",
+                "- qlora",
+                *hub,
+                "---",
+                "",
+            ),
+            f"# A fine-tuned model of {base if is_hub(base) else 'a local base model'}",
+            "",
+            f"All {count} parameters were trained, float32 masters, stored in {word(manifest, 'base', 'dtype')}.",
+            "",
+            *training(manifest),
+            "Nothing beyond that was evaluated.",
+            "",
+            *("## Loading", "", "```python", "from transformers import AutoModelForCausalLM", ""),
+            *('model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")', "```", ""),
+            *("## Recipe", "", "```yaml", without_local_paths(recipe_text).rstrip(), "```", ""),
         ]
     )
 

@@ -48,6 +48,8 @@ def _merge(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         "original": "the base's original weights, which training did not see",
     }
     lines = [f"LoRA updates added to {onto[facts['base']]}, summed in float32, stored in {facts['dtype']}."]
+    if word(manifest, "adapter", "kind") == "full":
+        lines = [f"Every weight was trained; stored in {facts['dtype']}."]
     found = section(facts, "agreement")
     if found:
         lines += [
@@ -59,7 +61,7 @@ def _merge(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
             f"| {100 * found['top1']:.2f} % | {found['mean_kl']:.2e} | {found['max_logit_difference']:.2e} | "
             f"{found['trained_loss']:.4f} | {found['written_loss']:.4f} | {found['rows']} |",
         ]
-    lost = number(facts, "rounding", "lost")
+    lost = number(facts, "rounding", "lost") or None
     return lines if lost is None else [*lines, "", f"Rounding took {100 * lost:.1f} % of the updates."]
 
 
