@@ -15,16 +15,18 @@ from qlora.base.filed import model_in_files
 from qlora.errors import InputError, QloraError, did_you_mean
 from qlora.export import TARGETS
 from qlora.export.certificate import Agreement, Rounding, compare, rounding
+from qlora.export.portable import Shortened, shortened
 from qlora.export.servers import as_text, servers
 from qlora.export.stream import PROGRESS
 from qlora.export.trained import Choice, Trained
 from qlora.files import sha256_of, write_json, write_text
 from qlora.folders import folder_in_one_step
+from qlora.likeness import as_lora
 from qlora.memory.stream import embed_on_host
 from qlora.quant import build as build_quantizer
 from qlora.recipe import dump
-from qlora.reopen import Opened, Say, held_out
-from qlora.report.card import is_hub
+from qlora.reopen import Opened, Say, has_rows, held_out
+from qlora.report.card import caution, is_hub
 from qlora.report.outgoing import exported_card
 from qlora.whole import ADAPTERLESS
 
@@ -46,6 +48,7 @@ class Order:
     rows: int | None
     max_kl: float | None = None
     max_lost: float = MAX_LOST
+    rank: int | None = None
 
 
 def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: None) -> dict[str, Any]:
@@ -60,7 +63,9 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
         raise InputError(f"--base: no {order.onto!r}.{did_you_mean(order.onto, ONTO)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already. Name a folder that does not exist yet.")
-    choice, trained = Choice(order.onto, dtype), trained_of(opened)
+    if order.rank is not None and (order.to != "portable" or order.rank < 1):
+        raise InputError(f"--rank: found {order.rank} for --to {order.to}, allowed: from 1, for --to portable.")
+    choice, trained = Choice(order.onto, dtype, rank=order.rank), trained_of(opened)
     with folder_in_one_step(folder, _key(opened, order, dtype)) as aside:
         size = target.write(trained, aside, choice)
         measured = _certified(opened, aside, order, choice, say)
@@ -72,9 +77,12 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
     say(f"who takes {out} as it is:\n{as_text(table)}")
     if order.to not in MODELS:
         say("these servers add the adapter to the 16-bit base; `--to merged` keeps the quantised one it was trained on")
+        for line in caution(_run_manifest(_source(opened))):
+            say(f"careful: {line}")
     return {
         "path": str(folder), "base": order.onto, "dtype": name_of(dtype), "bytes": size,
         "agreement": measured.get("agreement"), "rounding": measured.get("rounding"),
+        "shortened": measured.get("shortened"),
         "servers": [asdict(row) for row in table],
     }  # fmt: skip
 
@@ -98,6 +106,7 @@ def trained_of(opened: Opened) -> Trained:
         base.manifest.quantized,
         base.dtype,
         base.device,
+        base.model,
         opened.encoder.template,
         tuple(base.tokenizer.convert_ids_to_tokens(list(base.stops))),
     )
@@ -116,6 +125,9 @@ def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
 
 def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: Say) -> dict[str, Any]:
     """Measure what was written, say it, write certificate.json. QloraError above a limit."""
+    short = shortened(choice.shortened)
+    if short:
+        return _certified_as_lora(opened, folder, order, short, say)
     if order.to not in MODELS:
         return {}
     took = rounding(choice.rounding)
@@ -129,6 +141,23 @@ def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: 
         write_json(folder / "certificate.json", asdict(agreement) | written)
     _refuse(took, agreement, order)
     return {"agreement": asdict(agreement) if agreement else None, "rounding": asdict(took)}
+
+
+def _certified_as_lora(opened: Opened, folder: Path, order: Order, short: Shortened, say: Say) -> dict[str, Any]:
+    """Measure the LoRA that stands for DoRA, say it, write certificate.json. QloraError above --max-kl if there is."""
+    say(str(short))
+    found: dict[str, Any] = {"shortened": asdict(short)}
+    if order.rows == 0 or (order.data is None and not has_rows(opened)):
+        return found
+    agreement = as_lora(opened, folder, held_out(opened, order.data)[: order.rows or CERTIFICATE_ROWS])
+    say(f"certificate: {agreement}")
+    write_json(folder / "certificate.json", asdict(agreement) | found)
+    if order.max_kl is not None and not agreement.mean_kl <= order.max_kl:
+        raise QloraError(
+            f"export: mean KL {agreement.mean_kl:.2e} is above the limit {order.max_kl:g}; nothing was exported. "
+            f"Take a higher --rank, or --max-kl {_above(agreement.mean_kl)} to insist."
+        )
+    return found | {"agreement": asdict(agreement)}
 
 
 def _refuse(took: Rounding, agreement: Agreement | None, order: Order) -> None:
@@ -157,10 +186,14 @@ def _max_kl(order: Order) -> float | None:
 
 def _card(opened: Opened, folder: Path, facts: dict[str, Any]) -> str:
     """The export's README; the places of this machine stay out of it."""
-    source = opened.adapter.folder if opened.adapter else opened.base.folder.path
     name = opened.recipe.model.name
     table = servers(facts["to"], folder, "THIS_FOLDER", name if is_hub(name) else "BASE")
-    return exported_card(_run_manifest(source), dump(opened.recipe), facts, as_text(table))
+    return exported_card(_run_manifest(_source(opened)), dump(opened.recipe), facts, as_text(table))
+
+
+def _source(opened: Opened) -> Path:
+    """The folder of what was trained."""
+    return opened.adapter.folder if opened.adapter else opened.base.folder.path
 
 
 def _key(opened: Opened, order: Order, dtype: torch.dtype) -> str | None:

@@ -187,6 +187,11 @@ def _digests(path: Path) -> dict[str, str]:
     return {name: str(digest) for name, digest in files.items()}
 
 
+def has_rows(opened: Opened) -> bool:
+    """Whether the run knows rows of its own."""
+    return opened.recipe.data.train[0].path != NO_DATA
+
+
 def held_out(opened: Opened, data: str | None) -> Sequence[Example]:
     """Rows to measure on: those of `data` (a file, folder or hub name), else the run's own held-out ones."""
     section, seed = opened.recipe.data, opened.recipe.train.seed
@@ -194,7 +199,7 @@ def held_out(opened: Opened, data: str | None) -> Sequence[Example]:
         read_as = {"train": data, "eval_fraction": 0.0, "packing": False, "max_length": section.max_length}
         section = from_mapping({"model": opened.recipe.model.name, "data": read_as}, "--data")[0].data
         return prepare(section, opened.encoder, seed).train
-    if section.train[0].path == NO_DATA:
+    if not has_rows(opened):
         raise InputError(
             "--data is missing: a model without a run has no held-out rows. Name a file, folder or hub set."
         )

@@ -45,9 +45,9 @@ def as_text(rows: list[Server]) -> str:
 
 def _adapter(out: str, config: Mapping[str, Any], base: str) -> list[Server]:
     if config.get("use_dora"):
-        return [Server("PEFT", True, _peft(out, base))] + [
-            Server(name, False, "refuses DoRA: use --to merged") for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")
-        ]
+        refused = "refuses DoRA: use --to merged, or --to portable for the nearest LoRA"
+        others = [Server(name, False, refused) for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")]
+        return [Server("PEFT", True, _peft(out, base)), *others]
     if config.get("modules_to_save"):
         return [Server("PEFT", True, _peft(out, base))] + [
             Server(name, False, "takes no modules that trained whole: use --to merged")

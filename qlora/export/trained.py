@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora.adapters.weights import AdapterFile
 from qlora.base.fill import Quantizer
@@ -24,6 +25,7 @@ class Trained:
     quantized: Mapping[str, Any]  # module paths that the run quantised
     compute: torch.dtype  # what the run computed in, and quantised from
     device: torch.device
+    model: nn.Module  # the trained model itself, as it answers
     template: Template | None = None  # how conversations are written
     stops: tuple[str, ...] = ()  # tokens that end an answer
 
@@ -35,4 +37,6 @@ class Choice:
     onto: str = "dequantized"  # dequantized | original
     dtype: torch.dtype = torch.bfloat16  # of a merged model
     report: Report = lambda done, total: None
+    rank: int | None = None  # of the LoRA that stands for DoRA
     rounding: dict[str, Any] = field(default_factory=dict)  # path -> what storing in `dtype` did to the update
+    shortened: dict[str, Any] = field(default_factory=dict)  # path -> what a lower rank than the update's left out

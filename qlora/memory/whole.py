@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from qlora.memory.shapes import Shapes
 
-EMBEDDINGS, HEADS = ("embed_tokens", "embed_in"), ("lm_head", "embed_out")
+EMBEDDINGS, HEADS = ("embed_tokens", "embed_in"), ("lm_head",)
 WIDE_NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
@@ -41,7 +41,7 @@ def _known(shapes: Shapes) -> dict[str, int]:
     for layer in range(shapes.layers):
         known |= {f"{shapes.layers_path}.{layer}.{path}": values for path, values in inside.items()}
     known[f"{root}.{LAST_NORMS[layer_norm]}"] = wide
-    return known | {HEADS[layer_norm]: shapes.embedding}
+    return known | {HEADS[0]: shapes.embedding}
 
 
 def _embedding(shapes: Shapes) -> str:

@@ -28,6 +28,7 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
             *training(manifest),
             "Nothing beyond that was evaluated.",
             "",
+            *(f"{line}\n" for line in caution(manifest)),
             *loading(shown),
             "## Recipe",
             "",
@@ -39,6 +40,18 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
             "",
         ]
     )
+
+
+def caution(manifest: Mapping[str, Any]) -> list[str]:
+    """What a user of the adapter must know of the base it is added to, where that is not any base."""
+    init = word(manifest, "adapter", "init")
+    if init not in ("pissa", "loftq") or not number(manifest, "adapter", "quantization_error", "error_before"):
+        return []
+    return [
+        f"Trained from init {init} on a base stored as {stored(manifest)}: the adapter also holds part of what storing "
+        "it so took away. On the 16-bit base that part counts twice, and the sum is not the model that was trained. "
+        "Load the base as it was stored in training, or merge with `qlora export --to merged`."
+    ]
 
 
 def whole_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
