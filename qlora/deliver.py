@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qlora.adapters.tokens import row_modules
 from qlora.adapters.weights import AdapterFile
 from qlora.artefacts import CARD, MANIFEST
 from qlora.base.dtypes import DTYPES, name_of
@@ -107,6 +108,7 @@ def trained_of(opened: Opened) -> Trained:
         base.dtype,
         base.device,
         base.model,
+        {path: (each.index.cpu(), each.rows.detach().cpu()) for path, each in row_modules(base.model).items()},
         opened.encoder.template,
         tuple(base.tokenizer.convert_ids_to_tokens(list(base.stops))),
     )

@@ -69,7 +69,8 @@ def plan_of(recipe: Recipe, machine: Machine) -> Plan:
 def left_open(recipe: Recipe, layers: int) -> Fixed:
     """What the recipe leaves no choice about: its memory section, what trains whole, and that of compiled layers."""
     fixed = fixed_by(recipe.memory, layers)
-    if recipe.adapter.kind == "full" or recipe.adapter.save_modules:  # weights that move have no copy to come from
+    section = recipe.adapter
+    if section.kind == "full" or section.save_modules or section.tokens:  # what moves has no copy to come from
         fixed = replace(fixed, weights="resident")
     if not recipe.train.compile:
         return fixed
@@ -128,7 +129,7 @@ def adapters_of(section: Adapter, shapes: Shapes) -> Adapters:
         section.dropout > 0,
         section.init == "pissa",
         {path: by_pattern(ranks, path, section.rank) for path in chosen} if ranks else {},
-        sum(whole.values()),
+        sum(whole.values()) + len(section.tokens) * shapes.hidden * (1 if shapes.tied else 2),
         head_trains(shapes, whole),
     )
 

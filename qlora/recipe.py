@@ -182,9 +182,10 @@ def _full_stays(adapter: Adapter, memory: Memory) -> dict[str, str]:
 
 
 def _embedding_stays(adapter: Adapter, memory: Memory) -> dict[str, str]:
-    if not adapter.save_modules or memory.weights != "stream":
+    key = "save_modules" if adapter.save_modules else "tokens" if adapter.tokens else None
+    if key is None or memory.weights != "stream":
         return {}
-    return {"memory.weights": "stream has no place for what adapter.save_modules trains. Remove one of the two."}
+    return {"memory.weights": f"stream has no place for what adapter.{key} trains. Remove one of the two."}
 
 
 def _evaluates(train: Train, data: Data) -> dict[str, str]:

@@ -28,7 +28,8 @@ from qlora.recipe import Recipe, dump
 from qlora.reopen import Say, read_adapter
 from qlora.report.outgoing import reworked_card
 
-PLAIN = {"kind": "lora", "rank_pattern": None, "alpha_pattern": None}  # adapter settings of what is written here
+# Adapter settings of what is written here.
+PLAIN = {"kind": "lora", "rank_pattern": None, "alpha_pattern": None, "save_modules": (), "tokens": ()}
 
 
 def resize(name: str, out: str, rank: int, say: Say = lambda line: None) -> dict[str, Any]:

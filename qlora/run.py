@@ -16,6 +16,7 @@ from qlora.adapters.init import begin
 from qlora.adapters.inject import Injection, count, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.saved import save
+from qlora.adapters.tokens import ids_of, train_rows
 from qlora.artefacts import RECIPE, Parts, leave, restore_trained, write_trained
 from qlora.base.load import Base
 from qlora.base.norms import matrices
@@ -149,7 +150,7 @@ def equip(
 ) -> Parts:
     """Adapters on a base, and data for them."""
     adapter = build_adapter(recipe)
-    injected = place_adapter(recipe, adapter, base.model)
+    injected = place_adapter(recipe, adapter, base)
     log.say(f"{recipe.model.name}: {injected}")
     begun = begin(base.model, recipe.adapter.init or "default", partial(matrices, base.folder.path), recipe.train.seed)
     if begun:
@@ -196,12 +197,16 @@ def build_adapter(recipe: Recipe) -> Lora | Full:
     return ADAPTERS[section.kind](section.rank, section.alpha, section.dropout, *patterns)  # type: ignore[no-any-return]
 
 
-def place_adapter(recipe: Recipe, adapter: Lora | Full, model: torch.nn.Module) -> Injection:
+def place_adapter(recipe: Recipe, adapter: Lora | Full, base: Base) -> Injection:
     """Let everything train that the recipe says should."""
+    model, section = base.model, recipe.adapter
     if isinstance(adapter, Full):
         return adapter.train_all(model)
     injected = inject(model, adapter, targets_of(recipe), recipe.train.seed)
-    saved = save(model, recipe.adapter.save_modules)
+    saved = save(model, section.save_modules)
+    if section.tokens:
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        saved += train_rows(model, ids_of(base.tokenizer, section.tokens, rows))
     return replace(count(model, injected.linear_layers), whole=tuple(saved)) if saved else injected
 
 

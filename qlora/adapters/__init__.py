@@ -53,6 +53,9 @@ class Adapter(Section):
     save_modules: tuple[str, ...] = setting(
         (), "modules that train whole beside the updates: embed_tokens, lm_head, norm, ...", unsaid=True
     )
+    tokens: tuple[str | int, ...] = setting(
+        (), "tokens whose rows of embedding and head train, as texts or ids; all others stay frozen", unsaid=True
+    )
     rank_pattern: Ranks | None = setting(
         None, "other ranks for some modules: {name or expression: rank}; null: none", unsaid=True
     )
@@ -63,5 +66,5 @@ class Adapter(Section):
 
     def idle(self) -> Mapping[str, str]:
         """Full fine-tuning adds no matrices."""
-        keys = ("rank", "alpha", "dropout", "targets", "save_modules", "rank_pattern", "alpha_pattern", "init")
+        keys = [key for key in type(self).model_fields if key != "kind"]
         return dict.fromkeys(keys, "adapter.kind full trains the weights themselves") if self.kind == "full" else {}

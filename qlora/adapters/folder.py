@@ -34,11 +34,11 @@ def folded(file: AdapterFile, weight: float = 1.0) -> dict[str, tuple[Tensor, Te
 
 
 def refuse_whole(file: AdapterFile) -> None:
-    """AdapterError if the adapter holds modules that trained whole."""
-    if file.modules:
+    """AdapterError if the adapter holds modules, or rows of them, that trained whole."""
+    if file.modules or file.rows:
+        named = ", ".join(sorted({*file.modules, *(f"rows of {path}" for path in file.rows)})[:3])
         raise AdapterError(
-            f"{file.folder}: {', '.join(sorted(file.modules)[:3])} trained whole, which no low-rank pair says. "
-            "`qlora export --to merged` takes it."
+            f"{file.folder}: {named} trained whole, which no low-rank pair says. `qlora export --to merged` takes it."
         )
 
 

@@ -20,13 +20,13 @@ class Injection:
     linear_layers: int  # frozen matrices of the decoder, adapted or not
     trainable_parameters: int
     parameters: int  # of the whole model, adapters left out; a packed matrix counts its weights, not its bytes
-    whole: tuple[str, ...] = ()  # paths of modules that train whole
+    whole: tuple[str, ...] = ()  # paths of modules that train whole, or some of whose rows do
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.parameters
         if not self.paths:
             return f"all {self.trainable_parameters:,} parameters of the decoder and the head train ({share:.2f} %)"
-        more = f" and {len(self.whole)} modules whole" if self.whole else ""
+        more = f" and in {', '.join(self.whole[:3])}{' ...' * (len(self.whole) > 3)}" if self.whole else ""
         return (
             f"{self.trainable_parameters:,} trainable parameters, {share:.2f} % of the base's {self.parameters:,}, "
             f"in {len(self.paths)} of {self.linear_layers} linear layers{more}"

@@ -45,19 +45,24 @@ def save(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """Path -> module that trains whole beside its frozen one, in the model's order."""
+    """Path -> module that trains beside its frozen one, in the model's order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
+
+
+def whole_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """Those of them that have every weight of the frozen one."""
+    return {path: module for path, module in saved_modules(model).items() if not hasattr(module.master, "rows")}
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Their weights by the names that the base gives them; a tied one under both of its names."""
-    for path, module in saved_modules(model).items():
+    for path, module in whole_modules(model).items():
         yield from ((f"{path}.{name}", value) for name, value in module.master.named_parameters())
 
 
 def written_names(model: nn.Module) -> list[str] | None:
     """What PEFT's `modules_to_save` must say: it takes every module whose path ends so, with or without a dot."""
-    chosen = set(saved_modules(model))
+    chosen = set(whole_modules(model))
     leaves = {path.rpartition(".")[2] for path in chosen}
     every = {path.removesuffix(".base") for path, _ in model.named_modules() if not path.endswith(".master")}
     reached = {path for path in every if path.endswith(tuple(leaves))}

@@ -22,6 +22,7 @@ from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.patterns import by_pattern
 from qlora.adapters.rslora import RsLora
 from qlora.adapters.saved import fitted_modules, saved_tensors, written_names
+from qlora.adapters.tokens import SUFFIX, fitted_rows, indices, row_modules
 from qlora.ceiling import TooMuch, within_ceilings
 from qlora.errors import AdapterError, QloraError
 from qlora.files import read_json, write_bytes, write_json
@@ -35,7 +36,7 @@ MAX_EXPRESSION = 500  # characters of a pattern's key
 PEFT_ALPHA = 8  # PEFT's own default
 REFUSED = (  # settings that change what an adapter computes, in ways that are not built
     "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
-    "target_parameters", "trainable_token_indices", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
+    "target_parameters", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
     "monteclora_config", "arrow_config",
 )  # fmt: skip
 
@@ -61,6 +62,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         named[PREFIX + path + SUFFIXES["B"]] = b.detach()
         if isinstance(layer, DoraLinear):
             named[PREFIX + path + SUFFIXES["magnitude"]] = layer.magnitude.detach()
+    named |= {PREFIX + path + SUFFIX: each.rows.detach() for path, each in row_modules(model).items()}
     return named | {PREFIX + name: value.detach() for name, value in saved_tensors(model)}
 
 
@@ -73,6 +75,8 @@ def fill(model: nn.Module, named: Mapping[str, Tensor]) -> None:
             layer.magnitude.copy_(named[PREFIX + path + SUFFIXES["magnitude"]])
     for name, value in saved_tensors(model):
         value.copy_(named[PREFIX + name])
+    for path, each in row_modules(model).items():
+        each.rows.copy_(named[PREFIX + path + SUFFIX])
 
 
 def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None:
@@ -142,6 +146,7 @@ def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]
         "revision": base.revision,
         "target_modules": target_names(model),
         "task_type": "CAUSAL_LM",
+        **({"trainable_token_indices": rows} if (rows := indices(model)) else {}),
         "use_dora": isinstance(adapter, Dora),
         "use_rslora": isinstance(adapter, RsLora),
     }
@@ -171,6 +176,7 @@ class AdapterFile:
     base_sha256: str | None
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)  # path -> m [O]; of DoRA, for every pair
     modules: Mapping[str, Tensor] = field(default_factory=dict)  # name -> weight of a module that trained whole
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # path -> rows [N, I] of embedding or head that trained
 
 
 def read(folder: Path) -> AdapterFile:
@@ -179,8 +185,9 @@ def read(folder: Path) -> AdapterFile:
     named, metadata = _read_tensors(folder / WEIGHTS)
     sides: dict[str, dict[str, Tensor]] = {}
     modules = {key.removeprefix(PREFIX): value for key, value in named.items() if _is_saved(key, config)}
+    rows = {key[len(PREFIX) : -len(SUFFIX)]: value for key, value in named.items() if key.endswith(SUFFIX)}
     for key, value in named.items():
-        if key.removeprefix(PREFIX) not in modules:
+        if key.removeprefix(PREFIX) not in modules and not key.endswith(SUFFIX):
             path, side = _split(key, folder)
             sides.setdefault(path, {})[side] = value
     needed = set(SUFFIXES) if config.get("use_dora") else {"A", "B"}
@@ -190,7 +197,7 @@ def read(folder: Path) -> AdapterFile:
         raise AdapterError(f"{folder / WEIGHTS}: {odd or 'the file'} must have exactly {names}, as its {CONFIG} says.")
     pairs = {path: (found["A"], found["B"]) for path, found in sides.items()}
     magnitudes = {path: found["magnitude"] for path, found in sides.items() if "magnitude" in found}
-    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes, modules)
+    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes, modules, rows)
 
 
 def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False) -> str | None:
@@ -214,11 +221,12 @@ def fitted(
     problems += [problem for path, m in file.magnitudes.items() if (problem := _odd_magnitude(path, m, frozen))]
     problems += [f"{path} is named by target_modules, but the file lacks it" for path in _lacking(file, frozen)]
     modules, odd = fitted_modules(model, file.modules)
-    problems += odd
+    tokens, odd_rows = fitted_rows(model, file.config, file.rows)
+    problems += odd + odd_rows
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
-    layers: dict[str, nn.Module] = {**modules}
+    layers: dict[str, nn.Module] = {**modules, **tokens}
     for path, (a, b) in file.pairs.items():
         kind = DoraLinear if path in file.magnitudes else LoraLinear
         layers[path] = layer = kind(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)

@@ -77,6 +77,8 @@ class _Merge:
             path = name.removesuffix(".weight")
             if name in modules:
                 yield self._trained(key, modules[name])
+            elif path in trained.rows:
+                yield self._with_rows(shards, key, path)
             elif key in packed or path in made:
                 yield self._matrix(shards, key, path, _shape_of(skeleton, path))
             else:
@@ -94,6 +96,15 @@ class _Merge:
         if not torch.equal(*known):
             self.heads.append(head)
             yield self._copied(shards, key, head) if values[0] is None else self._trained(head, values[0])
+
+    def _with_rows(self, shards: Shards, key: str, path: str) -> Planned:
+        """An embedding or a head with the rows that trained in their places."""
+        index, rows = self.trained.rows[path]
+
+        def make() -> Tensor:
+            return self._rounded(shards[key]).clone().index_copy_(0, index, rows.to(self.trained.compute))
+
+        return Planned(key, shards.shape(key), self.choice.dtype, make)
 
     def _trained(self, key: str, values: Tensor) -> Planned:
         """A module that trained whole, as the trained model read it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.adapters.weights import AdapterFile
 from qlora.base.fill import Quantizer
@@ -26,6 +26,7 @@ class Trained:
     compute: torch.dtype  # what the run computed in, and quantised from
     device: torch.device
     model: nn.Module  # the trained model itself, as it answers
+    rows: Mapping[str, tuple[Tensor, Tensor]]  # path -> ids [N] and rows [N, I] of embedding or head that trained
     template: Template | None = None  # how conversations are written
     stops: tuple[str, ...] = ()  # tokens that end an answer
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,10 +55,10 @@ def test_the_stated_error_is_that_of_an_svd(dora: Path, rank: int | None, tmp_pa
 
 
 def test_more_rank_is_nearer_and_a_limit_is_kept(dora: Path, tmp_path: Path) -> None:
-    errors = [
-        qlora("export", dora, tmp_path / f"r{rank}", "--to", "portable", "--rank", rank, "--json").json
-        for rank in (2, 8, 32)
-    ]
+    def at(rank: int) -> Any:
+        return qlora("export", dora, tmp_path / f"r{rank}", "--to", "portable", "--rank", rank, "--json").json
+
+    errors = [at(rank) for rank in (2, 8, 32)]
     assert errors[0]["shortened"]["error"] > errors[1]["shortened"]["error"] > errors[2]["shortened"]["error"]
     assert errors[0]["agreement"]["mean_kl"] > errors[2]["agreement"]["mean_kl"]
     said = qlora("export", dora, tmp_path / "out", "--to", "portable", "--rank", 2, "--max-kl", 1e-9)
