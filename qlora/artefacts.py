@@ -16,6 +16,7 @@ from qlora.adapters.lora import Lora
 from qlora.adapters.switch import adapters_off
 from qlora.base.folder import tokenizer_files
 from qlora.base.generate import generate
+from qlora.base.grow import save_tokenizer
 from qlora.base.load import Base
 from qlora.data.prepare import Prepared
 from qlora.data.types import IGNORED
@@ -56,11 +57,10 @@ def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]
     # That of an earlier run here goes first: until the new one is written, this folder is not a finished run.
     (output / MANIFEST).unlink(missing_ok=True)
     write_trained(parts, output)
-    for file in tokenizer_files(parts.base.folder.path):
-        write_bytes(output / file.name, file.read_bytes())
+    own_tokenizer = write_tokenizer(parts, output)
     recipe_text = dump(parts.recipe)
     write_text(output / RECIPE, recipe_text)
-    kept = {weights.WEIGHTS, weights.CONFIG, RECIPE, *(file.name for file in tokenizer_files(parts.base.folder.path))}
+    kept = {weights.WEIGHTS, weights.CONFIG, RECIPE, *own_tokenizer}
     if isinstance(parts.adapter, Full):
         kept |= {whole.CONFIG, *(file.name for file in whole.model_files(output))}
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
@@ -73,6 +73,16 @@ def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]
         report_page([RunData(output.name, manifest, read_metrics(output), recipe_text, manifest["samples"])]),
     )
     return manifest
+
+
+def write_tokenizer(parts: Parts, folder: Path) -> list[str]:
+    """The base's tokenizer, byte for byte, or with the new tokens in it; returns its files' names."""
+    if parts.recipe.adapter.new_tokens:
+        return save_tokenizer(parts.base.tokenizer, folder)
+    files = tokenizer_files(parts.base.folder.path)
+    for file in files:
+        write_bytes(folder / file.name, file.read_bytes())
+    return [file.name for file in files]
 
 
 def samples_of(parts: Parts) -> list[dict[str, str]]:

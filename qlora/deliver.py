@@ -108,6 +108,7 @@ def trained_of(opened: Opened) -> Trained:
         base.dtype,
         base.device,
         base.model,
+        base.tokenizer if opened.recipe.adapter.new_tokens else None,
         {path: (each.index.cpu(), each.rows.detach().cpu()) for path, each in row_modules(base.model).items()},
         opened.encoder.template,
         tuple(base.tokenizer.convert_ids_to_tokens(list(base.stops))),

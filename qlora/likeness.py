@@ -1,6 +1,6 @@
 """How a LoRA that stands for another adapter answers beside it: both on the one base that they were trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,29 @@ def as_lora(opened: Opened, folder: Path, examples: Sequence[Example]) -> Agreem
 
 
 class Acting(nn.Module):
-    """A model with one of its adapters switched on whenever it is called."""
+    """A model whose decoder runs with one of its adapters switched on, whatever acted before."""
 
     def __init__(self, model: nn.Module, switch: Switch, name: str) -> None:
         super().__init__()
         self._parts = (model, switch, name)  # in a tuple: the model belongs to somebody else
+        self.config = model.config
 
-    def forward(self, **inputs: Any) -> Any:
-        """As the model."""
-        model, switch, name = self._parts
-        switch.use(name)
-        return model(**inputs)
+    def get_decoder(self) -> Callable[..., Any]:
+        """The decoder; the adapter acts from its call on, until the other one's."""
+        return _Decoder(*self._parts)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, which no LoRA changes."""
+        return self._parts[0].get_output_embeddings()  # type: ignore[no-any-return, operator]
+
+
+class _Decoder:
+    """The decoder as one adapter makes it."""
+
+    def __init__(self, model: Any, switch: Switch, name: str) -> None:
+        self._decoder, self._switch, self._name = model.get_decoder(), switch, name
+        self.config = self._decoder.config
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._switch.use(self._name)
+        return self._decoder(**inputs)

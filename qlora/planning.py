@@ -70,7 +70,8 @@ def left_open(recipe: Recipe, layers: int) -> Fixed:
     """What the recipe leaves no choice about: its memory section, what trains whole, and that of compiled layers."""
     fixed = fixed_by(recipe.memory, layers)
     section = recipe.adapter
-    if section.kind == "full" or section.save_modules or section.tokens:  # what moves has no copy to come from
+    moves = section.kind == "full" or section.save_modules or section.tokens or section.new_tokens
+    if moves:  # it has no copy to come from
         fixed = replace(fixed, weights="resident")
     if not recipe.train.compile:
         return fixed
@@ -129,7 +130,7 @@ def adapters_of(section: Adapter, shapes: Shapes) -> Adapters:
         section.dropout > 0,
         section.init == "pissa",
         {path: by_pattern(ranks, path, section.rank) for path in chosen} if ranks else {},
-        sum(whole.values()) + len(section.tokens) * shapes.hidden * (1 if shapes.tied else 2),
+        sum(whole.values()) + len((*section.tokens, *section.new_tokens)) * shapes.hidden * (1 if shapes.tied else 2),
         head_trains(shapes, whole),
     )
 

@@ -182,7 +182,7 @@ def _full_stays(adapter: Adapter, memory: Memory) -> dict[str, str]:
 
 
 def _embedding_stays(adapter: Adapter, memory: Memory) -> dict[str, str]:
-    key = "save_modules" if adapter.save_modules else "tokens" if adapter.tokens else None
+    key = next((key for key in ("save_modules", "tokens", "new_tokens") if getattr(adapter, key)), None)
     if key is None or memory.weights != "stream":
         return {}
     return {"memory.weights": f"stream has no place for what adapter.{key} trains. Remove one of the two."}

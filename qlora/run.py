@@ -16,7 +16,7 @@ from qlora.adapters.init import begin
 from qlora.adapters.inject import Injection, count, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.saved import save
-from qlora.adapters.tokens import ids_of, train_rows
+from qlora.adapters.tokens import ROWS, ids_of, train_rows
 from qlora.artefacts import RECIPE, Parts, leave, restore_trained, write_trained
 from qlora.base.load import Base
 from qlora.base.norms import matrices
@@ -204,9 +204,9 @@ def place_adapter(recipe: Recipe, adapter: Lora | Full, base: Base) -> Injection
         return adapter.train_all(model)
     injected = inject(model, adapter, targets_of(recipe), recipe.train.seed)
     saved = save(model, section.save_modules)
-    if section.tokens:
+    if section.tokens or section.new_tokens:
         rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        saved += train_rows(model, ids_of(base.tokenizer, section.tokens, rows))
+        saved += train_rows(model, ids_of(base.tokenizer, (*section.tokens, *section.new_tokens), rows))
     return replace(count(model, injected.linear_layers), whole=tuple(saved)) if saved else injected
 
 
@@ -239,7 +239,8 @@ def assemble(parts: Parts, log: Log, stop: StopSignal, step_down: StepDown | Non
         fixed_of(parts, steps),
     )
     optimizer = OPTIMIZERS[optim.kind].build(peak_rates, optim.betas, optim.weight_decay)
-    watch_gradients(optimizer, trainable)
+    # The row of a token that no row of these steps has learns later.
+    watch_gradients(optimizer, {name: value for name, value in trainable.items() if not name.endswith(ROWS)})
     return Job(
         model=parts.processes.wrap(loss.train()),
         trainable=trainable,

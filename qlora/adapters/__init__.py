@@ -56,6 +56,9 @@ class Adapter(Section):
     tokens: tuple[str | int, ...] = setting(
         (), "tokens whose rows of embedding and head train, as texts or ids; all others stay frozen", unsaid=True
     )
+    new_tokens: tuple[Annotated[str, Between(min_length=1)], ...] = setting(
+        (), "texts that become tokens, with rows that train", unsaid=True
+    )
     rank_pattern: Ranks | None = setting(
         None, "other ranks for some modules: {name or expression: rank}; null: none", unsaid=True
     )

@@ -14,6 +14,7 @@ from qlora.adapters.inject import replace
 from qlora.adapters.saved import SavedModule
 from qlora.errors import AdapterError
 
+ROWS = ".master.rows"  # how the parameter's name ends
 SUFFIX = ".token_adapter.trainable_tokens_delta"
 
 
@@ -66,8 +67,8 @@ def ids_of(tokenizer: Any, tokens: Sequence[str | int], rows: int) -> list[int]:
             spare = sorted(text for text in known if "reserved" in text or "unused" in text)[:3]
             hint = f" Spare ones here: {', '.join(spare)}." if spare else ""
             raise AdapterError(
-                f"adapter.tokens: {token!r} is no token of this base, which has {rows:,} rows; growing the vocabulary "
-                f"is not built. Allowed: texts and ids that it has.{hint}"
+                f"adapter.tokens: {token!r} is no token of this base, which has {rows:,} rows. Allowed: texts and ids "
+                f"that it has; adapter.new_tokens adds others.{hint}"
             )
         if number in found:
             raise AdapterError(f"adapter.tokens: {token!r} is there twice.")

@@ -16,13 +16,12 @@ from torch import Tensor
 from qlora.adapters.dora import magnified
 from qlora.adapters.weights import settings
 from qlora.base.dtypes import name_of
-from qlora.base.folder import tokenizer_files
 from qlora.base.prequantized import companions, is_prequantized, read
 from qlora.base.shards import Shards
 from qlora.base.skeleton import build, read_config, renamer
 from qlora.errors import InputError
 from qlora.export.stream import Planned, write_model
-from qlora.export.trained import Choice, Trained
+from qlora.export.trained import Choice, Trained, write_tokenizer
 from qlora.files import write_bytes, write_json
 from qlora.quant.linear import FrozenLinear
 
@@ -40,11 +39,13 @@ class Merged:
         merge = _Merge(trained, choice)
         tensors = list(merge.planned())
         size = write_model(folder, tensors, report=choice.report, notes=choice.rounding)
-        for file in (*tokenizer_files(trained.base), trained.base / "generation_config.json"):
-            if file.is_file():
-                write_bytes(folder / file.name, file.read_bytes())
+        write_tokenizer(trained, folder)
+        generation = trained.base / "generation_config.json"
+        if generation.is_file():
+            write_bytes(folder / generation.name, generation.read_bytes())
         config = merged_config(trained.base / "config.json", choice.dtype)
-        write_json(folder / "config.json", untied(config) if merge.heads else config)
+        rows = max((int(index.max()) + 1 for index, _ in trained.rows.values()), default=0)
+        write_json(folder / "config.json", grown(untied(config) if merge.heads else config, rows))
         return size
 
 
@@ -102,9 +103,13 @@ class _Merge:
         index, rows = self.trained.rows[path]
 
         def make() -> Tensor:
-            return self._rounded(shards[key]).clone().index_copy_(0, index, rows.to(self.trained.compute))
+            found = self._rounded(shards[key])
+            added = found.new_zeros(shape[0] - len(found), shape[1])  # every one of them is among the rows that trained
+            return torch.cat([found, added]).index_copy_(0, index, rows.to(self.trained.compute))
 
-        return Planned(key, shards.shape(key), self.choice.dtype, make)
+        height, width = shards.shape(key)
+        shape = (max(height, int(index.max()) + 1), width)
+        return Planned(key, shape, self.choice.dtype, make)
 
     def _trained(self, key: str, values: Tensor) -> Planned:
         """A module that trained whole, as the trained model read it."""
@@ -173,6 +178,14 @@ def untied(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json that says that the head is a tensor of its own."""
     parts = {key: value | {"tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
     return config | parts | {"tie_word_embeddings": False}
+
+
+def grown(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A config.json for a vocabulary of at least so many rows."""
+    inner = config.get("text_config")
+    text = {"text_config": grown(inner, rows)} if isinstance(inner, dict) else {}
+    known = config.get("vocab_size")
+    return config | text | ({"vocab_size": rows} if isinstance(known, int) and known < rows else {})
 
 
 def _shape_of(skeleton: Any, path: str) -> tuple[int, ...]:

@@ -16,10 +16,8 @@ from qlora.adapters.init import principal
 from qlora.adapters.inject import adapted
 from qlora.adapters.spectrum import factors
 from qlora.adapters.weights import WEIGHTS
-from qlora.base.folder import tokenizer_files
 from qlora.errors import InputError
-from qlora.export.trained import Choice, Trained
-from qlora.files import write_bytes
+from qlora.export.trained import Choice, Trained, write_tokenizer
 
 
 class Portable:
@@ -32,8 +30,7 @@ class Portable:
         """
         pairs = nearest(trained, choice) if trained.adapter.magnitudes else _exact(trained, choice)
         write_plain(folder, padded(pairs, largest_rank(pairs)), trained.adapter, targets_of([trained.adapter]))
-        for file in tokenizer_files(trained.base):
-            write_bytes(folder / file.name, file.read_bytes())
+        write_tokenizer(trained, folder)
         return (folder / WEIGHTS).stat().st_size
 
 

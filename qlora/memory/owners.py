@@ -29,6 +29,7 @@ OWNERS = LASTING + PASSING + OUTSIDE
 CONTEXT_BYTES = 600_000_000  # a CUDA context with its modules and cuBLAS workspaces: 0.4 to 0.7 GB
 IN_FLIGHT = 2  # layers whose parked tensors, or whose packed weights, are on the device at a time
 HOSTED_PIECE_BYTES = 32 * 2**20  # both moments of a piece of hosted_adamw
+COPIES = 3  # of the moments while a checkpoint is written: out of the optimiser, as bytes, with a header
 NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
 RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
 # Of what comes and goes. CUDA: 2 to 4 % with expandable segments. CPU: glibc's heap, which allocator.py keeps; its
@@ -49,7 +50,9 @@ def host_bytes(work: Work) -> int:
     reading = 2 * max(shapes.embedding, *(each.weights for each in shapes.block))
     hosted = work.optimizer.startswith("hosted")
     moments = work.beside.host_moments + (moment_bytes(work.adapters.values, work.optimizer) if hosted else 0)
-    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + max(parked_bytes(work), reading)
+    saving = COPIES * moment_bytes(work.adapters.values, work.optimizer) if work.adapters.kind == "full" else 0
+    passing = max(parked_bytes(work), reading, saving)
+    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + passing
 
 
 def standing_bytes(work: Work) -> int:
@@ -81,7 +84,7 @@ def _phases(work: Work) -> dict[str, Owners]:
         "backward": training | backward | rebuilt,
         "update": training | _moments(work, updating=True),
         "evaluation": learning | forward | rebuilt | {"logits_chunk": logits_bytes(work)},
-        "save": learning,
+        "save": learning | _saving(work),
     }
 
 
@@ -135,6 +138,13 @@ def _moments(work: Work, updating: bool) -> Owners:
         return {"optimizer": waiting + (passing * updating if cuda else size + passing)}
     away = work.optimizer.startswith("paged") and cuda and not updating
     return {"optimizer": waiting + (0 if away else size)}
+
+
+def _saving(work: Work) -> Owners:
+    """On a CPU: the moments and their copies on the way into a file, which count where every weight trains."""
+    if work.adapters.kind != "full" or work.device == "cuda":
+        return {}
+    return {"optimizer": (1 + COPIES) * moment_bytes(work.adapters.values, work.optimizer)}
 
 
 def moment_bytes(values: int, optimizer: str) -> int:

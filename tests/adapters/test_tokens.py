@@ -12,7 +12,7 @@ from cli_runs import qlora
 from runs import adapter_tensors, metrics, recipe_of, run, write_rows
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.adapters import weights
 from qlora.adapters.inject import count, inject
@@ -136,6 +136,79 @@ def test_the_plan_counts_them(zoo: Zoo, family: str, tmp_path: Path) -> None:
     planned = plan_of(recipe, elsewhere("24GiB", 1, None)).as_json()
     assert planned["trainable_parameters"] == count(base.model).trainable_parameters
     assert logits(base.model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("many", [2, 130], ids=["spare rows", "a longer matrix"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied-bias"])
+def test_new_tokens_are_learnt_written_merged_and_read_by_peft(
+    zoo: Zoo, family: str, many: int, tmp_path: Path
+) -> None:
+    new = [f"<new{number}>" for number in range(many)]
+    data = tmp_path / "rows.jsonl"
+    lines = ({"prompt": f"say {new[n % many]}", "completion": f"{new[(n + 1) % many]} yes {n}"} for n in range(12))
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = ("train.max_steps=3", "optim.learning_rate=0.02", "data.eval_fraction=0.25", "quant.kind=dense")
+    recipe = recipe_of(zoo(family), data, tmp_path / "run", *shown, adapter={"new_tokens": new, "tokens": [7]})
+    assert run(recipe)["data"]["kept"] == 12
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ids = tokenizer.convert_tokens_to_ids(new)
+    assert ids == list(range(261, 261 + many)) and tokenizer("say <new1>!")["input_ids"].count(ids[1]) == 1
+    opened = open_run(str(tmp_path / "run"))
+    rows = max(384, 261 + many)
+    assert opened.encoder.vocabulary == 261 + many and len(opened.base.model.get_input_embeddings().weight) == rows
+    prompt = torch.tensor([[1, 7, ids[0], 9, ids[-1], 30, ids[1], 12]])
+
+    @torch.no_grad()
+    def answers(model: Any) -> Tensor:
+        return model(input_ids=prompt).logits
+
+    ours = answers(opened.base.model)
+    base = plain(zoo(family))
+    if rows > 384:
+        base.resize_token_embeddings(rows)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    torch.testing.assert_close(answers(theirs), ours, rtol=0, atol=1e-4)
+    found = qlora("export", tmp_path / "run", tmp_path / "merged", "--to", "merged", "--json").json
+    assert found["agreement"]["top1"] == 1.0 and found["agreement"]["max_logit_difference"] <= 1e-4
+    merged = plain(tmp_path / "merged")
+    assert merged.config.vocab_size == rows == len(merged.get_input_embeddings().weight)
+    torch.testing.assert_close(answers(merged), ours, rtol=0, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids(new) == ids
+    planned = plan_of(recipe, elsewhere("24GiB", 1, None)).as_json()
+    trained = json.loads((tmp_path / "run" / "run.json").read_text())["adapter"]["trainable_parameters"]
+    assert planned["trainable_parameters"] == trained
+
+
+def test_a_run_with_new_tokens_goes_on_exactly(zoo: Zoo, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 8)
+    new = [f"<new{number}>" for number in range(130)]
+
+    def recipe(output: str, *overrides: str) -> Any:
+        options = ("train.save_every=2", *overrides)
+        return recipe_of(zoo("llama"), data, tmp_path / output, *options, adapter={"new_tokens": new})
+
+    run(recipe("whole"))
+    run(recipe("parts", "train.max_steps=2"))
+    run(recipe("parts"))
+    whole, parts = (adapter_tensors(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert qlora("eval", tmp_path / "whole" / "checkpoint-000002", "--data", data).code == 0
+
+
+def test_a_new_token_that_is_there_already_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 8)
+    for words, told in (
+        (["<pad>"], "'<pad>' is a token of this base already"),
+        (["<a>", "<a>"], "'<a>' is there twice"),
+    ):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            f"model: {zoo('llama')}\ndata: {{train: {data}, max_length: 96}}\n"
+            f"adapter: {{new_tokens: {json.dumps(words)}}}\ntrain: {{output: {tmp_path / 'run'}}}\n"
+        )
+        for verb in ("check", "train"):
+            said = qlora(verb, recipe)
+            assert said.code == 2 and f"adapter.new_tokens: {told}" in said.out + said.err
 
 
 def test_what_is_no_token_is_refused_with_the_key(zoo: Zoo, tmp_path: Path) -> None:

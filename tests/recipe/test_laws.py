@@ -47,6 +47,7 @@ VALUES = {
     "adapter.targets": st.just("all-linear") | st.lists(WORDS, min_size=1, max_size=3),
     "adapter.save_modules": st.lists(st.sampled_from(["embed_tokens", "lm_head", "norm"])),
     "adapter.tokens": st.lists(WORDS | st.integers(0, 99), max_size=3),
+    "adapter.new_tokens": st.lists(WORDS, max_size=3),
     "adapter.rank_pattern": st.dictionaries(st.just("q_proj") | st.just(r"layers\.\d+\.mlp\..*"), WHOLE) | st.none(),
     "adapter.alpha_pattern": st.dictionaries(st.just("up_proj"), POSITIVE | WHOLE) | st.none(),
     "adapter.init": st.sampled_from(["default", "gaussian", "pissa", "loftq"]),
