@@ -292,8 +292,10 @@ def _within_ceilings(patterns: Mapping[str, Any], path: str, default: Any) -> An
 
 
 def _is_saved(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether a key is a weight of one of `modules_to_save`, which PEFT matches as ends of paths."""
+    """Whether a key is a weight of one of `modules_to_save`, which PEFT matches as ends of paths; or tied to one."""
     names = tuple(config.get("modules_to_save") or ())
+    if names and config.get("ensure_weight_tying") and key == PREFIX + "lm_head.weight":
+        return True
     return key.startswith(PREFIX) and bool(names) and key.rpartition(".")[0].endswith(names)
 
 

@@ -139,6 +139,23 @@ def test_on_a_tied_base_either_name_means_both_and_they_stay_one(zoo: Zoo, tmp_p
     assert json.loads((folder / weights.CONFIG).read_text())["modules_to_save"] == ["embed_tokens", "lm_head"]
 
 
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_we_read_what_peft_kept_tied(zoo: Zoo, names: list[str], tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=names, ensure_weight_tying=True, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(plain(zoo(TIED)), config).eval()
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if "modules_to_save" in name:
+                value.mul_(1.3)
+    theirs.save_pretrained(tmp_path)
+    base = base_of(zoo(TIED))
+    weights.attach(base.model, weights.read(tmp_path), base.manifest.sha256)
+    torch.testing.assert_close(logits(base.model), logits(theirs), rtol=0, atol=1e-4)
+    assert len(saved_modules(base.model)) == 2
+
+
 def test_where_peft_trained_the_two_apart_the_merged_model_has_two(zoo: Zoo, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = peft.LoraConfig(
