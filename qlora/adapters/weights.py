@@ -222,7 +222,7 @@ def fitted(
     problems += [f"{path} is named by target_modules, but the file lacks it" for path in _lacking(file, frozen)]
     modules, odd = fitted_modules(model, file.modules)
     tokens, odd_rows = fitted_rows(model, file.config, file.rows)
-    problems += odd + odd_rows
+    problems += odd + odd_rows + _unsaid(file)
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
@@ -356,6 +356,16 @@ def _lacking(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
         return []
     wanted = [path for path in frozen if any(path == name or path.endswith(f".{name}") for name in named)]
     return [path for path in wanted if path not in file.pairs]
+
+
+def _unsaid(file: AdapterFile) -> list[str]:
+    """What the adapter's settings say trained whole, but its file does not hold."""
+    paths = [key.rpartition(".")[0] for key in file.modules]
+    names = file.config.get("modules_to_save") or []
+    found = [f"{name} is named by modules_to_save" for name in names if not any(path.endswith(name) for path in paths)]
+    if file.config.get("trainable_token_indices") and not file.rows:
+        found.append("rows are named by trainable_token_indices")
+    return [f"{each}, but the file lacks it" for each in found]
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
