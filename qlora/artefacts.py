@@ -5,13 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qlora import whole
 from qlora.adapters import weights
+from qlora.adapters.full import Full
 from qlora.adapters.init import Begun
 from qlora.adapters.inject import Injection
 from qlora.adapters.lora import Lora
 from qlora.adapters.switch import adapters_off
 from qlora.base.folder import tokenizer_files
 from qlora.base.generate import generate
+from qlora.base.grow import save_tokenizer
 from qlora.base.load import Base
 from qlora.data.prepare import Prepared
 from qlora.data.types import IGNORED
@@ -23,7 +28,7 @@ from qlora.recipe import Recipe, dump
 from qlora.report.card import model_card
 from qlora.report.manifest import run_manifest
 from qlora.report.page import RunData, report_page
-from qlora.train.checkpoint import Position
+from qlora.train.checkpoint import Position, restore_adapter
 from qlora.train.log import read_metrics
 from qlora.train.tasks import question, text_of
 
@@ -38,7 +43,7 @@ class Parts:
     recipe: Recipe
     processes: Processes
     base: Base
-    adapter: Lora
+    adapter: Lora | Full
     injected: Injection
     data: Prepared
     plan: Plan | None = None
@@ -51,12 +56,13 @@ def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]
     output = Path(parts.recipe.train.output)
     # That of an earlier run here goes first: until the new one is written, this folder is not a finished run.
     (output / MANIFEST).unlink(missing_ok=True)
-    write_adapter(parts, output)
-    for file in tokenizer_files(parts.base.folder.path):
-        write_bytes(output / file.name, file.read_bytes())
+    write_trained(parts, output)
+    own_tokenizer = write_tokenizer(parts, output)
     recipe_text = dump(parts.recipe)
     write_text(output / RECIPE, recipe_text)
-    kept = (weights.WEIGHTS, weights.CONFIG, RECIPE, *(file.name for file in tokenizer_files(parts.base.folder.path)))
+    kept = {weights.WEIGHTS, weights.CONFIG, RECIPE, *own_tokenizer}
+    if isinstance(parts.adapter, Full):
+        kept |= {whole.CONFIG, *(file.name for file in whole.model_files(output))}
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
     described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files, "samples": samples_of(parts)}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
@@ -69,6 +75,16 @@ def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]
     return manifest
 
 
+def write_tokenizer(parts: Parts, folder: Path) -> list[str]:
+    """The base's tokenizer, byte for byte, or with the new tokens in it; returns its files' names."""
+    if parts.recipe.adapter.new_tokens:
+        return save_tokenizer(parts.base.tokenizer, folder)
+    files = tokenizer_files(parts.base.folder.path)
+    for file in files:
+        write_bytes(folder / file.name, file.read_bytes())
+    return [file.name for file in files]
+
+
 def samples_of(parts: Parts) -> list[dict[str, str]]:
     """A few held-out rows as the base answers them and as the trained model does, greedily."""
     rows = [row for row in parts.data.eval if row.labels[0] == IGNORED][:SAMPLES]
@@ -77,18 +93,29 @@ def samples_of(parts: Parts) -> list[dict[str, str]]:
         return []
     prompts = [each.prompt_ids for each in asked]
     after = generate(parts.base, prompts, SAMPLE_TOKENS)
-    with adapters_off(parts.base.model):
-        before = generate(parts.base, prompts, SAMPLE_TOKENS)
+    before: list[list[int]] = [[] for _ in prompts]  # of a model all of whose weights moved there is no base left
+    if not isinstance(parts.adapter, Full):
+        with adapters_off(parts.base.model):
+            before = generate(parts.base, prompts, SAMPLE_TOKENS)
     words = [[text_of(ids, parts.base.tokenizer) for ids in many] for many in (prompts, before, after)]
     named = zip(asked, *words, strict=True)
     return [{"prompt": p, "reference": each.reference, "before": b, "after": a} for each, p, b, a in named]
 
 
-def write_adapter(parts: Parts, folder: Path) -> None:
-    """The adapter as it is now, in PEFT's format."""
+def write_trained(parts: Parts, folder: Path, final: bool = True) -> None:
+    """What trained, as it is now: an adapter in PEFT's format; or the model, in a checkpoint its float32 masters."""
+    if isinstance(parts.adapter, Full):
+        return whole.write(folder, parts.base, parts.base.dtype if final else torch.float32)
     manifest = parts.base.manifest
     identity = weights.Identity(manifest.name, manifest.revision, manifest.sha256)
-    weights.write(folder, parts.base.model, parts.adapter, identity)
+    return weights.write(folder, parts.base.model, parts.adapter, identity)
+
+
+def restore_trained(parts: Parts, folder: Path) -> None:
+    """What trains, back as a checkpoint has it."""
+    if isinstance(parts.adapter, Full):
+        return whole.fill(folder, parts.base.model)
+    return restore_adapter(folder, parts.base.model)
 
 
 def describe(parts: Parts, position: Position) -> dict[str, Any]:
@@ -104,6 +131,7 @@ def describe(parts: Parts, position: Position) -> dict[str, Any]:
             "trainable_parameters": injected.trainable_parameters,
             "parameters": injected.parameters,
             "paths": list(injected.paths),
+            "whole": list(injected.whole),
         },
         "data": report.counts(),
         "result": result_of(parts, position),

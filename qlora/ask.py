@@ -18,6 +18,7 @@ from qlora.train.choice import Choice, choice_of, choice_share
 from qlora.train.evaluate import evaluate
 from qlora.train.loss import TokenLoss
 from qlora.train.tasks import exact_match, question, text_of
+from qlora.whole import ADAPTERLESS
 
 TASKS = ("loss", "exact-match", "choice")
 GENERAL = Path(__file__).parent / "train" / "general.txt"  # what a model should not unlearn, whatever it is trained on
@@ -31,6 +32,8 @@ def measure(opened: Opened, data: str | None, task: str, beside_base: bool = Fal
     if task not in TASKS:
         raise InputError(f"--task: no {task!r}.{did_you_mean(task, TASKS)}")
     if beside_base and opened.adapter is None:
+        if opened.recipe.adapter.kind == "full":
+            raise InputError(f"--beside-base: {ADAPTERLESS} Measure the base with `qlora eval BASE --data ...`.")
         raise InputError("--beside-base: this is a model without an adapter; it is its own base.")
     examples = held_out(opened, data)
     choices = [choice_of(each, opened.base.tokenizer) for each in examples] if task == "choice" else []

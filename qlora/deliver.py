@@ -8,23 +8,28 @@ from typing import Any
 
 import torch
 
+from qlora.adapters.tokens import row_modules
+from qlora.adapters.weights import AdapterFile
 from qlora.artefacts import CARD, MANIFEST
 from qlora.base.dtypes import DTYPES, name_of
 from qlora.base.filed import model_in_files
 from qlora.errors import InputError, QloraError, did_you_mean
 from qlora.export import TARGETS
 from qlora.export.certificate import Agreement, Rounding, compare, rounding
+from qlora.export.portable import Shortened, shortened
 from qlora.export.servers import as_text, servers
 from qlora.export.stream import PROGRESS
 from qlora.export.trained import Choice, Trained
 from qlora.files import sha256_of, write_json, write_text
 from qlora.folders import folder_in_one_step
+from qlora.likeness import as_lora
 from qlora.memory.stream import embed_on_host
 from qlora.quant import build as build_quantizer
 from qlora.recipe import dump
-from qlora.reopen import Opened, Say, held_out
-from qlora.report.card import is_hub
+from qlora.reopen import Opened, Say, has_rows, held_out
+from qlora.report.card import caution, is_hub
 from qlora.report.outgoing import exported_card
+from qlora.whole import ADAPTERLESS
 
 ONTO = ("dequantized", "original")
 MODELS = ("merged", "ollama")  # targets that are whole models, and so have a certificate
@@ -44,6 +49,7 @@ class Order:
     rows: int | None
     max_kl: float | None = None
     max_lost: float = MAX_LOST
+    rank: int | None = None
 
 
 def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: None) -> dict[str, Any]:
@@ -52,14 +58,15 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
     InputError if the order can't be meant, or the folder is there already; QloraError if the certificate is above a
     limit: then there is no folder, and what was written waits aside for the same order with another limit.
     """
-    if opened.adapter is None:
-        raise InputError("export: this is a model without an adapter; there is nothing to export. Name a run's folder.")
+    _refuse_adapterless(opened, order)
     target, dtype, folder = TARGETS[order.to](), _dtype(order, opened), Path(out)
     if order.onto not in ONTO:
         raise InputError(f"--base: no {order.onto!r}.{did_you_mean(order.onto, ONTO)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already. Name a folder that does not exist yet.")
-    choice, trained = Choice(order.onto, dtype), trained_of(opened)
+    if order.rank is not None and (order.to != "portable" or order.rank < 1):
+        raise InputError(f"--rank: found {order.rank} for --to {order.to}, allowed: from 1, for --to portable.")
+    choice, trained = Choice(order.onto, dtype, rank=order.rank), trained_of(opened)
     with folder_in_one_step(folder, _key(opened, order, dtype)) as aside:
         size = target.write(trained, aside, choice)
         measured = _certified(opened, aside, order, choice, say)
@@ -71,24 +78,38 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
     say(f"who takes {out} as it is:\n{as_text(table)}")
     if order.to not in MODELS:
         say("these servers add the adapter to the 16-bit base; `--to merged` keeps the quantised one it was trained on")
+        for line in caution(_run_manifest(_source(opened))):
+            say(f"careful: {line}")
     return {
         "path": str(folder), "base": order.onto, "dtype": name_of(dtype), "bytes": size,
         "agreement": measured.get("agreement"), "rounding": measured.get("rounding"),
+        "shortened": measured.get("shortened"),
         "servers": [asdict(row) for row in table],
     }  # fmt: skip
 
 
+def _refuse_adapterless(opened: Opened, order: Order) -> None:
+    if opened.adapter is not None:
+        return
+    if opened.recipe.adapter.kind != "full":
+        raise InputError("export: this is a model without an adapter; there is nothing to export. Name a run's folder.")
+    if order.to in TARGETS and order.to not in MODELS:
+        raise InputError(f"--to {order.to}: {ADAPTERLESS} Use --to merged or --to ollama.")
+
+
 def trained_of(opened: Opened) -> Trained:
-    """The run as the export targets see it."""
-    assert opened.adapter is not None
+    """The run as the export targets see it; where every weight trained, its own folder with nothing to add."""
     base = opened.base
     return Trained(
-        opened.adapter,
+        opened.adapter or AdapterFile(base.folder.path, {}, {}, None),
         base.folder.path,
         build_quantizer(opened.recipe.quant),
         base.manifest.quantized,
         base.dtype,
         base.device,
+        base.model,
+        base.tokenizer if opened.recipe.adapter.new_tokens else None,
+        {path: (each.index.cpu(), each.rows.detach().cpu()) for path, each in row_modules(base.model).items()},
         opened.encoder.template,
         tuple(base.tokenizer.convert_ids_to_tokens(list(base.stops))),
     )
@@ -107,10 +128,14 @@ def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
 
 def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: Say) -> dict[str, Any]:
     """Measure what was written, say it, write certificate.json. QloraError above a limit."""
+    short = shortened(choice.shortened)
+    if short:
+        return _certified_as_lora(opened, folder, order, short, say)
     if order.to not in MODELS:
         return {}
     took = rounding(choice.rounding)
-    say(str(took))
+    if choice.rounding:
+        say(str(took))
     agreement = certify(opened, folder, order) if order.rows != 0 else None
     if agreement:
         say(f"certificate: {agreement}")
@@ -119,6 +144,23 @@ def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: 
         write_json(folder / "certificate.json", asdict(agreement) | written)
     _refuse(took, agreement, order)
     return {"agreement": asdict(agreement) if agreement else None, "rounding": asdict(took)}
+
+
+def _certified_as_lora(opened: Opened, folder: Path, order: Order, short: Shortened, say: Say) -> dict[str, Any]:
+    """Measure the LoRA that stands for DoRA, say it, write certificate.json. QloraError above --max-kl if there is."""
+    say(str(short))
+    found: dict[str, Any] = {"shortened": asdict(short)}
+    if order.rows == 0 or (order.data is None and not has_rows(opened)):
+        return found
+    agreement = as_lora(opened, folder, held_out(opened, order.data)[: order.rows or CERTIFICATE_ROWS])
+    say(f"certificate: {agreement}")
+    write_json(folder / "certificate.json", asdict(agreement) | found)
+    if order.max_kl is not None and not agreement.mean_kl <= order.max_kl:
+        raise QloraError(
+            f"export: mean KL {agreement.mean_kl:.2e} is above the limit {order.max_kl:g}; nothing was exported. "
+            f"Take a higher --rank, or --max-kl {_above(agreement.mean_kl)} to insist."
+        )
+    return found | {"agreement": asdict(agreement)}
 
 
 def _refuse(took: Rounding, agreement: Agreement | None, order: Order) -> None:
@@ -147,10 +189,14 @@ def _max_kl(order: Order) -> float | None:
 
 def _card(opened: Opened, folder: Path, facts: dict[str, Any]) -> str:
     """The export's README; the places of this machine stay out of it."""
-    assert opened.adapter is not None
     name = opened.recipe.model.name
     table = servers(facts["to"], folder, "THIS_FOLDER", name if is_hub(name) else "BASE")
-    return exported_card(_run_manifest(opened.adapter.folder), dump(opened.recipe), facts, as_text(table))
+    return exported_card(_run_manifest(_source(opened)), dump(opened.recipe), facts, as_text(table))
+
+
+def _source(opened: Opened) -> Path:
+    """The folder of what was trained."""
+    return opened.adapter.folder if opened.adapter else opened.base.folder.path
 
 
 def _key(opened: Opened, order: Order, dtype: torch.dtype) -> str | None:

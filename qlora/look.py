@@ -163,8 +163,10 @@ def _gib(size: int) -> str:
 def _encoder_of(recipe: Recipe) -> Any:
     """Text to tokens as in training, without the model."""
     from qlora.base.folder import find
+    from qlora.base.grow import add_tokens
     from qlora.base.skeleton import read_tokenizer
     from qlora.data.tokens import Encoder
 
     tokenizer = read_tokenizer(find(recipe.model.name, recipe.model.revision).path)
+    add_tokens(tokenizer, recipe.adapter.new_tokens)
     return Encoder(tokenizer, recipe.data.train_on, recipe.model.chat_template)

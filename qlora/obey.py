@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from qlora.base.grow import grow
 from qlora.base.load import Base, load
 from qlora.errors import BaseModelError
 from qlora.memory.allocator import return_freed_memory
@@ -54,6 +55,8 @@ def load_base(recipe: Recipe, device: torch.device, plan: Plan | None, say: Say 
     base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say))
     for note in base.notes:
         say(note)
+    if recipe.adapter.new_tokens:
+        grow(base.model, base.tokenizer, recipe.adapter.new_tokens)
     if streams:
         Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
     if plan.work.embeds_on_host if plan else streams:

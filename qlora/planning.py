@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qlora.adapters import Adapter
+from qlora.adapters.patterns import by_pattern, refuse_idle
 from qlora.adapters.targets import select
 from qlora.base.folder import find_config
 from qlora.errors import DoesNotFit
@@ -13,6 +15,7 @@ from qlora.memory.owners import CONTEXT_BYTES
 from qlora.memory.plan import Budget, Plan
 from qlora.memory.reader import read
 from qlora.memory.shapes import Shapes
+from qlora.memory.whole import head_trains, whole_values
 from qlora.memory.work import Adapters, Storage, Work
 from qlora.recipe import Recipe
 
@@ -64,8 +67,12 @@ def plan_of(recipe: Recipe, machine: Machine) -> Plan:
 
 
 def left_open(recipe: Recipe, layers: int) -> Fixed:
-    """What the recipe leaves no choice about: its memory section, and that compiled layers neither stream nor park."""
+    """What the recipe leaves no choice about: its memory section, what trains whole, and that of compiled layers."""
     fixed = fixed_by(recipe.memory, layers)
+    section = recipe.adapter
+    moves = section.kind == "full" or section.save_modules or section.tokens or section.new_tokens
+    if moves:  # it has no copy to come from
+        fixed = replace(fixed, weights="resident")
     if not recipe.train.compile:
         return fixed
     return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")
@@ -90,18 +97,9 @@ def in_words(plan: Plan) -> str:
 
 def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
     """One process's share of a recipe, as far as its memory goes."""
-    named = {matrix.path: matrix for matrix in shapes.matrices}
-    chosen = select(named, recipe.adapter.targets or "all-linear")
-    adapters = Adapters(
-        tuple(named[path] for path in chosen),
-        recipe.adapter.kind,
-        recipe.adapter.rank,
-        recipe.adapter.dropout > 0,
-        recipe.adapter.init == "pissa",
-    )
     return Work(
         shapes=shapes,
-        adapters=adapters,
+        adapters=adapters_of(recipe.adapter, shapes),
         storage=Storage(recipe.quant.kind, bool(recipe.quant.double), recipe.quant.block or 64),
         dtype_bytes=dtype_bytes(recipe.model.dtype, shapes.dtype),
         optimizer=recipe.optim.kind,
@@ -111,6 +109,29 @@ def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
         attention=recipe.model.attention,
         device=machine.device,
         processes=machine.cards,
+    )
+
+
+def adapters_of(section: Adapter, shapes: Shapes) -> Adapters:
+    """What trains. AdapterError for a name or a pattern that means no layer."""
+    if section.kind == "full":
+        trained = shapes.parameters - shapes.vision
+        return Adapters(shapes.matrices, "full", rank=0, whole=trained, whole_head=True)
+    named = {matrix.path: matrix for matrix in shapes.matrices}
+    chosen = select(named, section.targets)
+    ranks, alphas = section.rank_pattern or {}, section.alpha_pattern or {}
+    refuse_idle("adapter.rank_pattern", ranks, chosen)
+    refuse_idle("adapter.alpha_pattern", alphas, chosen)
+    whole = whole_values(shapes, section.save_modules)
+    return Adapters(
+        tuple(named[path] for path in chosen),
+        section.kind,
+        section.rank,
+        section.dropout > 0,
+        section.init == "pissa",
+        {path: by_pattern(ranks, path, section.rank) for path in chosen} if ranks else {},
+        sum(whole.values()) + len((*section.tokens, *section.new_tokens)) * shapes.hidden * (1 if shapes.tied else 2),
+        head_trains(shapes, whole),
     )
 
 

@@ -175,6 +175,19 @@ def _loraplus_has_b(adapter: Adapter, optim: Optim) -> dict[str, str]:
     return {"optim.loraplus_ratio": "has no effect: adapter.kind full has no A and B. Remove it."}
 
 
+def _full_stays(adapter: Adapter, memory: Memory) -> dict[str, str]:
+    if adapter.kind != "full" or memory.weights != "stream":
+        return {}
+    return {"memory.weights": "stream: adapter.kind full moves every weight, and only frozen ones stream. Remove it."}
+
+
+def _embedding_stays(adapter: Adapter, memory: Memory) -> dict[str, str]:
+    key = next((key for key in ("save_modules", "tokens", "new_tokens") if getattr(adapter, key)), None)
+    if key is None or memory.weights != "stream":
+        return {}
+    return {"memory.weights": f"stream has no place for what adapter.{key} trains. Remove one of the two."}
+
+
 def _evaluates(train: Train, data: Data) -> dict[str, str]:
     if data.eval is not None or data.eval_fraction > 0:
         return {}
@@ -200,6 +213,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
     (("adapter", "quant"), _full_is_dense),
     (("adapter", "quant"), _loftq_is_quantised),
     (("adapter", "optim"), _loraplus_has_b),
+    (("adapter", "memory"), _full_stays),
+    (("adapter", "memory"), _embedding_stays),
     (("train",), _stops_between_evaluations),
     (("train", "data"), _evaluates),
     (("train", "memory"), _compiled_stays),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora import whole
 from qlora.adapters import weights
 from qlora.adapters.switch import Switch
 from qlora.artefacts import MANIFEST, RECIPE
@@ -17,7 +18,7 @@ from qlora.files import plain_name, read_json, sha256_of
 from qlora.obey import load_base, plan_here
 from qlora.recipe import Recipe, from_mapping
 from qlora.recipe import read as read_recipe
-from qlora.train.checkpoint import POSITION, broken
+from qlora.train.checkpoint import POSITION, TRAINED, broken
 
 Say = Callable[[str], None]
 NO_DATA = "-"  # the training set of a model that has no run
@@ -44,6 +45,8 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     """
     recipe, own = _find(name)
     folder = Path(adapter) if adapter else own
+    if recipe.adapter.kind == "full":
+        refuse_damaged(Path(recipe.model.name), say)
     file = intact(folder, say) if folder else None
     base = load_base(recipe, Single().device, plan_here(recipe), say)
     note = weights.attach(base.model, file, base.manifest.sha256) if file else None
@@ -80,9 +83,11 @@ def _find(name: str) -> tuple[Recipe, Path | None]:
     """The recipe that `name` was trained by, or the defaults around it; and its adapter's folder."""
     folder = Path(name)
     if (folder / RECIPE).is_file():
-        return _recipe_of(folder), _finished(folder)
+        recipe = _recipe_of(folder)
+        return _whole(recipe, _finished(folder, recipe)) or (recipe, folder)
     if (folder / POSITION).is_file() and (folder.parent / RECIPE).is_file():
-        return _recipe_of(folder.parent), folder
+        recipe = _recipe_of(folder.parent)
+        return _whole(recipe, folder) or (recipe, folder)
     if (folder / weights.CONFIG).is_file():
         return _defaults(_base_named_by(folder)), folder
     return _defaults(name), None
@@ -95,8 +100,10 @@ def read_adapter(name: str) -> tuple[weights.AdapterFile, Recipe | None]:
     """
     folder = Path(name)
     recipe = next((_recipe_of(place) for place in (folder, folder.parent) if _speaks_for(place, folder)), None)
+    if recipe and recipe.adapter.kind == "full":
+        raise AdapterError(f"{folder}: {whole.ADAPTERLESS}")
     if recipe and folder.joinpath(RECIPE).is_file():
-        _finished(folder)
+        _finished(folder, recipe)
     elif not (folder / weights.CONFIG).is_file():
         raise InputError(
             f"{folder}: is no run, checkpoint or adapter folder: it has no {weights.CONFIG} and no {RECIPE}."
@@ -117,9 +124,17 @@ def _defaults(model: str) -> Recipe:
     return from_mapping({"model": model, "data": {"train": NO_DATA}}, where="defaults")[0]
 
 
-def _finished(folder: Path) -> Path:
-    """A run's folder, if its final adapter is there, and run.json, which is written last."""
-    lacking = next((name for name in (weights.WEIGHTS, MANIFEST) if not (folder / name).is_file()), None)
+def _whole(recipe: Recipe, folder: Path) -> tuple[Recipe, None] | None:
+    """The recipe of a run that trained every weight, with the folder it left as its model; None for an adapter's."""
+    if recipe.adapter.kind != "full":
+        return None
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(folder)})}), None
+
+
+def _finished(folder: Path, recipe: Recipe) -> Path:
+    """A run's folder, if what it trained is there, and run.json, which is written last."""
+    trained = whole.CONFIG if recipe.adapter.kind == "full" else weights.WEIGHTS
+    lacking = next((name for name in (trained, MANIFEST) if not (folder / name).is_file()), None)
     if lacking is None:
         return folder
     saved = sorted(path.name for path in folder.glob("checkpoint-*"))
@@ -137,10 +152,13 @@ def _base_named_by(folder: Path) -> str:
 
 
 def intact(folder: Path, say: Say = lambda line: None) -> weights.AdapterFile:
-    """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down.
+    """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down."""
+    refuse_damaged(folder, say)
+    return weights.read(folder)
 
-    AdapterError if a file is damaged; a recipe that was edited since is only told.
-    """
+
+def refuse_damaged(folder: Path, say: Say = lambda line: None) -> None:
+    """AdapterError if a file is not what its run or checkpoint wrote; a recipe that was edited since is only told."""
     if (folder / POSITION).is_file():
         reason = broken(folder)
         if reason:
@@ -153,7 +171,6 @@ def intact(folder: Path, say: Say = lambda line: None) -> weights.AdapterFile:
             say(f"{path} is not as the run wrote it; it is read as it is now.")
         else:
             raise AdapterError(f"{path} is damaged: its sha256 is not the one in {folder / MANIFEST}.")
-    return weights.read(folder)
 
 
 def _digests(path: Path) -> dict[str, str]:
@@ -165,9 +182,14 @@ def _digests(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} is damaged: {error!r}.") from error
     wrong = next((name for name in files if not plain_name(name)), None)
-    if wrong is not None or not files.keys() >= {weights.WEIGHTS, weights.CONFIG}:
+    if wrong is not None or not any(files.keys() >= trained for trained in TRAINED):
         raise AdapterError(f"{path} is damaged: `files` must name the adapter's own, found {str(wrong)[:80]!r}.")
     return {name: str(digest) for name, digest in files.items()}
+
+
+def has_rows(opened: Opened) -> bool:
+    """Whether the run knows rows of its own."""
+    return opened.recipe.data.train[0].path != NO_DATA
 
 
 def held_out(opened: Opened, data: str | None) -> Sequence[Example]:
@@ -177,7 +199,7 @@ def held_out(opened: Opened, data: str | None) -> Sequence[Example]:
         read_as = {"train": data, "eval_fraction": 0.0, "packing": False, "max_length": section.max_length}
         section = from_mapping({"model": opened.recipe.model.name, "data": read_as}, "--data")[0].data
         return prepare(section, opened.encoder, seed).train
-    if section.train[0].path == NO_DATA:
+    if not has_rows(opened):
         raise InputError(
             "--data is missing: a model without a run has no held-out rows. Name a file, folder or hub set."
         )

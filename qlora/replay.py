@@ -41,16 +41,17 @@ class Origin(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
-def row_wise(make: Make, *sources: Tensor) -> Tensor:
-    """make(*sources), which works on each row (last dimension) alone and trains nothing; keeps the sources only.
+def row_wise(make: Make, *sources: Tensor, trained: tuple[Tensor, ...] = ()) -> Tensor:
+    """make(*sources, *trained), which works on each row (last dimension) of the sources alone; keeps the sources only.
 
-    Sources [..., any] of one leading shape; `make` runs again, row by row the same, in backward.
+    Sources [..., any] of one leading shape; `make` runs again, row by row the same, in backward. `trained` are the
+    parameters that learn: they do not change until backward is done.
     """
-    wanted = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (*sources, *trained))
     if not wanted or torch.compiler.is_compiling():  # a compiler finds out by itself what to make again
-        return make(*sources)
-    made: Tensor = _RowWise.apply(make, *sources)
-    setattr(made, ATTRIBUTE, Origin(Replay(make), sources))
+        return make(*sources, *trained)
+    made: Tensor = _RowWise.apply(make, len(trained), *trained, *sources)
+    setattr(made, ATTRIBUTE, Origin(Replay(lambda *rows: make(*rows, *trained)), sources))
     return made
 
 
@@ -68,29 +69,34 @@ class _RowWise(torch.autograd.Function):
     """A row-wise function whose steps are made again in backward, on a CPU a cacheful of rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, make: Make, *sources: Tensor) -> Tensor:
-        """make(*sources)."""
-        ctx.make = make
-        ctx.save_for_backward(*sources)
-        return _in_chunks(make, sources)
+    def forward(ctx: Any, make: Make, learn: int, *tensors: Tensor) -> Tensor:
+        """make(*sources, *trained); of the tensors the first `learn` are the trained ones."""
+        ctx.make, ctx.learn = make, learn
+        ctx.save_for_backward(*tensors)
+        trained = tensors[:learn]
+        return _in_chunks(lambda *rows: make(*rows, *trained), tensors[learn:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the sources that want one."""
-        wanted = ctx.needs_input_grad[1:]
+        """The gradients of what wants one; those of trained tensors are sums over the rows."""
         saved = ctx.saved_tensors  # asked for once: a recomputed block gives them a single time
-        sources = [_rows(source) for source in saved]
+        trained = [each.detach().requires_grad_() for each in saved[: ctx.learn]]
+        wanted, sources = ctx.needs_input_grad[2 + ctx.learn :], [_rows(each) for each in saved[ctx.learn :]]
         found = [torch.empty_like(s) if w else None for s, w in zip(sources, wanted, strict=True)]
-        grad = _rows(grads[0])
+        sums, grad = [torch.zeros_like(each) for each in trained], _rows(grads[0])
         for part in _parts(sources):
             pieces = [s[part].detach().requires_grad_(w) for s, w in zip(sources, wanted, strict=True)]
             with torch.enable_grad():
-                made = ctx.make(*pieces)
-            slopes = iter(torch.autograd.grad(made, [piece for piece in pieces if piece.requires_grad], grad[part]))
+                made = ctx.make(*pieces, *trained)
+            inputs = [*trained, *(piece for piece in pieces if piece.requires_grad)]
+            slopes = iter(torch.autograd.grad(made, inputs, grad[part]))
+            for total in sums:
+                total += next(slopes)
             for each in found:
                 if each is not None:
                     each[part] = next(slopes)
-        return None, *(None if g is None else g.view(s.shape) for g, s in zip(found, saved, strict=True))
+        shaped = (None if g is None else g.view(s.shape) for g, s in zip(found, saved[ctx.learn :], strict=True))
+        return None, None, *sums, *shaped
 
 
 def _in_chunks(make: Make, sources: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,9 @@ from qlora.recipe import Recipe, dump
 from qlora.reopen import Say, read_adapter
 from qlora.report.outgoing import reworked_card
 
+# Adapter settings of what is written here.
+PLAIN = {"kind": "lora", "rank_pattern": None, "alpha_pattern": None, "save_modules": (), "tokens": ()}
+
 
 def resize(name: str, out: str, rank: int, say: Say = lambda line: None) -> dict[str, Any]:
     """Write the best approximation of `rank` of every update; returns the energy that was kept.
@@ -147,7 +150,7 @@ def _write(
             write_bytes(aside / file.name, file.read_bytes())
         files_written = manifest_of(aside)
         if recipe:
-            adapter = recipe.adapter.model_copy(update={"kind": "lora", "rank": rank, "alpha": float(rank)})
+            adapter = recipe.adapter.model_copy(update=PLAIN | {"rank": rank, "alpha": float(rank)})
             write_text(aside / RECIPE, dump(recipe.model_copy(update={"adapter": adapter})))
         base = {
             "name": origin.config.get("base_model_name_or_path"),

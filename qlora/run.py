@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 
 from qlora.adapters import ADAPTERS
+from qlora.adapters.full import Full
 from qlora.adapters.init import begin
-from qlora.adapters.inject import inject
+from qlora.adapters.inject import Injection, count, inject
 from qlora.adapters.lora import Lora
-from qlora.artefacts import RECIPE, Parts, leave, write_adapter
+from qlora.adapters.saved import save
+from qlora.adapters.tokens import ROWS, ids_of, train_rows
+from qlora.artefacts import RECIPE, Parts, leave, restore_trained, write_trained
 from qlora.base.load import Base
 from qlora.base.norms import matrices
 from qlora.base.unchanged import frozen_sha256
@@ -24,7 +28,7 @@ from qlora.data.tokens import Encoder
 from qlora.data.types import counted
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
-from qlora.errors import BaseModelError, InputError, NotBuiltYet, QloraError
+from qlora.errors import BaseModelError, InputError, QloraError
 from qlora.files import write_text
 from qlora.folders import sweep
 from qlora.memory.allocator import keep_freed_memory
@@ -35,7 +39,7 @@ from qlora.planning import in_words, left_open, plan_run
 from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
 from qlora.train import OPTIMIZERS
-from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
+from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore
 from qlora.train.guard import Abandoned, StopSignal, stop_signals
 from qlora.train.log import Log, RowsTold, watching
 from qlora.train.loop import Job, fit, refuse_other_rates, rehearse, steps_of
@@ -146,7 +150,7 @@ def equip(
 ) -> Parts:
     """Adapters on a base, and data for them."""
     adapter = build_adapter(recipe)
-    injected = inject(base.model, adapter, targets_of(recipe), recipe.train.seed)
+    injected = place_adapter(recipe, adapter, base)
     log.say(f"{recipe.model.name}: {injected}")
     begun = begin(base.model, recipe.adapter.init or "default", partial(matrices, base.folder.path), recipe.train.seed)
     if begun:
@@ -184,12 +188,26 @@ def open_processes(recipe: Recipe) -> Processes:
     return strategy
 
 
-def build_adapter(recipe: Recipe) -> Lora:
-    """The adapter kind of the recipe. NotBuiltYet for a kind that has no file yet."""
+def build_adapter(recipe: Recipe) -> Lora | Full:
+    """The adapter kind of the recipe."""
     section = recipe.adapter
     if section.kind == "full":
-        raise NotBuiltYet("adapter.kind: full is not built yet. Use lora, rslora or dora.")
-    return ADAPTERS[section.kind](rank=section.rank, alpha=section.alpha, dropout=section.dropout)  # type: ignore[no-any-return]
+        return Full()
+    patterns = (dict(section.rank_pattern or {}), dict(section.alpha_pattern or {}))
+    return ADAPTERS[section.kind](section.rank, section.alpha, section.dropout, *patterns)  # type: ignore[no-any-return]
+
+
+def place_adapter(recipe: Recipe, adapter: Lora | Full, base: Base) -> Injection:
+    """Let everything train that the recipe says should."""
+    model, section = base.model, recipe.adapter
+    if isinstance(adapter, Full):
+        return adapter.train_all(model)
+    injected = inject(model, adapter, targets_of(recipe), recipe.train.seed)
+    saved = save(model, section.save_modules)
+    if section.tokens or section.new_tokens:
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        saved += train_rows(model, ids_of(base.tokenizer, (*section.tokens, *section.new_tokens), rows))
+    return replace(count(model, injected.linear_layers), whole=tuple(saved)) if saved else injected
 
 
 def targets_of(recipe: Recipe) -> str | Sequence[str]:
@@ -217,11 +235,12 @@ def assemble(parts: Parts, log: Log, stop: StopSignal, step_down: StepDown | Non
     checkpoints = Checkpoints(
         Path(recipe.train.output),
         recipe.train.keep,
-        lambda folder: write_adapter(parts, folder),
+        lambda folder: write_trained(parts, folder, final=False),
         fixed_of(parts, steps),
     )
     optimizer = OPTIMIZERS[optim.kind].build(peak_rates, optim.betas, optim.weight_decay)
-    watch_gradients(optimizer, trainable)
+    # The row of a token that no row of these steps has learns later.
+    watch_gradients(optimizer, {name: value for name, value in trainable.items() if not name.endswith(ROWS)})
     return Job(
         model=parts.processes.wrap(loss.train()),
         trainable=trainable,
@@ -305,7 +324,7 @@ def resume(parts: Parts, job: Job) -> Position:
     if saved:
         refuse_changes(saved, job.checkpoints.fixed)
         refuse_other_rates(saved, job.optim, job.steps)
-        position = restore(saved, parts.base.model, job.optimizer, job.trainable)
+        position = restore(saved, partial(restore_trained, parts), job.optimizer, job.trainable)
         job.log.say(f"resumed from {saved.folder} at step {position.step} of {job.steps}")
     if parts.processes.writes:
         job.log.restart(position.step, position.evaluated_step == position.step)
@@ -321,7 +340,7 @@ def keep_best(parts: Parts, job: Job, position: Position) -> None:
         return
     folder = job.checkpoints.folder_of(best)
     if broken(folder) is None:
-        restore_adapter(folder, parts.base.model)
+        restore_trained(parts, folder)
         job.log.say(f"the adapter of step {best} is kept: its held-out loss {position.best_loss:.4f} is the lowest")
 
 

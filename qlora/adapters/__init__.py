@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from qlora.config import KindOf, Rule, Section, setting
+from qlora.config import Between, KindOf, Rule, Section, setting
 from qlora.kinds import Kinds
 
 ADAPTERS = Kinds(
@@ -30,6 +30,11 @@ def _pattern(text: str) -> str:
     return text
 
 
+Key = Annotated[str, Rule(_pattern)]
+Ranks = dict[Key, Annotated[int, Between(ge=1)]]
+Alphas = dict[Key, Annotated[float, Between(gt=0)]]
+
+
 class Adapter(Section):
     """The small trainable layers."""
 
@@ -45,9 +50,24 @@ class Adapter(Section):
         min_length=1,
         unsaid=True,
     )
+    save_modules: tuple[str, ...] = setting(
+        (), "modules that train whole beside the updates: embed_tokens, lm_head, norm, ...", unsaid=True
+    )
+    tokens: tuple[str | int, ...] = setting(
+        (), "tokens whose rows of embedding and head train, as texts or ids; all others stay frozen", unsaid=True
+    )
+    new_tokens: tuple[Annotated[str, Between(min_length=1)], ...] = setting(
+        (), "texts that become tokens, with rows that train", unsaid=True
+    )
+    rank_pattern: Ranks | None = setting(
+        None, "other ranks for some modules: {name or expression: rank}; null: none", unsaid=True
+    )
+    alpha_pattern: Alphas | None = setting(
+        None, "other alphas for some modules: {name or expression: alpha}; null: none", unsaid=True
+    )
     init: Literal["default", "gaussian", "pissa", "loftq"] = setting("default", "how A and B start", unsaid=True)
 
     def idle(self) -> Mapping[str, str]:
         """Full fine-tuning adds no matrices."""
-        keys = ("rank", "alpha", "dropout", "targets", "init")
+        keys = [key for key in type(self).model_fields if key != "kind"]
         return dict.fromkeys(keys, "adapter.kind full trains the weights themselves") if self.kind == "full" else {}

@@ -20,16 +20,26 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R]) whos
 
 
 def folded(file: AdapterFile, weight: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapter's matrices with their scale, and `weight`, multiplied into B. AdapterError for DoRA."""
+    """The adapter's matrices with their scale, and `weight`, multiplied into B. AdapterError if there is more to it."""
+    refuse_whole(file)
     if file.magnitudes:
         raise AdapterError(
             f"{file.folder}: DoRA scales the rows of the base, which no low-rank pair says. "
-            "`qlora export --to merged` takes it."
+            "`qlora export --to portable` writes the nearest LoRA, --to merged takes it as it is."
         )
     return {
         path: (a.float(), b.float() * (weight * settings(file, path, a.shape[0]).scaling))
         for path, (a, b) in file.pairs.items()
     }
+
+
+def refuse_whole(file: AdapterFile) -> None:
+    """AdapterError if the adapter holds modules, or rows of them, that trained whole."""
+    if file.modules or file.rows:
+        named = ", ".join(sorted({*file.modules, *(f"rows of {path}" for path in file.rows)})[:3])
+        raise AdapterError(
+            f"{file.folder}: {named} trained whole, which no low-rank pair says. `qlora export --to merged` takes it."
+        )
 
 
 def truncated(pairs: Pairs, rank: int) -> dict[str, tuple[Tensor, Tensor]]:

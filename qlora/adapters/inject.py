@@ -2,21 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from qlora.adapters.lora import LoraLinear
+from qlora.adapters.lora import Lora, LoraLinear
+from qlora.adapters.patterns import refuse_idle
 from qlora.adapters.targets import select
 from qlora.quant.linear import FrozenLinear
-
-
-class Wrapper(Protocol):
-    """Anything of the ADAPTERS table."""
-
-    def wrap(self, base: FrozenLinear) -> Any:
-        """The frozen matrix with an adapter beside it."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +20,31 @@ class Injection:
     linear_layers: int  # frozen matrices of the decoder, adapted or not
     trainable_parameters: int
     parameters: int  # of the whole model, adapters left out; a packed matrix counts its weights, not its bytes
+    whole: tuple[str, ...] = ()  # paths of modules that train whole, or some of whose rows do
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.parameters
+        if not self.paths:
+            return f"all {self.trainable_parameters:,} parameters of the decoder and the head train ({share:.2f} %)"
+        more = f" and in {', '.join(self.whole[:3])}{' ...' * (len(self.whole) > 3)}" if self.whole else ""
         return (
             f"{self.trainable_parameters:,} trainable parameters, {share:.2f} % of the base's {self.parameters:,}, "
-            f"in {len(self.paths)} of {self.linear_layers} linear layers"
+            f"in {len(self.paths)} of {self.linear_layers} linear layers{more}"
         )
 
 
-def inject(model: nn.Module, adapter: Wrapper, targets: str | Sequence[str], seed: int) -> Injection:
+def inject(model: nn.Module, adapter: Lora, targets: str | Sequence[str], seed: int) -> Injection:
     """Wrap every target of `model` and initialise the adapters from `seed`, in the order of the layers.
 
     AdapterError, with the nearest names, if one of the patterns matches no frozen linear layer.
     """
     frozen = frozen_linears(model)
     paths = select(frozen, targets)
+    refuse_idle("adapter.rank_pattern", adapter.rank_pattern, paths)
+    refuse_idle("adapter.alpha_pattern", adapter.alpha_pattern, paths)
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
-        layer = adapter.wrap(frozen[path])
+        layer = adapter.at(path).wrap(frozen[path])
         layer.reset(generator)
         replace(model, path, layer)
     return count(model, len(frozen))

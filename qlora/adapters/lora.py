@@ -1,12 +1,14 @@
 """LoRA (arXiv:2106.09685): a low-rank update beside each frozen matrix."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters.branch import Accumulate, Branch, Strength
+from qlora.adapters.patterns import by_pattern
 from qlora.quant.linear import FrozenLinear
 from qlora.replay import origin_of
 
@@ -75,20 +77,37 @@ class LoraLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of plain LoRA; builds one LoraLinear per frozen matrix."""
+    """Settings of plain LoRA; builds one LoraLinear per frozen matrix.
+
+    The patterns give some modules a rank or an alpha of their own: `at(path)` is what counts for one.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
         """Strength of the update: alpha / rank."""
         return self.alpha / self.rank
 
-    def of_rank(self, rank: int) -> "Lora":
-        """The same kind and strength at another rank."""
-        return replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
+    def at(self, path: str) -> "Lora":
+        """The settings of one module, the patterns followed."""
+        rank, alpha = by_pattern(self.rank_pattern, path, self.rank), by_pattern(self.alpha_pattern, path, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def widened(self, times: int) -> "Lora":
+        """The same strengths at so many times the ranks."""
+        stronger = replace(self, rank=self.rank * times).scaling / self.scaling
+        return replace(
+            self,
+            rank=self.rank * times,
+            alpha=self.alpha / stronger,
+            rank_pattern={key: rank * times for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: alpha / stronger for key, alpha in self.alpha_pattern.items()},
+        )
 
     def wrap(self, base: FrozenLinear) -> LoraLinear:
         """`base` with an untrained update beside it."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.inject import adapted, frozen_linears
 from qlora.adapters.lora import LoraLinear
+from qlora.adapters.saved import SavedModule, saved_modules
 from qlora.errors import AdapterError, did_you_mean
 from qlora.quant.linear import FrozenLinear
 
@@ -22,7 +23,8 @@ Layers = Mapping[str, nn.Module]  # path -> the adapted layer that goes there
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside the block `model` is its base."""
-    layers = [layer for layer in adapted(model).values() if layer.active]
+    both: list[LoraLinear | SavedModule] = [*adapted(model).values(), *saved_modules(model).values()]
+    layers = [layer for layer in both if layer.active]
     for layer in layers:
         layer.active = False
     try:
@@ -39,7 +41,8 @@ class Switch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._frozen = frozen_linears(model)
+        self._model = model
+        self._frozen: dict[str, nn.Module] = {**frozen_linears(model)}
         self._places = {path: _place(model, path) for path in self._frozen}
         self._held: dict[str, Layers] = {}
         self.name: str | None = None
@@ -56,6 +59,9 @@ class Switch:
             raise AdapterError(f"adapter {name!r} is held already. Give each adapter a name of its own.")
         for layer in layers.values():
             layer.eval().requires_grad_(False)
+        for path, layer in layers.items():
+            if isinstance(layer, SavedModule) and path not in self._frozen:
+                self._frozen[path], self._places[path] = layer.base, _place(self._model, path)
         self._held[name] = layers
 
     def use(self, name: str | None) -> None:
@@ -119,7 +125,7 @@ class Switch:
 class ByRow(nn.Module):
     """y = base(x), and to the rows of each adapter its own update. Stands in a layer's place inside `Switch.rows`."""
 
-    def __init__(self, base: FrozenLinear, members: Sequence[tuple[nn.Module, Tensor]], rows: int) -> None:
+    def __init__(self, base: nn.Module, members: Sequence[tuple[nn.Module, Tensor]], rows: int) -> None:
         super().__init__()
         self.base = base
         device = next(base.parameters()).device
@@ -144,9 +150,10 @@ def update(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x) - layer.base(x)  # type: ignore[operator,no-any-return]
 
 
-def _side_by_side(frozen: FrozenLinear, parts: Sequence[tuple[LoraLinear, float]]) -> LoraLinear:
+def _side_by_side(frozen: nn.Module, parts: Sequence[tuple[LoraLinear, float]]) -> LoraLinear:
     """One LoRA layer whose update is the weighted sum of several."""
     rank = sum(layer.rank for layer, _ in parts)
+    assert isinstance(frozen, FrozenLinear)  # whatever else an adapter may train, `_lora` refuses
     mixed = LoraLinear(frozen, rank, 1.0, 0.0).requires_grad_(False).eval()
     mixed.A.copy_(torch.cat([layer.A for layer, _ in parts]))
     mixed.B.copy_(torch.cat([layer.B * (weight * layer.scaling) for layer, weight in parts], dim=1))

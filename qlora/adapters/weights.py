@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from qlora.adapters.dora import Dora, DoraLinear
 from qlora.adapters.inject import adapted, frozen_linears, replace
 from qlora.adapters.lora import Lora, LoraLinear
+from qlora.adapters.patterns import by_pattern
 from qlora.adapters.rslora import RsLora
+from qlora.adapters.saved import fitted_modules, saved_tensors, written_names
+from qlora.adapters.tokens import SUFFIX, fitted_rows, indices, row_modules
 from qlora.ceiling import TooMuch, within_ceilings
 from qlora.errors import AdapterError, QloraError
 from qlora.files import read_json, write_bytes, write_json
@@ -32,8 +35,8 @@ MAX_RANK = 65_536
 MAX_EXPRESSION = 500  # characters of a pattern's key
 PEFT_ALPHA = 8  # PEFT's own default
 REFUSED = (  # settings that change what an adapter computes, in ways that are not built
-    "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
-    "target_parameters", "trainable_token_indices", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
+    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
+    "target_parameters", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
     "monteclora_config", "arrow_config",
 )  # fmt: skip
 
@@ -50,7 +53,7 @@ class Identity:
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I] and `.lora_B` [O, R].
 
-    DoRA has a `.lora_magnitude_vector` [O] as well.
+    DoRA has a `.lora_magnitude_vector` [O] as well; modules that train whole have their own names.
     """
     named: dict[str, Tensor] = {}
     for path, layer in adapted(model).items():
@@ -59,7 +62,8 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         named[PREFIX + path + SUFFIXES["B"]] = b.detach()
         if isinstance(layer, DoraLinear):
             named[PREFIX + path + SUFFIXES["magnitude"]] = layer.magnitude.detach()
-    return named
+    named |= {PREFIX + path + SUFFIX: each.rows.detach() for path, each in row_modules(model).items()}
+    return named | {PREFIX + name: value.detach() for name, value in saved_tensors(model)}
 
 
 @torch.no_grad()
@@ -69,6 +73,10 @@ def fill(model: nn.Module, named: Mapping[str, Tensor]) -> None:
         layer.fill(named[PREFIX + path + SUFFIXES["A"]], named[PREFIX + path + SUFFIXES["B"]])
         if isinstance(layer, DoraLinear):
             layer.magnitude.copy_(named[PREFIX + path + SUFFIXES["magnitude"]])
+    for name, value in saved_tensors(model):
+        value.copy_(named[PREFIX + name])
+    for path, each in row_modules(model).items():
+        each.rows.copy_(named[PREFIX + path + SUFFIX])
 
 
 def write(folder: Path, model: nn.Module, adapter: Lora, base: Identity) -> None:
@@ -94,7 +102,12 @@ def refuse_non_finite(named: Mapping[str, Tensor], path: Path) -> None:
 
 def serialize(named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file in memory, its header marked as PyTorch's; the same tensors are the same bytes."""
-    written = save(dict(named), metadata={"format": "pt", **(metadata or {})})
+    seen: set[int] = set()
+    apart = {}  # a tied tensor is written under each of its names
+    for key, value in named.items():
+        apart[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    written = save(apart, metadata={"format": "pt", **(metadata or {})})
     size = int.from_bytes(written[:8], "little")
     # The library writes its header's entries in random order.
     header = json.dumps(json.loads(written[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
@@ -109,10 +122,10 @@ def read_named(path: Path) -> dict[str, Tensor]:
 
 def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]:
     """adapter_config.json with the fields every PEFT since 0.10 knows."""
-    rank = next((layer.pair()[0].shape[0] for layer in adapted(model).values()), adapter.rank)
-    alpha = adapter.of_rank(rank).alpha
+    path, layer = next(iter(adapted(model).items()))
+    stored = adapter.widened(layer.pair()[0].shape[0] // adapter.at(path).rank)
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": {key: _plain(alpha) for key, alpha in stored.alpha_pattern.items()},
         "auto_mapping": None,
         "base_model_name_or_path": base.name,
         "bias": "none",
@@ -122,20 +135,26 @@ def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]
         "layers_pattern": None,
         "layers_to_transform": None,
         "loftq_config": {},
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # Ollama reads it as a whole number
+        "lora_alpha": _plain(stored.alpha),
         "lora_dropout": adapter.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": None,
+        "modules_to_save": written_names(model),
         "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
+        "r": stored.rank,
+        "rank_pattern": dict(stored.rank_pattern),
         "revision": base.revision,
         "target_modules": target_names(model),
         "task_type": "CAUSAL_LM",
+        **({"trainable_token_indices": rows} if (rows := indices(model)) else {}),
         "use_dora": isinstance(adapter, Dora),
         "use_rslora": isinstance(adapter, RsLora),
     }
+
+
+def _plain(alpha: float) -> float:
+    """A whole number where it is one: so Ollama reads it."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def target_names(model: nn.Module) -> list[str]:
@@ -156,6 +175,8 @@ class AdapterFile:
     pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R])
     base_sha256: str | None
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)  # path -> m [O]; of DoRA, for every pair
+    modules: Mapping[str, Tensor] = field(default_factory=dict)  # name -> weight of a module that trained whole
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # path -> rows [N, I] of embedding or head that trained
 
 
 def read(folder: Path) -> AdapterFile:
@@ -163,9 +184,12 @@ def read(folder: Path) -> AdapterFile:
     config = _read_config(folder / CONFIG)
     named, metadata = _read_tensors(folder / WEIGHTS)
     sides: dict[str, dict[str, Tensor]] = {}
+    modules = {key.removeprefix(PREFIX): value for key, value in named.items() if _is_saved(key, config)}
+    rows = {key[len(PREFIX) : -len(SUFFIX)]: value for key, value in named.items() if key.endswith(SUFFIX)}
     for key, value in named.items():
-        path, side = _split(key, folder)
-        sides.setdefault(path, {})[side] = value
+        if key.removeprefix(PREFIX) not in modules and not key.endswith(SUFFIX):
+            path, side = _split(key, folder)
+            sides.setdefault(path, {})[side] = value
     needed = set(SUFFIXES) if config.get("use_dora") else {"A", "B"}
     odd = next((path for path, found in sides.items() if found.keys() != needed), None)
     if odd or not sides:
@@ -173,7 +197,7 @@ def read(folder: Path) -> AdapterFile:
         raise AdapterError(f"{folder / WEIGHTS}: {odd or 'the file'} must have exactly {names}, as its {CONFIG} says.")
     pairs = {path: (found["A"], found["B"]) for path, found in sides.items()}
     magnitudes = {path: found["magnitude"] for path, found in sides.items() if "magnitude" in found}
-    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes)
+    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes, modules, rows)
 
 
 def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False) -> str | None:
@@ -189,17 +213,20 @@ def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_ba
 
 def fitted(
     model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False
-) -> tuple[dict[str, LoraLinear], str | None]:
+) -> tuple[dict[str, nn.Module], str | None]:
     """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrix."""
     note = _check_base(file, base_sha256, allow_other_base)
     frozen = frozen_linears(model)
     problems = [problem for path, pair in file.pairs.items() if (problem := _misfit(path, pair, frozen))]
     problems += [problem for path, m in file.magnitudes.items() if (problem := _odd_magnitude(path, m, frozen))]
     problems += [f"{path} is named by target_modules, but the file lacks it" for path in _lacking(file, frozen)]
+    modules, odd = fitted_modules(model, file.modules)
+    tokens, odd_rows = fitted_rows(model, file.config, file.rows)
+    problems += odd + odd_rows + _unsaid(file)
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
-    layers: dict[str, LoraLinear] = {}
+    layers: dict[str, nn.Module] = {**modules, **tokens}
     for path, (a, b) in file.pairs.items():
         kind = DoraLinear if path in file.magnitudes else LoraLinear
         layers[path] = layer = kind(frozen[path], a.shape[0], settings(file, path, a.shape[0]).scaling, 0.0)
@@ -211,7 +238,7 @@ def fitted(
 
 def settings(file: AdapterFile, path: str, rank: int) -> Lora:
     """Kind, rank and alpha of one module, the patterns of the config taken into account."""
-    alpha = _by_pattern(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", PEFT_ALPHA))
+    alpha = _within_ceilings(file.config.get("alpha_pattern") or {}, path, file.config.get("lora_alpha", PEFT_ALPHA))
     kind = RsLora if file.config.get("use_rslora") else Lora
     return kind(rank=rank, alpha=float(alpha), dropout=float(file.config.get("lora_dropout") or 0.0))
 
@@ -251,7 +278,7 @@ def _odd_magnitude(path: str, magnitude: Tensor, frozen: Mapping[str, Any]) -> s
     return None
 
 
-def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def _within_ceilings(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first key that, read as an expression, is the path or its end wins.
 
     AdapterError for an expression that takes for ever.
@@ -259,13 +286,17 @@ def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     if not patterns:
         return default
     try:
-        return within_ceilings(lambda: _first_match(patterns, path, default))
+        return within_ceilings(lambda: by_pattern(patterns, path, default))
     except (TooMuch, MemoryError):
         raise AdapterError(f"{CONFIG}: alpha_pattern: one of its expressions takes for ever on {path!r}.") from None
 
 
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)), default)
+def _is_saved(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a key is a weight of one of `modules_to_save`, which PEFT matches as ends of paths; or tied to one."""
+    names = tuple(config.get("modules_to_save") or ())
+    if names and config.get("ensure_weight_tying") and key == PREFIX + "lm_head.weight":
+        return True
+    return key.startswith(PREFIX) and bool(names) and key.rpartition(".")[0].endswith(names)
 
 
 def _split(key: str, folder: Path) -> tuple[str, str]:
@@ -293,12 +324,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     """AdapterError unless alpha, dropout and the patterns are what they should be."""
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(_is_expression(key) for key in patterns):
-        raise AdapterError(f"{path}: alpha_pattern must map expressions for module names to numbers.")
-    for alpha in (config.get("lora_alpha", PEFT_ALPHA), *patterns.values()):
+    alphas, ranks = (config.get(key) or {} for key in ("alpha_pattern", "rank_pattern"))
+    for key, patterns in (("alpha_pattern", alphas), ("rank_pattern", ranks)):
+        if not isinstance(patterns, dict) or not all(_is_expression(each) for each in patterns):
+            raise AdapterError(f"{path}: {key} must map expressions for module names to numbers.")
+    if not all(type(rank) is int and 1 <= rank <= MAX_RANK for rank in ranks.values()):
+        raise AdapterError(f"{path}: rank_pattern: found {str(ranks)[:80]}, allowed: whole numbers from 1.")
+    for alpha in (config.get("lora_alpha", PEFT_ALPHA), *alphas.values()):
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
             raise AdapterError(f"{path}: lora_alpha: found {alpha!r}, allowed: a number above 0.")
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(f"{path}: modules_to_save must be a list of names.")
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise AdapterError(f"{path}: lora_dropout: found {dropout!r}, allowed: a number from 0 to below 1.")
@@ -319,6 +356,16 @@ def _lacking(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
         return []
     wanted = [path for path in frozen if any(path == name or path.endswith(f".{name}") for name in named)]
     return [path for path in wanted if path not in file.pairs]
+
+
+def _unsaid(file: AdapterFile) -> list[str]:
+    """What the adapter's settings say trained whole, but its file does not hold."""
+    paths = [key.rpartition(".")[0] for key in file.modules]
+    names = file.config.get("modules_to_save") or []
+    found = [f"{name} is named by modules_to_save" for name in names if not any(path.endswith(name) for path in paths)]
+    if file.config.get("trainable_token_indices") and not file.rows:
+        found.append("rows are named by trainable_token_indices")
+    return [f"{each}, but the file lacks it" for each in found]
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

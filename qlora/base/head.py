@@ -29,8 +29,8 @@ class Head:
 
     @property
     def trains(self) -> bool:
-        """Whether the projection itself is learnt."""
-        return self.weight.requires_grad
+        """Whether the projection itself, or a part of it, is learnt."""
+        return any(each.requires_grad for each in self._parts[1].parameters())
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, starts: Starts = ()) -> Tensor:
         """Last hidden states [B, T, I]."""

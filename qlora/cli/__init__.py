@@ -13,6 +13,7 @@ from qlora.cli import (
     inspect,
     plan,
     preview,
+    push,
     recipes,
     report,
     resize,
@@ -24,5 +25,5 @@ from qlora.cli.app import app, main
 
 __all__ = [
     "app", "chat", "check", "combine", "convert", "demo", "doctor", "evaluate", "export", "generate", "inspect",
-    "main", "plan", "preview", "recipes", "report", "resize", "schema", "sweep", "train",
+    "main", "plan", "preview", "push", "recipes", "report", "resize", "schema", "sweep", "train",
 ]  # fmt: skip

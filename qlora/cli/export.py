@@ -22,6 +22,9 @@ def export(
     max_lost: Annotated[
         float, typer.Option(min=0.0, help="fail if rounding takes more than this share of the update")
     ] = 1.0,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="portable DoRA: of the nearest LoRA; default: the adapter's own")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Write a merged model, an adapter or an Ollama folder, certify merged ones, and say which servers take it.
@@ -31,7 +34,7 @@ def export(
     from qlora.deliver import Order, export_run
     from qlora.reopen import open_run
 
-    found = export_run(open_run(run, None, say), Order(to, base, dtype, data, rows, max_kl, max_lost), out, say)
+    found = export_run(open_run(run, None, say), Order(to, base, dtype, data, rows, max_kl, max_lost, rank), out, say)
     if as_json:
         return answer(found)
     say(f"{found['bytes'] / 2**20:,.1f} MiB -> {found['path']}")

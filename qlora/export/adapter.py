@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from qlora.adapters.weights import CONFIG, WEIGHTS
-from qlora.base.folder import tokenizer_files
-from qlora.export.trained import Choice, Trained
+from qlora.export.trained import Choice, Trained, write_tokenizer
 from qlora.files import write_bytes
 
 
@@ -14,7 +13,8 @@ class Adapter:
     def write(self, trained: Trained, folder: Path, choice: Choice) -> int:
         """Copy the adapter's two files, its card and the base's tokenizer; returns the bytes of the tensors' file."""
         source = trained.adapter.folder
-        for file in (source / WEIGHTS, source / CONFIG, source / "README.md", *tokenizer_files(trained.base)):
+        for file in (source / WEIGHTS, source / CONFIG, source / "README.md"):
             if file.is_file():
                 write_bytes(folder / file.name, file.read_bytes())
+        write_tokenizer(trained, folder)
         return (source / WEIGHTS).stat().st_size

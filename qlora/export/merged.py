@@ -6,7 +6,7 @@ quantised are round-tripped; embeddings, norms and the head are copied.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from torch import Tensor
 from qlora.adapters.dora import magnified
 from qlora.adapters.weights import settings
 from qlora.base.dtypes import name_of
-from qlora.base.folder import tokenizer_files
 from qlora.base.prequantized import companions, is_prequantized, read
 from qlora.base.shards import Shards
 from qlora.base.skeleton import build, read_config, renamer
 from qlora.errors import InputError
 from qlora.export.stream import Planned, write_model
-from qlora.export.trained import Choice, Trained
+from qlora.export.trained import Choice, Trained, write_tokenizer
 from qlora.files import write_bytes, write_json
 from qlora.quant.linear import FrozenLinear
 
@@ -37,12 +36,16 @@ class Merged:
 
         InputError if the original 16-bit weights are asked for and the base was stored in 4 bits.
         """
-        tensors = list(_Merge(trained, choice).planned())
+        merge = _Merge(trained, choice)
+        tensors = list(merge.planned())
         size = write_model(folder, tensors, report=choice.report, notes=choice.rounding)
-        for file in (*tokenizer_files(trained.base), trained.base / "generation_config.json"):
-            if file.is_file():
-                write_bytes(folder / file.name, file.read_bytes())
-        write_json(folder / "config.json", merged_config(trained.base / "config.json", choice.dtype))
+        write_tokenizer(trained, folder)
+        generation = trained.base / "generation_config.json"
+        if generation.is_file():
+            write_bytes(folder / generation.name, generation.read_bytes())
+        config = merged_config(trained.base / "config.json", choice.dtype)
+        rows = max((int(index.max()) + 1 for index, _ in trained.rows.values()), default=0)
+        write_json(folder / "config.json", grown(untied(config) if merge.heads else config, rows))
         return size
 
 
@@ -52,13 +55,16 @@ class _Merge:
 
     trained: Trained
     choice: Choice
+    heads: list[str] = field(default_factory=list)  # tied in the base, and no longer one tensor
 
     def planned(self) -> Iterator[Planned]:
         """Every tensor of the merged model, in the order of the base's files."""
         trained, onto = self.trained, self.choice.onto
+        made = trained.adapter.pairs.keys() | (trained.quantized.keys() if onto == "dequantized" else set())
         shards = Shards(trained.base)
         skeleton = build(read_config(trained.base), trained.compute, "auto", torch.device("cpu"))
-        rename, tied = renamer(skeleton, trained.base), set(skeleton.all_tied_weights_keys)  # type: ignore[arg-type]
+        rename, modules = renamer(skeleton, trained.base), trained.adapter.modules
+        tied: dict[str, str] = dict(skeleton.all_tied_weights_keys)  # type: ignore[arg-type]
         packed = {key for key in shards if is_prequantized(key, shards)}
         parts = {part for key in packed for part in companions(key)}
         if packed and onto == "original":
@@ -70,15 +76,49 @@ class _Merge:
             if key in parts or name in tied:
                 continue
             path = name.removesuffix(".weight")
-            if key in packed or path in trained.adapter.pairs or (path in trained.quantized and onto == "dequantized"):
+            if name in modules:
+                yield self._trained(key, modules[name])
+            elif path in trained.rows:
+                yield self._with_rows(shards, key, path)
+            elif key in packed or path in made:
                 yield self._matrix(shards, key, path, _shape_of(skeleton, path))
             else:
                 yield self._copied(shards, key)
+            for head in (head for head, source in tied.items() if source == name):
+                yield from self._untied(shards, key, head, name)
 
-    def _copied(self, shards: Shards, key: str) -> Planned:
+    def _untied(self, shards: Shards, key: str, head: str, source: str) -> Iterator[Planned]:
+        """A head that was the embedding, where training has made them two."""
+        modules = self.trained.adapter.modules
+        if not modules.keys() & {head, source}:
+            return
+        values = [modules.get(name, None) for name in (head, source)]
+        known = [shards[key].float() if value is None else value.float() for value in values]
+        if not torch.equal(*known):
+            self.heads.append(head)
+            yield self._copied(shards, key, head) if values[0] is None else self._trained(head, values[0])
+
+    def _with_rows(self, shards: Shards, key: str, path: str) -> Planned:
+        """An embedding or a head with the rows that trained in their places."""
+        index, rows = self.trained.rows[path]
+
+        def make() -> Tensor:
+            found = self._rounded(shards[key])
+            added = found.new_zeros(shape[0] - len(found), shape[1])  # every one of them is among the rows that trained
+            return torch.cat([found, added]).index_copy_(0, index, rows.to(self.trained.compute))
+
+        height, width = shards.shape(key)
+        shape = (max(height, int(index.max()) + 1), width)
+        return Planned(key, shape, self.choice.dtype, make)
+
+    def _trained(self, key: str, values: Tensor) -> Planned:
+        """A module that trained whole, as the trained model read it."""
+        return Planned(key, tuple(values.shape), self.choice.dtype, lambda: self._rounded(values))
+
+    def _copied(self, shards: Shards, key: str, name: str | None = None) -> Planned:
         dtype = self.choice.dtype if shards.is_float(key) else shards[key].dtype
         # Through the compute dtype first: that is what the trained model read.
-        return Planned(key, shards.shape(key), dtype, lambda: self._rounded(shards[key]))
+        return Planned(name or key, shards.shape(key), dtype, lambda: self._rounded(shards[key]))
 
     def _rounded(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.trained.compute) if tensor.is_floating_point() else tensor
@@ -132,6 +172,20 @@ def merged_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = name_of(dtype)
     return config
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that says that the head is a tensor of its own."""
+    parts = {key: value | {"tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
+    return config | parts | {"tie_word_embeddings": False}
+
+
+def grown(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A config.json for a vocabulary of at least so many rows."""
+    inner = config.get("text_config")
+    text = {"text_config": grown(inner, rows)} if isinstance(inner, dict) else {}
+    known = config.get("vocab_size")
+    return config | text | ({"vocab_size": rows} if isinstance(known, int) and known < rows else {})
 
 
 def _shape_of(skeleton: Any, path: str) -> tuple[int, ...]:

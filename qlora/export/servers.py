@@ -45,8 +45,13 @@ def as_text(rows: list[Server]) -> str:
 
 def _adapter(out: str, config: Mapping[str, Any], base: str) -> list[Server]:
     if config.get("use_dora"):
+        refused = "refuses DoRA: use --to merged, or --to portable for the nearest LoRA"
+        others = [Server(name, False, refused) for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")]
+        return [Server("PEFT", True, _peft(out, base)), *others]
+    if config.get("modules_to_save") or config.get("trainable_token_indices"):
         return [Server("PEFT", True, _peft(out, base))] + [
-            Server(name, False, "refuses DoRA: use --to merged") for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")
+            Server(name, False, "takes no modules or rows that trained whole: use --to merged")
+            for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")
         ]
     patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
     scaled = bool(config.get("use_rslora")) or patterns

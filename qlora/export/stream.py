@@ -19,6 +19,7 @@ from qlora.errors import QloraError
 from qlora.files import write_json
 
 SHARD_BYTES = 5 * 10**9
+CHUNK = 2**22  # values of a tensor that are rounded, looked at and written at a time
 SYNC_BYTES = 512 * 2**20  # written between two points from which a killed export goes on
 PROGRESS = "progress.json"
 NAMES = {
@@ -131,12 +132,14 @@ def _write_shard(path: Path, tensors: Sequence[Planned], progress: _Progress) ->
 
 
 def _write_tensor(file: BinaryIO, tensor: Planned) -> None:
-    values = tensor.make().to(tensor.dtype).contiguous()
-    if tuple(values.shape) != tensor.shape:
-        raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(values.shape)}")
-    if values.is_floating_point() and not torch.isfinite(values).all():
-        raise QloraError(f"{Path(file.name).name}: {tensor.name} has values beyond {NAMES[tensor.dtype]}. {WIDER}")
-    file.write(values.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    made = tensor.make()
+    if tuple(made.shape) != tensor.shape:
+        raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(made.shape)}")
+    for part in made.contiguous().reshape(-1).split(CHUNK):
+        values = part.to(tensor.dtype)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise QloraError(f"{Path(file.name).name}: {tensor.name} has values beyond {NAMES[tensor.dtype]}. {WIDER}")
+        file.write(values.cpu().view(torch.uint8).numpy().data)
 
 
 def _header(tensors: Sequence[Planned]) -> bytes:

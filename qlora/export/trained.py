@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qlora.adapters.weights import AdapterFile
 from qlora.base.fill import Quantizer
+from qlora.base.folder import tokenizer_files
+from qlora.base.grow import save_tokenizer
 from qlora.data.template import Template
+from qlora.files import write_bytes
 
 Report = Callable[[int, int], None]
 
@@ -24,8 +28,20 @@ class Trained:
     quantized: Mapping[str, Any]  # module paths that the run quantised
     compute: torch.dtype  # what the run computed in, and quantised from
     device: torch.device
+    model: nn.Module  # the trained model itself, as it answers
+    tokenizer: Any | None  # where it has tokens more than the base's files
+    rows: Mapping[str, tuple[Tensor, Tensor]]  # path -> ids [N] and rows [N, I] of embedding or head that trained
     template: Template | None = None  # how conversations are written
     stops: tuple[str, ...] = ()  # tokens that end an answer
+
+
+def write_tokenizer(trained: Trained, folder: Path) -> None:
+    """The base's tokenizer files byte for byte, or those of one that has grown."""
+    if trained.tokenizer is not None:
+        save_tokenizer(trained.tokenizer, folder)
+        return
+    for file in tokenizer_files(trained.base):
+        write_bytes(folder / file.name, file.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -35,4 +51,6 @@ class Choice:
     onto: str = "dequantized"  # dequantized | original
     dtype: torch.dtype = torch.bfloat16  # of a merged model
     report: Report = lambda done, total: None
+    rank: int | None = None  # of the LoRA that stands for DoRA
     rounding: dict[str, Any] = field(default_factory=dict)  # path -> what storing in `dtype` did to the update
+    shortened: dict[str, Any] = field(default_factory=dict)  # path -> what a lower rank than the update's left out

@@ -87,7 +87,8 @@ def _ways(work: Work, budget: Budget, fixed: Fixed) -> Iterator[Plan]:
     parks = {True: [layers - 1], False: [0], None: _spread(layers) if elsewhere else [0]}[fixed.offload]
     every = range(layers + 1) if fixed.recompute is None else [fixed.recompute]
     if fixed.weights != "stream":
-        gathers = (False, True) if elsewhere and not work.shapes.tied else (False,)
+        # An embedding that trains, or rows of it, stays where the optimiser is.
+        gathers = (False, True) if elsewhere and not work.shapes.tied and not work.adapters.whole else (False,)
         for recompute, gather in product(every, gathers):
             way = replace(work, recompute=recompute, gathers=gather)
             yield _fewest(way, "offloaded", range(parks[0], parks[-1] + 1), budget)

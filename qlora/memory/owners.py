@@ -3,6 +3,8 @@
 What is alive together is added up, what is not is compared: the loss, a layer's backward and the update never meet.
 """
 
+from typing import NamedTuple
+
 from qlora.memory.activations import (
     backward_bytes,
     forward_bytes,
@@ -27,6 +29,7 @@ OWNERS = LASTING + PASSING + OUTSIDE
 CONTEXT_BYTES = 600_000_000  # a CUDA context with its modules and cuBLAS workspaces: 0.4 to 0.7 GB
 IN_FLIGHT = 2  # layers whose parked tensors, or whose packed weights, are on the device at a time
 HOSTED_PIECE_BYTES = 32 * 2**20  # both moments of a piece of hosted_adamw
+COPIES = 3  # of the moments while a checkpoint is written: out of the optimiser, as bytes, with a header
 NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
 RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
 # Of what comes and goes. CUDA: 2 to 4 % with expandable segments. CPU: glibc's heap, which allocator.py keeps; its
@@ -47,7 +50,9 @@ def host_bytes(work: Work) -> int:
     reading = 2 * max(shapes.embedding, *(each.weights for each in shapes.block))
     hosted = work.optimizer.startswith("hosted")
     moments = work.beside.host_moments + (moment_bytes(work.adapters.values, work.optimizer) if hosted else 0)
-    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + max(parked_bytes(work), reading)
+    saving = COPIES * moment_bytes(work.adapters.values, work.optimizer) if work.adapters.kind == "full" else 0
+    passing = max(parked_bytes(work), reading, saving)
+    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + passing
 
 
 def standing_bytes(work: Work) -> int:
@@ -62,23 +67,39 @@ def outside_bytes(work: Work, passing: int) -> int:
 
 def _phases(work: Work) -> dict[str, Owners]:
     """Each phase's owners that are not zero, what lies outside the allocator left out."""
-    frozen = _frozen(work)
+    frozen, whole = _frozen(work), _whole_bytes(work)
     held = {"adapters": work.adapters.held_bytes + work.beside.adapters}
     learning = frozen | held | _moments(work, updating=False)
     training = learning | {"gradients": _gradient_bytes(work)}
     stay = work.shapes.layers - max(work.recomputed, work.parked)
     waiting = {"boundaries": _boundaries(work), "kept_activations": stay * kept_bytes(work)}
-    rebuilt = {"dequantisation_buffer": _rebuilt(work), "stream_buffers": _stream_buffers(work)}
+    rebuilt = {"dequantisation_buffer": max(_rebuilt(work), whole.inside), "stream_buffers": _stream_buffers(work)}
     forward = {"boundaries": 2 * boundary_bytes(work), "layer_working_set": forward_bytes(work) + head_bytes(work)}
     backward = _backward(work, waiting)
+    loss = {"layer_working_set": head_bytes(work), "logits_chunk": logits_bytes(work)}
+    loss |= {"dequantisation_buffer": whole.head}
     return {
         "load": frozen | {"dequantisation_buffer": widest_bytes(work)},
-        "loss": training | waiting | {"layer_working_set": head_bytes(work), "logits_chunk": logits_bytes(work)},
+        "loss": training | waiting | loss,
         "backward": training | backward | rebuilt,
         "update": training | _moments(work, updating=True),
         "evaluation": learning | forward | rebuilt | {"logits_chunk": logits_bytes(work)},
-        "save": learning,
+        "save": learning | _saving(work),
     }
+
+
+class _Whole(NamedTuple):
+    """What a module that trains whole needs while it is used: its cast copy, and its gradient on the way."""
+
+    inside: int  # a layer's widest matrix, where they train
+    head: int
+
+
+def _whole_bytes(work: Work) -> _Whole:
+    """A copy in the compute dtype where that is not float32, the product in that dtype, and its float32 form."""
+    each = 4 if work.dtype_bytes == 4 else 2 * work.dtype_bytes + 4
+    inside = each * widest_bytes(work) // work.dtype_bytes if work.adapters.kind == "full" else 0
+    return _Whole(inside, each * work.shapes.embedding if work.adapters.whole_head else 0)
 
 
 def _backward(work: Work, waiting: Owners) -> Owners:
@@ -93,8 +114,10 @@ def _backward(work: Work, waiting: Owners) -> Owners:
 
 
 def _frozen(work: Work) -> Owners:
-    """What never changes."""
+    """What never changes; where every weight trains, what stands beside the decoder."""
     shapes, b = work.shapes, work.dtype_bytes
+    if work.adapters.kind == "full":
+        return {"vision": shapes.vision * b}
     # A CPU has one memory: what streams lies in it too.
     resident = shapes.layers - (work.streamed if work.device == "cuda" else 0)
     return {
@@ -115,6 +138,13 @@ def _moments(work: Work, updating: bool) -> Owners:
         return {"optimizer": waiting + (passing * updating if cuda else size + passing)}
     away = work.optimizer.startswith("paged") and cuda and not updating
     return {"optimizer": waiting + (0 if away else size)}
+
+
+def _saving(work: Work) -> Owners:
+    """On a CPU: the moments and their copies on the way into a file, which count where every weight trains."""
+    if work.adapters.kind != "full" or work.device == "cuda":
+        return {}
+    return {"optimizer": (1 + COPIES) * moment_bytes(work.adapters.values, work.optimizer)}
 
 
 def moment_bytes(values: int, optimizer: str) -> int:

@@ -106,7 +106,9 @@ def compare(work: Work) -> dict[str, int]:
     """What full fine-tuning, 16-bit LoRA and QLoRA need on the card for the same rows, all layers recomputed."""
     same = replace(work, recompute=None, offloaded=0, weights="resident", processes=1, beside=Beside())
     quantised = same if work.storage.kind != "dense" else replace(same, storage=Storage())
-    dense = replace(same, storage=Storage("dense"), dtype_bytes=2)
+    if work.adapters.kind == "full":
+        quantised = replace(quantised, adapters=Adapters(work.shapes.matrices))
+    dense = replace(quantised, storage=Storage("dense"), dtype_bytes=2)
     bare = replace(dense, adapters=Adapters(()))
     full = _peak(phases_of(bare)) + (FULL_BYTES - 2) * work.shapes.parameters
     return {

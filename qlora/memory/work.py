@@ -1,6 +1,7 @@
 """What is to be planned, in plain values: shapes of the base, how it is stored, what trains, on how much at a time."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -42,11 +43,21 @@ class Adapters:
     rank: int = 16
     dropout: bool = False
     starts: bool = False  # where A and B started is kept beside them
+    ranks: Mapping[str, int] = field(default_factory=dict)  # path -> rank, where it is another one
+    whole: int = 0  # values of modules that train whole; of kind full, all that train
+    whole_head: bool = False  # whether the head is one of them
+
+    @property
+    def values(self) -> int:
+        """Values that train."""
+        return self.low_rank + self.whole
 
     @cached_property
-    def values(self) -> int:
-        """Values that train; dora trains one magnitude a row as well."""
-        return self.rows + sum(self.rank * (each.in_features + each.out_features) for each in self.matrices)
+    def low_rank(self) -> int:
+        """Values of the updates; dora trains one magnitude a row as well."""
+        return self.rows + sum(
+            self.ranks.get(each.path, self.rank) * (each.in_features + each.out_features) for each in self.matrices
+        )
 
     @cached_property
     def rows(self) -> int:
@@ -56,7 +67,7 @@ class Adapters:
     @property
     def held_bytes(self) -> int:
         """What stands for the adapters, all of it float32."""
-        return 4 * ((2 if self.starts else 1) * self.values + self.rows)
+        return 4 * ((2 if self.starts else 1) * self.low_rank + self.rows + self.whole)
 
     @cached_property
     def paths_in_block(self) -> frozenset[str]:

@@ -14,6 +14,8 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
     base = word(manifest, "base", "name")
     shown = base if is_hub(base) else "a local base model"
     adapter = section(manifest, "adapter")
+    if adapter.get("kind") == "full":
+        return whole_card(manifest, recipe_text)
     return "\n".join(
         [
             *front_matter(base),
@@ -26,6 +28,7 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
             *training(manifest),
             "Nothing beyond that was evaluated.",
             "",
+            *(f"{line}\n" for line in caution(manifest)),
             *loading(shown),
             "## Recipe",
             "",
@@ -35,6 +38,49 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
             "",
             f"The base's fingerprint is sha256 `{word(manifest, 'base', 'sha256')}`; `run.json` has the rest.",
             "",
+        ]
+    )
+
+
+def caution(manifest: Mapping[str, Any]) -> list[str]:
+    """What a user of the adapter must know of the base it is added to, where that is not any base."""
+    init = word(manifest, "adapter", "init")
+    if init not in ("pissa", "loftq") or not number(manifest, "adapter", "quantization_error", "error_before"):
+        return []
+    return [
+        f"Trained from init {init} on a base stored as {stored(manifest)}: the adapter also holds part of what storing "
+        "it so took away. On the 16-bit base that part counts twice, and the sum is not the model that was trained. "
+        "Load the base as it was stored in training, or merge with `qlora export --to merged`."
+    ]
+
+
+def whole_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
+    """The card of a run that trained every weight: a model, not an adapter."""
+    base = word(manifest, "base", "name")
+    hub = [f"base_model: {base}", "base_model_relation: finetune"] if is_hub(base) else []
+    count = _count(section(manifest, "adapter").get("trainable_parameters"))
+    return "\n".join(
+        [
+            *(
+                "---",
+                "library_name: transformers",
+                "pipeline_tag: text-generation",
+                "tags:",
+                "- qlora",
+                *hub,
+                "---",
+                "",
+            ),
+            f"# A fine-tuned model of {base if is_hub(base) else 'a local base model'}",
+            "",
+            f"All {count} parameters were trained, float32 masters, stored in {word(manifest, 'base', 'dtype')}.",
+            "",
+            *training(manifest),
+            "Nothing beyond that was evaluated.",
+            "",
+            *("## Loading", "", "```python", "from transformers import AutoModelForCausalLM", ""),
+            *('model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")', "```", ""),
+            *("## Recipe", "", "```yaml", without_local_paths(recipe_text).rstrip(), "```", ""),
         ]
     )
 

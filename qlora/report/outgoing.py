@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.report.card import front_matter, is_hub, loading, stored, training, without_local_paths
+from qlora.report.card import caution, front_matter, is_hub, loading, stored, training, without_local_paths
 from qlora.report.rundata import number, section, word
 
 
@@ -16,7 +16,8 @@ def exported_card(manifest: Mapping[str, Any], recipe_text: str, facts: Mapping[
     shown = base if is_hub(base) else "a local base model"
     whole = facts["to"] in ("merged", "ollama")
     head = _model_front_matter(base) if whole else front_matter(base)
-    lines = [*head, f"# {_title(facts['to'])} of {shown}", "", *(_merge(manifest, facts) if whole else PORTABLE), ""]
+    what = _merge(manifest, facts) if whole else [*_portable(facts), *caution(manifest)]
+    lines = [*head, f"# {_title(facts['to'])} of {shown}", "", *what, ""]
     if manifest:
         lines += training(manifest)
     lines += ["## Who takes this folder", "", "```", servers, "```", "", *(_using() if whole else loading(shown))]
@@ -29,6 +30,22 @@ PORTABLE = [
     "The adapter with its scale folded into B, all layers of one rank, alpha = rank, no rsLoRA and no patterns: "
     "the same updates, read alike by every program that reads PEFT's format.",
 ]
+
+
+def _portable(facts: Mapping[str, Any]) -> list[str]:
+    error, rank = number(facts, "shortened", "error"), number(facts, "shortened", "rank")
+    if error is None:
+        return PORTABLE
+    found = section(facts, "agreement")
+    lines = [
+        f"Trained with DoRA, written as the nearest LoRA of rank {rank:.0f}: {100 * error:.2f} % of the updates' norm "
+        "is missing. All layers have one rank, alpha = rank: every program that reads PEFT's format reads it alike.",
+    ]
+    if not found:
+        return lines
+    share, kl = 100 * found["top1"], found["mean_kl"]
+    said = f"Against the model that was trained: top-1 agreement {share:.2f} %, mean KL {kl:.2e} nats"
+    return [*lines, "", f"{said}, on {found['rows']} rows."]
 
 
 def _title(target: str) -> str:
@@ -48,6 +65,8 @@ def _merge(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         "original": "the base's original weights, which training did not see",
     }
     lines = [f"LoRA updates added to {onto[facts['base']]}, summed in float32, stored in {facts['dtype']}."]
+    if word(manifest, "adapter", "kind") == "full":
+        lines = [f"Every weight was trained; stored in {facts['dtype']}."]
     found = section(facts, "agreement")
     if found:
         lines += [
@@ -59,7 +78,7 @@ def _merge(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
             f"| {100 * found['top1']:.2f} % | {found['mean_kl']:.2e} | {found['max_logit_difference']:.2e} | "
             f"{found['trained_loss']:.4f} | {found['written_loss']:.4f} | {found['rows']} |",
         ]
-    lost = number(facts, "rounding", "lost")
+    lost = number(facts, "rounding", "lost") or None
     return lines if lost is None else [*lines, "", f"Rounding took {100 * lost:.1f} % of the updates."]
 
 

@@ -24,7 +24,8 @@ NAME = re.compile(r"checkpoint-(\d{6,})")
 EARLIER = "earlier-"  # a folder of checkpoints that a new run started over
 MANIFEST, POSITION, OPTIMIZER = "manifest.json", "position.json", "optimizer.safetensors"
 FORMAT = 1  # of the folder; another number was written by another version and is not guessed at
-HOLDS = {POSITION, OPTIMIZER, weights.WEIGHTS, weights.CONFIG}
+HOLDS = {POSITION, OPTIMIZER}
+TRAINED = ({weights.WEIGHTS, weights.CONFIG}, {"config.json"})  # an adapter, or a whole model
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def broken(folder: Path) -> str | None:
         return f"{MANIFEST} is missing or damaged, so the checkpoint was never finished"
     if version != FORMAT or type(version) is not int:
         return f"{MANIFEST} has format {str(version)[:20]!r}; this version of qlora reads format {FORMAT}"
-    if not files.keys() >= HOLDS:
+    if not files.keys() >= HOLDS or not any(files.keys() >= trained for trained in TRAINED):
         return f"{MANIFEST} does not list what a checkpoint holds"
     if manifest.get("step") != _step_of(folder) and NAME.fullmatch(folder.name):
         return f"{MANIFEST} is that of another step"
@@ -164,10 +165,10 @@ def _damage(folder: Path, name: str, expected: Any) -> str | None:
 
 
 def restore(
-    saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+    saved: Saved, fill: Callable[[Path], None], optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> Position:
-    """Fill adapters and optimizer from a verified checkpoint; returns where the run stands."""
-    restore_adapter(saved.folder, model)
+    """Let `fill` put back what trains, and fill the optimizer, from a verified checkpoint; where the run stands."""
+    fill(saved.folder)
     load_state(optimizer, named, _tensors(saved.folder / OPTIMIZER))
     return saved.position
 

@@ -59,7 +59,7 @@ def test_resumed_in_any_way_is_never_having_stopped(zoo: Zoo, tmp_path: Path) ->
     every = list(exact.cases())
     chosen = [random.choice(every[first : first + 8]) for first in range(0, len(every), 8)]
     found = exact.resume_all(zoo("llama"), tmp_path, chosen, (3,), no_report)
-    assert found.clean and found.resumes == 4, found
+    assert found.clean and found.resumes == len(chosen), found
 
 
 def test_no_flip_and_no_cut_is_read_as_if_it_were_whole(scene: malice.Scene) -> None:

@@ -45,6 +45,11 @@ VALUES = {
     "adapter.alpha": POSITIVE | WHOLE | st.none(),
     "adapter.dropout": SHARE,
     "adapter.targets": st.just("all-linear") | st.lists(WORDS, min_size=1, max_size=3),
+    "adapter.save_modules": st.lists(st.sampled_from(["embed_tokens", "lm_head", "norm"])),
+    "adapter.tokens": st.lists(WORDS | st.integers(0, 99), max_size=3),
+    "adapter.new_tokens": st.lists(WORDS, max_size=3),
+    "adapter.rank_pattern": st.dictionaries(st.just("q_proj") | st.just(r"layers\.\d+\.mlp\..*"), WHOLE) | st.none(),
+    "adapter.alpha_pattern": st.dictionaries(st.just("up_proj"), POSITIVE | WHOLE) | st.none(),
     "adapter.init": st.sampled_from(["default", "gaussian", "pissa", "loftq"]),
     "data.train": SOURCES,
     "data.eval": SOURCES | st.none(),
@@ -106,7 +111,7 @@ def test_what_is_dumped_reads_back_to_the_same_recipe(flat, tmp_path_factory):
     try:
         recipe, _ = from_mapping(nested(flat))
     except RecipeError as error:  # single settings are right here, so only a clash between them is allowed
-        clashes = ("has no effect", "full trains every weight", "loftq starts from", "compiled layers")
+        clashes = ("has no effect", "full trains every weight", "loftq starts from", "compiled layers", "stream")
         assert all(any(clash in line for clash in clashes) for line in str(error).splitlines()), error
         return
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"

@@ -36,7 +36,7 @@ def test_the_least_recipe_has_every_default(said):
 
 
 WRONG = {
-    "adapter: {rnak: 8}": "adapter.rnak: not a setting. Did you mean 'rank'? Known: alpha, dropout, init,",
+    "adapter: {rnak: 8}": "adapter.rnak: not a setting. Did you mean 'rank'? Known: alpha, alpha_pattern, dropout,",
     "adapter: {learning_rate: 1}": "adapter.learning_rate: not a setting. Did you mean 'optim.learning_rate'?",
     "adapter: {lora_alpha: 1}": "adapter.lora_alpha: not a setting. Did you mean 'adapter.alpha'?",
     "adaptre: {rank: 8}": "adaptre: not a setting. Did you mean 'adapter'?",
