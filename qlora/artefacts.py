@@ -1,6 +1,6 @@
 """What a run leaves in its folder: the adapter as PEFT reads it, tokenizer files, recipe, manifest, card and report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Parts:
     begun: Begun | None = None  # what the adapters' start did to the error of quantising
 
 
-def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]:
+def leave(parts: Parts, position: Position, seconds: float, samples: Sequence[Mapping[str, str]]) -> Mapping[str, Any]:
     """Write the final adapter and everything that describes it; returns run.json."""
     output = Path(parts.recipe.train.output)
     # That of an earlier run here goes first: until the new one is written, this folder is not a finished run.
@@ -58,7 +58,7 @@ def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]
     write_text(output / RECIPE, recipe_text)
     kept = (weights.WEIGHTS, weights.CONFIG, RECIPE, *(file.name for file in tokenizer_files(parts.base.folder.path)))
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
-    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files, "samples": samples_of(parts)}
+    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files, "samples": samples}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
     write_json(output / MANIFEST, manifest)
     write_text(output / CARD, model_card(manifest, recipe_text))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora.base.load import Base, load
+from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
 from qlora.memory.allocator import return_freed_memory
 from qlora.memory.choose import Fixed, lower
@@ -43,15 +44,21 @@ class Reading:
         self.say(f"reading the base: {said}, {left // 60}:{left % 60:02} left")
 
 
-def load_base(recipe: Recipe, device: torch.device, plan: Plan | None, say: Say = lambda text: None) -> Base:
+def load_base(
+    recipe: Recipe,
+    device: torch.device,
+    plan: Plan | None,
+    say: Say = lambda text: None,
+    processes: Processes | None = None,
+) -> Base:
     """The base of a recipe: resident on `device`, or with layers that stream to it as planned.
 
-    Without a plan the recipe's own word counts: then `stream` streams every layer.
+    Without a plan the recipe's own word counts: then `stream` streams every layer. `processes` read it together.
     """
     streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
     stays = _on_host(plan.work) if plan and streams else _nothing
     return_freed_memory()  # what reading frees would stay in the C library's heaps
-    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say))
+    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say), processes)
     for note in base.notes:
         say(note)
     if streams:

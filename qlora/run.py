@@ -13,7 +13,7 @@ from qlora.adapters import ADAPTERS
 from qlora.adapters.init import begin
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
-from qlora.artefacts import RECIPE, Parts, leave, write_adapter
+from qlora.artefacts import RECIPE, Parts, leave, samples_of, write_adapter
 from qlora.base.load import Base
 from qlora.base.norms import matrices
 from qlora.base.unchanged import frozen_sha256
@@ -88,8 +88,10 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any
         refuse_changed_base(parts, before)
         keep_best(parts, job, position)
         manifest: Mapping[str, Any] = {}
+        # Answers of a sharded model take all processes.
+        samples = samples_of(parts) if processes.writes or processes.shards else []
         if processes.writes:
-            manifest = leave(parts, position, time.monotonic() - started)
+            manifest = leave(parts, position, time.monotonic() - started, samples)
         processes.end()
     return manifest
 
@@ -123,7 +125,7 @@ def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) ->
 
 def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Base:
     """The base of a recipe, where its plan wants it. InputError if it can't be trained on in its dtype."""
-    base = load_base(recipe, processes.device, plan, log.say)
+    base = load_base(recipe, processes.device, plan, log.say, processes)
     if base.dtype == torch.float16:
         raise InputError(
             "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
@@ -260,7 +262,7 @@ def moments_of(parts: Parts, position: Position) -> int:
 
 def refuse_changed_base(parts: Parts, before: str) -> None:
     """QloraError if a byte of the frozen base is not what it was before the first step."""
-    if frozen_sha256(parts.base.model) != before:
+    if parts.processes.any(frozen_sha256(parts.base.model) != before):
         raise QloraError(
             f"{parts.recipe.model.name}: bytes of the frozen base changed during training, so the adapter is not this "
             "base's; no final one was written. Is memory faulty? A library that changes weights is a defect: tell us."

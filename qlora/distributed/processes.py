@@ -21,6 +21,8 @@ from qlora.redact import redacted, redacted_values
 class Processes:
     """All processes of a run, seen from one of them."""
 
+    shards = False  # whether a process holds only its share of the frozen base
+
     def __init__(self, report_to: Sequence[str] = (), project_dir: Path | None = None) -> None:
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else several processes without a card would each believe to be alone
@@ -44,6 +46,11 @@ class Processes:
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
+    def together(self) -> bool:
+        """Whether the base is read by several processes, or held in shares by them."""
+        return self.world > 1 or self.shards
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the one process that writes files and talks."""
         return bool(self.accelerator.is_main_process)
@@ -56,6 +63,17 @@ class Processes:
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module as this strategy trains it."""
         return module
+
+    def shard(
+        self, module: nn.Module, lasting: bool = False, whole: Sequence[nn.Parameter] = (), host: bool = False
+    ) -> None:
+        """Keep this process's share of a frozen module: all of it, unless the strategy shards."""
+
+    def bring(self, module: nn.Module, part: nn.Module) -> None:
+        """Have `part` of a sharded `module` whole outside of its forward and backward: it is, unless sharded."""
+
+    def settle(self) -> None:
+        """Return what was brought."""
 
     def bare(self, module: nn.Module) -> nn.Module:
         """The module without its wrapping: what evaluation calls, as often as each process has rows."""
@@ -83,6 +101,10 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether any process raises the flag."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def agreed(self, flag: bool) -> bool:
+        """Whether this process may go by the flag: alone, where a forward takes no other process."""
+        return flag
 
     def wait(self) -> None:
         """Until every process is here."""
