@@ -238,4 +238,3 @@ class Filling:
         if missing:
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise BaseModelError(f"model: {self.folder} lacks {listed}. Fetch the folder again.")
-

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-import torch
 from torch import Tensor, nn
 
 from qlora.base.ahead import ahead
@@ -101,7 +101,9 @@ class Packed:
 
     def keep(self, model: nn.Module, known: Known) -> str | None:
         """Write the entry of a filled model; returns a line about it. None if there is nothing to say or to keep."""
-        if not self.usable or self.home is None or known.prequantized or (self.sharing and self.sharing.processes.shards):
+        if not self.usable or self.home is None or known.prequantized:
+            return None
+        if self.sharing and self.sharing.processes.shards:  # no process has the whole of it
             return None
         size = sum(parameter.nbytes for parameter in model.parameters())
         if size < SMALLEST_BYTES:

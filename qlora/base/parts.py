@@ -77,7 +77,7 @@ class Sharing:
         self.model, self.processes = model, processes
         self._agreeing: dict[type, bool] = {}
         self._waiting: dict[str, nn.Module] = {}
-        tied = dict.fromkeys(model.all_tied_weights_keys) if processes.shards else {}  # type: ignore[call-overload]
+        tied: Any = model.all_tied_weights_keys
         for path, module in model.named_modules():
             is_end = module in self._ends() and not tied
             if processes.shards and (LAYER.fullmatch(path) or is_end):

@@ -1,7 +1,7 @@
 """FSDP2: every process holds a share of the frozen base, packed bytes included; adapters are held whole by each.
 
-The rule: what is frozen is sharded by `fully_shard`, what trains is replicated and its gradients are summed by DDP, once
-a step. Adapters are a few thousandths of the base, so their shards would save nothing and cost a gather a layer.
+The rule: what is frozen is sharded by `fully_shard`, what trains is replicated and its gradients are summed by DDP,
+once a step. Adapters are a few thousandths of the base, so their shards would save nothing and cost a gather a layer.
 
 `fully_shard` is called here, not by Accelerate (1.15), whose prepare_model wants the whole model in memory on every
 process first, shards adapters as well, and leaves integer parameters whole. No policy casts anything: MixedPrecision is
@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import distributed, nn
+from torch import distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -29,13 +29,15 @@ class Fsdp(Processes):
 
     def __init__(self, report_to: Sequence[str] = (), project_dir: Path | None = None) -> None:
         super().__init__(report_to, project_dir)
-        if not distributed.is_initialized():  # one process: a mesh needs a group all the same
+        if not dist.is_initialized():  # one process: a mesh needs a group all the same
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         self._mesh = init_device_mesh(self.device.type, (self.world,))
         self._brought: FSDPModule | None = None
 
-    def shard(self, module: nn.Module, lasting: bool = False, whole: Sequence[nn.Parameter] = (), host: bool = False) -> None:
+    def shard(
+        self, module: nn.Module, lasting: bool = False, whole: Sequence[nn.Parameter] = (), host: bool = False
+    ) -> None:
         """Keep this process's share of `module` and give the rest back; forward and backward gather it for themselves.
 
         `lasting`: whoever gathers it returns it. `whole`: parameters that stay as they are. `host`: the share waits in

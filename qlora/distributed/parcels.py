@@ -1,6 +1,6 @@
 """Parcels: named tensors and a JSON note that one process sends to all others; every byte arrives as it left.
 
-A parcel travels as two broadcasts of Accelerate's: what is in it, and all tensors one after the other.  Door: accelerate.
+A parcel travels as Accelerate's broadcasts: what is in it, then all tensors one after the other.  Door: accelerate.
 """
 
 import json
@@ -45,7 +45,8 @@ def send(company: Company, sender: int, parcel: Parcel | None) -> Parcel:
     body = torch.empty(size, dtype=torch.uint8, device=company.device)
     for name, tensor in parcel.tensors.items():
         start = places[name][0]
-        body[start : start + tensor.nbytes] = tensor.detach().to(company.device).contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.detach().to(company.device).contiguous().reshape(-1)
+        body[start : start + tensor.nbytes] = flat.view(torch.uint8)
     if size:
         broadcast(body, from_process=sender)
     return Parcel({name: _view(body, *place) for name, place in places.items()}, parcel.note)
