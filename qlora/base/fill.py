@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora.base.ahead import PerThread, ahead
+from qlora.base.ahead import AHEAD_BYTES, PerThread, ahead
 from qlora.base.arithmetic import arithmetic_of
 from qlora.base.dtypes import name_of
 from qlora.base.fingerprint import Fingerprint
@@ -102,11 +102,14 @@ class Filling:
         ignored = tuple(key for key, name in places.items() if name is None)
         return Known(self.fingerprint.hexdigest(), ignored, any(is_prequantized(key, self.shards) for key in places))
 
-    def _fill(self, wanted: Sequence[_Wanted], report: Report = lambda done, total: None) -> None:
+    def _fill(
+        self, wanted: Sequence[_Wanted], report: Report = lambda done, total: None, ahead_bytes: int = AHEAD_BYTES
+    ) -> None:
         """Read and place what is wanted."""
         mine = PerThread(self.shards.beside)
         total, done = sum(each.size_bytes for each in wanted), 0
-        for each, found in ahead(wanted, lambda item: item.size_bytes, lambda item: self._read(item, mine.own)):
+        reading = ahead(wanted, lambda item: item.size_bytes, lambda item: self._read(item, mine.own), ahead_bytes)
+        for each, found in reading:
             self._place(each, found)
             done += each.size_bytes
             report(done, total)
@@ -118,16 +121,16 @@ class Filling:
             units.setdefault(unit_of(each.name), []).append(each)
         total, done = sum(each.size_bytes for each in wanted), 0
         for unit, maker, parcel in deal(sharing.processes, [*units.values()], self._parcel, BaseModelError):
-            if maker != sharing.processes.rank:
-                self.fingerprint.digests |= parcel.note["digests"]
-                put_all(self.model, parcel.tensors, parcel.note["layers"], self._home)
+            self.fingerprint.digests |= parcel.note["digests"]
+            put_all(self.model, parcel.tensors, parcel.note["layers"], self._home)  # the maker's own copy goes
+            del parcel
             sharing.finish()
             done += sum(each.size_bytes for each in unit)
             report(done, total)
 
     def _parcel(self, unit: Sequence[_Wanted]) -> Parcel:
         """A unit read, quantised, placed here, and ready to be sent."""
-        self._fill(unit)
+        self._fill(unit, ahead_bytes=AHEAD_BYTES // 4)  # the others read ahead too
         tensors, layers = tensors_of(self.model, [each.name for each in unit])
         names = [name for each in unit for name in (each.name, f"{each.path}.bias")]
         digests = {name: self.fingerprint.digests[name] for name in names if name in self.fingerprint.digests}

@@ -68,7 +68,7 @@ def deal(
         for maker, unit in enumerate(turn):
             found = send(company, maker, mine if maker == company.rank else None)
             if maker == company.rank:
-                mine = None
+                mine = None  # its tensors are in the body that was sent
             if isinstance(found.note, dict) and "failed" in found.note:
                 raise error(found.note["failed"])
             yield unit, maker, found
