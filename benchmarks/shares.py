@@ -85,7 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "base"
         folder.mkdir()
-        code = "import sys; from pathlib import Path; import loading as l; print(l.make(Path(sys.argv[1]), float(sys.argv[2]), 8000))"
+        code = "import sys; from pathlib import Path; import loading; "
+        code += "print(loading.make(Path(sys.argv[1]), float(sys.argv[2]), 8000))"
         path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
         made = subprocess.run(
             [sys.executable, "-c", code, str(folder), str(options.gigabytes)], capture_output=True, text=True,

@@ -56,14 +56,15 @@ def load_base(
     Without a plan the recipe's own word counts: then `stream` streams every layer. `processes` read it together.
     """
     streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
+    shares = processes is not None and processes.shards  # then a streamed layer's share waits in main memory
     stays = _on_host(plan.work) if plan and streams else _nothing
     return_freed_memory()  # what reading frees would stay in the C library's heaps
     base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say), processes)
     for note in base.notes:
         say(note)
-    if streams:
+    if streams and not shares:
         Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
-    if plan.work.embeds_on_host if plan else streams:
+    if plan.work.embeds_on_host if plan else streams and not shares:
         embed_on_host(base.model, device)
     return base
 

@@ -31,7 +31,7 @@ from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
 from qlora.obey import Ladder, arrange_unplanned, load_base
-from qlora.planning import in_words, left_open, plan_run
+from qlora.planning import better, here, in_words, left_open, plan_run, plans_of, unused_cards
 from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
 from qlora.train import OPTIMIZERS
@@ -71,7 +71,7 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any
         log = Log(Path(recipe.train.output), processes.track, quiet=quiet or not processes.is_main)
         processes.start_trackers(Path(recipe.train.output).name, recipe.model_dump(mode="json"))
         choose_kernels(recipe.train.deterministic)
-        for note in notes:
+        for note in (*notes, *unused_cards(processes.world)):
             log.say(note)
         plan = planned(recipe, processes, log)
         parts = gather(recipe, processes, plan, log)
@@ -106,7 +106,7 @@ def choose_kernels(deterministic: bool) -> None:
 def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
     """The memory plan that the run obeys; None, said in a line, for a model whose shapes the planner does not know."""
     try:
-        plan = plan_run(recipe, processes.world)
+        plan = plan_run(recipe, processes.world, "fsdp" if processes.shards else None)
     except BaseModelError as error:
         log.say(f"no memory plan: {error}")
         return None
@@ -176,14 +176,30 @@ def announce(report: DataReport, log: Log) -> None:
 
 
 def open_processes(recipe: Recipe) -> Processes:
-    """The strategy of the recipe; `auto` goes by the number of processes that the launcher started."""
+    """The strategy of the recipe; `auto` goes by the launcher and, where it started several processes, by the plan."""
     kind = recipe.distributed.kind
-    if kind == "auto":
-        kind = "ddp" if Processes.launched() > 1 else "single"
     if kind == "single" and Processes.launched() > 1:
         raise InputError("distributed.kind: single, but the launcher started several processes. Use auto or ddp.")
+    if kind == "ddp" and Processes.launched_for_shares():
+        raise InputError("distributed.kind: ddp, but accelerate was told to use FSDP. Use auto or fsdp, or ddp.yaml.")
+    if kind == "auto":
+        kind = _by_launch(recipe)
     strategy: Processes = STRATEGIES[kind](recipe.train.report_to, Path(recipe.train.output))
     return strategy
+
+
+def _by_launch(recipe: Recipe) -> str:
+    """What `auto` means: all processes decide alike, and share the base as soon as one card can't hold it."""
+    if Processes.launched() == 1:
+        return "single"
+    if Processes.launched_for_shares():
+        return "fsdp"
+    together = Processes()
+    try:
+        wanted = better(plans_of(recipe, here(together.world)))
+    except BaseModelError:  # whoever does not know the shapes takes what needs no plan
+        wanted = "ddp"
+    return "fsdp" if together.any(wanted == "fsdp") else "ddp"
 
 
 def build_adapter(recipe: Recipe) -> Lora:

@@ -46,6 +46,11 @@ class Aim:
     on_host: Callable[[str], bool] = lambda path: False  # whether the linear layer at a path stays in main memory
     processes: Processes | None = None  # that share the reading; None: this one reads for itself
 
+    def home(self, path: str) -> torch.device:
+        """Where the frozen layer at a path is put; what is to be sharded begins on the device."""
+        waits = self.on_host(path) and not (self.processes and self.processes.shards)
+        return torch.device("cpu") if waits else self.device
+
 
 @dataclass(frozen=True)
 class _Wanted:
@@ -120,9 +125,9 @@ class Filling:
         for each in wanted:
             units.setdefault(unit_of(each.name), []).append(each)
         total, done = sum(each.size_bytes for each in wanted), 0
-        for unit, maker, parcel in deal(sharing.processes, [*units.values()], self._parcel, BaseModelError):
+        for unit, parcel in deal(sharing.processes, [*units.values()], self._parcel, BaseModelError):
             self.fingerprint.digests |= parcel.note["digests"]
-            put_all(self.model, parcel.tensors, parcel.note["layers"], self._home)  # the maker's own copy goes
+            put_all(self.model, parcel.tensors, parcel.note["layers"], self.aim.home)  # the maker's own copy goes
             del parcel
             sharing.finish()
             done += sum(each.size_bytes for each in unit)
@@ -135,10 +140,6 @@ class Filling:
         names = [name for each in unit for name in (each.name, f"{each.path}.bias")]
         digests = {name: self.fingerprint.digests[name] for name in names if name in self.fingerprint.digests}
         return Parcel(tensors, {"layers": layers, "digests": digests})
-
-    def _home(self, path: str) -> torch.device:
-        """Where the frozen layer at a path is kept."""
-        return torch.device("cpu") if self.aim.on_host(path) else self.aim.device
 
     def _places(self) -> dict[str, str | None]:
         """File key -> parameter name, None where the model has no such parameter; companions of 4-bit keys left out."""
@@ -210,7 +211,7 @@ class Filling:
                 f"model: {self.folder}: {wanted.key!r} is {[layer.out_features, layer.in_features]}, "
                 f"but config.json wants {[skeleton.out_features, skeleton.in_features]}."
             )
-        put(self.model, path, layer.to(self._home(path)))
+        put(self.model, path, layer.to(self.aim.home(path)))
 
     def _quantized(self, key: str, read: _Read) -> FrozenLinear:
         to = partial(torch.Tensor.to, device=self.aim.device, dtype=self.aim.dtype)

@@ -69,7 +69,7 @@ def _filled(
 ) -> tuple[nn.Module, Known, tuple[str, ...]]:
     """The model with its weights: kept ones where there are any that verify, else from the original files."""
     notes, model = list[str](), build()
-    sharing = Sharing(model, aim.processes) if aim.processes else None
+    sharing = Sharing(model, aim.processes, aim.on_host) if aim.processes else None
     packed = Packed(folder, aim, sharing)
     try:
         known = packed.recall(model, report)
@@ -79,7 +79,7 @@ def _filled(
         notes.append(f"the kept base does not verify ({error}); reading the original")
         packed.forget()
         model = build()
-        sharing = Sharing(model, aim.processes) if aim.processes else None
+        sharing = Sharing(model, aim.processes, aim.on_host) if aim.processes else None
     known = Filling(model, folder, aim, sharing).run(report)
     kept = packed.keep(model, known)
     return _finished(model, sharing), known, (*notes, *([kept] if kept else []))

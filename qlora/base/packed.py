@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -65,7 +64,7 @@ class Packed:
             raise Damaged(f"{place / ENTRY}: {error!r}") from error
         done = 0
         for name, tensors in self._read(place, parts, sizes):
-            put_all(model, tensors, entry["quantized"], self._home)
+            put_all(model, tensors, entry["quantized"], self.aim.home)
             if self.sharing:
                 self.sharing.finish()
             done += sizes[name]
@@ -88,16 +87,12 @@ class Packed:
         def read(name: str) -> Parcel:
             return Parcel(_verified(place / name, parts[name]))
 
-        for name, _, parcel in deal(self.sharing.processes, list(parts), read, Damaged):
+        for name, parcel in deal(self.sharing.processes, list(parts), read, Damaged):
             yield name, parcel.tensors
 
     def _agreed(self, there: bool) -> bool:
         """Whether all processes that share the reading find it there."""
         return there if self.sharing is None else not self.sharing.processes.any(not there)
-
-    def _home(self, path: str) -> torch.device:
-        """Where the frozen layer at a path is kept."""
-        return torch.device("cpu") if self.aim.on_host(path) else self.aim.device
 
     def keep(self, model: nn.Module, known: Known) -> str | None:
         """Write the entry of a filled model; returns a line about it. None if there is nothing to say or to keep."""

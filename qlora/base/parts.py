@@ -73,8 +73,8 @@ def rebuilt(described: Mapping[str, Any], own: Mapping[str, Tensor]) -> FrozenLi
 class Sharing:
     """The units of a model that are sharded as soon as they are whole, so that no process ever holds the model."""
 
-    def __init__(self, model: nn.Module, processes: Processes) -> None:
-        self.model, self.processes = model, processes
+    def __init__(self, model: nn.Module, processes: Processes, on_host: Callable[[str], bool]) -> None:
+        self.model, self.processes, self.on_host = model, processes, on_host
         self._agreeing: dict[type, bool] = {}
         self._waiting: dict[str, nn.Module] = {}
         tied: Any = model.all_tied_weights_keys
@@ -90,8 +90,7 @@ class Sharing:
                 continue
             del self._waiting[path]
             lean(module, self._agreeing)
-            # The head is asked for chunk by chunk, and returned when the loss is known.
-            self._shard(module, lasting=module is self._ends()[-1])
+            self._shard(path, module)
 
     def finish_rest(self) -> None:
         """Shard what stands outside the layers; tied ends stay whole, being needed first and last."""
@@ -102,11 +101,12 @@ class Sharing:
         inside = [value for value in decoder.parameters() if id(value) in ends and not hasattr(value, "to_local")]
         self.processes.shard(decoder, whole=inside)
 
-    def _shard(self, module: nn.Module, lasting: bool) -> None:
-        self.processes.shard(module, lasting=lasting)
+    def _shard(self, path: str, module: nn.Module) -> None:
+        # The head is asked for chunk by chunk, and returned when the loss is known.
+        self.processes.shard(module, lasting=module is self._ends()[-1], host=self.on_host(f"{path}."))
         for part in module.modules():
             if isinstance(part, FrozenLinear):
-                part.fetch = partial(self.processes.bring, module, part)
+                part.fetch, part.home = partial(self.processes.bring, module, part), self.processes.device
 
     def _ends(self) -> tuple[nn.Module, nn.Module]:
         """Embedding and head."""

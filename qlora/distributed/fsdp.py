@@ -75,7 +75,7 @@ class Fsdp(Processes):
         frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
         buffers = [name for name, _ in module.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen + buffers)
-        return DistributedDataParallel(module)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def bare(self, module: nn.Module) -> nn.Module:
         """The module without DDP; its base stays sharded."""

@@ -57,8 +57,8 @@ def deal(
     units: Sequence[Unit],
     make: Callable[[Unit], Parcel],
     error: type[Exception],
-) -> Iterator[tuple[Unit, int, Parcel]]:
-    """Each unit with the process that made its parcel, and the parcel; the processes take turns and work side by side.
+) -> Iterator[tuple[Unit, Parcel]]:
+    """Each unit with its parcel on every process; they take turns in making one, and work side by side.
 
     An `error` that `make` raises on one process is raised on all.
     """
@@ -71,7 +71,7 @@ def deal(
                 mine = None  # its tensors are in the body that was sent
             if isinstance(found.note, dict) and "failed" in found.note:
                 raise error(found.note["failed"])
-            yield unit, maker, found
+            yield unit, found
 
 
 def _made(make: Callable[[Unit], Parcel], unit: Unit, error: type[Exception]) -> Parcel:

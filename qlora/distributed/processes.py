@@ -29,7 +29,7 @@ class Processes:
             mixed_precision="no",
             log_with=list(report_to) or None,
             # The base is frozen and every process computes its buffers by itself: nothing to send before a forward.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
             project_dir=str(project_dir) if project_dir else None,
         )
         self.rank: int = self.accelerator.process_index
@@ -44,6 +44,11 @@ class Processes:
     def launched() -> int:
         """How many processes the launcher started."""
         return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @staticmethod
+    def launched_for_shares() -> bool:
+        """Whether `accelerate launch` was told to use FSDP, by its configuration or --use_fsdp."""
+        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
     @property
     def together(self) -> bool:

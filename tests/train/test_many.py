@@ -27,6 +27,7 @@ LOSS, ADAPTER = 1e-5, 1e-4  # relative, absolute: float32 sums of the same produ
 CASES = {
     "accumulation": ("train.micro_batch=1",),
     "packing": ("data.packing=true", "train.micro_batch=2", "memory.recompute=all"),
+    "parking": ("memory.offload_activations=true", "train.micro_batch=2"),
     "dora": ("adapter.kind=dora", "train.micro_batch=2", "memory.recompute=none"),
 }
 
