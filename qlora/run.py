@@ -24,6 +24,7 @@ from qlora.data.tokens import Encoder
 from qlora.data.types import counted
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
+from qlora.distributed.watch import Watch
 from qlora.errors import BaseModelError, InputError, NotBuiltYet, QloraError
 from qlora.files import write_text
 from qlora.folders import sweep
@@ -57,17 +58,19 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
 
     QloraError if something is wrong, Stopped after a signal: in both cases with what to do next.
     """
-    try:
-        return _walk(recipe, notes, quiet)
-    except Abandoned as abandoned:  # a signal that came while another error was on its way out
-        raise abandoned.error from None
+    with Watch() as watch:
+        try:
+            return _walk(recipe, notes, quiet, watch)
+        except Abandoned as abandoned:  # a signal that came while another error was on its way out
+            raise abandoned.error from None
 
 
-def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any]:
+def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watch) -> Mapping[str, Any]:
     """Each part after the other, all under the signals' eyes."""
     started = time.monotonic()
     with stop_signals() as stop:
         processes = open_processes(recipe)
+        watch.begin()
         log = Log(Path(recipe.train.output), processes.track, quiet=quiet or not processes.is_main)
         processes.start_trackers(Path(recipe.train.output).name, recipe.model_dump(mode="json"))
         choose_kernels(recipe.train.deterministic)
@@ -92,6 +95,8 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any
         samples = samples_of(parts) if processes.writes or processes.shards else []
         if processes.writes:
             manifest = leave(parts, position, time.monotonic() - started, samples)
+        processes.wait()
+        watch.done()
         processes.end()
     return manifest
 

@@ -129,7 +129,7 @@ class Filling:
             self.fingerprint.digests |= parcel.note["digests"]
             put_all(self.model, parcel.tensors, parcel.note["layers"], self.aim.home)  # the maker's own copy goes
             del parcel
-            sharing.finish()
+            sharing.finish([each.name for each in unit])
             done += sum(each.size_bytes for each in unit)
             report(done, total)
 

@@ -66,7 +66,7 @@ class Packed:
         for name, tensors in self._read(place, parts, sizes):
             put_all(model, tensors, entry["quantized"], self.aim.home)
             if self.sharing:
-                self.sharing.finish()
+                self.sharing.finish(tensors)
             done += sizes[name]
             report(done, sum(sizes.values()))
         model.tie_weights()  # type: ignore[operator]

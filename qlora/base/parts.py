@@ -83,10 +83,11 @@ class Sharing:
             if processes.shards and (LAYER.fullmatch(path) or is_end):
                 self._waiting[path] = module
 
-    def finish(self) -> None:
-        """Shard every unit that has all its tensors by now."""
-        for path, module in list(self._waiting.items()):
-            if any(parameter.is_meta for parameter in module.parameters()):
+    def finish(self, names: Iterable[str]) -> None:
+        """Shard the units that have all their tensors, now that those named were put on every process."""
+        for path in sorted({path for name in names for path in (unit_of(name), name.rpartition(".")[0])}):
+            module = self._waiting.get(path)
+            if module is None or any(parameter.is_meta for parameter in module.parameters()):
                 continue
             del self._waiting[path]
             lean(module, self._agreeing)

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from qlora.errors import QloraError
+from qlora.errors import QloraError, SaidElsewhere
 from qlora.redact import RedactedStream, redacted
 
 app = typer.Typer(
@@ -49,7 +49,8 @@ def run(arguments: list[str]) -> int:
     except QloraError as error:
         if debug:
             say(traceback.format_exc())
-        say(f"error: {error}")
+        if not isinstance(error, SaidElsewhere):
+            say(f"error: {error}")
         return error.exit_code
     except TyperException as error:
         if not arguments:

@@ -22,6 +22,7 @@ from qlora.recipe import Recipe, dump
 from qlora.train.checkpoint import Checkpoints
 
 STEPS = 6
+LAUNCHES = ((1, "auto"), (2, "fsdp"), (2, "ddp"))
 
 
 @dataclass
@@ -90,14 +91,15 @@ def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found
 
 
 def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None]) -> Found:
-    """`count` signals to `accelerate launch` with one process or two, each a random while after the first line."""
+    """`count` signals to `accelerate launch`, each a random while after the first line: one process, DDP, FSDP."""
     draw, found = random.Random(seed), Found()
     data, file, output = write_rows(home / "rows.jsonl", 12), home / "recipe.yaml", home / "launched"
     endless = ("train.max_steps=100000", "train.save_every=null", "optim.warmup=0", "data.eval_fraction=0")
     for number in range(count):
         shutil.rmtree(output, ignore_errors=True)
-        file.write_text(dump(recipe_of(model, data, output, *endless)))
-        world, kind = 1 + number % 2, draw.choice((signal.SIGTERM, signal.SIGINT))
+        world, strategy = LAUNCHES[number % len(LAUNCHES)]
+        file.write_text(dump(recipe_of(model, data, output, *endless, f"distributed.kind={strategy}")))
+        kind = draw.choice((signal.SIGTERM, signal.SIGINT))
         launcher = _launch(world, file, home)
         give_up = time.monotonic() + 180
         while (
@@ -115,7 +117,7 @@ def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callab
         found.exact += exact
         found.wrong += not exact
         if not exact:
-            found.notes.append(f"{kind} {world}: logged {last}, saved {saved and saved.folder.name}")
+            found.notes.append(f"{kind} {world} {strategy}: logged {last}, saved {saved and saved.folder.name}")
         report(found)
     shutil.rmtree(output, ignore_errors=True)
     return found
