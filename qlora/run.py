@@ -36,6 +36,7 @@ from qlora.planning import better, here, in_words, left_open, plan_run, plans_of
 from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
 from qlora.train import OPTIMIZERS
+from qlora.train.agree import agreed
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
 from qlora.train.guard import Abandoned, StopSignal, stop_signals
 from qlora.train.log import Log, RowsTold, watching
@@ -318,9 +319,10 @@ def resume(parts: Parts, job: Job) -> Position:
     output = Path(parts.recipe.train.output)
     if parts.processes.writes:
         sweep(output)
-    saved, skipped = find_saved(parts.recipe.train.resume, job.checkpoints)
+    saved, skipped = find_here(parts, job)
     for line in skipped:
         job.log.say(line)
+    saved = agreed(parts.processes, saved)
     position = Position()
     aside = job.checkpoints.set_aside() if parts.processes.writes and not saved else None
     if aside:
@@ -346,6 +348,16 @@ def keep_best(parts: Parts, job: Job, position: Position) -> None:
     if broken(folder) is None:
         restore_adapter(folder, parts.base.model)
         job.log.say(f"the adapter of step {best} is kept: its held-out loss {position.best_loss:.4f} is the lowest")
+
+
+def find_here(parts: Parts, job: Job) -> tuple[Saved | None, list[str]]:
+    """The checkpoint to go on from, on this machine's disk; only the first process's has to be there."""
+    try:
+        return find_saved(parts.recipe.train.resume, job.checkpoints)
+    except InputError:
+        if parts.processes.is_main:
+            raise
+        return None, []
 
 
 def find_saved(wanted: str, checkpoints: Checkpoints) -> tuple[Saved | None, list[str]]:

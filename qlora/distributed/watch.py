@@ -119,7 +119,7 @@ def one_voice(work: Callable[[], Any]) -> Any:
 
 def _board() -> Any:
     """Another line to the store at which the launcher's processes met."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = timedelta(seconds=BOARD_SECONDS)

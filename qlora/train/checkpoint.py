@@ -51,6 +51,12 @@ class Saved:
     folder: Path
     position: Position
     fixed: Mapping[str, Any]  # what may not change between two parts of a run
+    contents: Mapping[str, Mapping[str, Tensor]] | None = None  # where it came from another machine; else on disk
+
+    @property
+    def identity(self) -> str:
+        """Two checkpoints of one identity hold the same bytes."""
+        return sha256_of(self.folder / MANIFEST)
 
 
 class Checkpoints:
@@ -167,14 +173,24 @@ def restore(
     saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> Position:
     """Fill adapters and optimizer from a verified checkpoint; returns where the run stands."""
-    restore_adapter(saved.folder, model)
-    load_state(optimizer, named, _tensors(saved.folder / OPTIMIZER))
+    contents = saved.contents or contents_of(saved.folder)
+    _fill_adapter(saved.folder, contents["adapter"], model)
+    load_state(optimizer, named, contents["optimizer"])
     return saved.position
+
+
+def contents_of(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a verified checkpoint: those of the adapter, those of the optimizer."""
+    return {"adapter": weights.read_named(folder / weights.WEIGHTS), "optimizer": _tensors(folder / OPTIMIZER)}
 
 
 def restore_adapter(folder: Path, model: nn.Module) -> None:
     """Fill the adapters of `model` from a checkpoint. AdapterError if it has other layers or another rank."""
-    values, wanted = weights.read_named(folder / weights.WEIGHTS), weights.tensors(model)
+    _fill_adapter(folder, weights.read_named(folder / weights.WEIGHTS), model)
+
+
+def _fill_adapter(folder: Path, values: Mapping[str, Tensor], model: nn.Module) -> None:
+    wanted = weights.tensors(model)
     if values.keys() != wanted.keys() or any(values[key].shape != wanted[key].shape for key in wanted):
         raise AdapterError(f"{folder}: its adapter has other layers or another rank than the recipe asks for.")
     weights.fill(model, values)
