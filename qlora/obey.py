@@ -57,7 +57,7 @@ def load_base(
     """
     streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
     shares = processes is not None and processes.shards  # then a streamed layer's share waits in main memory
-    stays = _on_host(plan.work) if plan and streams else _nothing
+    stays = _on_host(plan.work) if plan and streams else _everything if shares and streams else _nothing
     return_freed_memory()  # what reading frees would stay in the C library's heaps
     base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say), processes)
     for note in base.notes:
@@ -106,6 +106,10 @@ def arrange_unplanned(model: nn.Module, recipe: Recipe, device: torch.device) ->
     layers = words[wanted] if isinstance(wanted, str) else wanted
     parks = recipe.memory.offload_activations is True
     recompute(model, layers, Parking(len(decoder_layers(model)) - 1, Lane(device)) if parks else None)
+
+
+def _everything(path: str) -> bool:
+    return True
 
 
 def _nothing(path: str) -> bool:

@@ -89,6 +89,8 @@ def better(plans: Mapping[str, Plan]) -> str:
 def left_open(recipe: Recipe, layers: int) -> Fixed:
     """What the recipe leaves no choice about: its memory section, and that compiled layers neither stream nor park."""
     fixed = fixed_by(recipe.memory, layers)
+    if fixed.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+        fixed = replace(fixed, weights="stream")  # the launcher's word, see recipes/accelerate/fsdp_offload.yaml
     if not recipe.train.compile:
         return fixed
     return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")

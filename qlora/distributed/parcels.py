@@ -104,4 +104,4 @@ def _send_bytes(company: Company, sender: int, text: bytes) -> bytes:
 def _view(body: Tensor, start: int, dtype: str, shape: Sequence[int]) -> Tensor:
     kind: torch.dtype = getattr(torch, dtype)
     size = kind.itemsize * torch.Size(shape).numel()
-    return body[start : start + size].view(kind).view(*shape)
+    return body[start : start + size].view(kind).view(torch.Size(shape))

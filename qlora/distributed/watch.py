@@ -32,6 +32,7 @@ class Watch:
         self._board: Any = None
         self._beside: dict[int, tuple[int, str]] = {}  # rank -> pid and start of the others on this machine
         self._over = threading.Event()
+        self._heard = False  # why: somebody has said it
 
     def begin(self) -> None:
         """From here on this process sees the others. Called by all, once their process group is there."""
@@ -54,7 +55,7 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """One process says what went wrong. SaidElsewhere if it is another one, QloraError for one that just died."""
-        self._over.set()
+        self._over.set()  # from here on it is this thread that listens
         if error is None or self.world < 2 or isinstance(error, SaidElsewhere | SystemExit):
             return
         code = getattr(error, "exit_code", 1)
@@ -71,7 +72,7 @@ class Watch:
     def _look(self, board: Any) -> None:
         """The watching thread."""
         while not self._over.wait(LOOK_SECONDS):
-            gone = self._dead() or _noted(board)
+            gone = self._reason(board)
             if gone is None:
                 continue
             if self._over.wait(GRACE_SECONDS):
@@ -82,17 +83,25 @@ class Watch:
 
     def _gone(self, patience: float) -> str | None:
         """Who has ended before this process and made it fail, in words; None if nobody."""
-        give_up = time.monotonic() + patience
-        while True:
-            found = self._dead() or _noted(self._board)
-            if found or time.monotonic() > give_up:
-                return found
-            time.sleep(0.05)
+        _until(lambda: self._reason(self._board) is not None, patience)
+        return self._reason(self._board)
+
+    def _reason(self, board: Any) -> str | None:
+        """Why this process is to end: what one that failed has noted, or that another one is dead."""
+        dead = self._dead()
+        try:
+            if self._lives(0) and board.check(["failed"]):
+                self._heard = True
+                board.set(f"heard/{self.rank}", "")
+                return str(board.get("failed").decode())
+        except RuntimeError:  # the board went with its process
+            pass
+        return dead
 
     def _dead(self) -> str | None:
         """The first other process on this machine that is no more."""
-        for rank, (pid, started) in self._beside.items():
-            if _started(pid) != started:
+        for rank in self._beside:
+            if not self._lives(rank):
                 return (
                     f"process {rank} of {self.world} is gone without a word; was it killed, perhaps for memory? "
                     "The same command goes on from the newest checkpoint."
@@ -101,14 +110,36 @@ class Watch:
 
     def _speaks(self, reason: str) -> bool:
         """Whether this process is the one that says it; the others are told the reason."""
+        if self._heard:
+            return False
         try:
-            first = bool(self._board.add("said", 1) == 1)
-            if first:
-                self._board.set("failed", f"process {self.rank} of {self.world}: {reason}")
-            return first
-        except RuntimeError:  # the board went with its process: the first that is left on this machine speaks
-            lower = [each for rank, each in self._beside.items() if rank < self.rank]
-            return not any(_started(pid) == started for pid, started in lower)
+            if self._lives(0):
+                return self._first(reason)
+        except RuntimeError:
+            pass
+        # The board went with its process: the first that is left on this machine speaks, and outlives the others.
+        if any(self._lives(rank) for rank in self._beside if rank < self.rank):
+            return False
+        _until(lambda: not any(self._lives(rank) for rank in self._beside), GRACE_SECONDS)
+        return True
+
+    def _first(self, reason: str) -> bool:
+        """Whether none has spoken before; then the others have read the reason when this returns."""
+        if self._board.add("said", 1) > 1:
+            return False
+        self._board.set("failed", f"process {self.rank} of {self.world}: {reason}")
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        _until(lambda: all(self._has_heard(rank) for rank in others), HEAR_SECONDS)
+        return True
+
+    def _has_heard(self, rank: int) -> bool:
+        """Whether another process has read the reason, or is dead."""
+        return not self._lives(rank) or bool(self._board.check([f"heard/{rank}"]))
+
+    def _lives(self, rank: int) -> bool:
+        """Whether another process is there, as far as can be seen from this machine."""
+        pid, started = self._beside.get(rank, (0, ""))
+        return not pid or _started(pid) == started
 
 
 def one_voice(work: Callable[[], Any]) -> Any:
@@ -127,12 +158,14 @@ def _board() -> Any:
     return PrefixStore("qlora", store)
 
 
-def _noted(board: Any) -> str | None:
-    """What a process that failed has written; a board that does not answer says nothing."""
-    try:
-        return board.get("failed").decode() if board.check(["failed"]) else None
-    except RuntimeError:
-        return None
+def _until(holds: Callable[[], bool], patience: float) -> bool:
+    """Wait until it holds, or `patience` seconds have passed; whether it does."""
+    give_up = time.monotonic() + patience
+    while not holds():
+        if time.monotonic() >= give_up:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _machine() -> str:

@@ -60,7 +60,8 @@ def part(model: Path, home: Path, count: int, seed: int, report: Callable[[Found
         found.slowest_seconds = max(found.slowest_seconds, round(seconds, 2))
         found.unpunished += sum(code == 0 for code in codes)
         found.orphans += sum(child.orphans() for child in children)
-        once = said.count("error: ") == 1 and (killed or said.count(PLANTED) == 1)
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        once = len(lines) == 1 and (killed or PLANTED in lines[0])
         found.unsaid += not once
         if not once or seconds > HANG_SECONDS or 0 in codes:
             found.notes.append(f"{kind} x{world} {phase} {codes} {seconds:.1f} s: {said[-600:]}")

@@ -107,24 +107,29 @@ def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callab
         ):
             time.sleep(0.1)
         time.sleep(draw.uniform(0, 2))
+        trainers = _trainers(launcher.pid)
         launcher.send_signal(kind)
         launcher.wait(timeout=120)
         found.signals += 1
         found.orphans += _left(launcher.pid)
         last = metrics(output)[-1]["step"]
         saved, skipped = Checkpoints(output, 9, lambda folder: None, {}).newest()
-        exact = saved is not None and saved.position.step == last and not skipped
+        exact = saved is not None and saved.position.step == last and not skipped and trainers == world
         found.exact += exact
         found.wrong += not exact
         if not exact:
-            found.notes.append(f"{kind} {world} {strategy}: logged {last}, saved {saved and saved.folder.name}")
+            found.notes.append(
+                f"{kind} {trainers} of {world} {strategy}: logged {last}, saved {saved and saved.folder.name}"
+            )
         report(found)
     shutil.rmtree(output, ignore_errors=True)
     return found
 
 
 def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
-    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu")
+    # With --cpu accelerate starts one process only; --multi_gpu starts several, which without cards meet over gloo.
+    where = "--cpu" if world == 1 else "--multi_gpu"
+    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", where)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -146,6 +151,15 @@ def _left(session: int) -> int:
     for path in there:
         os.kill(int(path.name), signal.SIGKILL)
     return len(there)
+
+
+def _trainers(session: int) -> int:
+    """Processes of the launcher's session that train."""
+    there = [path for path in Path("/proc").glob("[0-9]*") if _session_of(path) == session]
+    said = [(path / "cmdline").read_bytes().split(b"\0") for path in there]
+    return sum(
+        words[1:5] == [b"-u", b"-m", b"qlora", b"train"] or words[1:4] == [b"-m", b"qlora", b"train"] for words in said
+    )
 
 
 def _session_of(process: Path) -> int:
