@@ -66,7 +66,11 @@ def plan_of(recipe: Recipe, machine: Machine) -> Plan:
 
 def plans_of(recipe: Recipe, machine: Machine) -> dict[str, Plan]:
     """A plan for each strategy that the recipe leaves open on so many cards."""
-    shapes = read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name)
+    return plans_for(recipe, read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name), machine)
+
+
+def plans_for(recipe: Recipe, shapes: Shapes, machine: Machine) -> dict[str, Plan]:
+    """The same for a base of known shapes."""
     kind = recipe.distributed.kind
     several = [kind] if kind in ("ddp", "fsdp") else ["ddp", "fsdp"]
     kinds = several if machine.cards > 1 else ["fsdp" if kind == "fsdp" else "single"]
