@@ -43,10 +43,10 @@ class Found:
         return not (self.wrong or self.orphans)
 
 
-def recipe_of_stops(model: Path, data: Path, output: Path) -> Recipe:
+def recipe_of_stops(model: Path, data: Path, output: Path, *more: str) -> Recipe:
     options = ("data.eval_fraction=0.2", "train.eval_every=2", "adapter.dropout=0.1", f"train.max_steps={STEPS}")
     # train_on all: then there are no questions for the report's samples, whose answers would take most of the time.
-    return recipe_of(model, data, output, *options, "train.save_every=3", "train.keep=99", "data.train_on=all")
+    return recipe_of(model, data, output, *options, "train.save_every=3", "train.keep=99", "data.train_on=all", *more)
 
 
 def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None], world: int = 1) -> Found:
@@ -63,7 +63,9 @@ def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found
         number = draw.choice((signal.SIGTERM, signal.SIGINT))
         output = home / "stopped"
         shutil.rmtree(output, ignore_errors=True)
-        recipe = recipe_of_stops(model, data, output)
+        # Two processes with a whole base each, or with shares of one, give the same bits.
+        strategy = "single" if world == 1 else draw.choice(("ddp", "fsdp"))
+        recipe = recipe_of_stops(model, data, output, f"distributed.kind={strategy}")
         children = _started(recipe, home, world)
         heard = children[0].wait_for(phase, times=draw.randint(1, {"training": STEPS, "evaluating": 3}.get(phase, 1)))
         time.sleep(draw.uniform(0, 0.05))
