@@ -46,8 +46,11 @@ class Parts:
     begun: Begun | None = None  # what the adapters' start did to the error of quantising
 
 
-def leave(parts: Parts, position: Position, seconds: float, samples: Sequence[Mapping[str, str]]) -> Mapping[str, Any]:
-    """Write the final adapter and everything that describes it; returns run.json."""
+def leave(
+    parts: Parts, position: Position, seconds: float, samples: Sequence[Mapping[str, str]] | None = None
+) -> Mapping[str, Any]:
+    """Write the final adapter and everything that describes it; returns run.json. `samples`: None answers them now."""
+    samples = samples_of(parts) if samples is None else samples
     output = Path(parts.recipe.train.output)
     # That of an earlier run here goes first: until the new one is written, this folder is not a finished run.
     (output / MANIFEST).unlink(missing_ok=True)

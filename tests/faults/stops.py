@@ -144,8 +144,8 @@ def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
 
 
 def _left(session: int) -> int:
-    """Processes of the launcher's session that are still there after ten seconds."""
-    for _ in range(100):
+    """Processes of the launcher's session that are still there after a minute: a busy machine stops slowly."""
+    for _ in range(600):
         there = [path for path in Path("/proc").glob("[0-9]*") if _session_of(path) == session]
         if not there:
             return 0
