@@ -183,13 +183,15 @@ def announce(report: DataReport, log: Log) -> None:
 
 def open_processes(recipe: Recipe) -> Processes:
     """The strategy of the recipe; `auto` goes by the launcher and, where it started several processes, by the plan."""
-    kind = recipe.distributed.kind
+    kind, trains_all = recipe.distributed.kind, recipe.adapter.kind == "full"
     if kind == "single" and Processes.launched() > 1:
         raise InputError("distributed.kind: single, but the launcher started several processes. Use auto or ddp.")
     if kind == "ddp" and Processes.launched_for_shares():
         raise InputError("distributed.kind: ddp, but accelerate was told to use FSDP. Use auto or fsdp, or ddp.yaml.")
     if kind == "auto":
-        kind = _by_launch(recipe)
+        kind = "ddp" if trains_all and Processes.launched() > 1 else _by_launch(recipe)
+    if kind == "fsdp" and trains_all:
+        raise InputError("distributed.kind: fsdp shares the frozen base; adapter.kind full freezes nothing. Use ddp.")
     strategy: Processes = STRATEGIES[kind](recipe.train.report_to, Path(recipe.train.output))
     return strategy
 
