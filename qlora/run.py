@@ -22,7 +22,6 @@ from qlora.data.labels import DataReport
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.tokens import Encoder
 from qlora.data.types import counted
-from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
 from qlora.distributed.watch import Watch
 from qlora.errors import BaseModelError, InputError, NotBuiltYet, QloraError
@@ -32,9 +31,10 @@ from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
 from qlora.obey import Ladder, arrange_unplanned, load_base
-from qlora.planning import better, here, in_words, left_open, plan_run, plans_of, unused_cards
+from qlora.planning import in_words, left_open, plan_run, unused_cards
 from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
+from qlora.strategy import open_processes
 from qlora.train import OPTIMIZERS
 from qlora.train.agree import agreed
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore, restore_adapter
@@ -179,35 +179,6 @@ def announce(report: DataReport, log: Log) -> None:
         log.say(f"{finding.where}: {finding.message}")
     for line in report.summary():
         log.say(line)
-
-
-def open_processes(recipe: Recipe) -> Processes:
-    """The strategy of the recipe; `auto` goes by the launcher and, where it started several processes, by the plan."""
-    kind, trains_all = recipe.distributed.kind, recipe.adapter.kind == "full"
-    if kind == "single" and Processes.launched() > 1:
-        raise InputError("distributed.kind: single, but the launcher started several processes. Use auto or ddp.")
-    if kind == "ddp" and Processes.launched_for_shares():
-        raise InputError("distributed.kind: ddp, but accelerate was told to use FSDP. Use auto or fsdp, or ddp.yaml.")
-    if kind == "auto":
-        kind = "ddp" if trains_all and Processes.launched() > 1 else _by_launch(recipe)
-    if kind == "fsdp" and trains_all:
-        raise InputError("distributed.kind: fsdp shares the frozen base; adapter.kind full freezes nothing. Use ddp.")
-    strategy: Processes = STRATEGIES[kind](recipe.train.report_to, Path(recipe.train.output))
-    return strategy
-
-
-def _by_launch(recipe: Recipe) -> str:
-    """What `auto` means: all processes decide alike, and share the base as soon as one card can't hold it."""
-    if Processes.launched() == 1:
-        return "single"
-    if Processes.launched_for_shares():
-        return "fsdp"
-    together = Processes()
-    try:
-        wanted = better(plans_of(recipe, here(together.world)))
-    except BaseModelError:  # whoever does not know the shapes takes what needs no plan
-        wanted = "ddp"
-    return "fsdp" if together.any(wanted == "fsdp") else "ddp"
 
 
 def build_adapter(recipe: Recipe) -> Lora:

@@ -33,6 +33,7 @@ FLOORS = {
         "rework",
         "look",
         "planning",
+        "strategy",
         "counsel",
         "obey",
         "show",

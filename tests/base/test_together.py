@@ -19,7 +19,7 @@ from qlora.base.unchanged import frozen_sha256
 from qlora.cli.app import run as run_cli
 from qlora.obey import load_base
 from qlora.recipe import Recipe, dump
-from qlora.run import open_processes
+from qlora.strategy import open_processes
 
 Zoo = Callable[..., Path]
 

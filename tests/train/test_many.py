@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Child
 from pairs import ranks
 from runs import adapter_tensors, metrics, recipe_of, run, write_rows
 from safetensors.torch import load_file, save_file
 
 from qlora.adapters import weights
 from qlora.adapters.inject import frozen_linears
+from qlora.errors import InputError
 from qlora.recipe import Recipe
-from qlora.run import assemble, gather, open_processes
+from qlora.run import assemble, gather
+from qlora.strategy import open_processes
 from qlora.train.checkpoint import Position
 from qlora.train.guard import StopSignal
 from qlora.train.log import Log, read_metrics
@@ -150,3 +153,37 @@ def test_a_sharded_base_answers_as_a_whole_one(zoo: Zoo, tmp_path: Path) -> None
         train_together(recipe_of(zoo("llama-tied-bias"), data, tmp_path / kind, *options), tmp_path, 2)
         answers.append(json.loads((tmp_path / kind / "run.json").read_text())["samples"])
     assert answers[0] == answers[1] != []
+
+
+def test_one_process_may_hold_the_only_share(zoo: Zoo, tmp_path: Path) -> None:
+    """FSDP without a launcher is the single process, bit for bit: a card can prove a shape that needs several."""
+    data = write_rows(tmp_path / "rows.jsonl", ROWS, longest=9)
+    recipes = [
+        recipe_of(zoo("llama-tied-bias"), data, tmp_path / kind, "data.train_on=all", f"distributed.kind={kind}")
+        for kind in ("single", "fsdp")
+    ]
+
+    def work(tell: object) -> None:
+        for recipe in recipes:
+            run(recipe)
+
+    assert Child(work, tmp_path / "said").end() == 0, (tmp_path / "said").read_text()
+    files = [(tmp_path / kind / weights.WEIGHTS).read_bytes() for kind in ("single", "fsdp")]
+    assert files[0] == files[1]
+
+
+REFUSED = {
+    "single": ("WORLD_SIZE", "2", "distributed.kind=single"),
+    "ddp": ("ACCELERATE_USE_FSDP", "true", "distributed.kind=ddp"),
+    "compile": ("WORLD_SIZE", "1", "distributed.kind=fsdp", "train.compile=true"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_recipe_and_a_launcher_that_contradict_each_other_are_refused(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    name, value, *options = REFUSED[case]
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"^distributed.kind: .* Use "):
+        open_processes(recipe_of(zoo("llama"), tmp_path / "rows.jsonl", tmp_path / "run", *options))
