@@ -21,6 +21,7 @@ from qlora.redact import redacted
 LOOK_SECONDS = 0.5  # between two looks
 GRACE_SECONDS = 5.0  # for the computation to notice by itself
 HEAR_SECONDS = 2.0  # a failed collective waits for the reason of whoever caused it
+MEET_SECONDS = 600.0  # for the slowest process to come
 BOARD_SECONDS = 5.0  # for an answer of the note board
 
 
@@ -40,6 +41,7 @@ class Watch:
             return
         self._board = _board()
         self._board.set(f"process/{self.rank}", f"{_machine()} {os.getpid()} {_started(os.getpid())}")
+        self._board.wait([f"process/{rank}" for rank in range(self.world)], timedelta(seconds=MEET_SECONDS))
         for rank in range(self.world):
             machine, pid, started = self._board.get(f"process/{rank}").decode().split(" ")
             if machine == _machine() and rank != self.rank:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,11 +109,12 @@ def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callab
         ):
             time.sleep(0.1)
         time.sleep(draw.uniform(0, 2))
-        trainers = _trainers(launcher.pid)
+        family = _family(launcher.pid)
+        trainers = _trainers(family)
         launcher.send_signal(kind)
         launcher.wait(timeout=120)
         found.signals += 1
-        found.orphans += _left(launcher.pid)
+        found.orphans += _left(family)
         last = metrics(output)[-1]["step"]
         saved, skipped = Checkpoints(output, 9, lambda folder: None, {}).newest()
         exact = saved is not None and saved.position.step == last and not skipped and trainers == world
@@ -143,33 +144,42 @@ def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
         )  # fmt: skip
 
 
-def _left(session: int) -> int:
-    """Processes of the launcher's session that are still there after a minute: a busy machine stops slowly."""
+def _left(family: Mapping[int, str]) -> int:
+    """Processes of a launch that are still there after a minute: a busy machine stops slowly."""
     for _ in range(600):
-        there = [path for path in Path("/proc").glob("[0-9]*") if _session_of(path) == session]
+        there = [pid for pid, began in family.items() if _stat_of(pid)[1] == began]
         if not there:
             return 0
         time.sleep(0.1)
-    for path in there:
-        os.kill(int(path.name), signal.SIGKILL)
+    for pid in there:
+        os.kill(pid, signal.SIGKILL)
     return len(there)
 
 
-def _trainers(session: int) -> int:
-    """Processes of the launcher's session that train."""
-    there = [path for path in Path("/proc").glob("[0-9]*") if _session_of(path) == session]
-    said = [(path / "cmdline").read_bytes().split(b"\0") for path in there]
+def _family(ancestor: int) -> dict[int, str]:
+    """A process and all that it has started, directly or not, with the time of their starts; sessions differ."""
+    stats = {int(path.name): _stat_of(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    family = {ancestor}
+    while more := {pid for pid, (parent, _) in stats.items() if parent in family} - family:
+        family |= more
+    return {pid: stats[pid][1] for pid in family if stats.get(pid, (0, ""))[1]}
+
+
+def _trainers(family: Iterable[int]) -> int:
+    """How many of these processes train."""
+    said = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5] for pid in family]
     return sum(
-        words[1:5] == [b"-u", b"-m", b"qlora", b"train"] or words[1:4] == [b"-m", b"qlora", b"train"] for words in said
+        words[-4:-1] == [b"-m", b"qlora", b"train"] or words[-3:] == [b"-m", b"qlora", b"train"] for words in said
     )
 
 
-def _session_of(process: Path) -> int:
+def _stat_of(pid: int) -> tuple[int, str]:
+    """Parent and start of a process; no start for one that is gone or only waits to be buried."""
     try:
-        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[3])
+        return 0, ""
+    return (0, "") if fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
 def _started(recipe: Recipe, home: Path, world: int) -> list[Child]:
