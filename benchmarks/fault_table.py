@@ -17,6 +17,7 @@ ROWS = (
     ("SIGTERM, SIGINT in every phase", "signals, 1 process", "signals", ("wrong", "orphans")),
     ("the same in 2 processes", "signals, 2 processes", "signals", ("wrong", "orphans")),
     ("the same under `accelerate launch`", "signals, launcher", "signals", ("wrong", "orphans")),
+    ("a rank killed or failing, DDP and FSDP", "ranks that die", "ranks", ("hangs", "unpunished", "orphans", "unsaid")),
     ("resumed instead of never stopped", "resumes", "resumes", ("max_difference", "other_lines", "failed")),
     ("bits flipped", "flips and cuts", "flips", ("undetected",)),
     ("files cut", "flips and cuts", "cuts", ("undetected",)),

@@ -24,6 +24,7 @@ import kills
 import malice
 import mutants
 import names
+import parted
 import planted
 import poison
 import stops
@@ -92,8 +93,9 @@ PARTS: dict[str, Callable[[Home, float, Report], Any]] = {
         home.model, home.folder, _of(48, share), 1, report, world=2
     ),
     "signals, launcher": lambda home, share, report: stops.stop_launched(
-        home.model, home.folder, _of(12, share), 2, report
+        home.model, home.folder, _of(50, share), 2, report
     ),
+    "ranks that die": lambda home, share, report: parted.part(home.model, home.folder, _of(100, share), 3, report),
     "kills at moments": lambda home, share, report: kills.kill_at_moments(
         home.model, home.folder, _of(500, share), 0, report
     ),

@@ -52,13 +52,13 @@ THEIRS = {
 }
 
 
-def make(folder: Path, gigabytes: float) -> int:
+def make(folder: Path, gigabytes: float, vocabulary: int = 32000) -> int:
     """A random Llama whose one file has about so many GB; returns its bytes."""
     width, middle = 2048, 5632
     layer = 2 * (4 * width * width + 3 * width * middle)
-    layers = max(1, int((gigabytes * 1e9 - 4 * 32000 * width) // layer))
+    layers = max(1, int((gigabytes * 1e9 - 4 * vocabulary * width) // layer))
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
         num_attention_heads=16, dtype=torch.bfloat16,
     )  # fmt: skip
     with torch.device("meta"):

@@ -150,8 +150,8 @@ def random_base(config: dict[str, Any], device: Any) -> Any:
     import torch
     from transformers import AutoConfig
 
-    from qlora.base.fill import put
     from qlora.base.lean import lean
+    from qlora.base.parts import put
     from qlora.base.skeleton import build, linear_paths
     from qlora.quant.nf4 import Nf4
 

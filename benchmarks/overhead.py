@@ -16,7 +16,8 @@ from bench import write
 from workloads import make_base
 
 from qlora.recipe import from_mapping
-from qlora.run import assemble, gather, open_processes
+from qlora.run import assemble, gather
+from qlora.strategy import open_processes
 from qlora.train.checkpoint import Position
 from qlora.train.guard import StopSignal
 from qlora.train.log import Log

@@ -116,7 +116,35 @@ def faults_table() -> str:
     return fault_table.table(found["parts"]) if found else ""
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed_table, "memory": memory_table, "faults": faults_table}
+def cards_table() -> str:
+    """Where one card's memory goes when two share a model: predicted, in GiB."""
+    found = read("many_cards")
+    if found is None:
+        return ""
+    plans, gib = found["plans"], 2**30
+    lines = [
+        f"[{Path(found['recipe']).stem}]({found['recipe']}), {found['ram']} of main memory; `auto` takes "
+        f"{found['auto']}:",
+        "",
+        f"| one of two {found['card']} cards, predicted | " + " | ".join(plans) + " |",
+        "|---" * (len(plans) + 1) + "|",
+    ]
+    owners = [name for name in next(iter(plans.values()))["owners"] if any(p["owners"][name] for p in plans.values())]
+    for name in owners:
+        sizes = " | ".join(f"{plan['owners'][name] / gib:.2f} GiB" for plan in plans.values())
+        lines.append(f"| {name.replace('_', ' ')} | {sizes} |")
+    for words, key in (("peak", "peak_bytes"), ("main memory of its process", "host_bytes")):
+        lines.append(f"| {words} | " + " | ".join(f"{plan[key] / gib:.2f} GiB" for plan in plans.values()) + " |")
+    lines.append("| how it runs | " + " | ".join(plan["words"] for plan in plans.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed_table,
+    "memory": memory_table,
+    "faults": faults_table,
+    "cards": cards_table,
+}
 
 
 def drawn(text: str) -> str:

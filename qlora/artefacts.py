@@ -1,6 +1,6 @@
 """What a run leaves in its folder: the adapter as PEFT reads it, tokenizer files, recipe, manifest, card and report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qlora.recipe import Recipe, dump
 from qlora.report.card import model_card
 from qlora.report.manifest import run_manifest
 from qlora.report.page import RunData, report_page
-from qlora.train.checkpoint import Position, restore_adapter
+from qlora.train.checkpoint import Position, Saved, restore_adapter
 from qlora.train.log import read_metrics
 from qlora.train.tasks import question, text_of
 
@@ -51,8 +51,11 @@ class Parts:
     begun: Begun | None = None  # what the adapters' start did to the error of quantising
 
 
-def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]:
-    """Write the final adapter and everything that describes it; returns run.json."""
+def leave(
+    parts: Parts, position: Position, seconds: float, samples: Sequence[Mapping[str, str]] | None = None
+) -> Mapping[str, Any]:
+    """Write the final adapter and everything that describes it; returns run.json. `samples`: None answers them now."""
+    samples = samples_of(parts) if samples is None else samples
     output = Path(parts.recipe.train.output)
     # That of an earlier run here goes first: until the new one is written, this folder is not a finished run.
     (output / MANIFEST).unlink(missing_ok=True)
@@ -64,7 +67,7 @@ def leave(parts: Parts, position: Position, seconds: float) -> Mapping[str, Any]
     if isinstance(parts.adapter, Full):
         kept |= {whole.CONFIG, *(file.name for file in whole.model_files(output))}
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
-    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files, "samples": samples_of(parts)}
+    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files, "samples": samples}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
     write_json(output / MANIFEST, manifest)
     write_text(output / CARD, model_card(manifest, recipe_text))
@@ -111,11 +114,11 @@ def write_trained(parts: Parts, folder: Path, final: bool = True) -> None:
     return weights.write(folder, parts.base.model, parts.adapter, identity)
 
 
-def restore_trained(parts: Parts, folder: Path) -> None:
+def restore_trained(parts: Parts, saved: Saved) -> None:
     """What trains, back as a checkpoint has it."""
     if isinstance(parts.adapter, Full):
-        return whole.fill(folder, parts.base.model)
-    return restore_adapter(folder, parts.base.model)
+        return whole.fill(saved.folder, parts.base.model)
+    return restore_adapter(saved.folder, parts.base.model, saved.contents["adapter"] if saved.contents else None)
 
 
 def describe(parts: Parts, position: Position) -> dict[str, Any]:

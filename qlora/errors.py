@@ -8,7 +8,8 @@ QloraError                 1   the run failed
 │   ├── AdapterError           an adapter's settings or files
 │   └── NotBuiltYet            a part that is promised but not there yet
 ├── DoesNotFit             3   the memory plan exceeds the budget
-└── Stopped          130/143   SIGINT or SIGTERM, after an exact checkpoint was written
+├── Stopped          130/143   SIGINT or SIGTERM, after an exact checkpoint was written
+└── SaidElsewhere      as it   another process of the run has said what is wrong
 """
 
 from collections.abc import Iterable
@@ -59,6 +60,14 @@ class Stopped(QloraError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class SaidElsewhere(QloraError):
+    """Another process of the run says what went wrong; this one ends with the same exit code and no word."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora.errors import QloraError
 from qlora.memory.plan import Plan
-from qlora.planning import Machine, elsewhere, here, in_words, plan_of
+from qlora.planning import Machine, better, elsewhere, here, in_words, plan_of, plans_of
 from qlora.recipe import Recipe, from_mapping, read
 
 GIB = 2**30
@@ -109,8 +109,17 @@ def plan_recipe(
 ) -> tuple[dict[str, Any], str]:
     """The plan of a recipe, or of a model under the defaults: as `plan --json` answers it, and as a table."""
     recipe = _recipe_or_model(name, overrides)
-    plan = plan_of(recipe, _machine(gpu, gpus, ram))
-    return plan.as_json(), table(plan)
+    plans = plans_of(recipe, _machine(gpu, gpus, ram))
+    plan = plans[better(plans)]
+    each = {kind: {"peak_bytes": found.peak_bytes, "fits": found.fits} for kind, found in plans.items()}
+    ways = [f"{kind}: {_a_card(found)}" for kind, found in plans.items()] if len(plans) > 1 else []
+    return plan.as_json() | {"strategies": each}, "\n".join([table(plan), *ways])
+
+
+def _a_card(plan: Plan) -> str:
+    """One way to share the cards, in a line."""
+    fits = "" if plan.fits else ", does not fit"
+    return f"{_gib(plan.peak_bytes).strip()} of each card{fits}; {in_words(plan)}"
 
 
 def _recipe_or_model(name: str, overrides: Sequence[str]) -> Recipe:

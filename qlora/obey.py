@@ -8,6 +8,7 @@ from torch import nn
 
 from qlora.base.grow import grow
 from qlora.base.load import Base, load
+from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
 from qlora.memory.allocator import return_freed_memory
 from qlora.memory.choose import Fixed, lower
@@ -44,22 +45,29 @@ class Reading:
         self.say(f"reading the base: {said}, {left // 60}:{left % 60:02} left")
 
 
-def load_base(recipe: Recipe, device: torch.device, plan: Plan | None, say: Say = lambda text: None) -> Base:
+def load_base(
+    recipe: Recipe,
+    device: torch.device,
+    plan: Plan | None,
+    say: Say = lambda text: None,
+    processes: Processes | None = None,
+) -> Base:
     """The base of a recipe: resident on `device`, or with layers that stream to it as planned.
 
-    Without a plan the recipe's own word counts: then `stream` streams every layer.
+    Without a plan the recipe's own word counts: then `stream` streams every layer. `processes` read it together.
     """
     streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
-    stays = _on_host(plan.work) if plan and streams else _nothing
+    shares = processes is not None and processes.shards  # then a streamed layer's share waits in main memory
+    stays = _on_host(plan.work) if plan and streams else _everything if shares and streams else _nothing
     return_freed_memory()  # what reading frees would stay in the C library's heaps
-    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say))
+    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say), processes)
     for note in base.notes:
         say(note)
     if recipe.adapter.new_tokens:
         grow(base.model, base.tokenizer, recipe.adapter.new_tokens)
-    if streams:
+    if streams and not shares:
         Stream(base.model, plan.work.resident_layers if plan else 0, Lane(device))
-    if plan.work.embeds_on_host if plan else streams:
+    if plan.work.embeds_on_host if plan else streams and not shares:
         embed_on_host(base.model, device)
     return base
 
@@ -101,6 +109,10 @@ def arrange_unplanned(model: nn.Module, recipe: Recipe, device: torch.device) ->
     layers = words[wanted] if isinstance(wanted, str) else wanted
     parks = recipe.memory.offload_activations is True
     recompute(model, layers, Parking(len(decoder_layers(model)) - 1, Lane(device)) if parks else None)
+
+
+def _everything(path: str) -> bool:
+    return True
 
 
 def _nothing(path: str) -> bool:

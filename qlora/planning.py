@@ -1,6 +1,7 @@
 """A recipe's memory, planned before a weight is read: its work in plain values, the budget here, and the choice."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,8 +26,9 @@ class Machine:
     """What a run would have: a card's bytes (None: it runs on the CPU), cards, and main memory if it is known."""
 
     card_bytes: int | None
-    cards: int = 1
+    cards: int = 1  # processes of the run, one for each
     host_bytes: int | None = None
+    beside: int = 1  # of these processes, those that share this main memory
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -35,8 +37,9 @@ class Machine:
 
     def budget(self, recipe: Recipe) -> Budget:
         """The recipe's own budget if it sets one, else what the card (on a CPU: main memory) has."""
-        own = self.card_bytes if self.card_bytes is not None else self.host_bytes
-        return Budget(recipe.memory.budget_bytes() or own or main_memory_bytes(), self.host_bytes)
+        host = None if self.host_bytes is None else self.host_bytes // self.beside
+        own = self.card_bytes if self.card_bytes is not None else host
+        return Budget(recipe.memory.budget_bytes() or own or main_memory_bytes(), host)
 
 
 def here(processes: int = 1) -> Machine:
@@ -45,12 +48,12 @@ def here(processes: int = 1) -> Machine:
 
     # Asking makes the context, which the plan counts by itself.
     card = torch.cuda.mem_get_info()[0] + CONTEXT_BYTES if torch.cuda.is_available() else None
-    return Machine(card, processes, main_memory_bytes())
+    return Machine(card, processes, main_memory_bytes(), min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def elsewhere(gpu: str, gpus: int, ram: str | None) -> Machine:
     """A machine as `qlora plan` was told."""
-    return Machine(size_bytes(gpu), gpus, size_bytes(ram) if ram else None)
+    return Machine(size_bytes(gpu), gpus, size_bytes(ram) if ram else None, gpus)
 
 
 def main_memory_bytes() -> int:
@@ -60,10 +63,34 @@ def main_memory_bytes() -> int:
 
 def plan_of(recipe: Recipe, machine: Machine) -> Plan:
     """The plan of a recipe on a machine. BaseModelError if the model's shapes are not known."""
-    shapes = read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name)
-    work = work_of(recipe, shapes, machine)
-    found = choose(work, machine.budget(recipe), left_open(recipe, shapes.layers))
-    return replace(found, checkpoints=recipe.train.keep if recipe.train.save_every else 0)
+    plans = plans_of(recipe, machine)
+    return plans[better(plans)]
+
+
+def plans_of(recipe: Recipe, machine: Machine) -> dict[str, Plan]:
+    """A plan for each strategy that the recipe leaves open on so many cards."""
+    return plans_for(recipe, read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name), machine)
+
+
+def plans_for(recipe: Recipe, shapes: Shapes, machine: Machine) -> dict[str, Plan]:
+    """The same for a base of known shapes."""
+    kind = recipe.distributed.kind
+    several = [kind] if kind in ("ddp", "fsdp") else ["ddp", "fsdp"]
+    kinds = several if machine.cards > 1 else ["fsdp" if kind == "fsdp" else "single"]
+    work, fixed = work_of(recipe, shapes, machine), left_open(recipe, shapes.layers)
+    kept = recipe.train.keep if recipe.train.save_every else 0
+    found = {each: choose(replace(work, sharded=each == "fsdp"), machine.budget(recipe), fixed) for each in kinds}
+    return {kind: replace(plan, checkpoints=kept) for kind, plan in found.items()}
+
+
+def better(plans: Mapping[str, Plan]) -> str:
+    """Every card its own model where that fits without moving layers; else shares of one, if at least those fit."""
+    whole, shared = plans.get("ddp"), plans.get("fsdp")
+    if whole is None or shared is None:
+        return next(iter(plans))
+    if whole.fits and not whole.work.streamed:
+        return "ddp"
+    return "ddp" if whole.fits and not shared.fits else "fsdp"
 
 
 def left_open(recipe: Recipe, layers: int) -> Fixed:
@@ -73,17 +100,30 @@ def left_open(recipe: Recipe, layers: int) -> Fixed:
     moves = section.kind == "full" or section.save_modules or section.tokens or section.new_tokens
     if moves:  # it has no copy to come from
         fixed = replace(fixed, weights="resident")
+    if fixed.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+        fixed = replace(fixed, weights="stream")  # the launcher's word, see recipes/accelerate/fsdp_offload.yaml
     if not recipe.train.compile:
         return fixed
     return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")
 
 
-def plan_run(recipe: Recipe, processes: int) -> Plan:
-    """The plan that a run obeys. DoesNotFit, with what would make it fit."""
-    found = plan_of(recipe, here(processes))
+def plan_run(recipe: Recipe, processes: int, kind: str | None = None) -> Plan:
+    """The plan that a run obeys, under a strategy. DoesNotFit, with what would make it fit."""
+    plans = plans_of(recipe, here(processes))
+    found = plans[kind] if kind in plans else plans[better(plans)]
     if not found.fits:
         raise DoesNotFit(f"memory: {found.advice}")
     return found
+
+
+def unused_cards(processes: int, cards: int | None = None) -> tuple[str, ...]:
+    """What to type for more, where one process runs on a machine with several cards; `cards`: None counts them."""
+    import torch
+
+    found = torch.cuda.device_count() if cards is None else cards
+    if processes > 1 or found < 2:
+        return ()
+    return (f"one of {found} cards is used; for all: accelerate launch --num_processes {found} -m qlora train RECIPE",)
 
 
 def in_words(plan: Plan) -> str:
@@ -92,6 +132,7 @@ def in_words(plan: Plan) -> str:
     parked = f", {work.parked} park in main memory" if work.parked else ""
     weights = f"{work.streamed} layers stream from main memory" if work.streamed else "weights resident"
     embedding = ", the embedding in main memory" if work.embeds_on_host else ""
+    embedding += f", the base shared by {work.processes} processes" if work.sharded else ""
     return f"{work.recomputed} of {layers} layers recompute{parked}, {weights}{embedding}"
 
 

@@ -17,7 +17,7 @@ from qlora.adapters.inject import Injection, count, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.saved import save
 from qlora.adapters.tokens import ROWS, ids_of, train_rows
-from qlora.artefacts import RECIPE, Parts, leave, restore_trained, write_trained
+from qlora.artefacts import RECIPE, Parts, leave, restore_trained, samples_of, write_trained
 from qlora.base.load import Base
 from qlora.base.norms import matrices
 from qlora.base.unchanged import frozen_sha256
@@ -26,8 +26,8 @@ from qlora.data.labels import DataReport
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.tokens import Encoder
 from qlora.data.types import counted
-from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
+from qlora.distributed.watch import Watch
 from qlora.errors import BaseModelError, InputError, QloraError
 from qlora.files import write_text
 from qlora.folders import sweep
@@ -35,10 +35,12 @@ from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
 from qlora.obey import Ladder, arrange_unplanned, load_base
-from qlora.planning import in_words, left_open, plan_run
+from qlora.planning import in_words, left_open, plan_run, unused_cards
 from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
+from qlora.strategy import open_processes
 from qlora.train import OPTIMIZERS
+from qlora.train.agree import agreed
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore
 from qlora.train.guard import Abandoned, StopSignal, stop_signals
 from qlora.train.log import Log, RowsTold, watching
@@ -61,21 +63,23 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
 
     QloraError if something is wrong, Stopped after a signal: in both cases with what to do next.
     """
-    try:
-        return _walk(recipe, notes, quiet)
-    except Abandoned as abandoned:  # a signal that came while another error was on its way out
-        raise abandoned.error from None
+    with Watch() as watch:
+        try:
+            return _walk(recipe, notes, quiet, watch)
+        except Abandoned as abandoned:  # a signal that came while another error was on its way out
+            raise abandoned.error from None
 
 
-def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any]:
+def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watch) -> Mapping[str, Any]:
     """Each part after the other, all under the signals' eyes."""
     started = time.monotonic()
     with stop_signals() as stop:
         processes = open_processes(recipe)
+        watch.begin()
         log = Log(Path(recipe.train.output), processes.track, quiet=quiet or not processes.is_main)
         processes.start_trackers(Path(recipe.train.output).name, recipe.model_dump(mode="json"))
         choose_kernels(recipe.train.deterministic)
-        for note in notes:
+        for note in (*notes, *unused_cards(processes.world)):
             log.say(note)
         plan = planned(recipe, processes, log)
         parts = gather(recipe, processes, plan, log)
@@ -92,8 +96,12 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool) -> Mapping[str, Any
         refuse_changed_base(parts, before)
         keep_best(parts, job, position)
         manifest: Mapping[str, Any] = {}
+        # Answers of a sharded model take all processes.
+        samples = samples_of(parts) if processes.writes or processes.shards else []
         if processes.writes:
-            manifest = leave(parts, position, time.monotonic() - started)
+            manifest = leave(parts, position, time.monotonic() - started, samples)
+        processes.wait()
+        watch.done()
         processes.end()
     return manifest
 
@@ -108,7 +116,7 @@ def choose_kernels(deterministic: bool) -> None:
 def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
     """The memory plan that the run obeys; None, said in a line, for a model whose shapes the planner does not know."""
     try:
-        plan = plan_run(recipe, processes.world)
+        plan = plan_run(recipe, processes.world, "fsdp" if processes.shards else None)
     except BaseModelError as error:
         log.say(f"no memory plan: {error}")
         return None
@@ -127,7 +135,7 @@ def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) ->
 
 def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Base:
     """The base of a recipe, where its plan wants it. InputError if it can't be trained on in its dtype."""
-    base = load_base(recipe, processes.device, plan, log.say)
+    base = load_base(recipe, processes.device, plan, log.say, processes)
     if base.dtype == torch.float16:
         raise InputError(
             "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
@@ -175,17 +183,6 @@ def announce(report: DataReport, log: Log) -> None:
         log.say(f"{finding.where}: {finding.message}")
     for line in report.summary():
         log.say(line)
-
-
-def open_processes(recipe: Recipe) -> Processes:
-    """The strategy of the recipe; `auto` goes by the number of processes that the launcher started."""
-    kind = recipe.distributed.kind
-    if kind == "auto":
-        kind = "ddp" if Processes.launched() > 1 else "single"
-    if kind == "single" and Processes.launched() > 1:
-        raise InputError("distributed.kind: single, but the launcher started several processes. Use auto or ddp.")
-    strategy: Processes = STRATEGIES[kind](recipe.train.report_to, Path(recipe.train.output))
-    return strategy
 
 
 def build_adapter(recipe: Recipe) -> Lora | Full:
@@ -279,7 +276,7 @@ def moments_of(parts: Parts, position: Position) -> int:
 
 def refuse_changed_base(parts: Parts, before: str) -> None:
     """QloraError if a byte of the frozen base is not what it was before the first step."""
-    if frozen_sha256(parts.base.model) != before:
+    if parts.processes.any(frozen_sha256(parts.base.model) != before):
         raise QloraError(
             f"{parts.recipe.model.name}: bytes of the frozen base changed during training, so the adapter is not this "
             "base's; no final one was written. Is memory faulty? A library that changes weights is a defect: tell us."
@@ -314,9 +311,10 @@ def resume(parts: Parts, job: Job) -> Position:
     output = Path(parts.recipe.train.output)
     if parts.processes.writes:
         sweep(output)
-    saved, skipped = find_saved(parts.recipe.train.resume, job.checkpoints)
+    saved, skipped = find_here(parts, job)
     for line in skipped:
         job.log.say(line)
+    saved = agreed(parts.processes, saved)
     position = Position()
     aside = job.checkpoints.set_aside() if parts.processes.writes and not saved else None
     if aside:
@@ -340,8 +338,18 @@ def keep_best(parts: Parts, job: Job, position: Position) -> None:
         return
     folder = job.checkpoints.folder_of(best)
     if broken(folder) is None:
-        restore_trained(parts, folder)
+        restore_trained(parts, read(folder))
         job.log.say(f"the adapter of step {best} is kept: its held-out loss {position.best_loss:.4f} is the lowest")
+
+
+def find_here(parts: Parts, job: Job) -> tuple[Saved | None, list[str]]:
+    """The checkpoint to go on from, on this machine's disk; only the first process's has to be there."""
+    try:
+        return find_saved(parts.recipe.train.resume, job.checkpoints)
+    except InputError:
+        if parts.processes.is_main:
+            raise
+        return None, []
 
 
 def find_saved(wanted: str, checkpoints: Checkpoints) -> tuple[Saved | None, list[str]]:

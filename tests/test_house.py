@@ -36,6 +36,7 @@ FLOORS = {
         "rework",
         "look",
         "planning",
+        "strategy",
         "counsel",
         "obey",
         "show",

@@ -27,7 +27,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: FrozenLinear, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
-        device = next(base.parameters()).device
+        device = base.device
         self.base, self.rank, self.scaling, self.dropout = base, rank, scaling, dropout
         self.active = True
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlora.base.fill import put
+from qlora.base.parts import put
 from qlora.base.shards import Shards
 from qlora.base.skeleton import build, linear_paths, read_config, renamer
 from qlora.errors import BaseModelError

@@ -1,10 +1,10 @@
 """One pass over a base's files: every tensor goes to the place that the model has for it, linear layers quantised.
 
 Other threads read and hash ahead (ahead.py). Host memory stays at what is packed so far, what waits, and the tensor at
-hand as it is stored.
+hand as it is stored. Several processes take the layers in turns: each is read and quantised by one and handed to all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora.base.ahead import PerThread, ahead
+from qlora.base.ahead import AHEAD_BYTES, PerThread, ahead
 from qlora.base.arithmetic import arithmetic_of
 from qlora.base.dtypes import name_of
 from qlora.base.fingerprint import Fingerprint
+from qlora.base.parts import Sharing, put, put_all, tensors_of, unit_of
 from qlora.base.prequantized import companions, is_prequantized, read
 from qlora.base.shards import Shards
 from qlora.base.skeleton import linear_paths, renamer
+from qlora.distributed.parcels import Parcel, deal
+from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
 from qlora.quant.linear import FLOATS, FrozenLinear
 
@@ -41,6 +44,12 @@ class Aim:
     dtype: torch.dtype
     device: torch.device
     on_host: Callable[[str], bool] = lambda path: False  # whether the linear layer at a path stays in main memory
+    processes: Processes | None = None  # that share the reading; None: this one reads for itself
+
+    def home(self, path: str) -> torch.device:
+        """Where the frozen layer at a path is put; what is to be sharded begins on the device."""
+        waits = self.on_host(path) and not (self.processes and self.processes.shards)
+        return torch.device("cpu") if waits else self.device
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ class Known:
 class Filling:
     """Fills a model whose parameters are on meta."""
 
-    def __init__(self, model: nn.Module, folder: Path, aim: Aim) -> None:
-        self.model, self.folder, self.aim = model, folder, aim
+    def __init__(self, model: nn.Module, folder: Path, aim: Aim, sharing: Sharing | None = None) -> None:
+        self.model, self.folder, self.aim, self.sharing = model, folder, aim, sharing
         self.shards = Shards(folder)
         self.linears = set(linear_paths(model))
         self.fingerprint = Fingerprint()
@@ -89,16 +98,48 @@ class Filling:
         """
         places = self._places()
         wanted = [each for key, name in places.items() if name is not None and (each := self._wanted(key, name))]
-        mine = PerThread(self.shards.beside)
-        total, done = sum(each.size_bytes for each in wanted), 0
-        for each, found in ahead(wanted, lambda item: item.size_bytes, lambda item: self._read(item, mine.own)):
-            self._place(each, found)
-            done += each.size_bytes
-            report(done, total)
+        if self.sharing is None:
+            self._fill(wanted, report)
+        else:
+            self._fill_together(wanted, self.sharing, report)
         self.model.tie_weights()  # type: ignore[operator]
         self._refuse_missing()
         ignored = tuple(key for key, name in places.items() if name is None)
         return Known(self.fingerprint.hexdigest(), ignored, any(is_prequantized(key, self.shards) for key in places))
+
+    def _fill(
+        self, wanted: Sequence[_Wanted], report: Report = lambda done, total: None, ahead_bytes: int = AHEAD_BYTES
+    ) -> None:
+        """Read and place what is wanted."""
+        mine = PerThread(self.shards.beside)
+        total, done = sum(each.size_bytes for each in wanted), 0
+        reading = ahead(wanted, lambda item: item.size_bytes, lambda item: self._read(item, mine.own), ahead_bytes)
+        for each, found in reading:
+            self._place(each, found)
+            done += each.size_bytes
+            report(done, total)
+
+    def _fill_together(self, wanted: Sequence[_Wanted], sharing: Sharing, report: Report) -> None:
+        """The same, a layer by one process and then handed to all; each keeps its share of it before the next comes."""
+        units: dict[str, list[_Wanted]] = {}
+        for each in wanted:
+            units.setdefault(unit_of(each.name), []).append(each)
+        total, done = sum(each.size_bytes for each in wanted), 0
+        for unit, parcel in deal(sharing.processes, [*units.values()], self._parcel, BaseModelError):
+            self.fingerprint.digests |= parcel.note["digests"]
+            put_all(self.model, parcel.tensors, parcel.note["layers"], self.aim.home)  # the maker's own copy goes
+            del parcel
+            sharing.finish([each.name for each in unit])
+            done += sum(each.size_bytes for each in unit)
+            report(done, total)
+
+    def _parcel(self, unit: Sequence[_Wanted]) -> Parcel:
+        """A unit read, quantised, placed here, and ready to be sent."""
+        self._fill(unit, ahead_bytes=AHEAD_BYTES // 4)  # the others read ahead too
+        tensors, layers = tensors_of(self.model, [each.name for each in unit])
+        names = [name for each in unit for name in (each.name, f"{each.path}.bias")]
+        digests = {name: self.fingerprint.digests[name] for name in names if name in self.fingerprint.digests}
+        return Parcel(tensors, {"layers": layers, "digests": digests})
 
     def _places(self) -> dict[str, str | None]:
         """File key -> parameter name, None where the model has no such parameter; companions of 4-bit keys left out."""
@@ -170,7 +211,7 @@ class Filling:
                 f"model: {self.folder}: {wanted.key!r} is {[layer.out_features, layer.in_features]}, "
                 f"but config.json wants {[skeleton.out_features, skeleton.in_features]}."
             )
-        put(self.model, path, layer.to("cpu" if self.aim.on_host(path) else self.aim.device))
+        put(self.model, path, layer.to(self.aim.home(path)))
 
     def _quantized(self, key: str, read: _Read) -> FrozenLinear:
         to = partial(torch.Tensor.to, device=self.aim.device, dtype=self.aim.dtype)
@@ -201,9 +242,3 @@ class Filling:
         if missing:
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise BaseModelError(f"model: {self.folder} lacks {listed}. Fetch the folder again.")
-
-
-def put(model: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
-    """Let `path` be `value`."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, value)

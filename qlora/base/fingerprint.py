@@ -36,22 +36,22 @@ class Fingerprint:
     """Gathers tensors in any order; `hexdigest()` names them all."""
 
     def __init__(self) -> None:
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}  # by name; those that another process made may be put in
 
     def add(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Hash what is stored under `name` (one tensor, or the parts of a quantised one)."""
         digest = hashlib.sha256()
         for tensor in tensors:
             _update(digest, tensor)
-        self._digests[name] = digest.hexdigest()
+        self.digests[name] = digest.hexdigest()
 
     def add_text(self, name: str, text: str) -> None:
         """Hash a text under `name`, which no tensor has."""
-        self._digests[name] = hashlib.sha256(text.encode()).hexdigest()
+        self.digests[name] = hashlib.sha256(text.encode()).hexdigest()
 
     def hexdigest(self) -> str:
         """One sha256 over all names and their digests."""
-        lines = "".join(f"{name} {self._digests[name]}\n" for name in sorted(self._digests))
+        lines = "".join(f"{name} {self.digests[name]}\n" for name in sorted(self.digests))
         return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -77,6 +77,8 @@ def _batch(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int, te
         input_ids=ids.to(base.device),
         attention_mask=mask.to(base.device),
         generation_config=_settings(base, max_new_tokens, temperature),
+        # Every process takes part in every token of a sharded model until the last one has its answers.
+        synced_gpus=any(hasattr(parameter, "to_local") for parameter in model.parameters()),
     )
     return [_until_stop(row[width:].tolist(), base.stops) for row in found]
 

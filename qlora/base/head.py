@@ -1,10 +1,12 @@
 """A model's head: from hidden states to logits, as many rows at a time as a bounded memory holds."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn, tanh
 
 from qlora.base.attention import boundaries
+from qlora.distributed.shares import whole
 
 # Of float32 logits at a time: enough rows for a matmul to be fast, few enough for a CPU's cache.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
@@ -44,7 +46,12 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., I], in float32."""
-        return self.with_slope(hidden)[0]
+        with self.whole():
+            return self.with_slope(hidden)[0]
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside the block the projection is there, wherever its shares are kept."""
+        return whole(self._parts[1])
 
     def as_served(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] scaled and capped in the model's own dtype, as servers answer, given in float32."""
@@ -61,7 +68,8 @@ class Head:
 
     def project(self, hidden: Tensor) -> Tensor:
         """The projection's own output [..., V], in its own dtype."""
-        return self._parts[1](hidden)  # type: ignore[no-any-return]
+        # Its `forward`, not a call: where the head is sharded, it is whole already for all chunks together.
+        return self._parts[1].forward(hidden)  # type: ignore[no-any-return]
 
     def bend(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Float32 projections scaled and soft-capped, and the slope of the cap (None without one)."""

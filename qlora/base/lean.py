@@ -87,12 +87,13 @@ MLPS: dict[frozenset[str], Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def lean(model: nn.Module) -> int:
+def lean(model: nn.Module, agreeing: dict[type, bool] | None = None) -> int:
     """Swap norms and MLPs of a filled, frozen model for lean ones; one that doesn't agree in every bit stays.
 
     Returns how many were swapped. Numbers don't change: forward and backward run the very operations of the original.
+    `agreeing`: the proofs so far, one for each class, where a model comes in parts.
     """
-    agreeing: dict[type, bool] = {}  # one proof for each class
+    agreeing = {} if agreeing is None else agreeing
 
     def agree(module: nn.Module, stand_in: nn.Module) -> bool:
         if type(module) not in agreeing:
@@ -116,7 +117,9 @@ def swap(model: nn.Module, agree: Callable[[nn.Module, nn.Module], bool]) -> int
 
 
 def stand_in_of(module: nn.Module) -> nn.Module | None:
-    """The lean module of the same parameters, for a norm or an MLP of a known build."""
+    """The lean module of the same parameters, for a norm or an MLP of a known build that is not lean yet."""
+    if type(module) in (LeanNorm, LeanGatedMlp, LeanFusedMlp, LeanPlainMlp):
+        return None
     children = frozenset(name for name, _ in module.named_children())
     if children in MLPS:
         return MLPS[children](module)

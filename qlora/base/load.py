@@ -16,7 +16,9 @@ from qlora.base.fingerprint import BaseManifest
 from qlora.base.folder import Folder, find
 from qlora.base.lean import lean
 from qlora.base.packed import Damaged, Packed
+from qlora.base.parts import Sharing
 from qlora.base.skeleton import build, read_config, read_tokenizer, stop_ids
+from qlora.distributed.processes import Processes
 from qlora.quant.linear import FrozenLinear
 
 
@@ -41,10 +43,12 @@ def load(
     device: torch.device,
     on_host: Callable[[str], bool] = lambda path: False,
     report: Report = lambda done, total: None,
+    processes: Processes | None = None,
 ) -> Base:
     """The base of a recipe, its decoder's linear layers stored by `quantizer`, everything frozen on `device`.
 
     `on_host`: whether the linear layer at a path stays in main memory, once it was quantised on the device.
+    `processes`: several read together, each tensor once, and keep what their strategy has them hold.
 
     BaseModelError if the folder, its configuration or one of its tensors is not what is needed.
     """
@@ -52,9 +56,8 @@ def load(
     config = read_config(folder.path)
     dtype = choose(section.dtype, config.get_text_config().dtype or config.dtype, has_bfloat16(device))
     tokenizer = read_tokenizer(folder.path)
-    aim = Aim(quantizer, dtype, device, on_host)
+    aim = Aim(quantizer, dtype, device, on_host, processes if processes and processes.together else None)
     model, known, notes = _filled(folder.path, aim, lambda: build(config, dtype, section.attention, device), report)
-    lean(model)
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
     manifest = BaseManifest(folder.name, folder.revision, known.sha256, name_of(dtype), quantized, known.ignored)
     stops = stop_ids(config, _generation_config(folder.path), tokenizer)
@@ -65,18 +68,29 @@ def _filled(
     folder: Path, aim: Aim, build: Callable[[], nn.Module], report: Report
 ) -> tuple[nn.Module, Known, tuple[str, ...]]:
     """The model with its weights: kept ones where there are any that verify, else from the original files."""
-    packed, notes, model = Packed(folder, aim), list[str](), build()
+    notes, model = list[str](), build()
+    sharing = Sharing(model, aim.processes, aim.on_host) if aim.processes else None
+    packed = Packed(folder, aim, sharing)
     try:
         known = packed.recall(model, report)
         if known:
-            return model, known, ("read quantised, as an earlier start kept it",)
+            return _finished(model, sharing), known, ("read quantised, as an earlier start kept it",)
     except Damaged as error:
         notes.append(f"the kept base does not verify ({error}); reading the original")
         packed.forget()
         model = build()
-    known = Filling(model, folder, aim).run(report)
+        sharing = Sharing(model, aim.processes, aim.on_host) if aim.processes else None
+    known = Filling(model, folder, aim, sharing).run(report)
     kept = packed.keep(model, known)
-    return model, known, (*notes, *([kept] if kept else []))
+    return _finished(model, sharing), known, (*notes, *([kept] if kept else []))
+
+
+def _finished(model: nn.Module, sharing: Sharing | None) -> nn.Module:
+    """The filled model with lean modules, and what stands outside its layers shared out too."""
+    lean(model)
+    if sharing:
+        sharing.finish_rest()
+    return model
 
 
 def _generation_config(folder: Path) -> Mapping[str, Any]:

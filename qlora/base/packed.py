@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from qlora.base.ahead import ahead
 from qlora.base.dtypes import name_of
-from qlora.base.fill import Aim, Known, Report, put
+from qlora.base.fill import Aim, Known, Report
+from qlora.base.parts import Sharing, put_all
+from qlora.distributed.parcels import Parcel, deal
 from qlora.errors import QloraError
 from qlora.files import ASIDE, alone, cache_home, plain_name, sha256_of, write_json
 from qlora.folders import folder_in_one_step
-from qlora.quant.fourbit import FourBit, FourBitLinear, FourBitTensors
+from qlora.quant.fourbit import FourBit
 from qlora.quant.linear import FrozenLinear
 
 FORMAT = 1
@@ -45,14 +47,14 @@ class Damaged(Exception):
 class Packed:
     """The kept base of one model folder under one way to store it; `usable` says whether there can be one."""
 
-    def __init__(self, folder: Path, aim: Aim) -> None:
-        self.home, self.folder, self.aim = cache_home("base"), folder, aim
+    def __init__(self, folder: Path, aim: Aim, sharing: Sharing | None = None) -> None:
+        self.home, self.folder, self.aim, self.sharing = cache_home("base"), folder, aim, sharing
         self.usable = self.home is not None and isinstance(aim.quantizer, FourBit)
 
     def recall(self, model: nn.Module, report: Report) -> Known | None:
         """Fill a model on meta from its entry; None if there is none. Damaged if there is one that does not verify."""
         place = self._place()
-        if place is None:
+        if not self._agreed(place is not None) or place is None:
             return None
         try:
             entry = _unsealed(place / ENTRY)
@@ -61,8 +63,10 @@ class Packed:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Damaged(f"{place / ENTRY}: {error!r}") from error
         done = 0
-        for name, tensors in ahead(list(parts), sizes.__getitem__, lambda name: _verified(place / name, parts[name])):
-            self._fill(model, tensors, entry["quantized"])
+        for name, tensors in self._read(place, parts, sizes):
+            put_all(model, tensors, entry["quantized"], self.aim.home)
+            if self.sharing:
+                self.sharing.finish(tensors)
             done += sizes[name]
             report(done, sum(sizes.values()))
         model.tie_weights()  # type: ignore[operator]
@@ -72,9 +76,29 @@ class Packed:
             os.utime(place / ENTRY)
         return Known(entry["sha256"], tuple(entry["ignored"]))
 
+    def _read(
+        self, place: Path, parts: Mapping[str, str], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Each part with its tensors, verified; where several processes read, by one of them for all."""
+        if self.sharing is None:
+            yield from ahead(list(parts), sizes.__getitem__, lambda name: _verified(place / name, parts[name]))
+            return
+
+        def read(name: str) -> Parcel:
+            return Parcel(_verified(place / name, parts[name]))
+
+        for name, parcel in deal(self.sharing.processes, list(parts), read, Damaged):
+            yield name, parcel.tensors
+
+    def _agreed(self, there: bool) -> bool:
+        """Whether all processes that share the reading find it there."""
+        return there if self.sharing is None else not self.sharing.processes.any(not there)
+
     def keep(self, model: nn.Module, known: Known) -> str | None:
         """Write the entry of a filled model; returns a line about it. None if there is nothing to say or to keep."""
         if not self.usable or self.home is None or known.prequantized:
+            return None
+        if self.sharing and self.sharing.processes.shards:  # no process has the whole of it
             return None
         size = sum(parameter.nbytes for parameter in model.parameters())
         if size < SMALLEST_BYTES:
@@ -121,20 +145,6 @@ class Packed:
         """How the matrices are stored; a card rounds double quantisation otherwise than a CPU, next to midpoints."""
         quantizer: Any = self.aim.quantizer
         return [quantizer.kind, asdict(quantizer), name_of(self.aim.dtype), self.aim.device.type]
-
-    def _fill(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], quantized: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        """Put the tensors of one part in their places."""
-        for path in {name.rpartition(".")[0] for name in tensors} & quantized.keys():
-            own = {
-                name.removeprefix(f"{path}."): value for name, value in tensors.items() if name.startswith(f"{path}.")
-            }
-            layer = _layer(quantized[path], own)
-            put(model, path, layer.to("cpu" if self.aim.on_host(path) else self.aim.device))
-        for name, value in tensors.items():
-            if name.rpartition(".")[0] not in quantized:
-                put(model, name, nn.Parameter(value.to(self.aim.device), requires_grad=False))
 
     def _write(self, place: Path, model: nn.Module, known: Known) -> None:
         with folder_in_one_step(place) as aside:
@@ -183,13 +193,6 @@ def _verified(path: Path, sha256: str) -> dict[str, Tensor]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise Damaged(f"{path}: {error}") from error
-
-
-def _layer(described: Mapping[str, Any], own: Mapping[str, Tensor]) -> FourBitLinear:
-    names = ("codes", "absmax", "nested_absmax", "offset", "absmax_levels")
-    stored = FourBitTensors(**{name: own[name] for name in names if name in own})
-    rows, columns = described["shape"]
-    return FourBitLinear(described["kind"], described["block"], (rows, columns), stored, own.get("bias"))
 
 
 def _unsealed(path: Path) -> dict[str, Any]:

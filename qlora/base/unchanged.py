@@ -16,6 +16,8 @@ LINE = 1 << 10  # columns of the table that a chunk is summed as
 def frozen_sha256(model: nn.Module) -> str:
     """A digest over the bytes of all parameters that are frozen, and of all buffers, where they lie.
 
+    Of what is sharded, over this process's share: the shares are all that there is of it.
+
     Each chunk is summed along the rows and the columns of a table, on its device: a changed byte changes a sum of each.
     """
     digest = hashlib.sha256()
@@ -30,7 +32,8 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Frozen tensors by name; a matrix is asked for its own, since it may be somewhere else at the moment."""
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        values = own | (module.stored() if isinstance(module, FrozenLinear) else {})
+        shared = any(hasattr(value, "to_local") for value in own.values())
+        values = own | (module.stored() if isinstance(module, FrozenLinear) and not shared else {})
         yield from ((f"{path}.{name}", value) for name, value in values.items() if not value.requires_grad)
         yield from ((f"{path}.{name}", value) for name, value in module.named_buffers(recurse=False))
 

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from qlora.errors import QloraError
+from qlora.errors import QloraError, SaidElsewhere
 from qlora.redact import RedactedStream, redacted
 
 app = typer.Typer(
@@ -47,10 +47,7 @@ def run(arguments: list[str]) -> int:
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="qlora", standalone_mode=False)
     except QloraError as error:
-        if debug:
-            say(traceback.format_exc())
-        say(f"error: {error}")
-        return error.exit_code
+        return _told(error, debug)
     except TyperException as error:
         if not arguments:
             error.show()  # type: ignore[attr-defined]
@@ -65,6 +62,15 @@ def run(arguments: list[str]) -> int:
     if code == INTERRUPTED:
         say("stopped before the first step; nothing was written")
     return code if isinstance(code, int) else 0
+
+
+def _told(error: QloraError, debug: bool) -> int:
+    """A mistake said, by one process for all; its exit code."""
+    if debug:
+        say(traceback.format_exc())
+    if not isinstance(error, SaidElsewhere):
+        say(f"error: {error}")
+    return error.exit_code
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ def train(
 
     Example: qlora train recipe.yaml adapter.rank=32 train.output=runs/rank32
     """
+    from qlora.distributed.watch import one_voice
     from qlora.recipe import read
     from qlora.run import train as walk
 
-    settings, notes = read(recipe, context.args)
+    settings, notes = one_voice(lambda: read(recipe, context.args))
     manifest = walk(settings, notes)
     if manifest:
         result = manifest["result"]

@@ -21,13 +21,15 @@ from qlora.redact import redacted, redacted_values
 class Processes:
     """All processes of a run, seen from one of them."""
 
+    shards = False  # whether a process holds only its share of the frozen base
+
     def __init__(self, report_to: Sequence[str] = (), project_dir: Path | None = None) -> None:
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else several processes without a card would each believe to be alone
             mixed_precision="no",
             log_with=list(report_to) or None,
             # The base is frozen and every process computes its buffers by itself: nothing to send before a forward.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
             project_dir=str(project_dir) if project_dir else None,
         )
         self.rank: int = self.accelerator.process_index
@@ -43,6 +45,16 @@ class Processes:
         """How many processes the launcher started."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
+    @staticmethod
+    def launched_for_shares() -> bool:
+        """Whether `accelerate launch` was told to use FSDP, by its configuration or --use_fsdp."""
+        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+    @property
+    def together(self) -> bool:
+        """Whether the base is read by several processes, or held in shares by them."""
+        return self.world > 1 or self.shards
+
     @property
     def is_main(self) -> bool:
         """Whether this is the one process that writes files and talks."""
@@ -56,6 +68,17 @@ class Processes:
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module as this strategy trains it."""
         return module
+
+    def shard(
+        self, module: nn.Module, lasting: bool = False, whole: Sequence[nn.Parameter] = (), host: bool = False
+    ) -> None:
+        """Keep this process's share of a frozen module: all of it, unless the strategy shards."""
+
+    def bring(self, module: nn.Module, part: nn.Module) -> None:
+        """Have `part` of a sharded `module` whole outside of its forward and backward: it is, unless sharded."""
+
+    def settle(self) -> None:
+        """Return what was brought."""
 
     def bare(self, module: nn.Module) -> nn.Module:
         """The module without its wrapping: what evaluation calls, as often as each process has rows."""
@@ -83,6 +106,10 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether any process raises the flag."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def agreed(self, flag: bool) -> bool:
+        """Whether this process may go by the flag: alone, where a forward takes no other process."""
+        return flag
 
     def wait(self) -> None:
         """Until every process is here."""

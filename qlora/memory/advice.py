@@ -52,6 +52,8 @@ def _changes(work: Work) -> Iterator[tuple[str, Work]]:
     """Changes of a recipe in words, and the work they make: the ones that cost least first."""
     for rows in range(work.micro_batch - 1, 0, -1):
         yield f"train.micro_batch={rows} (the result stays the same)", replace(work, micro_batch=rows)
+    if work.processes > 1 and not work.sharded:
+        yield "distributed.kind=fsdp", replace(work, sharded=True)
     if work.optimizer != "paged_adamw_8bit":
         yield "optim.kind=paged_adamw_8bit", replace(work, optimizer="paged_adamw_8bit")
     one = replace(work, micro_batch=1)

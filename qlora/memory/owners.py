@@ -22,6 +22,7 @@ Owners = dict[str, int]
 LASTING = ("packed_base", "embeddings", "head", "norms", "vision", "adapters", "gradients", "optimizer")
 PASSING = (
     "boundaries", "kept_activations", "layer_working_set", "logits_chunk", "dequantisation_buffer", "stream_buffers",
+    "gathered",
 )  # fmt: skip
 OUTSIDE = ("device_context", "runtime", "fragmentation_reserve")  # not counted by torch's allocator
 OWNERS = LASTING + PASSING + OUTSIDE
@@ -30,6 +31,8 @@ CONTEXT_BYTES = 600_000_000  # a CUDA context with its modules and cuBLAS worksp
 IN_FLIGHT = 2  # layers whose parked tensors, or whose packed weights, are on the device at a time
 HOSTED_PIECE_BYTES = 32 * 2**20  # both moments of a piece of hosted_adamw
 COPIES = 3  # of the moments while a checkpoint is written: out of the optimiser, as bytes, with a header
+GATHERED = 3  # layers of a sharded base that are whole at a time: in use, on its way, and as it arrived
+BUCKET_BYTES = 25 * 2**20  # of gradients that DDP exchanges at a time
 NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
 RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
 # Of what comes and goes. CUDA: 2 to 4 % with expandable segments. CPU: glibc's heap, which allocator.py keeps; its
@@ -51,8 +54,8 @@ def host_bytes(work: Work) -> int:
     hosted = work.optimizer.startswith("hosted")
     moments = work.beside.host_moments + (moment_bytes(work.adapters.values, work.optimizer) if hosted else 0)
     saving = COPIES * moment_bytes(work.adapters.values, work.optimizer) if work.adapters.kind == "full" else 0
-    passing = max(parked_bytes(work), reading, saving)
-    return RUNTIME_BYTES + work.streamed * work.layer_bytes + embeddings + moments + passing
+    streamed = _shared(work.streamed * work.layer_bytes, work)
+    return RUNTIME_BYTES + streamed + embeddings + moments + max(parked_bytes(work), reading, saving)
 
 
 def standing_bytes(work: Work) -> int:
@@ -76,14 +79,15 @@ def _phases(work: Work) -> dict[str, Owners]:
     rebuilt = {"dequantisation_buffer": max(_rebuilt(work), whole.inside), "stream_buffers": _stream_buffers(work)}
     forward = {"boundaries": 2 * boundary_bytes(work), "layer_working_set": forward_bytes(work) + head_bytes(work)}
     backward = _backward(work, waiting)
-    loss = {"layer_working_set": head_bytes(work), "logits_chunk": logits_bytes(work)}
-    loss |= {"dequantisation_buffer": whole.head}
+    gathered, scored = _gathered(work), {"logits_chunk": logits_bytes(work)}
+    loss = {"layer_working_set": head_bytes(work), "dequantisation_buffer": whole.head, "gathered": gathered["ends"]}
+    shown = max(gathered["ends"], gathered["layers"])
     return {
-        "load": frozen | {"dequantisation_buffer": widest_bytes(work)},
-        "loss": training | waiting | loss,
-        "backward": training | backward | rebuilt,
+        "load": frozen | {"dequantisation_buffer": widest_bytes(work), "gathered": gathered["load"]},
+        "loss": training | waiting | loss | scored,
+        "backward": training | backward | rebuilt | {"gathered": gathered["layers"]},
         "update": training | _moments(work, updating=True),
-        "evaluation": learning | forward | rebuilt | {"logits_chunk": logits_bytes(work)},
+        "evaluation": learning | forward | rebuilt | {"gathered": shown} | scored,
         "save": learning | _saving(work),
     }
 
@@ -102,6 +106,25 @@ def _whole_bytes(work: Work) -> _Whole:
     return _Whole(inside, each * work.shapes.embedding if work.adapters.whole_head else 0)
 
 
+def _gathered(work: Work) -> Owners:
+    """What of a shared base is whole on a process: while it loads, around an end of the model, in its layers.
+
+    Whatever is gathered arrives in one buffer and is then laid out as it was: for a moment it is there twice.
+    """
+    shapes, b = work.shapes, work.dtype_bytes
+    layer = work.layer_bytes + (shapes.norms + shapes.biases) * b // shapes.layers
+    ends = max(shapes.embedding, shapes.head) * b
+    read = max(layer, ends) * (2 if work.sharded else 1) if work.processes > 1 or work.sharded else 0
+    if not work.sharded:
+        return {"load": read, "ends": 0, "layers": 0}
+    return {"load": read, "ends": 0 if shapes.tied else 2 * ends, "layers": min(GATHERED, shapes.layers) * layer}
+
+
+def _shared(size: int, work: Work) -> int:
+    """A process's part of so many frozen bytes."""
+    return -(-size // work.share)
+
+
 def _backward(work: Work, waiting: Owners) -> Owners:
     """Kept layers go first, then kept ones from the host, then recomputed ones; `waiting` as the loss leaves it."""
     fetched = min(IN_FLIGHT, max(0, work.parked - work.recomputed)) * kept_bytes(work)
@@ -118,13 +141,15 @@ def _frozen(work: Work) -> Owners:
     shapes, b = work.shapes, work.dtype_bytes
     if work.adapters.kind == "full":
         return {"vision": shapes.vision * b}
+    ends = _shared(shapes.embedding * b, work)
     # A CPU has one memory: what streams lies in it too.
     resident = shapes.layers - (work.streamed if work.device == "cuda" else 0)
     return {
-        "packed_base": resident * work.layer_bytes,
-        "embeddings": 0 if work.embeds_on_host else shapes.embedding * b,
-        "head": shapes.head * b,
-        "norms": (shapes.norms + shapes.biases) * b,
+        "packed_base": _shared(resident * work.layer_bytes, work),
+        # Tied ends stay whole: they are needed first and last.
+        "embeddings": 0 if work.embeds_on_host else shapes.embedding * b if shapes.tied else ends,
+        "head": _shared(shapes.head * b, work),
+        "norms": _shared((shapes.norms + shapes.biases) * b, work),
         "vision": shapes.vision * b,
     }
 
@@ -153,8 +178,8 @@ def moment_bytes(values: int, optimizer: str) -> int:
 
 
 def _gradient_bytes(work: Work) -> int:
-    """float32 gradients; with several processes their exchange buckets as well."""
-    return (8 if work.processes > 1 else 4) * work.adapters.values
+    """float32 gradients; with several processes they lie in DDP's buckets, one of which is filled at a time."""
+    return 4 * work.adapters.values + (min(BUCKET_BYTES, 4 * work.adapters.values) if work.processes > 1 else 0)
 
 
 def _boundaries(work: Work) -> int:
@@ -171,8 +196,8 @@ def _rebuilt(work: Work) -> int:
 
 
 def _stream_buffers(work: Work) -> int:
-    """Packed matrices of two layers: one in use, one on its way."""
-    return min(IN_FLIGHT, work.streamed) * work.layer_bytes
+    """Packed matrices of two layers, or of this process's share of them: one in use, one on its way."""
+    return _shared(min(IN_FLIGHT, work.streamed) * work.layer_bytes, work)
 
 
 def _whole(work: Work, owners: Owners) -> Owners:

@@ -26,7 +26,9 @@ PACE = Pace(107e12, 12.5e9)
 def seconds(work: Work, pace: Pace = PACE) -> float:
     """Predicted seconds of one micro-batch, copies hidden behind products as far as they can be."""
     forward, backward, again = flops(work)
-    layers = work.streamed * work.layer_bytes
+    # Of a sharded base a process fetches its own part from main memory, the others' from their cards.
+    layers = work.streamed * work.layer_bytes / work.share
+    layers += work.shapes.layers * work.layer_bytes * (work.share - 1) / work.share
     away = parked_bytes(work)
     # The link takes both directions at once: forward parks what backward fetches, weights come in both.
     out = max(forward / pace.flops_per_second, layers / pace.link_bytes_per_second, away / pace.link_bytes_per_second)

@@ -89,6 +89,8 @@ class Plan:
                 "resident_layers": work.shapes.layers - work.streamed,
                 "micro_batch": work.micro_batch,
             },
+            "cards": work.processes,
+            "distributed": kind_of(work),
             "host_bytes": self.host_bytes,
             "export_bytes": export_bytes(work),
             "disk": disk_bytes(work, self.checkpoints),
@@ -102,9 +104,15 @@ def plan(work: Work, budget: Budget) -> Plan:
     return Plan(work, budget, phases, _peak(phases) if work.device == "cpu" else host_bytes(work))
 
 
+def kind_of(work: Work) -> str:
+    """How the processes share the work, as a recipe says it."""
+    return "fsdp" if work.sharded else "ddp" if work.processes > 1 else "single"
+
+
 def compare(work: Work) -> dict[str, int]:
     """What full fine-tuning, 16-bit LoRA and QLoRA need on the card for the same rows, all layers recomputed."""
-    same = replace(work, recompute=None, offloaded=0, weights="resident", processes=1, beside=Beside())
+    alone = replace(work, processes=1, sharded=False, beside=Beside())
+    same = replace(alone, recompute=None, offloaded=0, weights="resident")
     quantised = same if work.storage.kind != "dense" else replace(same, storage=Storage())
     if work.adapters.kind == "full":
         quantised = replace(quantised, adapters=Adapters(work.shapes.matrices))

@@ -108,6 +108,12 @@ class Work:
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
     beside: Beside = field(default_factory=Beside)
+    sharded: bool = False  # every process holds its share of what is frozen, and gathers a layer when it is its turn
+
+    @property
+    def share(self) -> int:
+        """Processes that share what is frozen."""
+        return self.processes if self.sharded else 1
 
     @property
     def tokens(self) -> int:
@@ -170,7 +176,7 @@ class Work:
     @property
     def embeds_on_host(self) -> bool:
         """Whether the embedding stays in main memory: not where it is the head too, nor where processes share it."""
-        apart = self.device == "cuda" and not self.shapes.tied and self.processes == 1
+        apart = self.device == "cuda" and not self.shapes.tied and self.processes == 1 and not self.sharded
         return apart and (self.gathers or self.weights == "stream")
 
     @cached_property

@@ -44,12 +44,18 @@ class FrozenLinear(nn.Module):
 
     bias: nn.Parameter | None
     fetch: Callable[[], None] | None = None  # brings the stored tensors to the device, where they come and go
+    home: torch.device | None = None  # where it computes, if its tensors may wait elsewhere
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features = out_features
         self.in_features = in_features
         self.register_parameter("bias", None if bias is None else frozen(bias))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.home or next(self.parameters()).device
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """W [O, I] in `dtype`, rebuilt on every call; `after` is a tensor that W may wait for.

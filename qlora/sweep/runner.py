@@ -21,10 +21,10 @@ from qlora.run import (
     equip,
     keep_best,
     moments_of,
-    open_processes,
     refuse_changed_base,
     resume,
 )
+from qlora.strategy import open_processes
 from qlora.sweep.common import named
 from qlora.sweep.variants import Variant
 from qlora.train.checkpoint import Position

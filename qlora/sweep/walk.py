@@ -12,7 +12,8 @@ from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.plan import Plan
 from qlora.planning import here, in_words
 from qlora.recipe import Recipe
-from qlora.run import ReadRows, Rows, arrange_layers, choose_kernels, open_base, open_processes, read_rows
+from qlora.run import ReadRows, Rows, arrange_layers, choose_kernels, open_base, read_rows
+from qlora.strategy import open_processes
 from qlora.sweep.outcome import Outcome, outcome_of
 from qlora.sweep.plan import plan_sweep, refuse_too_much
 from qlora.sweep.runner import Runner, Shared

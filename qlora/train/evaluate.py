@@ -44,11 +44,14 @@ def evaluate(
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
     mine = order[processes.rank :: processes.world]
     total = torch.zeros(3, dtype=torch.float64, device=processes.device)
-    for start in range(0, len(mine), micro_batch):
-        if give_up():
+    for start in range(0, -(-len(order) // processes.world), micro_batch):
+        if processes.agreed(give_up()):
             total[2] = 1.0
             break
-        batch = collate([examples[row] for row in mine[start : start + micro_batch]], pad_id=0).to(processes.device)
+        rows = mine[start : start + micro_batch]
+        batch = collate([examples[row] for row in rows or order[:1]], pad_id=0).to(processes.device)
+        if not rows:  # this process has had all of its own, but a forward may take them all
+            batch = batch.silent()
         total[0] += model(batch.input_ids, batch.labels, batch.position_ids, batch.starts).double()
         total[1] += batch.trained_tokens
     model.train(training)

@@ -33,7 +33,8 @@ class TokenLoss(nn.Module):
         hidden = self.head.hidden(input_ids, position_ids, starts)[:, :-1][trained]
         if self.head.trains:
             return checkpointed_loss(hidden, targets[trained], self.head)
-        loss: Tensor = FrozenHeadLoss.apply(hidden, targets[trained], self.head)
+        with self.head.whole():
+            loss: Tensor = FrozenHeadLoss.apply(hidden, targets[trained], self.head)
         return loss
 
 

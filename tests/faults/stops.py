@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from qlora.recipe import Recipe, dump
 from qlora.train.checkpoint import Checkpoints
 
 STEPS = 6
+LAUNCHES = ((1, "auto"), (2, "fsdp"), (2, "ddp"))
 
 
 @dataclass
@@ -42,10 +43,10 @@ class Found:
         return not (self.wrong or self.orphans)
 
 
-def recipe_of_stops(model: Path, data: Path, output: Path) -> Recipe:
+def recipe_of_stops(model: Path, data: Path, output: Path, *more: str) -> Recipe:
     options = ("data.eval_fraction=0.2", "train.eval_every=2", "adapter.dropout=0.1", f"train.max_steps={STEPS}")
     # train_on all: then there are no questions for the report's samples, whose answers would take most of the time.
-    return recipe_of(model, data, output, *options, "train.save_every=3", "train.keep=99", "data.train_on=all")
+    return recipe_of(model, data, output, *options, "train.save_every=3", "train.keep=99", "data.train_on=all", *more)
 
 
 def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None], world: int = 1) -> Found:
@@ -62,7 +63,9 @@ def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found
         number = draw.choice((signal.SIGTERM, signal.SIGINT))
         output = home / "stopped"
         shutil.rmtree(output, ignore_errors=True)
-        recipe = recipe_of_stops(model, data, output)
+        # Two processes with a whole base each, or with shares of one, give the same bits.
+        strategy = "single" if world == 1 else draw.choice(("ddp", "fsdp"))
+        recipe = recipe_of_stops(model, data, output, f"distributed.kind={strategy}")
         children = _started(recipe, home, world)
         heard = children[0].wait_for(phase, times=draw.randint(1, {"training": STEPS, "evaluating": 3}.get(phase, 1)))
         time.sleep(draw.uniform(0, 0.05))
@@ -90,14 +93,15 @@ def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found
 
 
 def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None]) -> Found:
-    """`count` signals to `accelerate launch` with one process or two, each a random while after the first line."""
+    """`count` signals to `accelerate launch`, each a random while after the first line: one process, DDP, FSDP."""
     draw, found = random.Random(seed), Found()
     data, file, output = write_rows(home / "rows.jsonl", 12), home / "recipe.yaml", home / "launched"
     endless = ("train.max_steps=100000", "train.save_every=null", "optim.warmup=0", "data.eval_fraction=0")
     for number in range(count):
         shutil.rmtree(output, ignore_errors=True)
-        file.write_text(dump(recipe_of(model, data, output, *endless)))
-        world, kind = 1 + number % 2, draw.choice((signal.SIGTERM, signal.SIGINT))
+        world, strategy = LAUNCHES[number % len(LAUNCHES)]
+        file.write_text(dump(recipe_of(model, data, output, *endless, f"distributed.kind={strategy}")))
+        kind = draw.choice((signal.SIGTERM, signal.SIGINT))
         launcher = _launch(world, file, home)
         give_up = time.monotonic() + 180
         while (
@@ -105,24 +109,30 @@ def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callab
         ):
             time.sleep(0.1)
         time.sleep(draw.uniform(0, 2))
+        family = _family(launcher.pid)
+        trainers = _trainers(family)
         launcher.send_signal(kind)
         launcher.wait(timeout=120)
         found.signals += 1
-        found.orphans += _left(launcher.pid)
+        found.orphans += _left(family)
         last = metrics(output)[-1]["step"]
         saved, skipped = Checkpoints(output, 9, lambda folder: None, {}).newest()
-        exact = saved is not None and saved.position.step == last and not skipped
+        exact = saved is not None and saved.position.step == last and not skipped and trainers == world
         found.exact += exact
         found.wrong += not exact
         if not exact:
-            found.notes.append(f"{kind} {world}: logged {last}, saved {saved and saved.folder.name}")
+            found.notes.append(
+                f"{kind} {trainers} of {world} {strategy}: logged {last}, saved {saved and saved.folder.name}"
+            )
         report(found)
     shutil.rmtree(output, ignore_errors=True)
     return found
 
 
 def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
-    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu")
+    # With --cpu accelerate starts one process only; --multi_gpu starts several, which without cards meet over gloo.
+    where = "--cpu" if world == 1 else "--multi_gpu"
+    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", where)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -134,24 +144,42 @@ def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
         )  # fmt: skip
 
 
-def _left(session: int) -> int:
-    """Processes of the launcher's session that are still there after ten seconds."""
-    for _ in range(100):
-        there = [path for path in Path("/proc").glob("[0-9]*") if _session_of(path) == session]
+def _left(family: Mapping[int, str]) -> int:
+    """Processes of a launch that are still there after a minute: a busy machine stops slowly."""
+    for _ in range(600):
+        there = [pid for pid, began in family.items() if _stat_of(pid)[1] == began]
         if not there:
             return 0
         time.sleep(0.1)
-    for path in there:
-        os.kill(int(path.name), signal.SIGKILL)
+    for pid in there:
+        os.kill(pid, signal.SIGKILL)
     return len(there)
 
 
-def _session_of(process: Path) -> int:
+def _family(ancestor: int) -> dict[int, str]:
+    """A process and all that it has started, directly or not, with the time of their starts; sessions differ."""
+    stats = {int(path.name): _stat_of(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    family = {ancestor}
+    while more := {pid for pid, (parent, _) in stats.items() if parent in family} - family:
+        family |= more
+    return {pid: stats[pid][1] for pid in family if stats.get(pid, (0, ""))[1]}
+
+
+def _trainers(family: Iterable[int]) -> int:
+    """How many of these processes train."""
+    said = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5] for pid in family]
+    return sum(
+        words[-4:-1] == [b"-m", b"qlora", b"train"] or words[-3:] == [b"-m", b"qlora", b"train"] for words in said
+    )
+
+
+def _stat_of(pid: int) -> tuple[int, str]:
+    """Parent and start of a process; no start for one that is gone or only waits to be buried."""
     try:
-        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[3])
+        return 0, ""
+    return (0, "") if fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
 def _started(recipe: Recipe, home: Path, world: int) -> list[Child]:

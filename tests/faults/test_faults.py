@@ -13,6 +13,7 @@ import kills
 import malice
 import mutants
 import names
+import parted
 import planted
 import poison
 import pytest
@@ -52,6 +53,11 @@ def test_nothing_that_is_not_finite_is_ever_written(zoo: Zoo, world: int, count:
 def test_a_signal_in_any_phase_ends_in_an_exact_checkpoint(zoo: Zoo, world: int, count: int, tmp_path: Path) -> None:
     found = stops.stop(zoo("llama"), tmp_path, count, random.randint(0, 10**6), no_report, world)
     assert found.clean and found.exact + found.refused + found.finished == count, found
+
+
+def test_a_rank_that_dies_ends_the_others_at_once_and_is_named_once(zoo: Zoo, tmp_path: Path) -> None:
+    found = parted.part(zoo("llama"), tmp_path, 4, random.randint(0, 10**6), no_report)
+    assert found.clean and found.ranks == 4, found
 
 
 def test_resumed_in_any_way_is_never_having_stopped(zoo: Zoo, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from qlora.errors import InputError
 from qlora.quant import QUANTIZERS
 from qlora.quant.linear import FrozenLinear
 from qlora.reopen import open_run
-from qlora.run import assemble, gather, open_processes
+from qlora.run import assemble, gather
 from qlora.run import train as walk
+from qlora.strategy import open_processes
 from qlora.train.checkpoint import Position
 from qlora.train.guard import StopSignal
 from qlora.train.log import Log, read_metrics

@@ -22,7 +22,8 @@ from qlora.adapters.inject import adapted
 from qlora.data.batches import collate
 from qlora.data.packing import pack
 from qlora.data.types import IGNORED, Example
-from qlora.run import assemble, gather, open_processes
+from qlora.run import assemble, gather
+from qlora.strategy import open_processes
 from qlora.train.checkpoint import Position
 from qlora.train.guard import StopSignal
 from qlora.train.log import Log

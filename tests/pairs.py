@@ -1,4 +1,4 @@
-"""Two processes of one run, forked from this warm one: rank 0 and rank 1 under gloo, as a launcher would start them."""
+"""The processes of one run, forked from this warm one: ranks under gloo, as a launcher would start them."""
 
 import os
 import socket
@@ -10,19 +10,24 @@ from forks import Child, Tell
 
 
 def pair(work: Callable[[int, Tell], int | None], home: Path) -> list[Child]:
-    """Both ranks at work; `work` is given its rank."""
+    """Two ranks at work; `work` is given its rank."""
+    return ranks(work, home, 2)
+
+
+def ranks(work: Callable[[int, Tell], int | None], home: Path, world: int) -> list[Child]:
+    """All ranks at work; `work` is given its rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Child(_ranked(work, rank, port), home / f"said-{rank}") for rank in (0, 1)]
+    return [Child(_ranked(work, rank, world, port), home / f"said-{rank}") for rank in range(world)]
 
 
-def _ranked(work: Callable[[int, Tell], int | None], rank: int, port: int) -> Callable[[Tell], int | None]:
+def _ranked(work: Callable[[int, Tell], int | None], rank: int, world: int, port: int) -> Callable[[Tell], int | None]:
     def ranked(tell: Tell) -> int | None:
         for state in (AcceleratorState, PartialState, GradientState):
             state._shared_state.clear()  # as in a process that has not begun
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
         return work(rank, tell)
