@@ -26,9 +26,12 @@ def open_processes(recipe: Recipe) -> Processes:
 
 
 def needs_whole(recipe: Recipe) -> str | None:
-    """The setting that a shared base rules out: nothing is frozen, or compiled layers hold their weights in place."""
+    """The setting that a shared base rules out: parts of it train, or compiled layers hold their weights in place."""
     if recipe.adapter.kind == "full":
         return "adapter.kind: full"
+    trained = next((key for key in ("save_modules", "tokens", "new_tokens") if getattr(recipe.adapter, key)), None)
+    if trained:
+        return f"adapter.{trained}"
     return "train.compile: true" if recipe.train.compile else None
 
 

@@ -74,6 +74,8 @@ REFUSED = {
     "train.resume": ("train.resume=runs/x/checkpoint-000001", "adapter.rank=1,2"),
     "train.report_to: wandb": ("train.report_to=[wandb]", "adapter.rank=1,2"),
     "full": ("adapter={kind: full}", "quant={kind: dense}", "train.seed=1,2"),
+    "adapter.save_modules": ("adapter.save_modules=[lm_head]", "train.seed=1,2"),
+    "adapter.new_tokens": ("adapter.new_tokens=[<a>]", "train.seed=1,2"),
     "adapter.rnak: not a setting": ("adapter.rnak=1,2",),
     "adapter.rank: found 'x'": ("adapter.rank=x,2",),
 }

@@ -176,6 +176,7 @@ REFUSED = {
     "single": ("WORLD_SIZE", "2", "distributed.kind=single"),
     "ddp": ("ACCELERATE_USE_FSDP", "true", "distributed.kind=ddp"),
     "compile": ("WORLD_SIZE", "1", "distributed.kind=fsdp", "train.compile=true"),
+    "save_modules": ("WORLD_SIZE", "1", "distributed.kind=fsdp", "adapter.save_modules=[lm_head]"),
 }
 
 
