@@ -86,15 +86,6 @@ def plan_run(recipe: Recipe, processes: int) -> Plan:
     return found
 
 
-def in_words(plan: Plan) -> str:
-    """How it runs, in half a line: `recompute 20 layers of 32, 29 park in main memory, weights resident`."""
-    work, layers = plan.work, plan.work.shapes.layers
-    parked = f", {work.parked} park in main memory" if work.parked else ""
-    weights = f"{work.streamed} layers stream from main memory" if work.streamed else "weights resident"
-    embedding = ", the embedding in main memory" if work.embeds_on_host else ""
-    return f"{work.recomputed} of {layers} layers recompute{parked}, {weights}{embedding}"
-
-
 def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
     """One process's share of a recipe, as far as its memory goes."""
     return Work(
