@@ -1,6 +1,7 @@
 """What a run leaves in its folder: the adapter as PEFT reads it, tokenizer files, recipe, manifest, card and report."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qlora.adapters.full import Full
 from qlora.adapters.init import Begun
 from qlora.adapters.inject import Injection
 from qlora.adapters.lora import Lora
+from qlora.adapters.spectrum import spectrum
 from qlora.adapters.switch import adapters_off
 from qlora.base.folder import tokenizer_files
 from qlora.base.generate import generate
@@ -21,6 +23,7 @@ from qlora.base.load import Base
 from qlora.data.prepare import Prepared
 from qlora.data.types import IGNORED
 from qlora.distributed.processes import Processes
+from qlora.errors import QloraError
 from qlora.files import manifest_of, write_bytes, write_json, write_text
 from qlora.memory.meter import peak_bytes
 from qlora.memory.plan import Plan
@@ -51,8 +54,16 @@ class Parts:
     begun: Begun | None = None  # what the adapters' start did to the error of quantising
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: seconds from start to adapter; joules of all cards since the first step, where they tell."""
+
+    seconds: float
+    energy_joules: float | None = None
+
+
 def leave(
-    parts: Parts, position: Position, seconds: float, samples: Sequence[Mapping[str, str]] | None = None
+    parts: Parts, position: Position, cost: Cost, samples: Sequence[Mapping[str, str]] | None = None
 ) -> Mapping[str, Any]:
     """Write the final adapter and everything that describes it; returns run.json. `samples`: None answers them now."""
     samples = samples_of(parts) if samples is None else samples
@@ -67,14 +78,12 @@ def leave(
     if isinstance(parts.adapter, Full):
         kept |= {whole.CONFIG, *(file.name for file in whole.model_files(output))}
     files = {name: digest for name, digest in manifest_of(output).items() if name in kept}
-    described = describe(parts, position) | {"seconds": round(seconds, 3), "files": files, "samples": samples}
+    described = describe(parts, position) | {"seconds": round(cost.seconds, 3), "energy_joules": cost.energy_joules}
+    described |= {"files": files, "samples": samples, "spectrum": spectra_of(output)}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
     write_json(output / MANIFEST, manifest)
     write_text(output / CARD, model_card(manifest, recipe_text))
-    write_text(
-        output / PAGE,
-        report_page([RunData(output.name, manifest, read_metrics(output), recipe_text, manifest["samples"])]),
-    )
+    _draw(output, manifest, recipe_text)
     return manifest
 
 
@@ -86,6 +95,36 @@ def write_tokenizer(parts: Parts, folder: Path) -> list[str]:
     for file in files:
         write_bytes(folder / file.name, file.read_bytes())
     return [file.name for file in files]
+
+
+def draw_running(parts: Parts, steps: int) -> None:
+    """report.html as far as the run of `steps` steps is; a disk that refuses it does not end the run."""
+    described = describe(parts, Position()) | {"result": {}, "running": {"steps": steps}}
+    manifest = run_manifest(described, parts.processes.device, parts.processes.world)
+    with suppress(QloraError):
+        _draw(Path(parts.recipe.train.output), manifest, dump(parts.recipe))
+
+
+def _draw(output: Path, manifest: Mapping[str, Any], recipe_text: str) -> None:
+    run = RunData(output.name, manifest, read_metrics(output), recipe_text, manifest.get("samples", ()))
+    write_text(output / PAGE, report_page([run]))
+
+
+def spectra_of(folder: Path) -> dict[str, dict[str, float]]:
+    """What each update uses of its rank, by module path: the figures of `qlora inspect`; nothing without an adapter."""
+    if not (folder / weights.WEIGHTS).is_file():
+        return {}
+    file = weights.read(folder)
+    found = {}
+    for path, (a, b) in file.pairs.items():
+        each = spectrum(a, b, weights.settings(file, path, a.shape[0]).scaling)
+        found[path] = {
+            "rank": each.rank,
+            "energy_90_rank": each.energy_rank(0.90),
+            "stable_rank": round(each.stable_rank, 3),
+            "norm": float(f"{each.norm:.4g}"),
+        }
+    return found
 
 
 def samples_of(parts: Parts) -> list[dict[str, str]]:

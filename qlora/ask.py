@@ -13,7 +13,8 @@ from qlora.data.formats.messages import conversation
 from qlora.data.types import TEXT, BadRow, Example, Message, Row
 from qlora.distributed.single import Single
 from qlora.errors import DataError, InputError, did_you_mean
-from qlora.reopen import Opened, held_out
+from qlora.rates import Rates
+from qlora.reopen import Opened, Say, held_out
 from qlora.train.choice import Choice, choice_of, choice_share
 from qlora.train.evaluate import evaluate
 from qlora.train.loss import TokenLoss
@@ -24,7 +25,9 @@ TASKS = ("loss", "exact-match", "choice")
 GENERAL = Path(__file__).parent / "train" / "general.txt"  # what a model should not unlearn, whatever it is trained on
 
 
-def measure(opened: Opened, data: str | None, task: str, beside_base: bool = False) -> dict[str, Any]:
+def measure(
+    opened: Opened, data: str | None, task: str, beside_base: bool = False, say: Say = lambda line: None
+) -> dict[str, Any]:
     """What `qlora eval` answers: loss and perplexity always, the task's score where it has one.
 
     With `beside_base` the base alone as well, and the loss of both on a general text: what was forgotten.
@@ -37,20 +40,23 @@ def measure(opened: Opened, data: str | None, task: str, beside_base: bool = Fal
         raise InputError("--beside-base: this is a model without an adapter; it is its own base.")
     examples = held_out(opened, data)
     choices = [choice_of(each, opened.base.tokenizer) for each in examples] if task == "choice" else []
-    found = {"task": task, **_measured(opened, examples, task, choices)}
+    found = {"task": task, **_measured(opened, examples, task, choices, say)}
     if beside_base:
         text = _general(opened)
-        tuned = _measured(opened, text, "loss", [])
+        tuned = _measured(opened, text, "loss", [], say)
         with adapters_off(opened.base.model):
-            found["base"] = _measured(opened, examples, task, choices)
-            base = _measured(opened, text, "loss", [])
+            found["base"] = _measured(opened, examples, task, choices, say)
+            base = _measured(opened, text, "loss", [], say)
         found["forgetting"] = {"base_loss": base["loss"], "loss": tuned["loss"], "tokens": tuned["tokens"]}
     return found
 
 
-def _measured(opened: Opened, examples: Sequence[Example], task: str, choices: Sequence[Choice]) -> dict[str, Any]:
+def _measured(
+    opened: Opened, examples: Sequence[Example], task: str, choices: Sequence[Choice], say: Say
+) -> dict[str, Any]:
     micro_batch = opened.recipe.train.micro_batch
-    found = evaluate(TokenLoss(opened.base.model), examples, micro_batch, Single())
+    told = Rates(say, "evaluating")
+    found = evaluate(TokenLoss(opened.base.model), examples, micro_batch, Single(), progress=told)
     assert found is not None  # nobody gave up
     score = None
     if task == "exact-match":
@@ -96,7 +102,13 @@ def answers(opened: Opened, examples: Sequence[Example]) -> list[dict[str, str]]
 
 def answer_prompts(opened: Opened, prompt: str, max_new_tokens: int, temperature: float) -> list[dict[str, Any]]:
     """What `qlora generate` answers: a row per prompt, ids in and out."""
-    asked = read_prompts(prompt)
+    return answer_messages(opened, read_prompts(prompt), max_new_tokens, temperature)
+
+
+def answer_messages(
+    opened: Opened, asked: Sequence[tuple[str, list[Message]]], max_new_tokens: int, temperature: float
+) -> list[dict[str, Any]]:
+    """For each prompt, as shown and as messages, a row: prompt, input_ids, output_ids, text."""
     encoded = [opened.encoder.prompt_ids(messages) for _, messages in asked]
     found = generate(opened.base, encoded, max_new_tokens, temperature, opened.recipe.train.seed)
     return [

@@ -25,6 +25,7 @@ from qlora.folders import folder_in_one_step
 from qlora.likeness import as_lora
 from qlora.memory.stream import embed_on_host
 from qlora.quant import build as build_quantizer
+from qlora.rates import Rates
 from qlora.recipe import dump
 from qlora.reopen import Opened, Say, has_rows, held_out
 from qlora.report.card import caution, is_hub
@@ -66,7 +67,8 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
         raise InputError(f"{folder} is there already. Name a folder that does not exist yet.")
     if order.rank is not None and (order.to != "portable" or order.rank < 1):
         raise InputError(f"--rank: found {order.rank} for --to {order.to}, allowed: from 1, for --to portable.")
-    choice, trained = Choice(order.onto, dtype, rank=order.rank), trained_of(opened)
+    choice = Choice(order.onto, dtype, Rates(say, "writing the model", "bytes"), rank=order.rank)
+    trained = trained_of(opened)
     with folder_in_one_step(folder, _key(opened, order, dtype)) as aside:
         size = target.write(trained, aside, choice)
         measured = _certified(opened, aside, order, choice, say)

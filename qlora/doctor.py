@@ -4,14 +4,17 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from qlora import __version__
 from qlora.report.manifest import versions
 
 GIB = 2**30
+SHOWN = ("python", "torch", "bitsandbytes", "accelerate", "transformers")
 
 
 def examine() -> dict[str, Any]:
@@ -21,14 +24,42 @@ def examine() -> dict[str, Any]:
     works, backend = _four_bit()
     disk = shutil.disk_usage(".")
     return {
-        **{name: found[name] for name in ("python", "torch", "bitsandbytes", "accelerate", "transformers")},
+        "qlora": __version__,
+        **{name: found[name] for name in SHOWN},
+        "platform": platform.platform(),
         "devices": devices,
+        "four_bit": works,
         "bitsandbytes_backend": backend,
         "cpu_count": os.cpu_count(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "disk_free_bytes": disk.free,
         "problems": [*_problems(devices, works, backend), *_disk_problem(disk.free)],
     }
+
+
+def as_lines(found: Mapping[str, Any]) -> list[str]:
+    """The answer for people: what works, what does not and its remedy, and a block to paste into an issue."""
+    works = [f"works    {_device_line(each)}" for each in found["devices"]]
+    works.append(f"works    bitsandbytes on {found['bitsandbytes_backend']}" if found["four_bit"] else "")
+    fails = [f"problem  {problem}" for problem in found["problems"]]
+    named = ", ".join(f"{name} {found[name]}" for name in ("qlora", *SHOWN))
+    sizes = f"{found['cpu_count']} cores, {_gib(found['ram_bytes'])} of main memory"
+    block = ["```", named, f"{found['platform']}, {sizes}, {_gib(found['disk_free_bytes'])} of disk free here"]
+    block += [_device_line(each) for each in found["devices"]]
+    block += [f"bitsandbytes on {found['bitsandbytes_backend']}", "```"]
+    return [*filter(None, works), *fails, "", "for an issue, copy from here:", *block]
+
+
+def _device_line(device: Mapping[str, Any]) -> str:
+    if "total_bytes" not in device:
+        return f"{device['name']}, {device['threads']} thread{'s' * (device['threads'] != 1)}"
+    bf16 = "bfloat16" if device["bf16"] else "no bfloat16"
+    free = f"{_gib(device['free_bytes'])} of {_gib(device['total_bytes'])} free"
+    return f"{device['name']}, compute capability {device['capability']}, {bf16}, {free}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from qlora.errors import QloraError
 from qlora.memory.plan import Plan
-from qlora.planning import Machine, better, elsewhere, here, in_words, plan_of, plans_of
+from qlora.memory.table import gib, in_words
+from qlora.planning import Machine, better, elsewhere, here, plan_of, plans_of
+from qlora.rates import Rates
 from qlora.recipe import Recipe, from_mapping, read
 
-GIB = 2**30
 PLACE = re.compile(r"(?P<where>(?:[^\s:]+:\d+|[\w./\\-]+)): (?P<message>.+)", re.DOTALL)
 ROW = re.compile(r":\d+$")  # the end of a row's place
 SHOWN = 5  # findings of a kind that people are shown
@@ -21,8 +22,9 @@ Finding = dict[str, str]
 def preview_rows(recipe: Recipe, count: int) -> list[dict[str, Any]]:
     """The first `count` rows as they will be trained: where, input_ids, labels, segments."""
     from qlora.data.preview import preview
+    from qlora.sight import encoder_of
 
-    return preview(recipe.data, _encoder_of(recipe), count, recipe.train.seed)
+    return preview(recipe.data, encoder_of(recipe), count, recipe.train.seed)
 
 
 def check_recipe(path: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -76,11 +78,12 @@ def findings_of(error: QloraError) -> list[Finding]:
 def _check_data(recipe: Recipe, found: dict[str, Any]) -> None:
     from qlora.counsel import counsel
     from qlora.data.prepare import prepare
-    from qlora.train.log import RowsTold, console
+    from qlora.sight import encoder_of
+    from qlora.train.log import console
     from qlora.train.loop import steps_of
 
-    progress = RowsTold(lambda text: console().print(text, markup=False))
-    report = prepare(recipe.data, _encoder_of(recipe), recipe.train.seed, progress).report
+    progress = Rates(lambda text: console().print(text, markup=False), "data")
+    report = prepare(recipe.data, encoder_of(recipe), recipe.train.seed, progress).report
     found["problems"] += [asdict(finding) for finding in report.problems]
     found["warnings"] += [asdict(finding) for finding in report.warnings]
     found["data"] = {**report.counts(), "notes": list(report.notes), "summary": report.summary()}
@@ -108,74 +111,31 @@ def plan_recipe(
     name: str, overrides: Sequence[str], gpu: str | None, gpus: int, ram: str | None
 ) -> tuple[dict[str, Any], str]:
     """The plan of a recipe, or of a model under the defaults: as `plan --json` answers it, and as a table."""
-    recipe = _recipe_or_model(name, overrides)
-    plans = plans_of(recipe, _machine(gpu, gpus, ram))
+    recipe = recipe_or_model(name, overrides)
+    plans = plans_of(recipe, machine_of(gpu, gpus, ram))
     plan = plans[better(plans)]
     each = {kind: {"peak_bytes": found.peak_bytes, "fits": found.fits} for kind, found in plans.items()}
     ways = [f"{kind}: {_a_card(found)}" for kind, found in plans.items()] if len(plans) > 1 else []
-    return plan.as_json() | {"strategies": each}, "\n".join([table(plan), *ways])
+    return plan.as_json() | {"strategies": each}, "\n".join([str(plan), *ways])
 
 
 def _a_card(plan: Plan) -> str:
     """One way to share the cards, in a line."""
     fits = "" if plan.fits else ", does not fit"
-    return f"{_gib(plan.peak_bytes).strip()} of each card{fits}; {in_words(plan)}"
+    return f"{gib(plan.peak_bytes).strip()} of each card{fits}; {in_words(plan)}"
 
 
-def _recipe_or_model(name: str, overrides: Sequence[str]) -> Recipe:
+def recipe_or_model(name: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe in a file, or the defaults around a model. RecipeError, BaseModelError."""
     path = Path(name)
     if name.endswith((".yaml", ".yml")) or (path.is_file() and path.name != "config.json"):
         return read(name, overrides)[0]
     return from_mapping({"model": name, "data": {"train": "-"}}, "defaults", overrides)[0]
 
 
-def _machine(gpu: str | None, gpus: int, ram: str | None) -> Machine:
+def machine_of(gpu: str | None, gpus: int, ram: str | None) -> Machine:
+    """The machine that sizes such as 24GiB describe; where one is not said, the one here."""
     if gpu:
         return elsewhere(gpu, gpus, ram)
     local = here(gpus)
     return local if not ram else Machine(local.card_bytes, gpus, elsewhere(ram, 1, None).card_bytes)
-
-
-def table(plan: Plan) -> str:
-    """The plan for people: owners by size, the phases, the choice, and what other ways of training would need."""
-    found = plan.as_json()
-    choice = found["choice"]
-    owners = sorted(found["owners"].items(), key=lambda item: -item[1])
-    lines = [
-        f"{found['model']}: {found['parameters']:,} parameters, {found['trainable_parameters']:,} of them trainable",
-        *(f"  {name.replace('_', ' '):26}{_gib(size)}" for name, size in owners if size),
-        f"  {'peak, ' + found['peak_phase']:26}{_gib(found['peak_bytes'])}  of {_gib(found['gpu_bytes']).strip()}",
-        "  phases: " + ", ".join(f"{name} {_gib(size).strip()}" for name, size in found["phases"].items()),
-        f"  {'main memory':26}{_gib(found['host_bytes'])}",
-        f"  {'a merged export':26}{_gib(found['export_bytes'])}",
-        "  disk: " + ", ".join(f"{DISK[name]} {_gib(size).strip()}" for name, size in found["disk"].items()),
-        f"{in_words(plan)}, micro-batch {choice['micro_batch']}",
-        "for comparison: "
-        + ", ".join(f"{words} {_gib(found['compare'][key]).strip()}" for key, words in COMPARED.items()),
-        "fits (predicted)" if found["fits"] else f"does not fit: {found['advice']}",
-    ]
-    return "\n".join(lines)
-
-
-DISK = {"base": "the base's files", "kept_base": "kept in 4 bits", "run": "a run's folder", "merged": "a merged model"}
-COMPARED = {
-    "full_finetune_bytes": "full fine-tuning",
-    "lora_16bit_bytes": "16-bit LoRA",
-    "qlora_bytes": "QLoRA with all layers recomputed",
-}
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:8.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:8.2f} MiB"
-
-
-def _encoder_of(recipe: Recipe) -> Any:
-    """Text to tokens as in training, without the model."""
-    from qlora.base.folder import find
-    from qlora.base.grow import add_tokens
-    from qlora.base.skeleton import read_tokenizer
-    from qlora.data.tokens import Encoder
-
-    tokenizer = read_tokenizer(find(recipe.model.name, recipe.model.revision).path)
-    add_tokens(tokenizer, recipe.adapter.new_tokens)
-    return Encoder(tokenizer, recipe.data.train_on, recipe.model.chat_template)

@@ -1,6 +1,5 @@
 """The memory plan carried out: a base loaded where it says, layers arranged as it says."""
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,29 +19,10 @@ from qlora.memory.stream import Stream, embed_on_host, streamed_layers
 from qlora.memory.work import Work
 from qlora.planning import here, plan_of
 from qlora.quant import build as build_quantizer
+from qlora.rates import Rates
 from qlora.recipe import Recipe
 
 Say = Callable[[str], None]
-EVERY_SECONDS = 5.0  # between two lines about how far the base is read
-
-
-class Reading:
-    """Says how far a base is read, how fast, and how long it will take; nothing about one that is there at once."""
-
-    def __init__(self, say: Say) -> None:
-        self.say, self.started = say, time.monotonic()
-        self._said = self.started
-
-    def __call__(self, done: int, total: int) -> None:
-        """So many bytes of the files are done."""
-        now = time.monotonic()
-        if now - self._said < EVERY_SECONDS:
-            return
-        self._said = now
-        speed = done / (now - self.started)
-        left = round((total - done) / max(1.0, speed))
-        said = f"{100 * done // max(1, total)} % of {total / 1e9:.1f} GB, {speed / 1e6:,.0f} MB/s"
-        self.say(f"reading the base: {said}, {left // 60}:{left % 60:02} left")
 
 
 def load_base(
@@ -60,7 +40,8 @@ def load_base(
     shares = processes is not None and processes.shards  # then a streamed layer's share waits in main memory
     stays = _on_host(plan.work) if plan and streams else _everything if shares and streams else _nothing
     return_freed_memory()  # what reading frees would stay in the C library's heaps
-    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, Reading(say), processes)
+    told = Rates(say, "reading the base", "bytes")
+    base = load(recipe.model, build_quantizer(recipe.quant), device, stays, told, processes)
     for note in base.notes:
         say(note)
     if recipe.adapter.new_tokens:

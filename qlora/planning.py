@@ -126,16 +126,6 @@ def unused_cards(processes: int, cards: int | None = None) -> tuple[str, ...]:
     return (f"one of {found} cards is used; for all: accelerate launch --num_processes {found} -m qlora train RECIPE",)
 
 
-def in_words(plan: Plan) -> str:
-    """How it runs, in half a line: `recompute 20 layers of 32, 29 park in main memory, weights resident`."""
-    work, layers = plan.work, plan.work.shapes.layers
-    parked = f", {work.parked} park in main memory" if work.parked else ""
-    weights = f"{work.streamed} layers stream from main memory" if work.streamed else "weights resident"
-    embedding = ", the embedding in main memory" if work.embeds_on_host else ""
-    embedding += f", the base shared by {work.processes} processes" if work.sharded else ""
-    return f"{work.recomputed} of {layers} layers recompute{parked}, {weights}{embedding}"
-
-
 def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
     """One process's share of a recipe, as far as its memory goes."""
     return Work(

@@ -1,5 +1,6 @@
 """The walk: recipe -> processes -> base -> adapters -> data -> fit -> save. With reopen.py, what sees every room."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from qlora.adapters.inject import Injection, count, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.saved import save
 from qlora.adapters.tokens import ROWS, ids_of, train_rows
-from qlora.artefacts import RECIPE, Parts, leave, restore_trained, samples_of, write_trained
+from qlora.artefacts import RECIPE, Cost, Parts, draw_running, leave, restore_trained, samples_of, write_trained
 from qlora.base.load import Base
 from qlora.base.norms import matrices
 from qlora.base.unchanged import frozen_sha256
@@ -32,10 +33,13 @@ from qlora.errors import BaseModelError, InputError, QloraError
 from qlora.files import write_text
 from qlora.folders import sweep
 from qlora.memory.allocator import keep_freed_memory
+from qlora.memory.energy import energy_joules
 from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Plan
+from qlora.memory.table import in_words
 from qlora.obey import Ladder, arrange_unplanned, load_base
-from qlora.planning import in_words, left_open, plan_run, unused_cards
+from qlora.planning import left_open, plan_run, unused_cards
+from qlora.rates import Rates
 from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
 from qlora.strategy import open_processes
@@ -43,7 +47,7 @@ from qlora.train import OPTIMIZERS
 from qlora.train.agree import agreed
 from qlora.train.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore
 from qlora.train.guard import Abandoned, StopSignal, stop_signals
-from qlora.train.log import Log, RowsTold, watching
+from qlora.train.log import Log, watching
 from qlora.train.loop import Job, fit, refuse_other_rates, rehearse, steps_of
 from qlora.train.loss import TokenLoss
 from qlora.train.optim import groups
@@ -73,6 +77,7 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
 def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watch) -> Mapping[str, Any]:
     """Each part after the other, all under the signals' eyes."""
     started = time.monotonic()
+    manifest: Mapping[str, Any]
     with stop_signals() as stop:
         processes = open_processes(recipe)
         watch.begin()
@@ -86,20 +91,20 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watch) -> Ma
         if processes.device.type == "cpu":
             keep_freed_memory()
         job = assemble(parts, log, stop)
+        energy = energy_joules(processes.device)
         stop.at_once = False  # from here on files are written, and a signal waits until they are whole
         position = resume(parts, job)
         before = frozen_sha256(parts.base.model)  # a checkpoint brings its own of what a start keeps beside A and B
-        with watching({log: job.steps}):
+        with watching({log: job.steps}, lambda: stop.came):
             if processes.device.type == "cuda":  # a CPU does not raise when it runs out
                 rehearse(job, moments_of(parts, position))
             position = fit(job, position)
         refuse_changed_base(parts, before)
         keep_best(parts, job, position)
-        manifest: Mapping[str, Any] = {}
         # Answers of a sharded model take all processes.
         samples = samples_of(parts) if processes.writes or processes.shards else []
-        if processes.writes:
-            manifest = leave(parts, position, time.monotonic() - started, samples)
+        cost = Cost(time.monotonic() - started, spent_joules(processes, energy))
+        manifest = leave(parts, position, cost, samples) if processes.writes else {}
         processes.wait()
         watch.done()
         processes.end()
@@ -120,7 +125,7 @@ def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
     except BaseModelError as error:
         log.say(f"no memory plan: {error}")
         return None
-    said = plan.as_json()
+    said, log.planned_bytes = plan.as_json(), plan.peak_bytes
     log.say(
         f"memory: {said['peak_bytes'] / 2**30:.2f} GiB predicted of {said['gpu_bytes'] / 2**30:.2f} GiB, "
         f"{in_words(plan)}"
@@ -146,7 +151,7 @@ def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log)
 def read_rows(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Rows:
     """The data of a recipe, as the base's tokenizer reads it; said in lines, refused if it can't be trained on."""
     encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
-    told = RowsTold(log.say if processes.is_main else log.say_anyway)  # the first to come prepares for all
+    told = Rates(log.say if processes.is_main else log.say_anyway, "data")  # the first to come prepares for all
     data = prepare(recipe.data, encoder, recipe.train.seed, told)
     announce(data.report, log)
     data.report.refuse()
@@ -229,6 +234,7 @@ def assemble(parts: Parts, log: Log, stop: StopSignal, step_down: StepDown | Non
     optim = recipe.optim
     peak_rates = groups(trainable, optim.learning_rate, optim.loraplus_ratio)
     steps = steps_of(recipe.train, len(parts.data.train))
+    log.redraw = partial(draw_running, parts, steps)
     checkpoints = Checkpoints(
         Path(recipe.train.output),
         recipe.train.keep,
@@ -329,6 +335,14 @@ def resume(parts: Parts, job: Job) -> Position:
         write_text(output / RECIPE, dump(parts.recipe))
     parts.processes.wait()
     return position
+
+
+def spent_joules(processes: Processes, before: float | None) -> float | None:
+    """What all cards have taken since `before`; None where one does not tell."""
+    now = energy_joules(processes.device)
+    spent = math.nan if before is None or now is None else now - before
+    total = float(processes.sum(torch.tensor(spent, dtype=torch.float64, device=processes.device)))
+    return round(total, 1) if math.isfinite(total) else None
 
 
 def keep_best(parts: Parts, job: Job, position: Position) -> None:

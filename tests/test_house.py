@@ -8,13 +8,14 @@ import pytest
 
 HOUSE = Path(__file__).parents[1] / "qlora"
 FLOORS = {
-    0: ("errors", "kinds", "files", "folders", "redact", "ceiling", "quiet", "replay", "__init__"),
+    0: ("errors", "kinds", "files", "folders", "redact", "ceiling", "quiet", "rates", "replay", "__init__"),
     1: ("config",),
     2: ("quant", "data", "distributed"),
     3: ("base", "adapters"),
     4: ("memory",),
     5: ("train", "export", "report"),
     6: (
+        "api",
         "run",
         "recipe",
         "aliases",
@@ -35,6 +36,11 @@ FLOORS = {
         "inspection",
         "rework",
         "look",
+        "sight",
+        "starter",
+        "prospect",
+        "judgement",
+        "retrospect",
         "planning",
         "strategy",
         "counsel",
@@ -60,7 +66,7 @@ DOORS = {
     "safetensors": {"adapters/weights.py", "base/shards.py", "base/packed.py", "demo"},
     "triton": {"quant/fused.py"},
     "typer": {"cli"},
-    "rich": {"cli", "train/log.py", "show.py"},
+    "rich": {"cli", "train/log.py", "train/panel.py", "show.py"},
     "peft": set(),
     "trl": set(),
 }

@@ -57,6 +57,14 @@ def find_config(name: str, revision: str | None = None) -> Path:
     return _download(name, revision, ["config.json"]) / "config.json"
 
 
+def find_tokenizer(name: str, revision: str | None = None) -> Path:
+    """The folder of a model's tokenizer, for what needs no weight: of the hub only these few files are fetched."""
+    path = Path(name).expanduser()
+    if path.exists() or _looks_local(name):
+        return _checked(path)
+    return _download(name, revision, [*TOKENIZER_FILES, "config.json"])
+
+
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1
 

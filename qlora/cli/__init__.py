@@ -1,6 +1,7 @@
 """The door: one small file per verb, which parses, calls and prints."""
 
 from qlora.cli import (
+    advise,
     chat,
     check,
     combine,
@@ -10,6 +11,7 @@ from qlora.cli import (
     evaluate,
     export,
     generate,
+    init,
     inspect,
     plan,
     preview,
@@ -24,6 +26,6 @@ from qlora.cli import (
 from qlora.cli.app import app, main
 
 __all__ = [
-    "app", "chat", "check", "combine", "convert", "demo", "doctor", "evaluate", "export", "generate", "inspect",
-    "main", "plan", "preview", "push", "recipes", "report", "resize", "schema", "sweep", "train",
+    "advise", "app", "chat", "check", "combine", "convert", "demo", "doctor", "evaluate", "export", "generate", "init",
+    "inspect", "main", "plan", "preview", "push", "recipes", "report", "resize", "schema", "sweep", "train",
 ]  # fmt: skip

@@ -9,18 +9,15 @@ from qlora.cli.app import answer, app, say
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False) -> None:
-    """Versions, cards, bfloat16, bitsandbytes, memory and disk, with a remedy for what is missing.
+    """What works here and what does not, with the remedy for each, and a block to paste into an issue.
 
     Example: qlora doctor
     """
-    from qlora.doctor import examine
+    from qlora.doctor import as_lines, examine
 
     found = examine()
     if as_json:
         return answer(found)
-    for key, value in found.items():
-        if key != "problems":
-            say(f"{key:14} {value if not isinstance(value, list) else '; '.join(map(str, value))}")
-    for problem in found["problems"]:
-        say(f"problem: {problem}")
+    for line in as_lines(found):
+        say(line)
     return None

@@ -25,7 +25,7 @@ def evaluate(
     from qlora.ask import measure
     from qlora.reopen import open_run
 
-    found = measure(open_run(run, adapter, say), data, task, beside_base)
+    found = measure(open_run(run, adapter, say), data, task, beside_base, say)
     if as_json:
         return answer(found)
     say(_line(found) + f" on {found['rows']} rows")

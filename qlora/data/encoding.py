@@ -79,11 +79,16 @@ def messages_of(row: Row, kind: str) -> list[Message]:
     """The messages of `row` read as format `kind`, or, for auto, as the first format that has its columns. RowError."""
     if kind != "auto":
         return _format(kind).messages(row)
-    for name in _AUTO:
-        if _format(name).matches(row.fields):
-            return _format(name).messages(row)
+    found = format_of(row)
+    if found:
+        return _format(found).messages(row)
     columns = ", ".join(str(name) for name in row.fields)
     raise RowError("no known format", f"columns {columns or '(none)'}; name data.format or map data.train.columns")
+
+
+def format_of(row: Row) -> str | None:
+    """The first format that has the columns of `row`, the most telling ones first; None if there is none."""
+    return next((name for name in _AUTO if _format(name).matches(row.fields)), None)
 
 
 @cache

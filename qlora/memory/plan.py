@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora.memory.after import disk_bytes, export_bytes
 from qlora.memory.owners import OUTSIDE, Owners, host_bytes, phases_of
+from qlora.memory.table import table
 from qlora.memory.work import Adapters, Beside, Storage, Work
 
 FULL_BYTES = 16  # a weight of full fine-tuning: 2 + 2 in 16 bit with its gradient, float32 master and two moments 12
@@ -64,6 +65,9 @@ class Plan:
     def fits_host(self) -> bool:
         """Whether main memory holds its part; true when that is not known."""
         return self.budget.host_bytes is None or self.host_bytes <= self.budget.host_bytes
+
+    def __str__(self) -> str:
+        return table(self)
 
     def as_json(self) -> dict[str, Any]:
         """The object of `plan --json`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora.report.numbers import rate
 
-ABOUT = 5  # ticks a reader takes in at a glance, also at phone width
+ABOUT, FEW = 5, 3  # ticks a reader takes in at a glance; beside names and values there is less room on a phone
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def axis(values: Sequence[float], *, from_zero: bool = False, whole: bool = False, margin: float = 0.0) -> Axis:
+def axis(
+    values: Sequence[float], *, from_zero: bool = False, whole: bool = False, margin: float = 0.0, about: int = ABOUT
+) -> Axis:
     """An axis that holds all of `values` (finite), widened by a share `margin` at ends that are not zero."""
     low, high = widened(
         min((*values, 0.0)) if from_zero else min(values), max((*values, 0.0)) if from_zero else max(values)
     )
     room = (high - low) * margin
     low, high = low - (0 if from_zero and low == 0 else room), high + room
-    places = ticks(low, high, whole=whole)
+    places = ticks(low, high, about, whole)
     return Axis(low, high, places, labels(places))
 
 

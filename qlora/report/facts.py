@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora.report import numbers
+from qlora.report.quantities import Duration, Energy, Size, Value
 from qlora.report.rundata import RunData, number, section, word
 from qlora.report.series import Point, points
 
-Facts = dict[str, str]  # what it is -> its value, with the unit
+Facts = dict[str, Value]  # what it is -> its value, with the unit
 
 
 def held_out(run: RunData) -> list[Point]:
@@ -51,9 +52,10 @@ def result(run: RunData) -> Facts:
         "steps skipped (not finite)": _as(numbers.count, number(manifest, "result", "skipped_steps")),
         "trained tokens": _as(numbers.count, _trained_tokens(run)),
         "tokens/s, median": _as(numbers.count, median_speed(run)),
-        "time": _as(numbers.duration, number(manifest, "seconds")),
-        "peak memory, measured": _as(numbers.size, peak_bytes(run)),
-        "peak memory, planned": _as(numbers.size, planned_bytes(manifest)),
+        "time": _as(Duration, number(manifest, "seconds")),
+        "energy of the cards": _as(Energy, number(manifest, "energy_joules")),
+        "peak memory, measured": _as(Size, peak_bytes(run)),
+        "peak memory, planned": _as(Size, planned_bytes(manifest)),
     }
     return _known(facts)
 
@@ -72,6 +74,12 @@ def data(run: RunData) -> Facts:
         "tokens": _as(numbers.count, tokens),
         "tokens trained": _of(trained, tokens),
         "tokens a kept row": f"{tokens / kept:,.1f}" if tokens is not None and kept else "",
+        "rows to train on": _as(numbers.count, number(counts, "packed_rows")),
+        "rows cut": _as(numbers.count, number(counts, "truncated")),
+        "rows that say the same": _as(numbers.count, number(counts, "duplicates")),
+        "held-out rows in training too": _as(numbers.count, number(counts, "overlap")),
+        "rows with a trained end": _as(lambda share: numbers.share(share, 1.0), number(counts, "end_trained")),
+        "rows with control strings": _as(numbers.count, number(counts, "control_rows")),
     }
     labels = section(counts, "labels")
     return _known(facts | {f"labels: {name}": _plain(labels, name) for name in labels} | {"sha256": _digest(counts)})
@@ -92,8 +100,8 @@ def setup(run: RunData) -> Facts:
         "stored as": stored_as(manifest),
         "adapter": word(manifest, "adapter", "kind"),
         "rank": word(manifest, "adapter", "rank"),
-        "alpha": word(manifest, "adapter", "alpha"),
-        "dropout": word(manifest, "adapter", "dropout"),
+        "alpha": _as(lambda alpha: f"{alpha:g}", number(manifest, "adapter", "alpha")),
+        "dropout": _as(lambda share: f"{share:g}", number(manifest, "adapter", "dropout")),
         "adapted matrices": _as(numbers.count, float(len(adapted_paths(manifest))) or None),
         "trainable parameters": _of(trainable, parameters),
         "parameters": _as(numbers.count, parameters),
@@ -107,11 +115,11 @@ def machine(run: RunData) -> Facts:
     facts = {
         "device": word(found, "device"),
         "devices": word(found, "devices"),
-        "device memory": _as(numbers.size, number(found, "device_bytes")),
+        "device memory": _as(Size, number(found, "device_bytes")),
         "processes": word(found, "processes"),
         "CPU cores": word(found, "cpu_count"),
         "threads": word(found, "threads"),
-        "main memory": _as(numbers.size, number(found, "memory_bytes")),
+        "main memory": _as(Size, number(found, "memory_bytes")),
         "platform": word(found, "platform"),
         "qlora": word(run.manifest, "qlora"),
     }
@@ -186,9 +194,9 @@ def _of(part: float | None, whole: float | None) -> str:
     return f"{numbers.count(part)} ({numbers.share(part, whole)})" if whole else numbers.count(part)
 
 
-def _as(write: Callable[[float], str], value: float | None) -> str:
+def _as(write: Callable[[float], Value], value: float | None) -> Value:
     return "" if value is None else write(value)
 
 
 def _known(facts: Facts) -> Facts:
-    return {name: value for name, value in facts.items() if value}
+    return {name: value for name, value in facts.items() if value != ""}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from itertools import chain
 
 from qlora.report import numbers
-from qlora.report.axis import Axis, axis
+from qlora.report.axis import FEW, Axis, axis
 from qlora.report.facts import held_out, owners_of, peak_bytes, planned_bytes
 from qlora.report.markup import Markup, join, tag, text
-from qlora.report.rundata import RunData, number
+from qlora.report.rundata import RunData, number, section
 from qlora.report.series import Point, finite, half_window, points, quantile, smoothed, thinned
 from qlora.report.svg import Bar, Curve, Mark, bars, plot
 
@@ -56,6 +56,17 @@ def memory(runs: Sequence[RunData]) -> Markup | None:
     return _owners(runs[0]) if len(runs) == 1 else _peaks(runs)
 
 
+def lengths(runs: Sequence[RunData]) -> Markup | None:
+    """How many rows have how many tokens; None for several runs, and for one that did not count."""
+    found = section(runs[0].manifest, "data", "lengths") if len(runs) == 1 else {}
+    counts = {name: number(found, name) or 0.0 for name in found}
+    if not any(counts.values()):
+        return None
+    rows = [Bar(name.replace("<=", "up to "), numbers.count(count), 0.0, count) for name, count in counts.items()]
+    x = axis([row.end for row in rows], from_zero=True, whole=True, about=FEW)
+    return _figure("Tokens a row", None, bars(x, rows, [], "rows", "rows by their tokens"))
+
+
 def legend(runs: Sequence[RunData]) -> Markup:
     """The colour of each run."""
     return tag("p", *(_key(f"smooth {_colour(index)}", run.name) for index, run in enumerate(runs)), class_="legend")
@@ -80,7 +91,7 @@ def _owners(run: RunData) -> Markup | None:
     unit, one = numbers.unit_of(max(peak or 0, planned or 0))
     rows, start = [], 0.0
     for name, size in owners.items():
-        rows.append(Bar(name, f"{size / one:,.2f} {unit}", start / one, (start + size) / one))
+        rows.append(Bar(name.replace("_", " "), f"{size / one:,.2f} {unit}", start / one, (start + size) / one))
         start += size
     if planned and not owners:
         rows.append(Bar("planned", f"{planned / one:,.2f} {unit}", 0.0, planned / one))
@@ -88,7 +99,7 @@ def _owners(run: RunData) -> Markup | None:
         rows, marks = [Bar("measured", f"{peak / one:,.2f} {unit}", 0.0, peak / one)], []
     else:
         marks = [Mark(f"measured peak {peak / one:,.2f} {unit}", peak / one)] if peak else []
-    x = axis([row.end for row in rows] + [mark.at for mark in marks], from_zero=True)
+    x = axis([row.end for row in rows] + [mark.at for mark in marks], from_zero=True, about=FEW)
     return _figure(
         "Memory", None, bars(x, rows, marks, unit, "memory by owner"), note=_memory_words(run, peak, planned)
     )
@@ -100,7 +111,7 @@ def _peaks(runs: Sequence[RunData]) -> Markup | None:
         return None
     unit, one = numbers.unit_of(max(peak for _, _, peak in peaks))
     rows = [Bar(run.name, f"{peak / one:,.2f} {unit}", 0.0, peak / one, index % COLOURS) for index, run, peak in peaks]
-    x = axis([row.end for row in rows], from_zero=True)
+    x = axis([row.end for row in rows], from_zero=True, about=FEW)
     return _figure("Peak memory, measured", None, bars(x, rows, [], unit, "measured peak memory of each run"))
 
 

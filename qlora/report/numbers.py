@@ -1,7 +1,6 @@
 """How numbers are written for people: grouped digits, units that suit the size, one notation per kind of value."""
 
 UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-_PER_MILLE = 0.001
 
 
 def count(value: float) -> str:
@@ -44,12 +43,19 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"
 
 
+def energy(joules: float) -> str:
+    """Energy in the unit that suits it: 1.24 kWh, 35.2 Wh, 480 J."""
+    if joules >= 3.6e6:
+        return f"{joules / 3.6e6:.2f} kWh"
+    return f"{joules / 3600:.1f} Wh" if joules >= 3600 else f"{joules:.0f} J"
+
+
 def share(part: float, whole: float) -> str:
     """`part` of `whole` in per cent; nothing if there is no whole."""
     if not whole:
         return ""
-    of = part / whole
-    return f"{of:.1%}".replace("%", " %") if of == 0 or abs(of) >= _PER_MILLE else f"{of:.2g}"
+    of = 100 * part / whole
+    return f"{of:.1f} %" if of == 0 or abs(of) >= 0.1 else f"{of:.2g} %"
 
 
 def change(before: float, after: float) -> str:

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from qlora.report import facts, figures
+from qlora.report import facts, figures, layers
 from qlora.report.markup import Markup, join, tag, text
-from qlora.report.rundata import RunData, word
+from qlora.report.rundata import RunData, number, section, word
 from qlora.report.style import STYLE
 from qlora.report.tables import different_settings, head_figures, recipes, samples, table
 
 __all__ = ["RunData", "report_page"]
 
 # The browser itself refuses every request, whatever a sample or a recipe may contain.
+AGAIN_SECONDS = 30  # after which the page of a run that is not finished reads itself again from the disk
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -23,6 +24,7 @@ def report_page(runs: Sequence[RunData]) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", http_equiv="refresh", content=AGAIN_SECONDS) if len(runs) == 1 and _unfinished(runs[0]) else None,
         tag("title", f"{title} \u00b7 qlora"),
         tag("style", Markup(STYLE)),
     )
@@ -34,7 +36,18 @@ def report_page(runs: Sequence[RunData]) -> str:
 def _header(title: str, runs: Sequence[RunData]) -> Markup:
     if len(runs) != 1:
         return tag("header", tag("h1", title), figures.legend(runs))
-    return tag("header", tag("h1", title), tag("p", _what(runs[0]), class_="what"), head_figures(runs[0]))
+    state = tag("p", _unfinished(runs[0]), class_="what state") if _unfinished(runs[0]) else None
+    return tag("header", tag("h1", title), tag("p", _what(runs[0]), class_="what"), state, head_figures(runs[0]))
+
+
+def _unfinished(run: RunData) -> str:
+    """How far a run is that has not ended; empty for one that has."""
+    steps = number(section(run.manifest, "running"), "steps")
+    if steps is None:
+        return ""
+    done = facts.result(run).get("steps", "0")
+    when = word(run.manifest, "created")[:16].replace("T", " ")
+    return f"not finished: step {done} of {steps:,.0f}, as of {when} UTC"
 
 
 def _body(runs: Sequence[RunData]) -> list[Markup | None]:
@@ -49,7 +62,7 @@ def _body(runs: Sequence[RunData]) -> list[Markup | None]:
         shared.insert(1, different_settings(runs))
     tables = tag("div", *shared, class_="tables") if any(shared) else None
     row = tag("div", *small, class_="row") if any(small) else None
-    plots = [figures.loss(runs), row, figures.memory(runs)]
+    plots = [figures.loss(runs), row, figures.memory(runs), layers.spectrum(runs), figures.lengths(runs)]
     if not any([*plots, tables]):
         plots = [tag("p", "Nothing has been logged yet.", class_="what")]
     return (
@@ -62,7 +75,7 @@ def _body(runs: Sequence[RunData]) -> list[Markup | None]:
 def _what(run: RunData) -> Markup:
     """The run in a line: base, storage, adapter, device, date."""
     manifest = run.manifest
-    rank, alpha = word(manifest, "adapter", "rank"), word(manifest, "adapter", "alpha")
+    rank, alpha = word(manifest, "adapter", "rank"), facts.setup(run).get("alpha")
     adapter = " ".join(part for part in (word(manifest, "adapter", "kind"), f"rank {rank}" if rank else "") if part)
     parts = [
         word(manifest, "base", "name"),

@@ -45,7 +45,7 @@ header .legend { margin-top: .6rem; font-size: .95rem; color: var(--ink); }
 .figure { display: block; width: 100%; overflow: visible; font-size: 12px; }
 .plot { height: 220px; padding: 34px 10px 42px 46px; }
 .wide .plot { height: 360px; }
-.bars { box-sizing: content-box; width: calc(100% - 206px); padding: 26px 76px 44px 130px; }
+.bars { box-sizing: content-box; width: calc(100% - 220px); padding: 26px 76px 44px 144px; }
 .figure text { fill: var(--quiet); }
 .figure .name, .figure .value { fill: var(--ink); }
 .end { text-anchor: end; } .middle { text-anchor: middle; } .start { text-anchor: start; }
@@ -81,6 +81,11 @@ td, thead th { padding-left: 1.25rem; text-align: right; overflow-wrap: anywhere
 tbody th { color: var(--quiet); }
 thead th { font-weight: 600; }
 thead tr { border-top: 0; }
+.heat { width: auto; font-size: .75rem; } .heat tr { border: 0; }
+.heat th, .heat td { padding: .1rem .45rem; text-align: center; overflow-wrap: normal; min-width: 2.6rem; }
+.heat thead th, .heat tbody th { font-weight: 400; color: var(--quiet); min-width: 0; }
+.heat td { background: color-mix(in srgb, var(--c0) calc(var(--used, 0%) * .6), var(--paper)); }
+.state { color: var(--mark); }
 pre { margin: 0 0 1rem; padding: .9rem 0; border: solid var(--hair); border-width: 1px 0; overflow-x: auto;
   font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 3rem; font-size: .8rem; color: var(--quiet); }

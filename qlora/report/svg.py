@@ -130,5 +130,5 @@ def _percent(share: float) -> str:
     return f"{share * 100:.3f}%"
 
 
-def _short(name: str, most: int = 18) -> str:
+def _short(name: str, most: int = 22) -> str:
     return name if len(name) <= most else name[: most - 1] + "\u2026"

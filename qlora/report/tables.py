@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from qlora.report import facts, numbers
 from qlora.report.markup import Markup, tag
+from qlora.report.quantities import alike
 from qlora.report.rundata import RunData
 from qlora.report.settings import differing
 
@@ -14,7 +15,7 @@ def table(title: str, runs: Sequence[RunData], read: Callable[[RunData], facts.F
     """What `read` finds in each run: a row a fact, a column a run; None if it finds nothing."""
     columns = [read(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    return _table(title, runs, {name: [column.get(name, "") for column in columns] for name in names})
+    return _table(title, runs, {name: alike([column.get(name, "") for column in columns]) for name in names})
 
 
 def different_settings(runs: Sequence[RunData]) -> Markup | None:
@@ -25,7 +26,7 @@ def different_settings(runs: Sequence[RunData]) -> Markup | None:
 
 def head_figures(run: RunData) -> Markup | None:
     """The few numbers that are looked at first: what was learnt, how much of what, how long, how much memory."""
-    found, curve = facts.result(run), facts.held_out(run)
+    found, curve = {name: str(value) for name, value in facts.result(run).items()}, facts.held_out(run)
     figures: list[tuple[object, str]] = []
     if "held-out loss before" in found and "held-out loss after" in found:
         figures.append(

@@ -10,8 +10,9 @@ from qlora.memory.choose import Fixed, choose, price
 from qlora.memory.owners import moment_bytes
 from qlora.memory.plan import Budget, Plan, plan
 from qlora.memory.reader import read
+from qlora.memory.table import in_words
 from qlora.memory.work import Beside, Work
-from qlora.planning import Machine, in_words, left_open, work_of
+from qlora.planning import Machine, left_open, work_of
 from qlora.recipe import Recipe
 from qlora.sweep.common import named
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.adapters.turns import Turns
-from qlora.artefacts import MANIFEST, RECIPE, Parts, leave
+from qlora.artefacts import MANIFEST, RECIPE, Cost, Parts, leave
 from qlora.base.load import Base
 from qlora.errors import QloraError, Stopped
 from qlora.files import plain_name, read_json, sha256_of
@@ -124,7 +124,7 @@ class Runner:
         refuse_changed_base(self.parts, base_sha256)
         self.shared.turns.use(self.name)
         keep_best(self.parts, self.job, self._position)
-        self.manifest = leave(self.parts, self._position, self.seconds)
+        self.manifest = leave(self.parts, self._position, Cost(self.seconds))
 
     def _close(self) -> None:
         """Let go of what only this run needed: its adapter, moments and rows' order."""

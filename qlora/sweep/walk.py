@@ -10,7 +10,8 @@ from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError
 from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.plan import Plan
-from qlora.planning import here, in_words
+from qlora.memory.table import in_words
+from qlora.planning import here
 from qlora.recipe import Recipe
 from qlora.run import ReadRows, Rows, arrange_layers, choose_kernels, open_base, read_rows
 from qlora.strategy import open_processes
@@ -108,6 +109,6 @@ def _train(runners: Sequence[Runner], stop: StopSignal) -> None:
         for runner in runners:
             runner.rehearse(moment_bytes)
     waiting = list(runners)
-    with watching({runner.log: runner.job.steps for runner in runners}):
+    with watching({runner.log: runner.job.steps for runner in runners}, lambda: stop.came):
         while waiting:
             waiting = [runner for runner in waiting if runner.turn(before)]

@@ -33,10 +33,11 @@ def evaluate(
     micro_batch: int,
     processes: Processes,
     give_up: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation | None:
     """The token-weighted loss of `model` (a TokenLoss) over `examples`; each process takes its share of the rows.
 
-    `give_up` is asked before every micro-batch; None if any process gave up.
+    `give_up` is asked before every micro-batch; None if any process gave up. `progress` is told rows done and rows.
     """
     training = model.training
     model.eval()
@@ -54,6 +55,7 @@ def evaluate(
             batch = batch.silent()
         total[0] += model(batch.input_ids, batch.labels, batch.position_ids, batch.starts).double()
         total[1] += batch.trained_tokens
+        progress(min(start + micro_batch, len(mine)), len(mine))
     model.train(training)
     loss_sum, tokens, given_up = processes.sum(total).tolist()
     return None if given_up else Evaluation(loss_sum / max(1.0, tokens), len(examples), int(tokens))

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, a live bar on a terminal, plain lines in a pipe, trackers if asked."""
+"""What a run says while it runs: metrics.jsonl, a live panel on a terminal, lines in a pipe, trackers if asked."""
 
 import json
 import math
@@ -9,33 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from qlora.files import refused, write_text
+from qlora.rates import Rates, clock
 from qlora.redact import redacted
+from qlora.train.panel import Panel, live
 
 METRICS = "metrics.jsonl"
+REDRAW_SECONDS, REDRAW_SHARE = 30.0, 0.01  # between two drawings of the page, and of the run's time at most
+CTRL_C = "Ctrl-C ends the run after the step at hand, with an exact checkpoint; the same command goes on from there"
 Track = Callable[[Mapping[str, float], int], None]
 
 
 def console() -> Console:
     """People read stderr; stdout belongs to programs."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-class RowsTold:
-    """Told how many rows were read so far, says so in a line every few seconds, ever more rarely; nothing at first."""
-
-    def __init__(self, say: Callable[[str], None], first_seconds: float = 5.0) -> None:
-        self._say, self._started = say, time.monotonic()
-        self._first_seconds = self._due_seconds = first_seconds
-
-    def __call__(self, rows: int) -> None:
-        """`rows` have been read."""
-        seconds = time.monotonic() - self._started
-        if seconds >= self._due_seconds:
-            self._due_seconds = seconds + max(self._first_seconds, seconds / 10)
-            self._say(f"data: {rows:,} rows read, {rows / seconds:,.0f} rows/s")
 
 
 class Log:
@@ -47,8 +35,15 @@ class Log:
         self.path, self.track, self.quiet, self.name = folder / METRICS, track, quiet, name
         self.console = console()
         self.steps = 0
-        self._bar: tuple[Progress, TaskID] | None = None
+        self.planned_bytes: int | None = None  # of the memory plan, beside what is measured
+        self.redraw: Callable[[], None] = lambda: None  # the page about the run: after evaluations, and now and then
+        self._redraw_at = 0.0
+        self._panel: Panel | None = None
         self._started: tuple[int, float] | None = None  # first logged step and when, for the time left
+
+    def rates(self, what: str, unit: str = "rows") -> Rates:
+        """For a long work inside the run: in the panel where there is one, else a line now and then."""
+        return Rates(self._panel.working if self._panel else self.say, what, unit)
 
     def restart(self, step: int, evaluated: bool = True) -> None:
         """Keep the metrics up to `step` and drop later lines, which a resumed run writes again.
@@ -70,20 +65,34 @@ class Log:
     def train(self, line: Mapping[str, Any]) -> None:
         """A logged training step."""
         self._write({"event": "train", **line})
-        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-        text = f"loss {loss}  rate {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
-        self._show(int(line["step"]), text)
+        if self._panel:
+            self._panel.train(line)
+        elif not self.quiet and self._is_due(int(line["step"])):
+            self.say(self._in_a_line(line))
+        if time.monotonic() >= self._redraw_at:
+            self._redraw()
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """An evaluation."""
         self._write({"event": "eval", **line})
+        if self._panel:
+            self._panel.evaluation(line)
+        self._redraw()
         self.say(f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  perplexity {line['perplexity']:.3f}")
 
-    def _show(self, step: int, text: str) -> None:
-        if self._bar:
-            self._bar[0].update(self._bar[1], completed=step, description=text)
-        elif not self.quiet and self._is_due(step):
-            self.say(f"step {step:>6}/{self.steps}  {text}  {self._time_left(step)}")
+    def _redraw(self) -> None:
+        began = time.monotonic()
+        self.redraw()
+        ended = time.monotonic()
+        self._redraw_at = ended + max(REDRAW_SECONDS, (ended - began) / REDRAW_SHARE)  # long runs have long pages
+
+    def _in_a_line(self, line: Mapping[str, Any]) -> str:
+        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+        step = int(line["step"])
+        return (
+            f"step {step:>6}/{self.steps}  loss {loss}  rate {line['learning_rate']:.2e}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s  {self._time_left(step)}"
+        )
 
     def _is_due(self, step: int) -> bool:
         """In a pipe about fifty lines a run are enough; every step is in metrics.jsonl."""
@@ -96,7 +105,7 @@ class Log:
             return ""
         first, when = self._started
         seconds = (time.monotonic() - when) / max(1, step - first) * (self.steps - step)
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+        return f"{clock(seconds)} left"
 
     def _write(self, line: Mapping[str, Any]) -> None:
         finite = {key: None if _not_finite(value) else value for key, value in line.items()}
@@ -111,21 +120,26 @@ class Log:
 
 
 @contextmanager
-def watching(runs: Mapping[Log, int]) -> Iterator[None]:
-    """Inside the block runs of so many steps are shown: a live bar each on a terminal, plain lines elsewhere."""
-    shared = next(iter(runs)).console  # what is printed beside a bar has to go through the bar's own console
+def watching(runs: Mapping[Log, int], stopping: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Inside the block runs of so many steps are shown: live panels on a terminal, plain lines elsewhere.
+
+    stopping: whether a signal has come; the panel then says what happens next.
+    """
+    shared = next(iter(runs)).console  # what is printed beside a panel has to go through the panel's own console
     for log, steps in runs.items():
         log.steps, log.console = steps, shared
-    if all(log.quiet for log in runs) or not shared.is_terminal:
+    if all(log.quiet for log in runs) or not shared.is_terminal or shared.is_dumb_terminal:
         yield
         return
-    columns = MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-    with Progress(TextColumn("[bold]{task.fields[name]}"), *columns, console=shared, transient=True) as progress:
-        for log, steps in runs.items():
-            log._bar = progress, progress.add_task("", total=steps, name=log.name or "step")
-        yield
-    for log in runs:
-        log._bar = None
+    shared.print(CTRL_C)
+    for log, steps in runs.items():
+        log._panel = Panel(shared, steps, log.planned_bytes, stopping, log.name)
+    try:
+        with live(shared, [log._panel for log in runs if log._panel]):
+            yield
+    finally:
+        for log in runs:
+            log._panel = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -225,7 +225,8 @@ def _evaluate_unless_stopping(job: Job, position: Position) -> tuple[Position, b
     if stopping or not due or not (ends or _due(position.step, job.settings.eval_every)):
         return position, stopping
     model = job.processes.bare(job.model)
-    found = evaluate(model, job.held_out, job.settings.micro_batch, job.processes, lambda: job.stop.came)
+    told = job.log.rates("evaluating")
+    found = evaluate(model, job.held_out, job.settings.micro_batch, job.processes, lambda: job.stop.came, told)
     if found is None:
         return position, True
     return _evaluated(job, position, found), job.processes.any(job.stop.came)

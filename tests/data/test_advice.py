@@ -11,8 +11,8 @@ from qlora.data import Data
 from qlora.data.labels import DataReport
 from qlora.data.prepare import prepare
 from qlora.data.tokens import Encoder
+from qlora.rates import Rates
 from qlora.recipe import Recipe, from_mapping
-from qlora.train.log import RowsTold
 
 LONG = "word " * 300
 SETS = {  # rows, what is said of them
@@ -94,12 +94,12 @@ def test_the_literature_is_cited_where_it_applies(sections, counts, steps, keys)
 
 def test_rates_are_told_ever_more_rarely_and_not_at_once(monkeypatch):
     clock, lines = [0.0], list[str]()
-    monkeypatch.setattr("qlora.train.log.time.monotonic", lambda: clock[0])
-    told = RowsTold(lines.append)
+    monkeypatch.setattr("qlora.rates.time.monotonic", lambda: clock[0])
+    told = Rates(lines.append, "data")
     for second in range(1, 3601):
         clock[0] = float(second)
         told(second * 1000)
-    assert lines[0] == "data: 5,000 rows read, 1,000 rows/s" and 30 < len(lines) < 80
+    assert lines[0] == "data: 5,000 rows done, 1,000 rows/s" and 30 < len(lines) < 80
 
 
 def test_a_preview_in_a_pipe_marks_what_is_trained(tmp_path, zoo):

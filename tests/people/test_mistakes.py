@@ -1,5 +1,9 @@
 """A user's mistake is a clear line and exit code 2, never a stack trace; every verb shows how it is called."""
 
+import resource
+import subprocess
+import sys
+
 import pytest
 import typer
 from cli_runs import qlora
@@ -32,6 +36,12 @@ WRONG = [
     ("sweep", "recipe.yaml"),
     ("sweep", "recipe.yaml", "quant.kind=nf4,fp4"),
     ("sweep", "recipe.yaml", "adapter.rank=1,2", "--variants", "nowhere.yaml"),
+    ("init", "--model", "nobody/nothing", "--data", "rows.jsonl", "-o", "recipe.yaml"),
+    ("init", "--model", "nobody/nothing", "--data", "rows.jsonl", "--gpu", "big"),
+    ("init", "--model", "nowhere", "--data", "rows.jsonl"),
+    ("advise", "nowhere.yaml"),
+    ("advise", "."),
+    ("advise", "recipe.yaml", "--rows", "-1"),
 ]
 
 
@@ -52,3 +62,17 @@ def test_every_verbs_help_shows_an_example():
     for name, verb in group.commands.items():  # type: ignore[attr-defined]
         for each in getattr(verb, "commands", {"": verb}).values():
             assert "Example: qlora " + name in (each.help or ""), name
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy():
+    code = (
+        "import sys; from qlora.cli.app import run; run(['--help']); print(sorted({'torch', 'numpy'} & {*sys.modules}))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = subprocess.run(
+        [sys.executable, "-c", f"import qlora.cli; {code}"], capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert found.stdout.endswith("[]\n") and "Usage: qlora" in found.stdout
+    # Of the processor, not of the clock: other tests run beside this one.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
