@@ -36,10 +36,15 @@ def refuse_apart(recipes: Mapping[str, Recipe]) -> None:
 
 def _refuse_alone(name: str, recipe: Recipe) -> None:
     """InputError for a setting that no run of a sweep can have."""
-    train = recipe.train
-    if recipe.adapter.kind == "full":
+    train, adapter = recipe.train, recipe.adapter
+    if adapter.kind == "full":
         raise InputError(
             f"adapter.kind: full trains the base itself ({name}), which the variants share. Use lora, rslora or dora."
+        )
+    whole = [key for key in ("save_modules", "tokens", "new_tokens") if getattr(adapter, key)]
+    if whole:
+        raise InputError(
+            f"adapter.{whole[0]}: trains modules of the base ({name}), which the variants share. Leave it out."
         )
     if recipe.distributed.kind == "fsdp":
         raise InputError("distributed.kind: fsdp shares one run out over cards; a sweep is one process. Use auto.")

@@ -74,6 +74,7 @@ REFUSED = {
     "train.resume": ("train.resume=runs/x/checkpoint-000001", "adapter.rank=1,2"),
     "train.report_to: wandb": ("train.report_to=[wandb]", "adapter.rank=1,2"),
     "full": ("adapter={kind: full}", "quant={kind: dense}", "train.seed=1,2"),
+    "trains modules of the base": ("adapter.save_modules=[norm]", "train.seed=1,2"),
     "adapter.rnak: not a setting": ("adapter.rnak=1,2",),
     "adapter.rank: found 'x'": ("adapter.rank=x,2",),
 }
