@@ -43,7 +43,9 @@ def _refuse_alone(name: str, recipe: Recipe) -> None:
         )
     trained = next((key for key in ("save_modules", "tokens", "new_tokens") if getattr(recipe.adapter, key)), None)
     if trained:
-        raise InputError(f"adapter.{trained} trains parts of the base ({name}), which the variants share. Leave it out.")
+        raise InputError(
+            f"adapter.{trained} trains parts of the base ({name}), which the variants share. Leave it out."
+        )
     if recipe.distributed.kind == "fsdp":
         raise InputError("distributed.kind: fsdp shares one run out over cards; a sweep is one process. Use auto.")
     if train.compile:
