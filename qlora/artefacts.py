@@ -31,7 +31,7 @@ from qlora.recipe import Recipe, dump
 from qlora.report.card import model_card
 from qlora.report.manifest import run_manifest
 from qlora.report.page import RunData, report_page
-from qlora.train.checkpoint import Position, Saved, restore_adapter
+from qlora.train.checkpoint import Position, restore_adapter
 from qlora.train.log import read_metrics
 from qlora.train.tasks import question, text_of
 
@@ -153,11 +153,11 @@ def write_trained(parts: Parts, folder: Path, final: bool = True) -> None:
     return weights.write(folder, parts.base.model, parts.adapter, identity)
 
 
-def restore_trained(parts: Parts, saved: Saved) -> None:
+def restore_trained(parts: Parts, folder: Path) -> None:
     """What trains, back as a checkpoint has it."""
     if isinstance(parts.adapter, Full):
-        return whole.fill(saved.folder, parts.base.model)
-    return restore_adapter(saved.folder, parts.base.model, saved.contents["adapter"] if saved.contents else None)
+        return whole.fill(folder, parts.base.model)
+    return restore_adapter(folder, parts.base.model)
 
 
 def describe(parts: Parts, position: Position) -> dict[str, Any]:

@@ -75,12 +75,25 @@ def plans_of(recipe: Recipe, machine: Machine) -> dict[str, Plan]:
 def plans_for(recipe: Recipe, shapes: Shapes, machine: Machine) -> dict[str, Plan]:
     """The same for a base of known shapes."""
     kind = recipe.distributed.kind
-    several = [kind] if kind in ("ddp", "fsdp") else ["ddp", "fsdp"]
+    several = [kind] if kind in ("ddp", "fsdp") else ["ddp"] if needs_whole(recipe) else ["ddp", "fsdp"]
     kinds = several if machine.cards > 1 else ["fsdp" if kind == "fsdp" else "single"]
     work, fixed = work_of(recipe, shapes, machine), left_open(recipe, shapes.layers)
     kept = recipe.train.keep if recipe.train.save_every else 0
     found = {each: choose(replace(work, sharded=each == "fsdp"), machine.budget(recipe), fixed) for each in kinds}
     return {kind: replace(plan, checkpoints=kept) for kind, plan in found.items()}
+
+
+def needs_whole(recipe: Recipe) -> str | None:
+    """The setting that rules a shared base out: what trains is part of it, or compiled layers hold it in place."""
+    section = recipe.adapter
+    asked = {
+        "adapter.kind: full": section.kind == "full",
+        "adapter.save_modules": bool(section.save_modules),
+        "adapter.tokens": bool(section.tokens),
+        "adapter.new_tokens": bool(section.new_tokens),
+        "train.compile: true": recipe.train.compile,
+    }
+    return next((name for name, said in asked.items() if said), None)
 
 
 def better(plans: Mapping[str, Plan]) -> str:
@@ -96,12 +109,12 @@ def better(plans: Mapping[str, Plan]) -> str:
 def left_open(recipe: Recipe, layers: int) -> Fixed:
     """What the recipe leaves no choice about: its memory section, what trains whole, and that of compiled layers."""
     fixed = fixed_by(recipe.memory, layers)
+    if fixed.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+        fixed = replace(fixed, weights="stream")  # the launcher's word, see recipes/accelerate/fsdp_offload.yaml
     section = recipe.adapter
     moves = section.kind == "full" or section.save_modules or section.tokens or section.new_tokens
     if moves:  # it has no copy to come from
         fixed = replace(fixed, weights="resident")
-    if fixed.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
-        fixed = replace(fixed, weights="stream")  # the launcher's word, see recipes/accelerate/fsdp_offload.yaml
     if not recipe.train.compile:
         return fixed
     return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")

@@ -320,16 +320,16 @@ def resume(parts: Parts, job: Job) -> Position:
     saved, skipped = find_here(parts, job)
     for line in skipped:
         job.log.say(line)
-    saved = agreed(parts.processes, saved)
     position = Position()
-    aside = job.checkpoints.set_aside() if parts.processes.writes and not saved else None
-    if aside:
-        job.log.say(f"a new run starts here; the checkpoints that were there are in {aside}")
-    if saved:
-        refuse_changes(saved, job.checkpoints.fixed)
-        refuse_other_rates(saved, job.optim, job.steps)
-        position = restore(saved, partial(restore_trained, parts), job.optimizer, job.trainable)
-        job.log.say(f"resumed from {saved.folder} at step {position.step} of {job.steps}")
+    with agreed(parts.processes, saved) as saved:
+        aside = job.checkpoints.set_aside() if parts.processes.writes and not saved else None
+        if aside:
+            job.log.say(f"a new run starts here; the checkpoints that were there are in {aside}")
+        if saved:
+            refuse_changes(saved, job.checkpoints.fixed)
+            refuse_other_rates(saved, job.optim, job.steps)
+            position = restore(saved, partial(restore_trained, parts), job.optimizer, job.trainable)
+            job.log.say(f"resumed from {saved.folder} at step {position.step} of {job.steps}")
     if parts.processes.writes:
         job.log.restart(position.step, position.evaluated_step == position.step)
         write_text(output / RECIPE, dump(parts.recipe))
@@ -352,7 +352,7 @@ def keep_best(parts: Parts, job: Job, position: Position) -> None:
         return
     folder = job.checkpoints.folder_of(best)
     if broken(folder) is None:
-        restore_trained(parts, read(folder))
+        restore_trained(parts, folder)
         job.log.say(f"the adapter of step {best} is kept: its held-out loss {position.best_loss:.4f} is the lowest")
 
 

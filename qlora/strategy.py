@@ -5,7 +5,7 @@ from pathlib import Path
 from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError
-from qlora.planning import better, here, plans_of
+from qlora.planning import better, here, needs_whole, plans_of
 from qlora.recipe import Recipe
 
 
@@ -23,16 +23,6 @@ def open_processes(recipe: Recipe) -> Processes:
         raise InputError(f"distributed.kind: fsdp shares the base out; {whole} needs it whole. Use ddp.")
     strategy: Processes = STRATEGIES[kind](recipe.train.report_to, Path(recipe.train.output))
     return strategy
-
-
-def needs_whole(recipe: Recipe) -> str | None:
-    """The setting that a shared base rules out: parts of it train, or compiled layers hold their weights in place."""
-    if recipe.adapter.kind == "full":
-        return "adapter.kind: full"
-    trained = next((key for key in ("save_modules", "tokens", "new_tokens") if getattr(recipe.adapter, key)), None)
-    if trained:
-        return f"adapter.{trained}"
-    return "train.compile: true" if recipe.train.compile else None
 
 
 def _left_open(recipe: Recipe, whole: str | None) -> str:

@@ -52,7 +52,6 @@ class Saved:
     folder: Path
     position: Position
     fixed: Mapping[str, Any]  # what may not change between two parts of a run
-    contents: Mapping[str, Mapping[str, Tensor]] | None = None  # where it came from another machine; else on disk
 
     @property
     def identity(self) -> str:
@@ -171,28 +170,17 @@ def _damage(folder: Path, name: str, expected: Any) -> str | None:
 
 
 def restore(
-    saved: Saved, fill: Callable[[Saved], None], optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+    saved: Saved, fill: Callable[[Path], None], optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> Position:
     """Let `fill` put back what trains, and fill the optimizer, from a verified checkpoint; where the run stands."""
-    fill(saved)
-    load_state(optimizer, named, saved.contents["optimizer"] if saved.contents else _tensors(saved.folder / OPTIMIZER))
+    fill(saved.folder)
+    load_state(optimizer, named, _tensors(saved.folder / OPTIMIZER))
     return saved.position
 
 
-def contents_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a verified checkpoint: those of the adapter, those of the optimizer."""
-    if not (folder / weights.WEIGHTS).is_file():
-        raise QloraError(f"{folder} holds a whole model, which is sent to no other machine: copy the folder there.")
-    return {"adapter": weights.read_named(folder / weights.WEIGHTS), "optimizer": _tensors(folder / OPTIMIZER)}
-
-
-def restore_adapter(folder: Path, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
-    """Fill the adapters of `model` from a checkpoint, or from the tensors of one that another machine sent.
-
-    AdapterError if it has other layers or another rank.
-    """
-    values = weights.read_named(folder / weights.WEIGHTS) if values is None else values
-    wanted = weights.tensors(model)
+def restore_adapter(folder: Path, model: nn.Module) -> None:
+    """Fill the adapters of `model` from a checkpoint. AdapterError if it has other layers or another rank."""
+    values, wanted = weights.read_named(folder / weights.WEIGHTS), weights.tensors(model)
     if values.keys() != wanted.keys() or any(values[key].shape != wanted[key].shape for key in wanted):
         raise AdapterError(f"{folder}: its adapter has other layers or another rank than the recipe asks for.")
     weights.fill(model, values)

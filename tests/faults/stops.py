@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from forks import PHASES, Child, Tell, tell_phases
+from forks import GIVE_UP_SECONDS, PHASES, Child, Tell, tell_phases
 from pairs import pair
 from runs import differing, metrics, recipe_of, run, write_rows
 
@@ -103,7 +103,7 @@ def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callab
         file.write_text(dump(recipe_of(model, data, output, *endless, f"distributed.kind={strategy}")))
         kind = draw.choice((signal.SIGTERM, signal.SIGINT))
         launcher = _launch(world, file, home)
-        give_up = time.monotonic() + 180
+        give_up = time.monotonic() + GIVE_UP_SECONDS
         while (
             not (metrics(output) if output.is_dir() else []) and time.monotonic() < give_up and launcher.poll() is None
         ):
@@ -112,7 +112,7 @@ def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callab
         family = _family(launcher.pid)
         trainers = _trainers(family)
         launcher.send_signal(kind)
-        launcher.wait(timeout=120)
+        launcher.wait(timeout=GIVE_UP_SECONDS)
         found.signals += 1
         found.orphans += _left(family)
         last = metrics(output)[-1]["step"]
