@@ -85,10 +85,11 @@ def plan(recipe: "Recipe | Where", gpu: str | None = None, gpus: int = 1, ram: s
     if the model's shapes are not known. Source of the formulas: the docstrings of qlora/memory/.
     """
     from qlora.look import machine_of, recipe_or_model
-    from qlora.planning import plan_of
+    from qlora.planning import better, plans_of
 
     found = recipe_or_model(fspath(recipe), ()) if isinstance(recipe, str | PathLike) else recipe
-    return plan_of(found, machine_of(gpu, gpus, ram))
+    plans = plans_of(found, machine_of(gpu, gpus, ram))
+    return plans[better(plans)]  # of the ways to share several cards
 
 
 def train(recipe: "Recipe | Where", *, quiet: bool = False) -> Run:

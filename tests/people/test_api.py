@@ -96,3 +96,12 @@ def test_mistakes_are_the_errors_of_the_command_line(tmp_path: Path) -> None:
         qlora.generate(tmp_path, "x", max_new_tokens=0)
     with pytest.raises(AttributeError, match="load_recipe"):
         qlora.load_receipt  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_plan_is_the_one_of_the_command_line_on_several_cards_too(tmp_path: Path) -> None:
+    from cli_runs import qlora as line
+
+    (tmp_path / "my.yaml").write_text(RECIPE)
+    for gpus in (1, 2):
+        said = line("plan", tmp_path / "my.yaml", "--gpu", "8GiB", "--gpus", gpus, "--ram", "64GiB", "--json").json
+        assert qlora.plan(tmp_path / "my.yaml", gpu="8GiB", gpus=gpus, ram="64GiB").peak_bytes == said["peak_bytes"]
