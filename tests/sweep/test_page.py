@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sweep as bench  # noqa: E402 - a script beside the package, not in it
 
-BLOCKS = re.findall(r"```(?:yaml)?\n(.*?)```", bench.PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+BLOCKS = re.findall(r"```(?:yaml|sh)?\n(.*?)```", bench.PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("qlora ")]
 
 
