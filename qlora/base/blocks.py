@@ -132,8 +132,9 @@ def _rows_with_blocks(
 def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float, out: Tensor) -> None:
     """Attention of rows with the same blocks, written into `out` [B, T, H, D]."""
     (q, k, v), heads = _grouped(query, key, value), query.shape[1]
+    scaled, exact = q.float() * scale, k.float()
     for block in blocks:
-        found = torch.bmm(_probabilities(q, k, block, scale).to(v.dtype), v[:, block.first : block.end])
+        found = torch.bmm(_probabilities(scaled, exact, block).to(v.dtype), v[:, block.first : block.end])
         out[:, block.begin : block.end] = found.view(len(query), heads, -1, v.shape[-1]).transpose(1, 2)
 
 
@@ -144,10 +145,11 @@ def _attend_backward(
     query, key, value = inputs
     (q, k, v), (rows, heads, _, width) = _grouped(query, key, value), query.shape
     g = grad.transpose(1, 2).reshape(q.shape)
-    of_k, of_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    scaled, exact = q.float() * scale, k.float()
+    of_k, of_v = torch.zeros_like(exact), torch.zeros_like(v, dtype=torch.float32)
     for block in blocks:
         seen, queries = slice(block.first, block.end), slice(block.begin, block.end)
-        probabilities = _probabilities(q, k, block, scale).to(v.dtype)
+        probabilities = _probabilities(scaled, exact, block).to(v.dtype)
         mine, asked = _stacked(g, queries), _stacked(q, queries)
         of_v[:, seen] += torch.bmm(probabilities.transpose(1, 2), mine)
         of_probabilities = torch.bmm(mine, v[:, seen].transpose(1, 2))
@@ -166,10 +168,10 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     return stacked, key.reshape(-1, length, width), value.reshape(-1, length, width)
 
 
-def _probabilities(q: Tensor, k: Tensor, block: Block, scale: float) -> Tensor:
-    """Softmax of a block's scores, float32 [groups, heads a group * queries, keys]."""
-    queries = _stacked(q, slice(block.begin, block.end)).float() * scale
-    scores = torch.bmm(queries, k[:, block.first : block.end].float().transpose(1, 2))
+def _probabilities(q: Tensor, k: Tensor, block: Block) -> Tensor:
+    """Softmax of a block's scores, float32 [groups, heads a group * queries, keys]; `q` is scaled already."""
+    queries = _stacked(q, slice(block.begin, block.end))
+    scores = torch.bmm(queries, k[:, block.first : block.end].transpose(1, 2))
     size = block.end - block.begin
     scores.view(len(k), -1, size, scores.shape[-1])[..., block.masked - block.first :] += block.mask
     return torch.softmax(scores, dim=-1)
