@@ -52,6 +52,7 @@ class Parts:
     plan: Plan | None = None
     encoder_sha256: str = ""  # of what decides which tokens a row becomes
     begun: Begun | None = None  # what the adapters' start did to the error of quantising
+    sizes: tuple[int, ...] = ()  # rows of a micro-batch by process; none: the recipe's for all
 
 
 @dataclass(frozen=True)

@@ -120,10 +120,15 @@ def left_open(recipe: Recipe, layers: int) -> Fixed:
     return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")
 
 
+def plan_under(recipe: Recipe, processes: int, kind: str | None) -> Plan:
+    """The plan of a recipe for one of so many processes here under a strategy, whether it fits or not."""
+    plans = plans_of(recipe, here(processes))
+    return plans[kind] if kind in plans else plans[better(plans)]
+
+
 def plan_run(recipe: Recipe, processes: int, kind: str | None = None) -> Plan:
     """The plan that a run obeys, under a strategy. DoesNotFit, with what would make it fit."""
-    plans = plans_of(recipe, here(processes))
-    found = plans[kind] if kind in plans else plans[better(plans)]
+    found = plan_under(recipe, processes, kind)
     if not found.fits:
         raise DoesNotFit(f"memory: {found.advice}")
     return found

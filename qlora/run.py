@@ -39,6 +39,7 @@ from qlora.memory.plan import Plan
 from qlora.memory.table import in_words
 from qlora.obey import Ladder, arrange_unplanned, load_base
 from qlora.planning import left_open, plan_run, unused_cards
+from qlora.portions import of_size, portions_of, strategy_of
 from qlora.rates import Rates
 from qlora.recipe import Recipe, dump
 from qlora.redact import redacted_values
@@ -86,8 +87,11 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watch) -> Ma
         choose_kernels(recipe.train.deterministic)
         for note in (*notes, *unused_cards(processes.world)):
             log.say(note)
-        plan = planned(recipe, processes, log)
-        parts = gather(recipe, processes, plan, log)
+        portions = portions_of(recipe, processes)
+        plan = planned(of_size(recipe, portions.own), processes, log)
+        parts = replace(gather(recipe, processes, plan, log), sizes=portions.sizes)
+        if len(set(portions.sizes)) > 1:
+            log.say(str(portions))
         if processes.device.type == "cpu":
             keep_freed_memory()
         job = assemble(parts, log, stop)
@@ -121,7 +125,7 @@ def choose_kernels(deterministic: bool) -> None:
 def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
     """The memory plan that the run obeys; None, said in a line, for a model whose shapes the planner does not know."""
     try:
-        plan = plan_run(recipe, processes.world, "fsdp" if processes.shards else None)
+        plan = plan_run(recipe, processes.world, strategy_of(processes))
     except BaseModelError as error:
         log.say(f"no memory plan: {error}")
         return None
@@ -255,6 +259,7 @@ def assemble(parts: Parts, log: Log, stop: StopSignal, step_down: StepDown | Non
         optim=optim,
         steps=steps,
         processes=parts.processes,
+        sizes=parts.sizes or [recipe.train.micro_batch] * parts.processes.world,
         log=log,
         checkpoints=checkpoints,
         stop=stop,
@@ -306,6 +311,8 @@ def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
     keys["train.seed"], keys["train.global_batch"] = recipe.train.seed, recipe.train.global_batch
     if parts.adapter.dropout:  # its masks are drawn a micro-batch and a process at a time
         keys["train.micro_batch"], keys["processes"] = recipe.train.micro_batch, parts.processes.world
+        if len(set(parts.sizes)) > 1:
+            keys["micro-batches of the processes"] = list(parts.sizes)
     keys["model.dtype"] = parts.base.manifest.dtype
     keys["base sha256"], keys["data sha256"] = parts.base.manifest.sha256, parts.data.report.sha256
     keys["tokenizer and template sha256"] = parts.encoder_sha256

@@ -43,6 +43,7 @@ FLOORS = {
         "retrospect",
         "planning",
         "strategy",
+        "portions",
         "counsel",
         "obey",
         "show",

@@ -94,28 +94,29 @@ def lengths_of(rows: Sequence[Example]) -> Indices:
     return np.array([len(row) for row in rows], dtype=np.int64) if known is None else known
 
 
-def shares(rows: Sequence[int], lengths: Sequence[int], world: int) -> list[list[int]]:
-    """The rows of a step dealt to `world` processes: the rows of each, longest first, so that pads are few.
+def shares(rows: Sequence[int], lengths: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """The rows of a step dealt to processes with micro-batches of `sizes` rows: of each, longest first, for few pads.
 
     lengths: tokens of each of `rows`. The longest row left goes to the process with the fewest tokens so far (Graham
-    1969), as long as that one has fewer rows than its part. The step's sum does not depend on who takes which row.
+    1969) for its size, as long as it has fewer rows than its part. The step's sum does not depend on who takes which.
     """
-    part = -(-len(rows) // world)
-    dealt, tokens = [list[int]() for _ in range(world)], [0] * world
+    world, parts = len(sizes), [-(-len(rows) * size // sum(sizes)) for size in sizes]
+    dealt, tokens = [list[int]() for _ in sizes], [0] * world
     for length, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: (-pair[0], pair[1])):
-        rank = min((rank for rank in range(world) if len(dealt[rank]) < part), key=lambda rank: (tokens[rank], rank))
+        free = (rank for rank in range(world) if len(dealt[rank]) < parts[rank])
+        rank = min(free, key=lambda rank: (tokens[rank] / sizes[rank], rank))
         dealt[rank].append(row)
         tokens[rank] += length
     return dealt
 
 
-def micro_batches(share: Sequence[int], rows: int, micro_batch: int, world: int) -> list[list[int]]:
-    """One process's `share` of a step of `rows` rows in groups of at most `micro_batch`; empty ones where it runs out.
+def micro_batches(share: Sequence[int], rows: int, own: int, sizes: Sequence[int]) -> list[list[int]]:
+    """One process's `share` of a step of `rows` rows in groups of at most `own`; empty ones where it runs out.
 
-    Every process gets the same number of groups.
+    sizes: of every process, `own` one of them. All get the same number of groups.
     """
-    groups = -(-rows // (world * micro_batch))
-    return [list(share[group * micro_batch : (group + 1) * micro_batch]) for group in range(groups)]
+    groups = -(-rows // sum(sizes))
+    return [list(share[group * own : (group + 1) * own]) for group in range(groups)]
 
 
 def _sorted_by(keys: Keys) -> Indices:

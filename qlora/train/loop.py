@@ -44,6 +44,7 @@ class Job:
     optim: Optim
     steps: int
     processes: Processes
+    sizes: Sequence[int]  # rows of a micro-batch, by process
     log: Log
     checkpoints: Checkpoints
     stop: StopSignal
@@ -155,7 +156,7 @@ def _step(job: Job, step: int) -> Step:
 
 def rehearse(job: Job, moment_bytes: int) -> None:
     """The longest micro-batch of the run, forward and backward, before the first step; changes nothing."""
-    batch = longest(job.train, job.settings.micro_batch).to(job.processes.device)
+    batch = longest(job.train, job.sizes[job.processes.rank]).to(job.processes.device)
     with job.processes.accumulating(job.model, last=False):
         job.relief.rehearse(lambda each: _backward(job, each, each.trained_tokens), batch, moment_bytes)
 
@@ -180,9 +181,9 @@ def _backward(job: Job, batch: Batch, trained: int) -> Tensor:
 
 def _batches(job: Job, rows: Sequence[int]) -> Iterator[Batch]:
     """The process's micro-batches of a step; one without rows becomes a row without labels, so that all take part."""
-    world = job.processes.world
-    share = shares(rows, lengths_of(job.train)[rows].tolist(), world)[job.processes.rank]
-    for group in micro_batches(share, len(rows), job.settings.micro_batch, world):
+    rank, sizes = job.processes.rank, job.sizes
+    share = shares(rows, lengths_of(job.train)[rows].tolist(), sizes)[rank]
+    for group in micro_batches(share, len(rows), sizes[rank], sizes):
         batch = collate([job.train[row] for row in group or rows[-1:]], pad_id=0)
         yield batch if group else batch.silent()
 
@@ -226,7 +227,7 @@ def _evaluate_unless_stopping(job: Job, position: Position) -> tuple[Position, b
         return position, stopping
     model = job.processes.bare(job.model)
     told = job.log.rates("evaluating")
-    found = evaluate(model, job.held_out, job.settings.micro_batch, job.processes, lambda: job.stop.came, told)
+    found = evaluate(model, job.held_out, min(job.sizes), job.processes, lambda: job.stop.came, told)
     if found is None:
         return position, True
     return _evaluated(job, position, found), job.processes.any(job.stop.came)

@@ -87,24 +87,26 @@ def test_other_rows_are_never_taken_for_the_ones_before():
 
 @given(
     lengths=st.lists(st.integers(1, 500), min_size=1, max_size=64),
-    micro=st.integers(1, 9),
-    world=st.integers(1, 6),
+    sizes=st.one_of(
+        st.builds(lambda micro, world: [micro] * world, st.integers(1, 9), st.integers(1, 6)),
+        st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    ),
 )
-def test_a_step_is_dealt_whole_in_as_many_micro_batches_everywhere(lengths, micro, world):
+def test_a_step_is_dealt_whole_in_as_many_micro_batches_everywhere(lengths, sizes):
     rows = list(range(100, 100 + len(lengths)))
-    dealt = shares(rows, lengths, world)
-    groups = [micro_batches(share, len(rows), micro, world) for share in dealt]
+    dealt = shares(rows, lengths, sizes)
+    groups = [micro_batches(share, len(rows), own, sizes) for share, own in zip(dealt, sizes, strict=True)]
     assert sorted(row for mine in groups for group in mine for row in group) == rows
     assert len({len(mine) for mine in groups}) == 1
-    assert all(len(group) <= micro for mine in groups for group in mine)
+    assert all(len(group) <= own for mine, own in zip(groups, sizes, strict=True) for group in mine)
     assert all(any(group for group in at) for at in zip(*groups, strict=True)), "no micro-batch is idle everywhere"
-    assert dealt == shares(rows[::-1], lengths[::-1], world)
+    assert dealt == shares(rows[::-1], lengths[::-1], sizes)
 
 
 @given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=64), world=st.integers(1, 6))
 def test_processes_get_as_many_tokens_as_the_rows_allow(lengths, world):
     """No two processes are further apart than the longest row is long, for a row is never cut; and nobody idles."""
-    dealt = shares(range(len(lengths)), lengths, world)
+    dealt = shares(range(len(lengths)), lengths, [1] * world)
     tokens = [sum(lengths[row] for row in share) for share in dealt]
     assert max(tokens) - min(tokens) <= max(lengths)
     assert all(dealt) or len(lengths) < world
@@ -118,7 +120,7 @@ def test_dealing_evens_out_what_dealing_in_turn_does_not():
     for _ in range(50):
         lengths = np.clip(draw.lognormal(np.log(100), 0.6, 64).astype(int), 8, 2048).tolist()
         ordered = sorted(lengths, reverse=True)
-        tokens = [sum(lengths[row] for row in share) for share in shares(range(64), lengths, 8)]
+        tokens = [sum(lengths[row] for row in share) for share in shares(range(64), lengths, [4] * 8)]
         over.append(max(tokens) / np.mean(tokens))
         in_turn.append(sum(ordered[0::8]) / np.mean(tokens))
     assert np.median(over) < 1.04 < 1.18 < np.median(in_turn)
@@ -129,9 +131,9 @@ def test_sharing_by_length_never_costs_cells(lengths, micro):
     """Groups of sorted rows have the least sum of their longest rows, whatever the order before."""
 
     def longest(rows):
-        return sum(max(lengths[row] for row in group) for group in micro_batches(rows, len(rows), micro, 1))
+        return sum(max(lengths[row] for row in group) for group in micro_batches(rows, len(rows), micro, [micro]))
 
-    assert longest(shares(range(len(lengths)), lengths, 1)[0]) <= longest(range(len(lengths)))
+    assert longest(shares(range(len(lengths)), lengths, [1])[0]) <= longest(range(len(lengths)))
 
 
 def test_an_order_that_packing_would_undo_is_refused():

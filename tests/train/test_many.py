@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from qlora.adapters import weights
 from qlora.adapters.inject import frozen_linears
 from qlora.errors import InputError
+from qlora.planning import plan_under
+from qlora.portions import of_size, portions_of
 from qlora.recipe import Recipe
 from qlora.run import assemble, gather
 from qlora.strategy import open_processes
@@ -188,3 +191,34 @@ def test_a_recipe_and_a_launcher_that_contradict_each_other_are_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"^distributed.kind: .* Use "):
         open_processes(recipe_of(zoo("llama"), tmp_path / "rows.jsonl", tmp_path / "run", *options))
+
+
+def test_a_card_that_holds_fewer_rows_takes_fewer_and_the_losses_stay(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four rows at a time fit the first process's memory, two the other's: six rows are dealt four and two."""
+    options = ("train.micro_batch=4", "train.max_steps=5", "memory.recompute=none", "distributed.kind=ddp")
+    recipes = {
+        name: recipe_for(zoo("llama"), tmp_path, "accumulation", name, *options[: 3 + (name == "two")])
+        for name in ("alone", "two")
+    }
+    run(recipes["alone"])
+    needed = [plan_under(of_size(recipes["two"], size), 2, "ddp").peak_bytes for size in (2, 4)]
+    assert needed[0] + 2**16 < needed[1]
+    # Processes of one machine share its memory: each plans with its part.
+    pages, real = sum(needed) // os.sysconf("SC_PAGE_SIZE"), os.sysconf
+
+    def work(rank: int, tell: object) -> None:
+        if rank == 1:  # the smaller machine of the two
+            monkeypatch.setattr("os.sysconf", lambda name: pages if name == "SC_PHYS_PAGES" else real(name))
+        portions = portions_of(recipes["two"], open_processes(recipes["two"]))
+        assert portions.sizes == (4, 2) and portions.own == (4, 2)[rank]
+        run(recipes["two"])
+
+    children = ranks(work, tmp_path, 2)
+    assert [child.end() for child in children] == [0, 0], [(tmp_path / f"said-{i}").read_text() for i in (0, 1)]
+    for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "alone"), strict=True):
+        assert (
+            mine["loss"] == pytest.approx(theirs["loss"], rel=LOSS)
+            and mine["trained_tokens"] == theirs["trained_tokens"]
+        )

@@ -48,8 +48,10 @@ def rows_of(seed: int) -> list[Example]:
 def step(loss: TokenLoss, examples: Sequence[Example], micro_batch: int, world: int) -> tuple[Tensor, float]:
     """Gradient and mean loss of one optimizer step over `world` ranks, each with its share, summed as they are."""
     order = list(range(len(examples)))
-    dealt = shares(order, [len(example) for example in examples], world)
-    groups = [micro_batches(share, len(order), micro_batch, world) for share in dealt]
+    # Processes of unequal cards: every second one takes a row more at a time.
+    sizes = [micro_batch + rank % 2 for rank in range(world)]
+    dealt = shares(order, [len(example) for example in examples], sizes)
+    groups = [micro_batches(share, len(order), own, sizes) for share, own in zip(dealt, sizes, strict=True)]
     assert len({len(mine) for mine in groups}) == 1
     batches = [[collate([examples[i] for i in group or order[:1]], 0) for group in mine] for mine in groups]
     batches = [
