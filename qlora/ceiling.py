@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-SECONDS = 1.0  # of processor time for one call; honest programs of this kind take milliseconds
+SECONDS = 0.6  # of processor time for one call; honest programs of this kind take milliseconds
 MEMORY_BYTES = 2 * 2**30  # beyond what the process holds already
 T = TypeVar("T")
 

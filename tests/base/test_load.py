@@ -189,8 +189,8 @@ def test_loading_holds_what_is_packed_so_far_and_one_tensor(tmp_path: Path) -> N
     peak_bytes, packed_bytes = map(int, done.stdout.split())
     largest = width * middle
     assert stored_bytes > 160e6 and packed_bytes < 0.3 * stored_bytes
-    # One 16-bit tensor; 16 MB of slack for the scratch of a few blocks at a time in every thread.
-    assert peak_bytes < packed_bytes + 2 * largest + 16e6 < 0.5 * stored_bytes
+    # One 16-bit tensor; 20 MB of slack for the scratch of a few blocks at a time in every thread.
+    assert peak_bytes < packed_bytes + 2 * largest + 20e6 < 0.5 * stored_bytes
 
 
 # ---- small helpers

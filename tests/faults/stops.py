@@ -140,8 +140,13 @@ def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
     with (home / "said-launcher").open("wb") as said:
         return subprocess.Popen(
             [sys.executable, *command, "-m", "qlora", "train", str(file)], stdout=said, stderr=said,
-            start_new_session=True, cwd=Path(__file__).parents[2],
+            start_new_session=True, cwd=Path(__file__).parents[2], preexec_fn=_hears_interrupts,
         )  # fmt: skip
+
+
+def _hears_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _left(family: Mapping[int, str]) -> int:
