@@ -111,6 +111,7 @@ def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watch) -> Ma
         manifest = leave(parts, position, cost, samples) if processes.writes else {}
         processes.wait()
         watch.done()
+        del job  # DDP's reducer first: should the group go with it, the interpreter's lock and the group's may cross
         processes.end()
     return manifest
 
