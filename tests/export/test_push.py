@@ -108,6 +108,7 @@ def test_it_is_private_whole_and_keeps_the_token_to_itself(hub: Hub, folder: Pat
     assert TOKEN not in said and str(folder.parent) not in "".join(map(repr, hub.files.values()))
 
 
+@pytest.mark.slow
 def test_public_only_when_asked_also_where_the_repository_is_there(hub: Hub, folder: Path) -> None:
     hub.public = True
     done = push(hub, folder, "me/mine", "--base", "their/base")

@@ -84,7 +84,12 @@ def test_what_the_user_set_stays(name: str, card: float, fixed: Fixed) -> None:
     assert bool(found.advice) != found.fits
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SLOW = ("Llama-3.1-70B", "Qwen3-32B")  # many layers, and so many ways
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in CONFIGS]
+)
 def test_a_larger_card_never_costs_more(name: str) -> None:
     taken = [price(found) for card in range(4, 160, 4) if (found := chosen(name, card)).fits]
     assert taken == sorted(taken, reverse=True)

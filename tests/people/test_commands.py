@@ -134,6 +134,7 @@ def test_the_guide_to_a_served_model_runs_as_it_stands(workplace: Path, monkeypa
     assert (workplace / "runs" / "my" / "report.html").is_file()
 
 
+@pytest.mark.slow  # tests/sweep/test_page.py runs the page in one process
 def test_the_page_on_sweeps_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "sweep.md"

@@ -25,7 +25,7 @@ DIFFERENT = {
 
 
 @pytest.mark.xdist_group("sweep")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_variant_ends_as_its_run_alone_would(zoo: Zoo, tmp_path: Path, dtype: str) -> None:
     sweep = Sweep(zoo("llama"), tmp_path, *SAVING, f"model.dtype={dtype}")
     outcome = sweep.together(file=DIFFERENT)
