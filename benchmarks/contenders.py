@@ -18,16 +18,12 @@ def ours(gate: Gate, recompute: int | None = 0, compiled: bool = False, **work: 
 
     `recompute`: the first layers that do (None: all); the planner keeps all activations where they fit.
     """
-    import numpy as np
     import torch
 
     from qlora.adapters.inject import inject
     from qlora.adapters.lora import Lora
     from qlora.base import Model
     from qlora.base.load import load
-    from qlora.data.batches import collate
-    from qlora.data.packing import pack
-    from qlora.data.types import Example
     from qlora.memory.allocator import keep_freed_memory
     from qlora.memory.recompute import recompute as recompute_layers
     from qlora.quant.nf4 import Nf4
@@ -53,11 +49,7 @@ def ours(gate: Gate, recompute: int | None = 0, compiled: bool = False, **work: 
     while gate.wait():
         started = time.perf_counter()
         taken, rows = rows[: work["batch"]], rows[work["batch"] :]
-        examples = [Example("", np.array(row, np.int32), np.array(row, np.int32)) for row in taken]
-        if work["short"]:
-            micros = [collate([row], 0) for row in pack(examples, work["length"])]
-        else:
-            micros = [collate(examples, 0)]
+        micros = _micro_batches(taken, work["length"], work["short"])
         trained = sum(micro.trained_tokens for micro in micros)
         total = 0.0
         for micro in micros:
@@ -69,6 +61,18 @@ def ours(gate: Gate, recompute: int | None = 0, compiled: bool = False, **work: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         gate.done(started, float(total))
+
+
+def _micro_batches(rows: list[list[int]], length: int, short: bool) -> list[Any]:
+    """A step's rows as the loop would have them: short ones packed, a packed row a micro-batch; others all at once."""
+    import numpy as np
+
+    from qlora.data.batches import collate
+    from qlora.data.packing import pack
+    from qlora.data.types import Example
+
+    examples = [Example("", np.array(row, np.int32), np.array(row, np.int32)) for row in rows]
+    return [collate([row], 0) for row in pack(examples, length)] if short else [collate(examples, 0)]
 
 
 def ours_recomputing(gate: Gate, **work: Any) -> None:

@@ -85,15 +85,7 @@ def plans_for(recipe: Recipe, shapes: Shapes, machine: Machine) -> dict[str, Pla
 
 def needs_whole(recipe: Recipe) -> str | None:
     """The setting that rules a shared base out: what trains is part of it, or compiled layers hold it in place."""
-    section = recipe.adapter
-    asked = {
-        "adapter.kind: full": section.kind == "full",
-        "adapter.save_modules": bool(section.save_modules),
-        "adapter.tokens": bool(section.tokens),
-        "adapter.new_tokens": bool(section.new_tokens),
-        "train.compile: true": recipe.train.compile,
-    }
-    return next((name for name, said in asked.items() if said), None)
+    return recipe.adapter.of_the_base() or ("train.compile: true" if recipe.train.compile else None)
 
 
 def better(plans: Mapping[str, Plan]) -> str:
@@ -111,9 +103,7 @@ def left_open(recipe: Recipe, layers: int) -> Fixed:
     fixed = fixed_by(recipe.memory, layers)
     if fixed.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
         fixed = replace(fixed, weights="stream")  # the launcher's word, see recipes/accelerate/fsdp_offload.yaml
-    section = recipe.adapter
-    moves = section.kind == "full" or section.save_modules or section.tokens or section.new_tokens
-    if moves:  # it has no copy to come from
+    if recipe.adapter.of_the_base():  # it has no copy to come from
         fixed = replace(fixed, weights="resident")
     if not recipe.train.compile:
         return fixed

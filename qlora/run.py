@@ -34,7 +34,7 @@ from qlora.files import write_text
 from qlora.folders import sweep
 from qlora.memory.allocator import keep_freed_memory
 from qlora.memory.energy import energy_joules
-from qlora.memory.owners import moment_bytes
+from qlora.memory.owners import moment_bytes, moments_wait
 from qlora.memory.plan import Plan
 from qlora.memory.table import in_words
 from qlora.obey import Ladder, arrange_unplanned, load_base
@@ -282,8 +282,8 @@ def arrange_layers(parts: Parts) -> StepDown:
 def moments_of(parts: Parts, position: Position) -> int:
     """Device memory that the optimiser takes at the first step; none once it is there, or where it can be elsewhere."""
     optimizer = parts.recipe.optim.kind
-    waits = position.step == 0 and not optimizer.startswith(("paged", "hosted"))
-    return moment_bytes(parts.injected.trainable_parameters, optimizer) if waits else 0
+    due = position.step == 0 and not moments_wait(optimizer)
+    return moment_bytes(parts.injected.trainable_parameters, optimizer) if due else 0
 
 
 def refuse_changed_base(parts: Parts, before: str) -> None:

@@ -67,6 +67,13 @@ class Adapter(Section):
     )
     init: Literal["default", "gaussian", "pissa", "loftq"] = setting("default", "how A and B start", unsaid=True)
 
+    def of_the_base(self) -> str | None:
+        """The first setting by which parts of the base itself train; None if only updates beside it do."""
+        if self.kind == "full":
+            return "adapter.kind: full"
+        named = {"save_modules": self.save_modules, "tokens": self.tokens, "new_tokens": self.new_tokens}
+        return next((f"adapter.{key}" for key, said in named.items() if said), None)
+
     def idle(self) -> Mapping[str, str]:
         """Full fine-tuning adds no matrices."""
         keys = [key for key in type(self).model_fields if key != "kind"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.adapters.spectrum import factors
-from qlora.adapters.weights import CONFIG, FINGERPRINT, PREFIX, WEIGHTS, AdapterFile, serialize, settings
+from qlora.adapters.weights import CONFIG, FINGERPRINT, PEFT_FIELDS, PREFIX, WEIGHTS, AdapterFile, serialize, settings
 from qlora.errors import AdapterError
 from qlora.files import write_bytes, write_json
 
@@ -87,30 +87,13 @@ def write_plain(folder: Path, pairs: Pairs, origin: AdapterFile, targets: Any) -
 
 def plain_config(origin: AdapterFile, rank: int, targets: Any) -> dict[str, Any]:
     """adapter_config.json with the fields that every PEFT since 0.10 knows, and a scale of 1."""
-    return {
-        "alpha_pattern": {},
-        "auto_mapping": None,
+    return dict(PEFT_FIELDS) | {
         "base_model_name_or_path": origin.config.get("base_model_name_or_path"),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
         "lora_alpha": rank,
         "lora_dropout": float(origin.config.get("lora_dropout") or 0.0),
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "modules_to_save": None,
-        "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {},
         "revision": origin.config.get("revision"),
         "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
     }
 
 

@@ -5,9 +5,9 @@ A key is a name, the end of a path, or a regular expression for one: it fits whe
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import TypeVar
 
+from qlora.adapters.targets import named_nearest
 from qlora.errors import AdapterError
 
 T = TypeVar("T")
@@ -33,10 +33,8 @@ def refuse_idle(setting: str, patterns: Mapping[str, object], paths: Sequence[st
                 f"{setting}: {key!r} has no effect: {earlier!r} stands before it and fits the same layers, and the "
                 "first one counts. Change their order, or remove one."
             )
-        leaves = sorted({path.rpartition(".")[2] for path in paths})
-        near = get_close_matches(key, leaves, n=1)
-        hint = f" Did you mean [{near[0]}]?" if near else ""
+        hint, leaves = named_nearest(key, paths)
         raise AdapterError(
-            f"{setting}: {key!r} fits no adapted layer.{hint} Adapted: {', '.join(leaves)}. Allowed: a name, the end "
+            f"{setting}: {key!r} fits no adapted layer.{hint} Adapted: {leaves}. Allowed: a name, the end "
             "of a path such as layers.0.mlp.up_proj, or a regular expression for it."
         )

@@ -1,13 +1,13 @@
 """Modules that train whole beside the low-rank updates (`adapter.save_modules`): a master beside each frozen one."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters.inject import adapted, replace
 from qlora.adapters.masters import master_of, trainable_modules
+from qlora.adapters.targets import named_nearest
 from qlora.errors import AdapterError
 
 
@@ -121,10 +121,8 @@ def _matching(known: Mapping[str, nn.Module], lowered: list[str], name: str) -> 
         raise AdapterError(
             f"adapter.save_modules: {name!r} is adapted by adapter.targets already. Leave it out of one of the two."
         )
-    leaves = sorted({path.rpartition(".")[2] for path in known})
-    near = get_close_matches(name, leaves, n=1)
-    hint = f" Did you mean [{near[0]}]?" if near else ""
+    hint, leaves = named_nearest(name, known)
     raise AdapterError(
         f"adapter.save_modules: {name!r} means no module that can train whole.{hint} Allowed here: "
-        f"{', '.join(leaves)}, or the end of a path such as layers.0.input_layernorm."
+        f"{leaves}, or the end of a path such as layers.0.input_layernorm."
     )

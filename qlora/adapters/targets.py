@@ -23,16 +23,21 @@ def select(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
     return [path for path in known if path in chosen]
 
 
+def named_nearest(name: str, paths: Iterable[str]) -> tuple[str, str]:
+    """For an error about `name`: ` Did you mean [q_proj]?` (empty if nothing is near), and the paths' last names."""
+    leaves = sorted({path.rpartition(".")[2] for path in paths})
+    near = get_close_matches(name, leaves, n=1)
+    return f" Did you mean [{near[0]}]?" if near else "", ", ".join(leaves)
+
+
 def _matching(known: list[str], name: str, matches: Any) -> list[str]:
     found = [path for path in known if matches(path)]
     if found:
         return found
-    leaves = sorted({path.rpartition(".")[2] for path in known})
-    near = get_close_matches(name, leaves, n=1)
-    hint = f" Did you mean [{near[0]}]?" if near else ""
+    hint, leaves = named_nearest(name, known)
     raise AdapterError(
         f"adapter.targets: {name!r} matches no linear layer of the decoder.{hint} "
-        f"Layers: {', '.join(leaves)}. Allowed: all-linear, a list of names, or one regular expression for whole paths "
+        f"Layers: {leaves}. Allowed: all-linear, a list of names, or one regular expression for whole paths "
         f"such as {known[0] if known else 'model.layers.0.mlp.up_proj'}."
     )
 

@@ -34,6 +34,13 @@ FINGERPRINT = "qlora.base_sha256"
 MAX_RANK = 65_536
 MAX_EXPRESSION = 500  # characters of a pattern's key
 PEFT_ALPHA = 8  # PEFT's own default
+PEFT_FIELDS: Mapping[str, Any] = {  # adapter_config.json: what every PEFT since 0.10 knows, and what never differs here
+    "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False,
+    "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
+    "loftq_config": {}, "lora_alpha": None, "lora_dropout": 0.0, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "r": None, "rank_pattern": {},
+    "revision": None, "target_modules": None, "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
+}  # fmt: skip
 REFUSED = (  # settings that change what an adapter computes, in ways that are not built
     "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
     "target_parameters", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
@@ -124,29 +131,18 @@ def config_of(model: nn.Module, adapter: Lora, base: Identity) -> dict[str, Any]
     """adapter_config.json with the fields every PEFT since 0.10 knows."""
     path, layer = next(iter(adapted(model).items()))
     stored = adapter.widened(layer.pair()[0].shape[0] // adapter.at(path).rank)
-    return {
+    rows = indices(model)
+    return dict(PEFT_FIELDS) | {
         "alpha_pattern": {key: _plain(alpha) for key, alpha in stored.alpha_pattern.items()},
-        "auto_mapping": None,
         "base_model_name_or_path": base.name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
         "lora_alpha": _plain(stored.alpha),
         "lora_dropout": adapter.dropout,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
         "modules_to_save": written_names(model),
-        "peft_type": "LORA",
         "r": stored.rank,
         "rank_pattern": dict(stored.rank_pattern),
         "revision": base.revision,
         "target_modules": target_names(model),
-        "task_type": "CAUSAL_LM",
-        **({"trainable_token_indices": rows} if (rows := indices(model)) else {}),
+        **({"trainable_token_indices": rows} if rows else {}),
         "use_dora": isinstance(adapter, Dora),
         "use_rslora": isinstance(adapter, RsLora),
     }

@@ -172,6 +172,11 @@ def _saving(work: Work) -> Owners:
     return {"optimizer": (1 + COPIES) * moment_bytes(work.adapters.values, work.optimizer)}
 
 
+def moments_wait(optimizer: str) -> bool:
+    """Whether its moments can be in main memory while others need the device: paged, or hosted."""
+    return optimizer.startswith(("paged", "hosted"))
+
+
 def moment_bytes(values: int, optimizer: str) -> int:
     """Bytes of AdamW's moments: 8 a value, or 2 and an absmax of 4 for every 256."""
     return 2 * values + 8 * -(-values // 256) if "8bit" in optimizer else 8 * values

@@ -37,13 +37,9 @@ def refuse_apart(recipes: Mapping[str, Recipe]) -> None:
 def _refuse_alone(name: str, recipe: Recipe) -> None:
     """InputError for a setting that no run of a sweep can have."""
     train = recipe.train
-    if recipe.adapter.kind == "full":
-        raise InputError(
-            f"adapter.kind: full trains the base itself ({name}), which the variants share. Use lora, rslora or dora."
-        )
-    trained = next((key for key in ("save_modules", "tokens", "new_tokens") if getattr(recipe.adapter, key)), None)
+    trained = recipe.adapter.of_the_base()
     if trained:
-        raise InputError(f"adapter.{trained} trains parts of the base ({name}), which variants share. Leave it out.")
+        raise InputError(f"{trained} trains the base itself ({name}), which the variants share. Leave it out.")
     if recipe.distributed.kind == "fsdp":
         raise InputError("distributed.kind: fsdp shares one run out over cards; a sweep is one process. Use auto.")
     if train.compile:

@@ -7,7 +7,7 @@ from typing import Any
 from qlora.base.folder import find_config
 from qlora.errors import DoesNotFit
 from qlora.memory.choose import Fixed, choose, price
-from qlora.memory.owners import moment_bytes
+from qlora.memory.owners import moment_bytes, moments_wait
 from qlora.memory.plan import Budget, Plan, plan
 from qlora.memory.reader import read
 from qlora.memory.table import in_words
@@ -123,5 +123,5 @@ def _waiting(works: Mapping[str, Work]) -> dict[str, Work]:
 def _held(work: Work) -> tuple[int, int, int]:
     """Bytes of an adapter, of its moments, and of its moments where they wait in main memory."""
     moments = moment_bytes(work.adapters.values, work.optimizer)
-    away = work.optimizer.startswith(("paged", "hosted"))
+    away = moments_wait(work.optimizer)
     return work.adapters.held_bytes, 0 if away else moments, moments if away else 0

@@ -27,6 +27,13 @@ def test_8b_fits_8_gib() -> None:
         assert found.fits and found.work.weights == "resident"
 
 
+def test_the_embedding_waits_in_main_memory_only_where_that_saves_recomputing() -> None:
+    gathering, roomy = chosen("Llama-3.1-8B", 12), chosen("Llama-3.1-8B", 24)
+    assert gathering.work.embeds_on_host and gathering.work.recomputed == 0 and gathering.owners["embeddings"] == 0
+    assert not roomy.work.embeds_on_host and roomy.owners["embeddings"] == 2 * 128_256 * 4_096
+    assert chosen("Llama-3.1-8B", 6.5).allocated_bytes <= 6.5 * GIB
+
+
 def test_8b_on_24_gib_keeps_its_activations() -> None:
     found = chosen("Llama-3.1-8B", 24)
     assert found.fits and found.as_json()["choice"]["recompute"] == "none"

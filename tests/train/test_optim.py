@@ -89,6 +89,7 @@ def test_in_pieces_through_main_memory_it_is_adamw_bit_for_bit(
         for optimizer, named in zip(optimizers, (here, away), strict=True):
             step(optimizer, named, number)
     assert all(torch.equal(here[name], away[name]) for name in here)
+    assert max(slot.numel() for slot in optimizers[1]._slots) <= 2 * max(piece_values, 64)  # both moments of a piece
     states = [state_tensors(optimizer, named) for optimizer, named in zip(optimizers, (here, away), strict=True)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
