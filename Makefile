@@ -22,8 +22,8 @@ gpu: $(VENV)/dev.ok
 
 # Kills, signals, poison, flips, attacks and mutants at full size: about an hour on two cores.
 faults: $(VENV)/dev.ok
-	PYTHONPATH=.:tests:tests/faults $(BIN)/python benchmarks/fault_peers.py
-	PYTHONPATH=.:tests:tests/faults $(BIN)/python benchmarks/faults.py
+	PYTHONPATH=.:tests $(BIN)/python benchmarks/fault_peers.py
+	PYTHONPATH=.:tests $(BIN)/python benchmarks/faults.py
 
 lint: $(VENV)/dev.ok
 	$(BIN)/ruff check .

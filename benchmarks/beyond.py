@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/memory")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from published import work_of  # noqa: E402 - the shapes that the tests prove
+from support.published_models import work_of  # noqa: E402 - the shapes that the tests prove
 
-from qlora.memory.choose import choose  # noqa: E402
-from qlora.memory.pace import Pace, seconds  # noqa: E402
-from qlora.memory.plan import Budget  # noqa: E402
-from qlora.memory.work import Work  # noqa: E402
+from qlora.memory.planner.cost_model import Pace, seconds  # noqa: E402
+from qlora.memory.planner.memory_plan import Budget  # noqa: E402
+from qlora.memory.planner.search import choose  # noqa: E402
+from qlora.memory.planner.workload import Work  # noqa: E402
 
 PAGE = ROOT / "docs/beyond.md"
 GIB = 2**30

@@ -22,15 +22,15 @@ def ours(gate: Gate, recompute: int | None = 0, compiled: bool = False, **work: 
 
     from qlora.adapters.inject import inject
     from qlora.adapters.lora import Lora
-    from qlora.base import Model
-    from qlora.base.load import load
-    from qlora.memory.allocator import keep_freed_memory
-    from qlora.memory.recompute import recompute as recompute_layers
+    from qlora.memory.activation_recompute import recompute as recompute_layers
+    from qlora.memory.malloc import keep_freed_memory
+    from qlora.model import Model
+    from qlora.model.load_base import load
     from qlora.quant.nf4 import Nf4
-    from qlora.train import OPTIMIZERS
-    from qlora.train.loss import TokenLoss
-    from qlora.train.optim import groups
-    from qlora.train.regional import compile_layers
+    from qlora.training import OPTIMIZERS
+    from qlora.training.compile import compile_layers
+    from qlora.training.loss import TokenLoss
+    from qlora.training.optimizers import groups
 
     optimizers, device = OPTIMIZERS["paged_adamw_32bit"], torch.device(work["device"])
     gate.imported()
@@ -67,8 +67,8 @@ def _micro_batches(rows: list[list[int]], length: int, short: bool) -> list[Any]
     """A step's rows as the loop would have them: short ones packed, a packed row a micro-batch; others all at once."""
     import numpy as np
 
-    from qlora.data.batches import collate
-    from qlora.data.packing import pack
+    from qlora.data.batching.collate import collate
+    from qlora.data.batching.packing import pack
     from qlora.data.types import Example
 
     examples = [Example("", np.array(row, np.int32), np.array(row, np.int32)) for row in rows]

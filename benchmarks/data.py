@@ -52,13 +52,14 @@ def ours(folder: Path, processes: int) -> Callable[[], Counts]:
     """qlora.data, as `qlora train` calls it."""
     from transformers import AutoTokenizer
 
-    from qlora.data import Data, workers
+    from qlora.data import Data
+    from qlora.data.conversations import worker_pool
+    from qlora.data.conversations.encoder import Encoder
     from qlora.data.prepare import prepare
-    from qlora.data.tokens import Encoder
     from qlora.data.types import trained_tokens
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
-    workers.available = lambda: processes
+    worker_pool.available = lambda: processes
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     section = Data.model_validate(
         {"train": str(folder / "ours.jsonl"), "max_length": MAX_LENGTH, "eval_fraction": 0, "packing": True}

@@ -21,10 +21,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from bench import RESULTS, machine
-from families import save_model
-from forks import Child, Tell
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support.child_processes import Child, Tell
+from support.tiny_models import save_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 

@@ -1,7 +1,7 @@
 """The fault table: every promise of not losing, not breaking and not letting in, at full size.  `make faults`
 
 Each part writes its counts to results/faults.json as it goes. `--part NAME` runs one, `--share 0.1` a tenth of it.
-The same code runs at a small size in every `make test` (tests/faults/).
+The same code runs at a small size in every `make test` (tests/fault_injection/).
 """
 
 import argparse
@@ -17,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import conftest  # noqa: F401  offline, one thread
-import damage
-import exact
-import hostile
-import kills
-import malice
-import mutants
-import names
-import parted
-import planted
-import poison
-import stops
 from bench import RESULTS, machine
-from families import save_model
 from fault_table import draw
+from support.faults import (
+    corruption,
+    failed_ranks,
+    hostile_names,
+    hostile_templates,
+    kills,
+    malicious_files,
+    mutations,
+    non_finite,
+    planted_secrets,
+    resume_difference,
+    stop_signals,
+)
+from support.tiny_models import save_model
 
 Report = Callable[[Any], None]
 WRITTEN_SECONDS = 5.0  # between two lines of progress
@@ -43,30 +45,30 @@ class Home:
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="faults-", dir=memory))
         self.model = save_model(self.folder / "model", "llama")
-        self._scene: malice.Scene | None = None
+        self._scene: malicious_files.Scene | None = None
 
     @property
-    def scene(self) -> malice.Scene:
+    def scene(self) -> malicious_files.Scene:
         """A base, rows and a finished run."""
         if self._scene is None:
-            self._scene = malice.scene_in(self.folder, self.model)
+            self._scene = malicious_files.scene_in(self.folder, self.model)
         return self._scene
 
 
-def _damaged(home: Home, share: float, report: Report) -> damage.Found:
+def _damaged(home: Home, share: float, report: Report) -> corruption.Found:
     """Half in a checkpoint, half in a finished run."""
-    total = damage.Found()
+    total = corruption.Found()
     for folder in (max(home.scene.run.glob("checkpoint-*")), home.scene.run):
-        found = damage.damage(folder, int(500 * share), int(150 * share), 0, lambda found: None)
+        found = corruption.damage(folder, int(500 * share), int(150 * share), 0, lambda found: None)
         total.flips, total.cuts = total.flips + found.flips, total.cuts + found.cuts
         total.undetected, total.notes = total.undetected + found.undetected, total.notes + found.notes
         report(total)
     return total
 
 
-def _resumed(home: Home, share: float, report: Report) -> exact.Found:
-    chosen = list(exact.cases())
-    return exact.resume_all(home.model, home.folder, chosen[:: max(1, round(1 / share))], (1, 3, 5), report)
+def _resumed(home: Home, share: float, report: Report) -> resume_difference.Found:
+    chosen = list(resume_difference.cases())
+    return resume_difference.resume_all(home.model, home.folder, chosen[:: max(1, round(1 / share))], (1, 3, 5), report)
 
 
 def _of(count: int, share: float) -> int:
@@ -74,28 +76,36 @@ def _of(count: int, share: float) -> int:
 
 
 PARTS: dict[str, Callable[[Home, float, Report], Any]] = {
-    "templates": lambda home, share, report: hostile.render_all(home.folder, slice(None), report),
+    "templates": lambda home, share, report: hostile_templates.render_all(home.folder, slice(None), report),
     "flips and cuts": _damaged,
-    "path names": lambda home, share, report: names.follow_all(home.scene, home.folder, _of(300, share), 0, report),
-    "secrets": lambda home, share, report: planted.search(home.model, home.folder, 0, report),
-    "mutants": lambda home, share, report: mutants.mutate_all(home.scene, home.folder, _of(10_000, share), 0, report),
+    "path names": lambda home, share, report: hostile_names.follow_all(
+        home.scene, home.folder, _of(300, share), 0, report
+    ),
+    "secrets": lambda home, share, report: planted_secrets.search(home.model, home.folder, 0, report),
+    "mutants": lambda home, share, report: mutations.mutate_all(home.scene, home.folder, _of(10_000, share), 0, report),
     "kills at calls": lambda home, share, report: kills.kill_at_calls(home.folder, max(1, round(1 / share)), 1, report),
-    "placements": lambda home, share, report: malice.place_all(
+    "placements": lambda home, share, report: malicious_files.place_all(
         home.scene, home.folder, slice(None, None, max(1, round(1 / share))), report
     ),
     "resumes": _resumed,
-    "poison, 1 process": lambda home, share, report: poison.poison(home.model, home.folder, _of(150, share), 0, report),
-    "poison, 2 processes": lambda home, share, report: poison.poison(
+    "poison, 1 process": lambda home, share, report: non_finite.poison(
+        home.model, home.folder, _of(150, share), 0, report
+    ),
+    "poison, 2 processes": lambda home, share, report: non_finite.poison(
         home.model, home.folder, _of(50, share), 1, report, world=2
     ),
-    "signals, 1 process": lambda home, share, report: stops.stop(home.model, home.folder, _of(240, share), 0, report),
-    "signals, 2 processes": lambda home, share, report: stops.stop(
+    "signals, 1 process": lambda home, share, report: stop_signals.stop(
+        home.model, home.folder, _of(240, share), 0, report
+    ),
+    "signals, 2 processes": lambda home, share, report: stop_signals.stop(
         home.model, home.folder, _of(48, share), 1, report, world=2
     ),
-    "signals, launcher": lambda home, share, report: stops.stop_launched(
+    "signals, launcher": lambda home, share, report: stop_signals.stop_launched(
         home.model, home.folder, _of(50, share), 2, report
     ),
-    "ranks that die": lambda home, share, report: parted.part(home.model, home.folder, _of(100, share), 3, report),
+    "ranks that die": lambda home, share, report: failed_ranks.part(
+        home.model, home.folder, _of(100, share), 3, report
+    ),
     "kills at moments": lambda home, share, report: kills.kill_at_moments(
         home.model, home.folder, _of(500, share), 0, report
     ),

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from bench import write
 
-from qlora.quant.card import Form, _ours, random_matrix
-from qlora.quant.kernels import _dequantize
+from qlora.quant.bitsandbytes_ops import _dequantize
+from qlora.quant.cuda_dequantize import Form, _ours, random_matrix
 
 MATRICES = {"8B query": (4096, 4096), "8B up": (14336, 4096), "70B up": (28672, 8192)}
 RUNS = 50

@@ -37,9 +37,10 @@ found = {{"seconds": time.monotonic() - started, "cpu_seconds": used, "peak_byte
 print(json.dumps(found))
 """
 OURS = {
-    "imports": "from qlora.base import Model\nfrom qlora.base.load import load\nfrom qlora.quant.nf4 import Nf4\n"
-    "import qlora.quant.kernels, transformers.models.llama.modeling_llama\n"
-    "from qlora.memory.allocator import return_freed_memory",
+    "imports": "from qlora.model import Model\nfrom qlora.model.load_base import load\n"
+    "from qlora.quant.nf4 import Nf4\n"
+    "import qlora.quant.bitsandbytes_ops, transformers.models.llama.modeling_llama\n"
+    "from qlora.memory.malloc import return_freed_memory",
     "load": "return_freed_memory()\nbase = load(Model(name=folder), Nf4(), torch.device('cpu'))",
 }
 THEIRS = {

@@ -9,13 +9,13 @@ from typing import Any
 
 from bench import write
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/memory"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from published import CONFIGS
+from support.published_models import CONFIGS
 
-from qlora.memory.reader import shapes_of
-from qlora.planning import better, elsewhere, in_words, plans_for
-from qlora.recipe import read
+from qlora.memory.planner.config_reader import shapes_of
+from qlora.recipe.planning import better, elsewhere, in_words, plans_for
+from qlora.recipe.recipe import read
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "recipes/2x24gb-llama3.3-70b.yaml"

@@ -15,13 +15,13 @@ from typing import Any
 
 from bench import RESULTS, write
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/memory"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from published import CONFIGS, work_of
+from support.published_models import CONFIGS, work_of
 
-from qlora.memory.choose import choose
-from qlora.memory.plan import Budget, Plan, plan
-from qlora.memory.work import Work
+from qlora.memory.planner.memory_plan import Budget, Plan, plan
+from qlora.memory.planner.search import choose
+from qlora.memory.planner.workload import Work
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
@@ -108,12 +108,12 @@ class Rig:
         """Peak bytes allocated in two training steps as `work` says: the first makes the moments."""
         import torch
 
-        from qlora.memory.choose import Fixed
-        from qlora.memory.lanes import Lane
-        from qlora.memory.stream import Stream, embed_on_host
-        from qlora.obey import Ladder
-        from qlora.train.loss import TokenLoss
-        from qlora.train.optim import Adamw
+        from qlora.memory.copy_stream import Lane
+        from qlora.memory.planner.search import Fixed
+        from qlora.memory.weight_streaming import Stream, embed_on_host
+        from qlora.runs.memory_setup import Ladder
+        from qlora.training.loss import TokenLoss
+        from qlora.training.optimizers import Adamw
 
         if work.weights == "stream" and not self.streaming:
             self.streaming = True
@@ -150,9 +150,9 @@ def random_base(config: dict[str, Any], device: Any) -> Any:
     import torch
     from transformers import AutoConfig
 
-    from qlora.base.lean import lean
-    from qlora.base.parts import put
-    from qlora.base.skeleton import build, linear_paths
+    from qlora.model.lean_modules import lean
+    from qlora.model.meta_model import build, linear_paths
+    from qlora.model.module_tree import put
     from qlora.quant.nf4 import Nf4
 
     model = build(AutoConfig.for_model(**config), torch.bfloat16, "auto", device)

@@ -15,13 +15,13 @@ from typing import Any
 from bench import write
 from workloads import make_base
 
-from qlora.recipe import from_mapping
-from qlora.run import assemble, gather
-from qlora.strategy import open_processes
-from qlora.train.checkpoint import Position
-from qlora.train.guard import StopSignal
-from qlora.train.log import Log
-from qlora.train.loop import Job, fit
+from qlora.recipe.recipe import from_mapping
+from qlora.runs.strategy import open_processes
+from qlora.runs.train import assemble, gather
+from qlora.training.checkpoint import Position
+from qlora.training.loop import Job, fit
+from qlora.training.run_log import Log
+from qlora.training.signals import StopSignal
 
 
 class Clock:

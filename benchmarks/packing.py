@@ -15,12 +15,12 @@ import torch
 from bench import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.base.attention import NAME
-from qlora.data.batches import Batch, collate
-from qlora.data.order import RowOrder
-from qlora.data.packing import pack
+from qlora.data.batching.collate import Batch, collate
+from qlora.data.batching.packing import pack
+from qlora.data.batching.sampler import RowOrder
 from qlora.data.types import IGNORED, Example, trained_tokens
-from qlora.train.loss import TokenLoss
+from qlora.model.attention import NAME
+from qlora.training.loss import TokenLoss
 
 SHAPE = {
     "vocab_size": 2_048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,

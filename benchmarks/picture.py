@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.report.axis import Axis, axis
-from qlora.report.markup import Markup, tag
-from qlora.report.series import Point, points, smoothed
+from qlora.runs.report.axis import Axis, axis
+from qlora.runs.report.markup import Markup, tag
+from qlora.runs.report.series import Point, points, smoothed
 
 ROOT = Path(__file__).parents[1]
 RESULT, PICTURE = ROOT / "benchmarks" / "results" / "run.json", ROOT / "docs" / "run.svg"

@@ -22,14 +22,14 @@ import json, resource, sys, time, torch
 torch.set_num_threads(1)
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
-from qlora.base import Model
-from qlora.base.load import load
+from qlora.model import Model
+from qlora.model.load_base import load
 from qlora.distributed import STRATEGIES
-from qlora.memory.allocator import return_freed_memory
-from qlora.memory.recompute import recompute
+from qlora.memory.malloc import return_freed_memory
+from qlora.memory.activation_recompute import recompute
 from qlora.quant.nf4 import Nf4
-from qlora.train.loss import TokenLoss
-import qlora.quant.kernels, transformers.models.llama.modeling_llama
+from qlora.training.loss import TokenLoss
+import qlora.quant.bitsandbytes_ops, transformers.models.llama.modeling_llama
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()

@@ -86,13 +86,13 @@ def bound(folder: Path, repeats: int) -> list[dict[str, float]]:
 
     from qlora.adapters.inject import inject
     from qlora.adapters.lora import Lora
-    from qlora.base import Model
-    from qlora.base.load import load
-    from qlora.data.batches import collate
+    from qlora.data.batching.collate import collate
     from qlora.data.types import Example
-    from qlora.memory.allocator import keep_freed_memory
+    from qlora.memory.malloc import keep_freed_memory
+    from qlora.model import Model
+    from qlora.model.load_base import load
     from qlora.quant.nf4 import Nf4
-    from qlora.train.loss import TokenLoss
+    from qlora.training.loss import TokenLoss
 
     keep_freed_memory()
     base = load(Model(name=str(folder / "base")), Nf4(), torch.device("cpu"))

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from qlora.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from qlora.memory.plan import Plan
-    from qlora.recipe import Recipe
-    from qlora.reopen import Opened
+    from qlora.memory.planner.memory_plan import Plan
+    from qlora.recipe.recipe import Recipe
+    from qlora.runs.load_run import Opened
 
 Where = str | PathLike[str]
 Target = Literal["merged", "adapter", "portable", "ollama"]
@@ -66,7 +66,7 @@ def load_recipe(source: "Where | Mapping[str, Any]", *overrides: str) -> "Recipe
     The result is frozen and typed: `recipe.adapter.rank`. RecipeError names every problem at once. A key of another
     trainer (`lora_r`) is read, and said on stderr.
     """
-    from qlora.recipe import from_mapping, read
+    from qlora.recipe.recipe import from_mapping, read
 
     if isinstance(source, Mapping):
         recipe, notes = from_mapping(source, overrides=overrides)
@@ -84,8 +84,8 @@ def plan(recipe: "Recipe | Where", gpu: str | None = None, gpus: int = 1, ram: s
     The result has `fits`, `peak_bytes`, `owners` (name -> bytes), `advice`, and `str(...)` as a table. BaseModelError
     if the model's shapes are not known. Source of the formulas: the docstrings of qlora/memory/.
     """
-    from qlora.look import machine_of, recipe_or_model
-    from qlora.planning import better, plans_of
+    from qlora.recipe.check import machine_of, recipe_or_model
+    from qlora.recipe.planning import better, plans_of
 
     found = recipe_or_model(fspath(recipe), ()) if isinstance(recipe, str | PathLike) else recipe
     plans = plans_of(found, machine_of(gpu, gpus, ram))
@@ -98,7 +98,7 @@ def train(recipe: "Recipe | Where", *, quiet: bool = False) -> Run:
     DoesNotFit if the plan exceeds the memory, DataError for rows that can't be trained on, Stopped after Ctrl-C or a
     signal: the checkpoint of the last step is on disk then. Method: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314.
     """
-    from qlora.run import train as walk
+    from qlora.runs.train import train as walk
 
     found = load_recipe(recipe) if isinstance(recipe, str | PathLike) else recipe
     return Run(Path(found.train.output), walk(found, quiet=quiet))
@@ -110,7 +110,7 @@ def load(run: "Run | Where", adapter: Where | None = None) -> "Opened":
     The base is quantised as in training. adapter: a folder that replaces the run's own. InputError if the folder is
     none of these; AdapterError if the adapter is damaged or was trained on other weights.
     """
-    from qlora.reopen import open_run
+    from qlora.runs.load_run import open_run
 
     return open_run(fspath(run), None if adapter is None else fspath(adapter), _say)
 
@@ -131,8 +131,8 @@ def generate(
     max_new_tokens: the longest answer. temperature: 0 is greedy; above it answers are drawn from the run's seed. Pass
     what `load` gave to answer more than once: a folder is opened anew each time. InputError for values out of range.
     """
-    from qlora.ask import answer_messages
     from qlora.data.types import Message
+    from qlora.runs.evaluate_and_generate import answer_messages
 
     _refuse_range(max_new_tokens, temperature)
     opened = load(run) if isinstance(run, Run | str | PathLike) else run
@@ -157,8 +157,8 @@ def export(
     merged model; None: what the run computed in. rows: held-out rows of the certificate; 0: none. InputError for an
     order that can't be meant or a folder that is there; QloraError if the written model is not the trained one.
     """
-    from qlora.deliver import Order, export_run
-    from qlora.export import TARGETS
+    from qlora.exporters import TARGETS
+    from qlora.exporters.export_run import Order, export_run
 
     if to not in TARGETS:
         raise InputError(f"to: no {to!r}.{did_you_mean(str(to), TARGETS)}")
@@ -181,6 +181,6 @@ def _number(manifest: Mapping[str, Any], key: str) -> float | None:
 
 def _say(line: str) -> None:
     """For people, on stderr."""
-    from qlora.train.log import console
+    from qlora.training.run_log import console
 
     console().print(line, markup=False)

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["QLORA_CACHE"] = ""  # no test reads or leaves prepared data of another
@@ -22,7 +23,7 @@ MakeModel = Callable[..., Path]
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """`zoo("gemma2", dtype=...)`: the folder of a tiny random model, made when first asked for. Never write into it."""
-    from families import save_model
+    from support.tiny_models import save_model
 
     made: dict[str, Path] = {}
 
@@ -66,3 +67,18 @@ def _nothing_was_unpickled() -> Iterator[None]:
 def _one_thread() -> None:
     """A library that sets the thread count for itself must not slow the other workers down."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sessions(zoo: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """`sessions("adamw")`: an uninterrupted run of that optimizer, trained when first asked for."""
+    from support.stopped_runs import Session
+
+    runs: dict[str, Session] = {}
+
+    def session(kind: str) -> Session:
+        if kind not in runs:
+            runs[kind] = Session(zoo("llama"), tmp_path_factory.mktemp(kind), kind)
+        return runs[kind]
+
+    return session

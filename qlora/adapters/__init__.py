@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from qlora.config import Between, KindOf, Rule, Section, setting
-from qlora.kinds import Kinds
+from qlora.utils.registry import Kinds
 
 ADAPTERS = Kinds(
     "adapter.kind",

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.adapters.branch import Branch, Strength
 from qlora.adapters.lora import Lora, LoraLinear
+from qlora.adapters.lora_autograd import Branch, Strength
 from qlora.quant.linear import FrozenLinear
-from qlora.replay import origin_of
+from qlora.utils.rematerialize import origin_of
 
 SHORTEST = torch.finfo(torch.float32).tiny  # squared length below which a row counts as zero
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qlora.adapters.inject import Injection, replace
-from qlora.adapters.masters import MasterNorm, master_of, trainable_modules
+from qlora.adapters.master_weights import MasterNorm, master_of, trainable_modules
 from qlora.errors import AdapterError
 
 

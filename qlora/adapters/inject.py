@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.patterns import refuse_idle
-from qlora.adapters.targets import select
+from qlora.adapters.target_modules import select
 from qlora.quant.linear import FrozenLinear
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.branch import Accumulate, Branch, Strength
+from qlora.adapters.lora_autograd import Accumulate, Branch, Strength
 from qlora.adapters.patterns import by_pattern
 from qlora.quant.linear import FrozenLinear
-from qlora.replay import origin_of
+from qlora.utils.rematerialize import origin_of
 
 
 class LoraLinear(nn.Module):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from qlora.adapters.targets import named_nearest
+from qlora.adapters.target_modules import named_nearest
 from qlora.errors import AdapterError
 
 T = TypeVar("T")

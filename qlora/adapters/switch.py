@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.inject import adapted, frozen_linears
 from qlora.adapters.lora import LoraLinear
-from qlora.adapters.saved import SavedModule, saved_modules
+from qlora.adapters.modules_to_save import SavedModule, saved_modules
 from qlora.errors import AdapterError, did_you_mean
 from qlora.quant.linear import FrozenLinear
 

@@ -22,22 +22,22 @@ def advise(
     Example: qlora advise recipe.yaml --rows 32
     """
     from qlora.errors import InputError
-    from qlora.redact import redacted_values
+    from qlora.utils.redact import redacted_values
 
     if Path(subject).is_dir():
-        from qlora.retrospect import advise_after, as_lines
+        from qlora.runs.advise.after import advise_after, as_lines
 
         if context.args:
             raise InputError(f"{context.args[0]}: a run is as it is; overrides go with a recipe.")
         found = advise_after(subject, say)
         lines = as_lines(found)
     else:
-        from qlora import judgement
-        from qlora.prospect import advise_before
-        from qlora.recipe import read
+        from qlora.recipe.recipe import read
+        from qlora.runs.advise import verdict
+        from qlora.runs.advise.before import advise_before
 
         found = advise_before(read(subject, context.args)[0], rows, say)
-        lines = judgement.as_lines(found)
+        lines = verdict.as_lines(found)
     if as_json:
         return answer(redacted_values(found))
     for line in lines:

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from qlora.errors import QloraError, SaidElsewhere
-from qlora.redact import RedactedStream, redacted
+from qlora.utils.redact import RedactedStream, redacted
 
 app = typer.Typer(
     name="qlora",

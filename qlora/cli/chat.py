@@ -10,7 +10,7 @@ import typer
 from qlora.cli.app import app, say
 
 if TYPE_CHECKING:
-    from qlora.talk import Talk
+    from qlora.runs.conversation import Talk
 
 
 @app.command()
@@ -24,10 +24,10 @@ def chat(
 
     Example: qlora chat runs/example --adapter brief=runs/brief
     """
-    from qlora.chat import converse
-    from qlora.naming import named_adapters
-    from qlora.reopen import open_switch, own_adapter
-    from qlora.talk import Talk
+    from qlora.runs.adapter_names import named_adapters
+    from qlora.runs.chat import converse
+    from qlora.runs.conversation import Talk
+    from qlora.runs.load_run import open_switch, own_adapter
 
     opened, switch = open_switch(run, named_adapters(adapter or [], own_adapter(run)), say)
     talk = Talk(opened, switch, max_new_tokens, temperature, say)

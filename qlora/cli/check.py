@@ -17,8 +17,8 @@ def check(
 
     Example: qlora check recipe.yaml
     """
-    from qlora.look import check_recipe, shortened
-    from qlora.redact import redacted_values
+    from qlora.recipe.check import check_recipe, shortened
+    from qlora.utils.redact import redacted_values
 
     found = check_recipe(recipe, context.args)
     if as_json:

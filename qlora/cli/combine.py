@@ -18,8 +18,8 @@ def combine(
 
     Example: qlora combine both polite=runs/polite brief=runs/brief:0.5
     """
-    from qlora.naming import parse_parts
-    from qlora.rework import combine
+    from qlora.exporters.resize_combine import combine
+    from qlora.runs.adapter_names import parse_parts
 
     found = combine(out, parse_parts(adapters), rank, say)
     if as_json:

@@ -17,9 +17,9 @@ def convert(
 
     Example: qlora convert axolotl.yml recipe.yaml
     """
-    from qlora.convert import convert as converted
     from qlora.errors import InputError
-    from qlora.files import write_text
+    from qlora.recipe.convert import convert as converted
+    from qlora.utils.atomic_files import write_text
 
     if out and Path(out).exists():
         raise InputError(f"{out} is there already. Name another file.")

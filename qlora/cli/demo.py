@@ -13,6 +13,6 @@ def demo(out: Annotated[str, typer.Option("--out", help="folder of the run")] = 
 
     Example: qlora demo --out demo-run
     """
-    from qlora.show import demonstrate
+    from qlora.demo.walkthrough import demonstrate
 
     demonstrate(out, say)

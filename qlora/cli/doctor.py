@@ -13,7 +13,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="one JSON object
 
     Example: qlora doctor
     """
-    from qlora.doctor import as_lines, examine
+    from qlora.runs.doctor import as_lines, examine
 
     found = examine()
     if as_json:

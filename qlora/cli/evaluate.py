@@ -22,8 +22,8 @@ def evaluate(
 
     Example: qlora eval runs/example --task exact-match --data test.jsonl
     """
-    from qlora.ask import measure
-    from qlora.reopen import open_run
+    from qlora.runs.evaluate_and_generate import measure
+    from qlora.runs.load_run import open_run
 
     found = measure(open_run(run, adapter, say), data, task, beside_base, say)
     if as_json:

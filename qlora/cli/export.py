@@ -31,8 +31,8 @@ def export(
 
     Example: qlora export runs/example merged --to merged --dtype bfloat16
     """
-    from qlora.deliver import Order, export_run
-    from qlora.reopen import open_run
+    from qlora.exporters.export_run import Order, export_run
+    from qlora.runs.load_run import open_run
 
     found = export_run(open_run(run, None, say), Order(to, base, dtype, data, rows, max_kl, max_lost, rank), out, say)
     if as_json:

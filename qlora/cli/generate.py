@@ -23,9 +23,9 @@ def generate(
 
     Example: qlora generate runs/example "Write a haiku about memory."
     """
-    from qlora.ask import answer_prompts, answer_with_each
-    from qlora.naming import named_adapters
-    from qlora.reopen import open_run, open_switch
+    from qlora.runs.adapter_names import named_adapters
+    from qlora.runs.evaluate_and_generate import answer_prompts, answer_with_each
+    from qlora.runs.load_run import open_run, open_switch
 
     if adapter:
         opened, switch = open_switch(run, named_adapters(adapter), say)

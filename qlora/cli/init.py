@@ -22,7 +22,7 @@ def init(
 
     Example: qlora init --model Qwen/Qwen3-0.6B --gpu 8GiB --data data/train.jsonl -o my.yaml
     """
-    from qlora.starter import Asked, begin, summary, write_recipe
+    from qlora.recipe.suggest import Asked, begin, summary, write_recipe
 
     typed = sys.stdin.isatty() and None in (model, data)
     model = model or _answer(MODEL, "Base model (hub name or folder)", "Qwen/Qwen3-0.6B")

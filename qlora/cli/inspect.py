@@ -18,7 +18,7 @@ def inspect(
 
     Example: qlora inspect runs/example --picture spectrum.svg
     """
-    from qlora.inspection import inspect_adapter, table
+    from qlora.runs.inspect_adapter import inspect_adapter, table
 
     found = inspect_adapter(run, rank_curve, picture, say)
     if as_json:

@@ -20,7 +20,7 @@ def plan(
 
     Example: qlora plan recipe.yaml --gpu 24GiB
     """
-    from qlora.look import plan_recipe
+    from qlora.recipe.check import plan_recipe
 
     found, table = plan_recipe(recipe, context.args, gpu, gpus, ram)
     if as_json:

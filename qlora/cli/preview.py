@@ -19,8 +19,8 @@ def preview(
 
     Example: qlora preview recipe.yaml -n 5
     """
-    from qlora.look import preview_rows
-    from qlora.recipe import read
+    from qlora.recipe.check import preview_rows
+    from qlora.recipe.recipe import read
 
     settings, notes = read(recipe, context.args)
     found = preview_rows(settings, rows)

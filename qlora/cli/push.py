@@ -19,7 +19,7 @@ def push(
 
     Example: qlora push runs/example me/my-adapter
     """
-    from qlora.push import push
+    from qlora.exporters.push import push
 
     found = push(folder, repository, public, base, say)
     if as_json:

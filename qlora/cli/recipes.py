@@ -17,7 +17,7 @@ def listing() -> None:
 
     Example: qlora recipes list
     """
-    from qlora.recipe import recipes_folder
+    from qlora.recipe.recipe import recipes_folder
 
     for file in sorted(recipes_folder().glob("*.yaml")):
         first = file.read_text(encoding="utf-8").splitlines()[0]
@@ -43,7 +43,7 @@ def copy(
     Example: qlora recipes copy 24gb-llama3.1-8b my.yaml
     """
     from qlora.errors import InputError
-    from qlora.files import write_text
+    from qlora.utils.atomic_files import write_text
 
     source = _file(name)
     target = Path(file or source.name)
@@ -55,7 +55,7 @@ def copy(
 
 def _file(name: str) -> Path:
     from qlora.errors import InputError, did_you_mean
-    from qlora.recipe import recipes_folder
+    from qlora.recipe.recipe import recipes_folder
 
     known = {file.stem: file for file in recipes_folder().glob("*.yaml")}
     stem = name.removesuffix(".yaml")

@@ -19,7 +19,7 @@ def report(
 
     Example: qlora report runs/rank16 runs/rank32 --out comparison.html
     """
-    from qlora.compare import draw
+    from qlora.runs.compare import draw
 
     target = out or (str(Path(runs[0]) / "report.html") if len(runs) == 1 else "comparison.html")
     found = draw(runs, target)

@@ -18,7 +18,7 @@ def resize(
 
     Example: qlora resize runs/example small --rank 4
     """
-    from qlora.rework import resize
+    from qlora.exporters.resize_combine import resize
 
     found = resize(adapter, out, rank, say)
     if as_json:

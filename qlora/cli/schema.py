@@ -9,6 +9,6 @@ def schema() -> None:
 
     Example: qlora schema > recipe.schema.json
     """
-    from qlora.recipe import schema as recipe_schema
+    from qlora.recipe.recipe import schema as recipe_schema
 
     answer(recipe_schema())

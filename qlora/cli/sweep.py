@@ -8,7 +8,7 @@ import typer
 from qlora.cli.app import WITH_OVERRIDES, answer, app, say
 
 if TYPE_CHECKING:
-    from qlora.sweep.variants import Variant
+    from qlora.runs.sweep.variants import Variant
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -38,12 +38,12 @@ def sweep(
     """
     from pathlib import Path
 
-    from qlora.sweep.variants import variants_of
+    from qlora.runs.sweep.variants import variants_of
 
     found = variants_of(recipe, context.args, variants, out)
     if plan:
         return _plan(found, as_json)
-    from qlora.sweep.walk import train_together
+    from qlora.runs.sweep.train_together import train_together
 
     outcome = train_together(found, Path(found[0].recipe.train.output).parent)
     say(outcome.table())
@@ -57,8 +57,8 @@ def sweep(
 
 def _plan(variants: "Sequence[Variant]", as_json: bool) -> None:
     """The memory of all at once; exit code 3 if it is not there."""
-    from qlora.planning import here
-    from qlora.sweep.plan import plan_sweep, table
+    from qlora.recipe.planning import here
+    from qlora.runs.sweep.sweep_plan import plan_sweep, table
 
     found = plan_sweep({variant.name: variant.recipe for variant in variants}, here())
     if as_json:

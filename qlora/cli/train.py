@@ -16,9 +16,9 @@ def train(
 
     Example: qlora train recipe.yaml adapter.rank=32 train.output=runs/rank32
     """
-    from qlora.distributed.watch import one_voice
-    from qlora.recipe import read
-    from qlora.run import train as walk
+    from qlora.distributed.watchdog import one_voice
+    from qlora.recipe.recipe import read
+    from qlora.runs.train import train as walk
 
     settings, notes = one_voice(lambda: read(recipe, context.args))
     manifest = walk(settings, notes)

@@ -4,10 +4,10 @@ A room declares its settings as a Section beside its table: `setting` gives each
 documentation and its limits, in one place. Nothing else in the house reads YAML or validates settings.
 """
 
-from qlora.config.document import Document, parse, write
-from qlora.config.places import Path, Place, Problem, complain, dotted
+from qlora.config.locations import Path, Place, Problem, complain, dotted
+from qlora.config.read_text import decode, read_text
 from qlora.config.sections import REQUIRED, Between, KindOf, OneOrMany, Rule, Section, Short, setting, validate
-from qlora.config.text import decode, read_text
+from qlora.config.yaml_document import Document, parse, write
 
 __all__ = [
     "REQUIRED",

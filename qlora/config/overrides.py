@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qlora.config.document import parse
-from qlora.config.places import Path, Place, Problem
+from qlora.config.locations import Path, Place, Problem
+from qlora.config.yaml_document import parse
 from qlora.errors import RecipeError
 
 SOURCE = "command line"

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from qlora.config.places import Path, Place, Problem
-from qlora.config.wording import UNSAID, Schema, problems, shown
+from qlora.config.error_messages import UNSAID, Schema, problems, shown
+from qlora.config.locations import Path, Place, Problem
 from qlora.errors import did_you_mean
 
 Between = Field  # Annotated[float, Between(ge=0, lt=1)]: limits of a type inside another

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from qlora.config import REQUIRED, KindOf, OneOrMany, Section, setting
-from qlora.kinds import Kinds
+from qlora.utils.registry import Kinds
 
 FORMATS = Kinds(
     "data.format",

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora.data import cache, labels, source, workers
-from qlora.data.advice import advice
-from qlora.data.columns import Array, Columns
-from qlora.data.encoding import encoded_rows
-from qlora.data.gate import Gate, admit
-from qlora.data.labels import DataReport
-from qlora.data.packing import Indices, arrange
-from qlora.data.places import Located, locate
-from qlora.data.rows import DOCUMENTS, Documents, DocumentWriter, Rows
-from qlora.data.split import held_out
-from qlora.data.tokens import Encoder
+from qlora.data import data_report
+from qlora.data.batching import cache
+from qlora.data.batching.column_store import Array, Columns
+from qlora.data.batching.dataset import DOCUMENTS, Documents, DocumentWriter, Rows
+from qlora.data.batching.eval_split import held_out
+from qlora.data.batching.filter import Gate, admit
+from qlora.data.batching.packing import Indices, arrange
+from qlora.data.conversations import worker_pool
+from qlora.data.conversations.encode_records import encoded_rows
+from qlora.data.conversations.encoder import Encoder
+from qlora.data.data_report import DataReport
+from qlora.data.reading import source
+from qlora.data.reading.resolve_paths import Located, locate
 from qlora.data.types import Example, Finding
+from qlora.data.warnings import advice
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -104,7 +107,7 @@ class _Walk:
     def __init__(self, section: "Data", encoder: Encoder, seed: int, progress: Progress) -> None:
         self._section, self._encoder, self._seed, self._progress = section, encoder, seed, progress
         self._rows = 0
-        self._crew = workers.available()
+        self._crew = worker_pool.available()
 
     def run(self, sets: tuple[_Set, _Set], columns: Columns) -> tuple[dict[str, Array], DataReport]:
         """Fill `columns`; returns them for reading, with the report."""
@@ -156,7 +159,7 @@ _REPORT_ROWS = 256
 
 def _report(gate: Gate, held: Gate, picked: Array, documents: Documents) -> DataReport:
     keys, held_keys = np.asarray(gate.keys, dtype=np.uint64), np.asarray(held.keys, dtype=np.uint64)
-    duplicates, repeated = labels.repeats(keys, documents.where)
+    duplicates, repeated = data_report.repeats(keys, documents.where)
     overlap = int(np.isin(np.concatenate([held_keys, keys[picked]]), keys[~picked]).sum())
     told = [Finding("data.eval", f"{overlap} held-out rows stand in the training set as well")] if overlap else []
     needed = [*gate.fatal(), *(held.fatal() if held.rows else [])]
@@ -175,5 +178,5 @@ def _report(gate: Gate, held: Gate, picked: Array, documents: Documents) -> Data
         control_rows=gate.control_rows,
         duplicates=duplicates,
         overlap=overlap,
-        lengths=labels.histogram(documents.lengths[: gate.kept]),
+        lengths=data_report.histogram(documents.lengths[: gate.kept]),
     )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora.data import source
-from qlora.data.drafts import Encoded
-from qlora.data.encoding import encoded_rows
-from qlora.data.places import locate
-from qlora.data.tokens import Encoder
+from qlora.data.conversations.build_example import Encoded
+from qlora.data.conversations.encode_records import encoded_rows
+from qlora.data.conversations.encoder import Encoder
+from qlora.data.reading import source
+from qlora.data.reading.resolve_paths import locate
 from qlora.data.types import IGNORED, Example
 
 if TYPE_CHECKING:

@@ -107,3 +107,25 @@ def counted(rows: int) -> str:
 def trained_tokens(examples: Iterable[Example]) -> int:
     """Loss terms of all `examples` together."""
     return sum(example.trained_tokens() for example in examples)
+
+
+SHOWN = 5  # places named in a finding about many rows
+
+
+class Places:
+    """How many rows something was seen in, and the first few of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[str] = []
+
+    def add(self, where: str) -> None:
+        """One more row."""
+        self.count += 1
+        if len(self._first) <= SHOWN:
+            self._first.append(where)
+
+    def told(self, text: str) -> str:
+        """`text` with the count before it and the first places behind it."""
+        more = ", ..." if self.count > SHOWN else ""
+        return f"{counted(self.count)} {text} ({', '.join(self._first[:SHOWN])}{more})"

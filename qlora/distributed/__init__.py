@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from qlora.config import KindOf, Section, setting
-from qlora.kinds import Kinds
+from qlora.utils.registry import Kinds
 
 STRATEGIES = Kinds(
     "distributed.kind",

@@ -15,7 +15,7 @@ from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES, DistributedDataP
 from torch import Tensor, nn
 
 from qlora.errors import QloraError
-from qlora.redact import redacted, redacted_values
+from qlora.utils.redact import redacted, redacted_values
 
 
 class Processes:

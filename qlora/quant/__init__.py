@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from qlora.config import KindOf, Section, setting
-from qlora.kinds import Kinds
+from qlora.utils.registry import Kinds
 
 QUANTIZERS = Kinds(
     "quant.kind",

@@ -40,7 +40,9 @@ class FourBitLinear(FrozenLinear):
         self, kind: str, block: int, shape: tuple[int, int], stored: FourBitTensors, bias: Tensor | None = None
     ) -> None:
         super().__init__(*shape, bias)
-        import_module("qlora.quant.kernels")  # registers the operator; not before, bitsandbytes takes seconds to import
+        import_module(
+            "qlora.quant.bitsandbytes_ops"
+        )  # registers the operator; not before, bitsandbytes takes seconds to import
         self.kind = kind
         self.block = block
         for name in ("codes", "absmax", "nested_absmax", "offset", "absmax_levels"):
@@ -75,7 +77,7 @@ class FourBit:
         BaseModelError if the weight is not a finite float32, bfloat16 or float16 matrix.
         """
         check_matrix(weight)
-        kernels = import_module("qlora.quant.kernels")
+        kernels = import_module("qlora.quant.bitsandbytes_ops")
         with torch.no_grad():
             codes, absmax = kernels.quantize(weight, self.kind, self.block)
             stored = FourBitTensors(codes, absmax)

@@ -10,18 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import recipe_of, run, write_rows
+from support.small_runs import recipe_of, run, write_rows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters import ADAPTERS, weights
+from qlora.adapters import ADAPTERS, peft_files
 from qlora.adapters.init import Begun, begin, principal
 from qlora.adapters.inject import adapted, inject
 from qlora.adapters.switch import adapters_off
-from qlora.base import Model
-from qlora.base.load import Base, load
-from qlora.base.norms import matrices
 from qlora.errors import AdapterError
+from qlora.model import Model
+from qlora.model.load_base import Base, load
+from qlora.model.original_weights import matrices
 from qlora.quant import QUANTIZERS
 
 Zoo = Callable[..., Path]
@@ -130,9 +130,9 @@ def test_trained_it_is_read_alike_here_and_by_peft_on_the_shared_base(
     base, adapter, _ = begun(zoo, kind, init, quantizer)
     move(base.model)
     ours = logits(base.model)
-    weights.write(tmp_path, base.model, adapter, weights.Identity("", None, base.manifest.sha256))
+    peft_files.write(tmp_path, base.model, adapter, peft_files.Identity("", None, base.manifest.sha256))
     fresh = load(Model(name=str(zoo(FAMILY)), dtype="float32"), QUANTIZERS[quantizer](), torch.device("cpu"))
-    weights.attach(fresh.model, weights.read(tmp_path), fresh.manifest.sha256)
+    peft_files.attach(fresh.model, peft_files.read(tmp_path), fresh.manifest.sha256)
     torch.testing.assert_close(logits(fresh.model.eval()), ours, rtol=0, atol=1e-5)
     for path, layer in adapted(fresh.model).items():
         mine = adapted(base.model)[path].base.state_dict()

@@ -9,23 +9,23 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cli_runs import qlora
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
-from runs import adapter_tensors, recipe_of, run, write_rows
+from support.command_line import qlora
+from support.small_runs import adapter_tensors, recipe_of, run, write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters import ADAPTERS, weights
+from qlora.adapters import ADAPTERS, peft_files
 from qlora.adapters.dora import DoraLinear
 from qlora.adapters.inject import adapted, inject
 from qlora.adapters.patterns import by_pattern, refuse_idle
-from qlora.base import Model
-from qlora.base.load import Base, load
 from qlora.errors import AdapterError, InputError
-from qlora.planning import elsewhere, plan_of
+from qlora.model import Model
+from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
+from qlora.recipe.planning import elsewhere, plan_of
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("patterns")
@@ -72,13 +72,13 @@ def test_peft_reads_our_patterns_and_computes_the_same(zoo: Zoo, kind: str, tmp_
         assert layer.rank == layer.A.shape[0] == layer.B.shape[1] == expected
         if isinstance(layer, DoraLinear):
             layer.magnitude.data *= torch.linspace(0.5, 1.5, len(layer.magnitude))
-    weights.write(tmp_path, base.model, adapter, weights.Identity(str(zoo(FAMILY)), None, base.manifest.sha256))
-    config = json.loads((tmp_path / weights.CONFIG).read_text())
+    peft_files.write(tmp_path, base.model, adapter, peft_files.Identity(str(zoo(FAMILY)), None, base.manifest.sha256))
+    config = json.loads((tmp_path / peft_files.CONFIG).read_text())
     assert config["rank_pattern"] == RANKS and config["alpha_pattern"] == ALPHAS
     theirs = peft.PeftModel.from_pretrained(plain(zoo), tmp_path).eval()
     torch.testing.assert_close(logits(theirs), logits(base.model.eval()), rtol=0, atol=1e-4)  # float32 products
     fresh = base_of(zoo(FAMILY), "dense")
-    weights.attach(fresh.model, weights.read(tmp_path), fresh.manifest.sha256)
+    peft_files.attach(fresh.model, peft_files.read(tmp_path), fresh.manifest.sha256)
     assert torch.equal(logits(fresh.model), logits(base.model))
 
 
@@ -90,7 +90,7 @@ def test_portable_of_a_run_with_patterns_is_the_run_in_peft(zoo: Zoo, kind: str,
     patterns = {"rank_pattern": RANKS, "alpha_pattern": ALPHAS}
     run(recipe_of(zoo(FAMILY), data, tmp_path / "run", *shown, adapter=patterns))
     assert qlora("export", tmp_path / "run", tmp_path / "portable", "--to", "portable").code == 0
-    config = json.loads((tmp_path / "portable" / weights.CONFIG).read_text())
+    config = json.loads((tmp_path / "portable" / peft_files.CONFIG).read_text())
     widest = 8 * (2 if init == "pissa" else 1)  # where A and B started is taken away by as many columns again
     assert config["r"] == config["lora_alpha"] == widest and not config["use_rslora"]
     assert config["rank_pattern"] == config["alpha_pattern"] == {}

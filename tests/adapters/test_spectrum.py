@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora.adapters.folder import concatenated, padded, truncated
+from qlora.adapters.plain_lora import concatenated, padded, truncated
 from qlora.adapters.spectrum import FITS, SATURATED, TOO_HIGH, UNTRAINED, Spectrum, advise, factors, spectrum
 
 shapes = st.tuples(st.integers(1, 24), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))

@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runs import qlora
-from families import FAMILIES
-from runs import recipe_of, run, write_rows
+from support.command_line import qlora
+from support.small_runs import recipe_of, run, write_rows
+from support.tiny_models import FAMILIES
 from torch import Tensor, nn
 
-from qlora.adapters import ADAPTERS, weights
-from qlora.adapters.folder import folded
+from qlora.adapters import ADAPTERS, peft_files
 from qlora.adapters.inject import adapted, inject
+from qlora.adapters.plain_lora import folded
 from qlora.adapters.switch import Switch
-from qlora.base import Model
-from qlora.base.load import Base, load
 from qlora.errors import AdapterError
+from qlora.model import Model
+from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
-from qlora.reopen import open_switch
+from qlora.runs.load_run import open_switch
 
 Zoo = Callable[..., Path]
 IDS = torch.randint(5, 250, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,9 @@ def adapter_folder(base_folder: Path, folder: Path, name: str) -> Path:
         for layer in adapted(base.model).values():
             layer.B.copy_(torch.randn(layer.B.shape, generator=generator) * 0.1)
     manifest = base.manifest
-    weights.write(folder, base.model, adapter, weights.Identity(manifest.name, manifest.revision, manifest.sha256))
+    peft_files.write(
+        folder, base.model, adapter, peft_files.Identity(manifest.name, manifest.revision, manifest.sha256)
+    )
     return folder
 
 
@@ -66,10 +68,10 @@ class Held:
         self.switch = Switch(self.base.model)
         self.alone: dict[str | None, Tensor] = {None: logits(self.base.model)}
         for name, place in self.folders.items():
-            file = weights.read(place)
-            self.switch.hold(name, weights.fitted(self.base.model, file, self.base.manifest.sha256)[0])
+            file = peft_files.read(place)
+            self.switch.hold(name, peft_files.fitted(self.base.model, file, self.base.manifest.sha256)[0])
             fresh = base_of(model)
-            weights.attach(fresh.model, file, fresh.manifest.sha256)
+            peft_files.attach(fresh.model, file, fresh.manifest.sha256)
             self.alone[name] = logits(fresh.model)
 
 
@@ -112,7 +114,7 @@ def test_every_family_mixes_rows(zoo: Zoo, family: str, tmp_path: Path) -> None:
 def test_a_mix_is_the_weighted_sum_of_the_updates(held: Held) -> None:
     held.switch.mix({"a": 0.5, "b": -0.25, "c": 2.0})
     parts = {"a": 0.5, "b": -0.25, "c": 2.0}
-    updates = {name: folded(weights.read(held.folders[name]), weight) for name, weight in parts.items()}
+    updates = {name: folded(peft_files.read(held.folders[name]), weight) for name, weight in parts.items()}
     layers = adapted(held.base.model)
     assert len(layers) == 14
     for path, layer in layers.items():
@@ -158,7 +160,7 @@ def test_what_cannot_be_meant_is_refused(held: Held, zoo: Zoo) -> None:
         logits(held.base.model)
     other = base_of(zoo("llama-tied-bias", seed=1))
     with pytest.raises(AdapterError, match="other weights"):
-        weights.fitted(other.model, weights.read(held.folders["a"]), other.manifest.sha256)
+        peft_files.fitted(other.model, peft_files.read(held.folders["a"]), other.manifest.sha256)
 
 
 def test_generate_answers_with_each_adapter_as_it_would_alone(held: Held, zoo: Zoo, tmp_path: Path) -> None:

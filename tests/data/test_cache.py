@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_families import template_text, tokenizer_of
+from support.paths import ROOT, SHARED, TESTS
+from support.tokenizers import template_text, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data import Data, cache, columns
-from qlora.data.batches import collate
-from qlora.data.packing import pack
+from qlora.data import Data
+from qlora.data.batching import cache, column_store
+from qlora.data.batching.collate import collate
+from qlora.data.batching.packing import pack
+from qlora.data.conversations.encoder import Encoder
 from qlora.data.prepare import Prepared, prepare
-from qlora.data.tokens import Encoder
 from qlora.errors import DataError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 BEFORE, KEPT, NOT_KEPT = "prepared before", "prepared, and kept", "not kept"
 
 
@@ -132,26 +134,19 @@ def test_every_part_of_the_tokenizer_and_the_template_is_part_of_the_key(rows, t
     assert Encoder(ending).sha256 != Encoder(plain).sha256
 
 
-def test_the_code_of_the_room_is_part_of_the_key(rows, encoder, tmp_path, monkeypatch):
+def test_the_code_of_the_package_is_part_of_the_key(tmp_path):
     """The digest is taken of the files themselves: no version constant that someone must remember to raise."""
-    before = cache.code_sha256()
-    room = tmp_path / "data"
-    room.mkdir()
-    for path in Path(cache.__file__).parent.rglob("*.py"):
-        copied = room / path.relative_to(Path(cache.__file__).parent)
-        copied.parent.mkdir(exist_ok=True)
-        copied.write_bytes(path.read_bytes())
-    monkeypatch.setattr(cache, "__file__", str(room / "cache.py"))
-    assert cache.code_sha256() == before
-    (room / "formats" / "alpaca.py").write_text("x = 1\n")
-    assert cache.code_sha256() != before
+    package = shutil.copytree(cache.DATA_PACKAGE, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    assert cache.code_sha256(package) == cache.code_sha256()
+    (package / "formats" / "alpaca.py").write_text("x = 1\n")
+    assert cache.code_sha256(package) != cache.code_sha256()
 
 
 def entry_of(kept: Path) -> Path:
     return next(path for path in kept.iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("name", [*columns.KINDS, "entry"])
+@pytest.mark.parametrize("name", [*column_store.KINDS, "entry"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "longer"])
 def test_a_damaged_entry_is_made_anew_without_a_word(rows, encoder, kept, name, damage):
     first = prepare(section(rows), encoder, 0)
@@ -185,9 +180,11 @@ def test_without_a_writable_folder_it_works_and_says_so(rows, encoder, tmp_path,
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("name", columns.KINDS)
+@pytest.mark.parametrize("name", column_store.KINDS)
 def test_a_full_disk_costs_the_entry_and_nothing_else(rows, encoder, kept, name, monkeypatch):
-    monkeypatch.setattr(columns, "file_of", lambda folder, n: Path("/dev/full") if n == name else folder / f"{n}.bin")
+    monkeypatch.setattr(
+        column_store, "file_of", lambda folder, n: Path("/dev/full") if n == name else folder / f"{n}.bin"
+    )
     made = prepare(section(rows), encoder, 0)
     assert NOT_KEPT in note(made) and "No space left" in note(made)
     assert [path for path in kept.iterdir() if path.is_dir()] == []
@@ -233,10 +230,10 @@ def test_what_is_long_unused_or_half_written_is_swept_and_nothing_of_others(rows
 TWO_AT_ONCE = """
 import sys
 sys.path[:0] = {paths!r}
-from chat_families import tokenizer_of
+from support.tokenizers import tokenizer_of
 from qlora.data import Data
 from qlora.data.prepare import prepare
-from qlora.data.tokens import Encoder
+from qlora.data.conversations.encoder import Encoder
 section = Data.model_validate({{"train": {path!r}, "max_length": 256}})
 made = prepare(section, Encoder(tokenizer_of("bytes", "chatml")), 0)
 print(made.report.notes[-1])
@@ -244,7 +241,7 @@ print(made.report.notes[-1])
 
 
 def test_processes_that_start_together_prepare_once(rows, kept):
-    code = TWO_AT_ONCE.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[2])], path=str(rows))
+    code = TWO_AT_ONCE.format(paths=[str(TESTS), str(ROOT)], path=str(rows))
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     notes = sorted(run.communicate(timeout=120)[0] for run in runs)
     assert [KEPT in line for line in notes].count(True) == 1

@@ -7,9 +7,9 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from chat_families import ENDS, FAMILIES, tokenizer_of
+from support.tokenizers import ENDS, FAMILIES, tokenizer_of
 
-from qlora.data.tokens import Encoder
+from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Message, RowError
 
 SYSTEM = {"gemma": False}  # templates of the fixtures that refuse a system turn

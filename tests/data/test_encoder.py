@@ -4,11 +4,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-from chat_families import ENDS, FAMILIES, template_text, tokenizer_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tokenizers import ENDS, FAMILIES, template_text, tokenizer_of
 
-from qlora.data.tokens import Encoder
+from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Message, RowError
 from qlora.errors import DataError
 
@@ -261,9 +261,9 @@ def test_a_template_whose_turns_end_with_no_token_gets_the_end_token_after_the_l
 
 
 def encoder_of_file(template: str, kind: str) -> Encoder:
-    import chat_families
+    from support import tokenizers
 
-    return Encoder(tokenizer_of(kind), "assistant", str(chat_families.TEMPLATES / f"{template}.jinja"))
+    return Encoder(tokenizer_of(kind), "assistant", str(tokenizers.TEMPLATES / f"{template}.jinja"))
 
 
 HOSTILE = {

@@ -4,11 +4,11 @@ import json
 import random
 import time
 
-from chat_families import tokenizer_of
+from support.tokenizers import tokenizer_of
 
 from qlora.data import Data
+from qlora.data.conversations.encoder import Encoder
 from qlora.data.prepare import prepare
-from qlora.data.tokens import Encoder
 
 TEXTS = [
     "",

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import datasets
 import pytest
+from support.paths import ROOT
 
-from qlora.data import Source, json_array, source, tables
-from qlora.data.places import Located
+from qlora.data import Source
+from qlora.data.reading import arrow, json_array, source
+from qlora.data.reading.resolve_paths import Located
 from qlora.data.types import RowError
 from qlora.errors import DataError
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-ROOT = Path(__file__).parents[2]
 
 
 def items(text: str | bytes) -> list:
@@ -62,8 +63,8 @@ from pathlib import Path
 def peak_bytes():
     lines = open("/proc/self/status").read().splitlines()  # ru_maxrss would be the parent's, where that is larger
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-from qlora.data import files
-count = sum(1 for _ in files.read_json(Path(sys.argv[1]), "rows.json"))
+from qlora.data.reading import readers
+count = sum(1 for _ in readers.read_json(Path(sys.argv[1]), "rows.json"))
 print(count, peak_bytes())
 """
 
@@ -100,7 +101,7 @@ def online(monkeypatch):
 
 def test_a_hub_set_is_downloaded_unless_only_its_first_rows_are_wanted(hub_set, tmp_path, monkeypatch, online):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub-cache"))
-    whole, some = (tables.Hub(str(hub_set), None, limited) for limited in (False, True))
+    whole, some = (arrow.Hub(str(hub_set), None, limited) for limited in (False, True))
     some.__dict__["_builder"] = builder = datasets.load_dataset_builder(str(hub_set))
     builder.hash = "0123abcd"  # on the hub: the commit
     assert some.streams and not whole.streams
@@ -108,21 +109,21 @@ def test_a_hub_set_is_downloaded_unless_only_its_first_rows_are_wanted(hub_set, 
     assert rows[0] == rows[1] and len(rows[0]) == 50 and rows[0][6].where == f"{hub_set}/train:7"
     assert whole.sha256() != some.sha256() == some.sha256()
     builder.hash = "0123abce"
-    assert some.sha256() != tables.Hub(str(hub_set), None, True).sha256()
+    assert some.sha256() != arrow.Hub(str(hub_set), None, True).sha256()
 
 
 def test_a_set_larger_than_the_disk_is_streamed(hub_set, tmp_path, monkeypatch, online):
     builder = datasets.load_dataset_builder(str(hub_set))
-    assert tables.fits_disk(builder.info, tmp_path / "not" / "yet")
+    assert arrow.fits_disk(builder.info, tmp_path / "not" / "yet")
     builder.info.dataset_size, builder.hash = 2**60, "0123abcd"
-    assert not tables.fits_disk(builder.info, tmp_path)
-    hub = tables.Hub(str(hub_set), None, limited=False)
+    assert not arrow.fits_disk(builder.info, tmp_path)
+    hub = arrow.Hub(str(hub_set), None, limited=False)
     hub.__dict__["_builder"] = builder
     assert hub.streams and len(list(hub.rows())) == 50
 
 
 def test_offline_nothing_is_streamed_and_an_unknown_split_is_named(hub_set):
-    hub = tables.Hub(str(hub_set), "nowhere", limited=True)
+    hub = arrow.Hub(str(hub_set), "nowhere", limited=True)
     assert not hub.streams
     with pytest.raises(DataError, match="nowhere"):
         list(hub.rows())

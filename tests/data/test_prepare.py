@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_families import tokenizer_of
+from support.paths import SHARED
+from support.tokenizers import tokenizer_of
 
 from qlora.data import Data
+from qlora.data.conversations.encoder import Encoder
 from qlora.data.prepare import prepare
 from qlora.data.preview import preview
-from qlora.data.tokens import Encoder
 from qlora.data.types import IGNORED, trained_tokens
 from qlora.errors import DataError
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")

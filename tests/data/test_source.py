@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from qlora.data import Source, source, strict_json
-from qlora.data.places import locate
+from qlora.data import Source
+from qlora.data.reading import source, strict_json
+from qlora.data.reading.resolve_paths import locate
 from qlora.data.types import BadRow, Row
 from qlora.errors import DataError
 

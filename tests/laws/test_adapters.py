@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.tiny_models import FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters import ADAPTERS, weights
+from qlora.adapters import ADAPTERS, peft_files
 from qlora.adapters.dora import DoraLinear
 from qlora.adapters.inject import Injection, adapted, count, inject, select
 from qlora.adapters.switch import adapters_off
-from qlora.base import Model
-from qlora.base.load import Base, load
 from qlora.errors import AdapterError, QloraError
+from qlora.model import Model
+from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
 
 Zoo = Callable[..., Path]
@@ -71,8 +71,8 @@ def frozen_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def identity(base: Base) -> weights.Identity:
-    return weights.Identity(base.manifest.name, base.manifest.revision, base.manifest.sha256)
+def identity(base: Base) -> peft_files.Identity:
+    return peft_files.Identity(base.manifest.name, base.manifest.revision, base.manifest.sha256)
 
 
 # ---- as a function
@@ -219,18 +219,18 @@ def test_every_family_learns_in_every_layer(zoo: Zoo, family: str) -> None:
 def test_written_read_and_attached_it_is_the_same_adapter(zoo: Zoo, kind: str, quantizer: str, tmp_path: Path) -> None:
     base = base_of(zoo("llama-tied-bias"), quantizer)
     adapter = trained(base, kind, dropout=0.25)
-    weights.write(tmp_path, base.model, adapter, identity(base))
+    peft_files.write(tmp_path, base.model, adapter, identity(base))
     fresh = base_of(zoo("llama-tied-bias"), quantizer)
-    assert weights.attach(fresh.model, weights.read(tmp_path), fresh.manifest.sha256) is None
-    ours, theirs = weights.tensors(base.model), weights.tensors(fresh.model)
+    assert peft_files.attach(fresh.model, peft_files.read(tmp_path), fresh.manifest.sha256) is None
+    ours, theirs = peft_files.tensors(base.model), peft_files.tensors(fresh.model)
     assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert torch.equal(logits(base.model), logits(fresh.model))
-    with safe_open(tmp_path / weights.WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt", weights.FINGERPRINT: base.manifest.sha256}
+    with safe_open(tmp_path / peft_files.WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt", peft_files.FINGERPRINT: base.manifest.sha256}
     again = tmp_path / "again"
-    weights.write(again, fresh.model, adapter, identity(fresh))
-    assert (again / weights.CONFIG).read_bytes() == (tmp_path / weights.CONFIG).read_bytes()
-    config = json.loads((tmp_path / weights.CONFIG).read_text())
+    peft_files.write(again, fresh.model, adapter, identity(fresh))
+    assert (again / peft_files.CONFIG).read_bytes() == (tmp_path / peft_files.CONFIG).read_bytes()
+    config = json.loads((tmp_path / peft_files.CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.25)
     assert isinstance(config["lora_alpha"], int) and config["use_rslora"] is (kind == "rslora")
     assert config["use_dora"] is (kind == "dora")
@@ -238,14 +238,14 @@ def test_written_read_and_attached_it_is_the_same_adapter(zoo: Zoo, kind: str, q
 
 def test_the_same_adapter_is_the_same_bytes() -> None:
     named = {"a": torch.ones(2), "b": torch.zeros(3)}
-    assert len({weights.serialize(named, {weights.FINGERPRINT: "0" * 64}) for _ in range(30)}) == 1
+    assert len({peft_files.serialize(named, {peft_files.FINGERPRINT: "0" * 64}) for _ in range(30)}) == 1
 
 
 def test_target_modules_name_what_was_adapted_and_nothing_else(zoo: Zoo, tmp_path: Path) -> None:
     for number, targets in enumerate(["all-linear", ["q_proj", "down_proj"], r".*\.0\.mlp\..*"]):
         base = base_of(zoo("llama"), "dense")
-        weights.write(tmp_path / str(number), base.model, trained(base, "lora", targets), identity(base))
-        named = json.loads((tmp_path / str(number) / weights.CONFIG).read_text())["target_modules"]
+        peft_files.write(tmp_path / str(number), base.model, trained(base, "lora", targets), identity(base))
+        named = json.loads((tmp_path / str(number) / peft_files.CONFIG).read_text())["target_modules"]
         model = AutoModelForCausalLM.from_pretrained(zoo("llama"))
         meant = {p for p, _ in model.named_modules() if any(p == name or p.endswith(f".{name}") for name in named)}
         assert meant == set(adapted(base.model))
@@ -253,22 +253,22 @@ def test_target_modules_name_what_was_adapted_and_nothing_else(zoo: Zoo, tmp_pat
 
 def test_an_adapter_of_another_base_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     base, other = base_of(zoo("llama"), "nf4"), base_of(zoo("llama", seed=1), "nf4")
-    weights.write(tmp_path, base.model, trained(base, "lora"), identity(base))
+    peft_files.write(tmp_path, base.model, trained(base, "lora"), identity(base))
     before = logits(other.model)
     with pytest.raises(AdapterError, match="other weights"):
-        weights.attach(other.model, weights.read(tmp_path), other.manifest.sha256)
+        peft_files.attach(other.model, peft_files.read(tmp_path), other.manifest.sha256)
     assert not adapted(other.model) and torch.equal(logits(other.model), before)
-    weights.attach(other.model, weights.read(tmp_path), other.manifest.sha256, allow_other_base=True)
+    peft_files.attach(other.model, peft_files.read(tmp_path), other.manifest.sha256, allow_other_base=True)
     assert adapted(other.model)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_whole(zoo: Zoo, tmp_path: Path) -> None:
     base = base_of(zoo("llama"), "dense")
-    weights.write(tmp_path, base.model, trained(base, "lora"), identity(base))
+    peft_files.write(tmp_path, base.model, trained(base, "lora"), identity(base))
     for family in ("gpt_neox", "phi3"):
         other = base_of(zoo(family), "dense")
         with pytest.raises(AdapterError, match="does not fit"):
-            weights.attach(other.model, weights.read(tmp_path), base.manifest.sha256)
+            peft_files.attach(other.model, peft_files.read(tmp_path), base.manifest.sha256)
         assert not adapted(other.model)
 
 
@@ -278,23 +278,23 @@ def test_nothing_is_written_when_a_value_is_not_finite(zoo: Zoo, tmp_path: Path)
     with torch.no_grad():
         list(adapted(base.model).values())[-1].B[0, 0] = math.nan
     with pytest.raises(QloraError, match="not finite") as caught:
-        weights.write(tmp_path / "run", base.model, adapter, identity(base))
+        peft_files.write(tmp_path / "run", base.model, adapter, identity(base))
     assert caught.value.exit_code == 1
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
 def _changed(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        tensors = load_file(folder / weights.WEIGHTS)
+        tensors = load_file(folder / peft_files.WEIGHTS)
         change(tensors)
-        save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / peft_files.WEIGHTS, metadata={"format": "pt"})
 
     return apply
 
 
 def _configured(**changes: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        path = folder / weights.CONFIG
+        path = folder / peft_files.CONFIG
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return apply
@@ -302,11 +302,13 @@ def _configured(**changes: Any) -> Callable[[Path], None]:
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, Callable[[Path], Any]] = {
-    "no weights": lambda folder: (folder / weights.WEIGHTS).unlink(),
-    "no config": lambda folder: (folder / weights.CONFIG).unlink(),
-    "weights cut": lambda folder: (folder / weights.WEIGHTS).write_bytes((folder / weights.WEIGHTS).read_bytes()[:-9]),
-    "config cut": lambda folder: (folder / weights.CONFIG).write_text('{"peft_type": "LO'),
-    "config a list": lambda folder: (folder / weights.CONFIG).write_text("[]"),
+    "no weights": lambda folder: (folder / peft_files.WEIGHTS).unlink(),
+    "no config": lambda folder: (folder / peft_files.CONFIG).unlink(),
+    "weights cut": lambda folder: (folder / peft_files.WEIGHTS).write_bytes(
+        (folder / peft_files.WEIGHTS).read_bytes()[:-9]
+    ),
+    "config cut": lambda folder: (folder / peft_files.CONFIG).write_text('{"peft_type": "LO'),
+    "config a list": lambda folder: (folder / peft_files.CONFIG).write_text("[]"),
     "another method": _configured(peft_type="IA3"),
     "alpha zero": _configured(lora_alpha=0),
     "alpha a text": _configured(lora_alpha="16"),
@@ -341,7 +343,7 @@ def good(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An adapter folder's two files, as text and bytes."""
     folder = tmp_path_factory.mktemp("adapter")
     base = base_of(zoo("llama"), "dense")
-    weights.write(folder, base.model, trained(base, "lora"), identity(base))
+    peft_files.write(folder, base.model, trained(base, "lora"), identity(base))
     return {"folder": folder, "model": zoo("llama")}
 
 
@@ -358,7 +360,7 @@ def test_a_broken_adapter_is_refused_and_the_model_left_alone(good: dict[str, Pa
     BROKEN[case](folder)
     base = base_of(good["model"], "dense")
     with pytest.raises(AdapterError) as caught:
-        weights.attach(base.model, weights.read(folder), base.manifest.sha256)
+        peft_files.attach(base.model, peft_files.read(folder), base.manifest.sha256)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
     assert not adapted(base.model)
 
@@ -378,9 +380,9 @@ def test_any_config_is_read_or_refused_but_never_crashes(good: dict[str, Path], 
     copy_of(good["folder"], folder)
     _configured(**{key: value})(folder)
     try:
-        file = weights.read(folder)
+        file = peft_files.read(folder)
         for path, (a, _) in file.pairs.items():
-            assert math.isfinite(weights.settings(file, path, a.shape[0]).scaling)
+            assert math.isfinite(peft_files.settings(file, path, a.shape[0]).scaling)
     except AdapterError as error:
         assert str(folder) in str(error)
 

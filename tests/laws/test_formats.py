@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data import FORMATS
-from qlora.data.encoding import messages_of
-from qlora.data.tokens import Encoder
+from qlora.data.conversations.encode_records import messages_of
+from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Message, Row, RowError
 
 ROWS = {  # format: a row, and what is trained of it

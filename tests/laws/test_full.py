@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runs import qlora
-from families import FAMILIES
-from runs import metrics, recipe_of, run, write_rows
 from safetensors.torch import load_file
+from support.command_line import qlora
+from support.small_runs import metrics, recipe_of, run, write_rows
+from support.tiny_models import FAMILIES
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from qlora.adapters.full import Full
-from qlora.base import Model
-from qlora.base.load import Base, load
 from qlora.errors import AdapterError, RecipeError
-from qlora.planning import elsewhere, plan_of
+from qlora.model import Model
+from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
-from qlora.reopen import open_run
-from qlora.train.loss import TokenLoss
+from qlora.recipe.planning import elsewhere, plan_of
+from qlora.runs.load_run import open_run
+from qlora.training.loss import TokenLoss
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("full")

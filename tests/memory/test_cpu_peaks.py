@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.paths import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WITHIN = 0.10
 
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from dry_run import Measured, dry_run
-from published import CONFIGS
+from support.dry_run import Measured, dry_run
+from support.published_models import CONFIGS
 from transformers import AutoConfig
 
-from qlora.memory.activations import kept_bytes
-from qlora.memory.owners import OUTSIDE, phases_of
-from qlora.memory.reader import shapes_of
-from qlora.memory.work import Adapters, Work
+from qlora.memory.planner.activations import kept_bytes
+from qlora.memory.planner.breakdown import OUTSIDE, phases_of
+from qlora.memory.planner.config_reader import shapes_of
+from qlora.memory.planner.workload import Adapters, Work
 
 FROZEN = ("packed_base", "embeddings", "head", "norms", "vision", "adapters")
 BF16, F32 = torch.bfloat16, torch.float32

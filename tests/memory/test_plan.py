@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from published import CONFIGS, work_of
+from support.published_models import CONFIGS, work_of
 
-from qlora.base.head import CHUNK_BYTES
-from qlora.export import certificate
-from qlora.export.merged import CHUNK
-from qlora.memory import after
-from qlora.memory.choose import choose
-from qlora.memory.owners import HOSTED_PIECE_BYTES, OWNERS
-from qlora.memory.plan import Budget, plan
-from qlora.memory.work import LOGITS_BYTES, Storage
+from qlora.exporters import certificate
+from qlora.exporters.merged import CHUNK
+from qlora.memory.planner import export_and_disk
+from qlora.memory.planner.breakdown import HOSTED_PIECE_BYTES, OWNERS
+from qlora.memory.planner.memory_plan import Budget, plan
+from qlora.memory.planner.search import choose
+from qlora.memory.planner.workload import LOGITS_BYTES, Storage
+from qlora.model.lm_head import CHUNK_BYTES
 from qlora.quant import QUANTIZERS
-from qlora.train.hosted import PIECE_VALUES
+from qlora.training.offloaded_adamw import PIECE_VALUES
 
 GIB = 2**30
 # performance.md, after 2.3: GiB at rank 16, all recomputed, embeddings in host memory; T = 512, 2,048, 8,192.
@@ -71,8 +71,11 @@ def test_a_stored_matrix_takes_what_the_quantiser_says(
 def test_the_loss_takes_its_chunks_as_planned() -> None:
     assert LOGITS_BYTES == CHUNK_BYTES
     assert HOSTED_PIECE_BYTES == 2 * 4 * PIECE_VALUES
-    assert (after.CERTIFIED_TOKENS, after.LOGITS_SHARE) == (certificate.BATCH_TOKENS, certificate.LOGITS_SHARE)
-    assert after.SUMMED_BYTES == 3 * 4 * CHUNK
+    assert (export_and_disk.CERTIFIED_TOKENS, export_and_disk.LOGITS_SHARE) == (
+        certificate.BATCH_TOKENS,
+        certificate.LOGITS_SHARE,
+    )
+    assert export_and_disk.SUMMED_BYTES == 3 * 4 * CHUNK
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -131,5 +134,7 @@ def test_paged_moments_give_way_on_a_card_and_stay_on_a_cpu() -> None:
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys, qlora.memory.choose, qlora.memory.reader; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, qlora.memory.planner.search, qlora.memory.planner.config_reader; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from support.tiny_models import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora.base.skeleton import linear_paths
 from qlora.errors import BaseModelError
-from qlora.memory.reader import read, shapes_of
+from qlora.memory.planner.config_reader import read, shapes_of
+from qlora.model.meta_model import linear_paths
 
 MORE: dict[str, dict[str, Any]] = {
     "gemma": {"model_type": "gemma", "num_hidden_layers": 2},

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora.quant import blockwise, fp4, nf4
+from qlora.quant import blockwise
+from qlora.quant.levels import LEVELS, fp4_levels, nf4_levels
 from qlora.quant.nf4 import Nf4
 
-KINDS = {"nf4": nf4.levels, "fp4": fp4.levels}
+KINDS = LEVELS
 
 
 def test_nf4_levels_are_the_published_ones() -> None:
@@ -23,12 +24,12 @@ def test_nf4_levels_are_the_published_ones() -> None:
         0.72295684,
         1.0,
     ]  # arXiv:2305.14314
-    torch.testing.assert_close(nf4.levels(), torch.tensor(published), rtol=0, atol=5e-8)  # eight digits are printed
+    torch.testing.assert_close(nf4_levels(), torch.tensor(published), rtol=0, atol=5e-8)  # eight digits are printed
 
 
 def test_fp4_levels_are_twelfths() -> None:
     half = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3]) / 12
-    assert torch.equal(fp4.levels(), torch.cat([half, -half]))
+    assert torch.equal(fp4_levels(), torch.cat([half, -half]))
 
 
 def test_the_dynamic_type_has_256_different_levels() -> None:

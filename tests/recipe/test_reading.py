@@ -2,9 +2,9 @@
 
 import pytest
 
-from qlora.aliases import ALIASES
 from qlora.errors import RecipeError
-from qlora.recipe import SECTIONS, Recipe, dump, from_mapping, read
+from qlora.recipe.aliases import ALIASES
+from qlora.recipe.recipe import SECTIONS, Recipe, dump, from_mapping, read
 
 LEAST = "model: m\ndata: {train: rows.jsonl}\n"
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data import checks
+from qlora.data.reading import record_fields
 from qlora.data.types import Message, Row, RowError
 
 
@@ -16,15 +16,15 @@ class Alpaca:
 
     def messages(self, row: Row) -> list[Message]:
         """The turns of `row`; `input` follows the instruction after a blank line. RowError if one can't be read."""
-        instruction = checks.text(row.fields, "instruction")
-        context = checks.optional_text(row.fields, "input")
-        system = checks.optional_text(row.fields, "system")
-        return checks.answered(
+        instruction = record_fields.text(row.fields, "instruction")
+        context = record_fields.optional_text(row.fields, "input")
+        system = record_fields.optional_text(row.fields, "system")
+        return record_fields.answered(
             [
                 *([Message("system", system)] if system else []),
                 *_history(row.fields.get("history")),
                 Message("user", f"{instruction}\n\n{context}" if context else instruction),
-                Message("assistant", checks.text(row.fields, "output")),
+                Message("assistant", record_fields.text(row.fields, "output")),
             ]
         )
 
@@ -37,6 +37,6 @@ def _history(pairs: Any) -> list[Message]:
     turns = []
     for number, (question, answer) in enumerate(pairs, 1):
         pair = {"question": question, "answer": answer}
-        turns.append(Message("user", checks.text(pair, "question", f"history {number}: ")))
-        turns.append(Message("assistant", checks.text(pair, "answer", f"history {number}: ")))
+        turns.append(Message("user", record_fields.text(pair, "question", f"history {number}: ")))
+        turns.append(Message("assistant", record_fields.text(pair, "answer", f"history {number}: ")))
     return turns

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data import checks
 from qlora.data.formats.messages import conversation
+from qlora.data.reading import record_fields
 from qlora.data.types import Message, Row, RowError
 
 _LETTERS = "ABCDEFGHIJ"
@@ -24,7 +24,7 @@ class Completion:
         fields = _lettered(row.fields)
         asked = _side(fields, pair[0], "user")
         turns = [Message(turn.role, turn.content, False, turn.extra) for turn in asked]
-        return checks.answered([*checks.tools(fields), *turns, *_side(fields, pair[1], "assistant")])
+        return record_fields.answered([*record_fields.tools(fields), *turns, *_side(fields, pair[1], "assistant")])
 
 
 def _lettered(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -40,10 +40,10 @@ def _lettered(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
         raise RowError("wrong answer", f"answer must be one of {letters[0]} to {letters[-1]}, or a number from 0")
     listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
-    return {**fields, "question": f"{checks.text(fields, 'question')}{listed}\nAnswer:", "answer": answer}
+    return {**fields, "question": f"{record_fields.text(fields, 'question')}{listed}\nAnswer:", "answer": answer}
 
 
 def _side(fields: Mapping[str, Any], name: str, role: str) -> list[Message]:
     if isinstance(fields.get(name), list):
         return conversation(fields[name], name)
-    return [Message(role, checks.text(fields, name))]
+    return [Message(role, record_fields.text(fields, name))]

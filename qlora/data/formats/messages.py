@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data import checks
+from qlora.data.reading import record_fields
 from qlora.data.types import Message, Row, RowError
 
 _OURS = ("role", "content", "train")
@@ -19,7 +19,7 @@ class Messages:
     def messages(self, row: Row) -> list[Message]:
         """The turns of `row`. RowError if one can't be read."""
         turns = conversation(row.fields.get("messages"), "messages")
-        return checks.answered([*checks.tools(row.fields), *turns])
+        return record_fields.answered([*record_fields.tools(row.fields), *turns])
 
 
 def conversation(value: Any, name: str) -> list[Message]:
@@ -38,12 +38,12 @@ def _message(item: Any, place: str) -> Message:
         raise RowError("wrong type", f"{place}{type(item).__name__}, an object is expected")
     if "role" not in item:
         raise RowError("missing field", f"{place}role")
-    role = checks.role(item["role"], place)
+    role = record_fields.role(item["role"], place)
     extra = {key: value for key, value in item.items() if key not in _OURS and value is not None}
     calls = role == "assistant" and bool(extra.get("tool_calls"))
     if "content" not in item and not calls:
         raise RowError("missing field", f"{place}content")
-    said = "" if calls and item.get("content") is None else checks.content(item["content"], place)
+    said = "" if calls and item.get("content") is None else record_fields.content(item["content"], place)
     return Message(role, said, _train(item.get("train"), place), extra)
 
 

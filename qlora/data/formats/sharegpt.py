@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data import checks
 from qlora.data.formats.messages import conversation
+from qlora.data.reading import record_fields
 from qlora.data.types import Message, Row, RowError
 
 
@@ -18,12 +18,12 @@ class Sharegpt:
 
     def messages(self, row: Row) -> list[Message]:
         """The turns of `row`, the system column first. RowError if one can't be read."""
-        system = checks.optional_text(row.fields, "system")
+        system = record_fields.optional_text(row.fields, "system")
         value = row.fields.get("conversations")
         spelt = [_spelt(item) for item in value] if isinstance(value, list) else value
         turns = [_called(message) for message in conversation(spelt, "conversations")]
         head = [Message("system", system)] if system else []
-        return checks.answered([*checks.tools(row.fields), *head, *turns])
+        return record_fields.answered([*record_fields.tools(row.fields), *head, *turns])
 
 
 def _spelt(item: Any) -> Any:

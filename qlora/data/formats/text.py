@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data import checks
+from qlora.data.reading import record_fields
 from qlora.data.types import TEXT, Message, Row, RowError
 
 
@@ -16,7 +16,7 @@ class Text:
 
     def messages(self, row: Row) -> list[Message]:
         """One message that is the document. RowError if there is none."""
-        document = checks.text(row.fields, "text")
+        document = record_fields.text(row.fields, "text")
         if not document.strip():
             raise RowError("empty text")
         return [Message(TEXT, document, True)]

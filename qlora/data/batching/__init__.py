@@ -1,0 +1,1 @@
+"""From examples to micro-batches: filter, store, pack, sample, collate."""

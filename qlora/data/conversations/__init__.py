@@ -1,0 +1,1 @@
+"""Records as tokenized examples: messages, chat template, loss mask, tokens."""

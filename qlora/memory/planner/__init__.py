@@ -1,0 +1,1 @@
+"""Memory predicted from shapes alone, without torch and before a weight is read."""

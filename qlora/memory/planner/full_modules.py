@@ -1,0 +1,48 @@
+"""Values of the modules that train whole beside low-rank updates, by the names that a recipe gives them."""
+
+from collections.abc import Iterable
+
+from qlora.memory.planner.shapes import Shapes
+
+EMBEDDINGS, HEADS = ("embed_tokens", "embed_in"), ("lm_head",)
+WIDE_NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
+LAST_NORMS, HEAD_NORMS = ("norm", "final_layer_norm"), ("q_norm", "k_norm")
+
+
+def whole_values(shapes: Shapes, names: Iterable[str]) -> dict[str, int]:
+    """Path -> values of each module that `names` mean (paths or their ends); what is tied counts once.
+
+    Names that mean nothing are left for the model itself to refuse.
+    """
+    known = _known(shapes)
+    chosen = {path for path in known for name in names if path == name or path.endswith(f".{name}")}
+    if shapes.tied and any(path.rpartition(".")[2] in EMBEDDINGS + HEADS for path in chosen):
+        chosen = {path for path in chosen if path.rpartition(".")[2] not in HEADS} | {_embedding(shapes)}
+    return {path: known[path] for path in known if path in chosen}
+
+
+def head_trains(shapes: Shapes, whole: Iterable[str]) -> bool:
+    """Whether the head is among the modules that train whole."""
+    ends = HEADS + (EMBEDDINGS if shapes.tied else ())
+    return any(path.rpartition(".")[2] in ends for path in whole)
+
+
+def _known(shapes: Shapes) -> dict[str, int]:
+    layer_norm = shapes.family.layer_norm
+    wide = shapes.hidden * (2 if layer_norm else 1)
+    inside = dict.fromkeys(WIDE_NORMS[: shapes.family.wide_norms], wide)
+    if shapes.family.head_norms:
+        inside |= {f"{shapes.family.attention}.{name}": shapes.head_dim for name in HEAD_NORMS}
+    inside |= {each.path: each.weights + (each.out_features if each.bias else 0) for each in shapes.block}
+    root = shapes.layers_path.rpartition(".")[0]
+    known = {_embedding(shapes): shapes.embedding}
+    for layer in range(shapes.layers):
+        known |= {f"{shapes.layers_path}.{layer}.{path}": values for path, values in inside.items()}
+    known[f"{root}.{LAST_NORMS[layer_norm]}"] = wide
+    return known | {HEADS[0]: shapes.embedding}
+
+
+def _embedding(shapes: Shapes) -> str:
+    return f"{shapes.layers_path.rpartition('.')[0]}.{EMBEDDINGS[shapes.family.layer_norm]}"

@@ -1,0 +1,1 @@
+"""Recipes: read, resolved, checked, planned, suggested, and converted from other trainers."""

@@ -1,0 +1,34 @@
+"""Regional compilation: each decoder layer is compiled by torch.compile, once for all layers of a kind.
+
+The loss, the loop and a layer's recompute stay outside, so that one graph of one layer serves the whole model.
+"""
+
+import shutil
+
+import torch
+from torch import nn
+
+from qlora.errors import InputError
+from qlora.memory.activation_recompute import decoder_layers
+
+COMPILERS = ("g++", "c++", "clang++")
+
+
+def compile_layers(model: nn.Module, device: torch.device) -> int:
+    """Have every decoder layer of `model` compiled when it first runs; returns how many.
+
+    InputError where the machine lacks what torch.compile needs: Triton for a card, a C++ compiler for a CPU.
+    """
+    if device.type == "cpu" and not any(shutil.which(each) for each in COMPILERS):
+        raise InputError(
+            f"train.compile: true, but this machine has no C++ compiler ({', '.join(COMPILERS)}). Install g++, "
+            "or leave train.compile at false."
+        )
+    if device.type == "cuda" and not torch.utils._triton.has_triton():
+        raise InputError(
+            "train.compile: true, but Triton is not installed. Install it, or leave train.compile at false."
+        )
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.compile(dynamic=True)  # rows differ in length and in documents
+    return len(layers)

@@ -1,0 +1,1 @@
+"""What every package may use: registry, atomic files, redaction, sandbox, progress."""

@@ -1,0 +1,201 @@
+"""A base that can't be had right is refused in one clear line, before anything is trained."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import FAMILIES
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qlora.errors import BaseModelError
+from qlora.model import Model
+from qlora.model.load_base import load
+from qlora.model.meta_model import read_config
+from qlora.quant.nf4 import Nf4
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+Change = Callable[[Path], Any]
+
+
+def refusal(folder: Path | str, **settings: str) -> str:
+    with pytest.raises(BaseModelError) as caught:
+        load(Model(name=str(folder), **settings), Nf4(), torch.device("cpu"))
+    message = str(caught.value)
+    assert message.startswith("model") and "\n" not in message and len(message) < 600, message
+    return message
+
+
+@pytest.fixture
+def folder(zoo: Any, tmp_path: Path) -> Path:
+    """A good model folder that a test may break."""
+    return Path(shutil.copytree(zoo("llama-tied-bias"), tmp_path / "model"))
+
+
+def with_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Change:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / SINGLE)
+        changed = change(tensors)
+        save_file(tensors if changed is None else changed, folder / SINGLE, metadata={"format": "pt"})
+
+    return apply
+
+
+def without(name: str) -> Change:
+    return with_tensors(lambda tensors: {key: value for key, value in tensors.items() if key != name})
+
+
+def with_config(**changes: Any) -> Change:
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return apply
+
+
+def with_index(weight_map: Any) -> Change:
+    def apply(folder: Path) -> None:
+        (folder / INDEX).write_text(json.dumps(weight_map))
+
+    return apply
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+
+
+def points_outside(folder: Path) -> None:
+    shutil.copy(folder / SINGLE, folder.parent / SINGLE)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / SINGLE), f"../{SINGLE}")}))
+
+
+def key_in_the_wrong_file(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    save_file({UP: tensors[UP]}, folder / "a.safetensors")
+    save_file({name: value for name, value in tensors.items() if name != UP}, folder / "b.safetensors")
+    (folder / SINGLE).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "b.safetensors")}))
+
+
+def set_value(name: str, value: float) -> Change:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[3] = value
+
+    return with_tensors(change)
+
+
+def cut(folder: Path) -> None:
+    content = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(content[: len(content) // 2])
+
+
+def header_of_the_devil(folder: Path) -> None:
+    (folder / SINGLE).write_bytes(b"\xff" * 64)
+
+
+def quantised_by(dtype: torch.dtype, extra: str) -> Change:
+    """8-bit weights beside their scales, as others store them; without the scales they mean nothing."""
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        scale = torch.ones(tensors[UP].shape[0])
+        return tensors | {UP: (tensors[UP] * 100).to(dtype), UP.removesuffix("weight") + extra: scale}
+
+    return with_tensors(change)
+
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "config cut": (lambda folder: (folder / "config.json").write_text('{"model_type": "ll'), "config.json"),
+    "config a list": (lambda folder: (folder / "config.json").write_text("[1, 2]"), "config.json"),
+    "config of no known model": (with_config(model_type="xyzzy"), "xyzzy"),
+    "config without a type": (lambda folder: (folder / "config.json").write_text("{}"), "config.json"),
+    "width is a text": (with_config(hidden_size="wide"), "hidden_size"),
+    "width is negative": (with_config(hidden_size=-64), "model"),
+    "no heads": (with_config(num_attention_heads=0), "model"),
+    "experts": (with_config(model_type="mixtral", architectures=["MixtralForCausalLM"]), "mixture of experts"),
+    "nothing but pickle": (only_pickle, "pytorch_model.bin"),
+    "no weights": (lambda folder: (folder / SINGLE).unlink(), "no *.safetensors"),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer"),
+    "weights cut": (cut, SINGLE),
+    "weights are noise": (header_of_the_devil, SINGLE),
+    "weights are empty": (lambda folder: (folder / SINGLE).write_bytes(b""), SINGLE),
+    "index points outside": (points_outside, "only files of its own folder"),
+    "index names what is not there": (with_index({"weight_map": {UP: "gone.safetensors"}}), "gone.safetensors"),
+    "index names no safetensors": (with_index({"weight_map": {UP: "config.json"}}), "config.json"),
+    "index is no index": (with_index([1]), INDEX),
+    "index map is no map": (with_index({"weight_map": [UP]}), INDEX),
+    "index sends a key to the wrong file": (key_in_the_wrong_file, UP),
+    "a linear layer is missing": (without(UP), UP),
+    "a norm is missing": (without("model.norm.weight"), "model.norm.weight"),
+    "a bias is missing": (without(BIAS), BIAS),
+    "the embedding is missing": (without(EMBEDDING), EMBEDDING),
+    "a linear layer of another shape": (with_tensors(lambda t: t | {UP: torch.zeros(64, 96)}), UP),
+    "a linear layer without a dimension": (with_tensors(lambda t: t | {UP: torch.tensor(1.0)}), UP),
+    "an embedding of another shape": (with_tensors(lambda t: t | {EMBEDDING: torch.zeros(100, 64)}), EMBEDDING),
+    "a bias of another shape": (with_tensors(lambda t: t | {BIAS: torch.zeros(1)}), BIAS),
+    "not a number in a weight": (set_value(UP, float("nan")), UP),
+    "infinity in a weight": (set_value(UP, float("inf")), UP),
+    "not a number in an embedding": (set_value(EMBEDDING, float("nan")), EMBEDDING),
+    "not a number in a norm": (set_value("model.norm.weight", float("nan")), "model.norm.weight"),
+    "8-bit codes": (quantised_by(torch.int8, "SCB"), UP),
+    "8-bit floats": (quantised_by(torch.float8_e4m3fn, "weight_scale_inv"), UP),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_broken_folder_is_refused_by_name(folder: Path, case: str) -> None:
+    change, named = REFUSED[case]
+    change(folder)
+    message = refusal(folder)
+    assert named in message, message
+
+
+@pytest.mark.parametrize("name", ["./not/here", "not-here", "/not/here", "no/body/here", "some-one/some-model"])
+def test_a_name_that_leads_nowhere_is_refused(name: str) -> None:
+    assert name.removeprefix("./") in refusal(name)
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
+    assert "a file" in refusal(folder / SINGLE)
+
+
+def test_code_in_the_folder_is_never_run(folder: Path) -> None:
+    with_config(model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"})(folder)
+    marker = folder / "it-ran"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    refusal(folder)
+    assert not marker.exists()
+
+
+def test_an_attention_that_is_not_installed_is_refused(folder: Path) -> None:
+    assert "flash" in refusal(folder, attention="flash_attention_3").lower()
+
+
+def moe_types() -> list[str]:
+    others = ("mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx", "jamba", "jetmoe", "minimax", "dots1")
+    return sorted(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if "moe" in kind or kind in others)
+
+
+@pytest.mark.parametrize("kind", moe_types())
+def test_every_mixture_of_experts_of_transformers_is_refused(kind: str, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[kind]()
+    for name, value in config.to_dict().items():
+        if re.fullmatch(r"(num|n_routed|num_local|moe_num)_experts", name) and value in (None, 1):
+            setattr(config, name, 4)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match="mixture of experts"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_model_is_not_taken_for_a_mixture(zoo: Any, family: str) -> None:
+    assert read_config(zoo(family)).model_type

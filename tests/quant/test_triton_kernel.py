@@ -1,0 +1,35 @@
+"""The fused dequantisation kernel, run by Triton's interpreter on the CPU, gives bitsandbytes' bits."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+SCRIPT = """
+import torch
+from qlora.quant import triton_kernel
+from qlora.quant.cuda_dequantize import random_matrix
+from qlora.quant.bitsandbytes_ops import Form, _dequantize
+from qlora.quant.blockwise import dynamic_levels
+from qlora.quant import nf4, fp4
+for kind in (nf4, fp4):
+    for shape, block in (((8, 64), 64), ((5, 7), 32), ((3, 4096), 128), ((33, 129), 64)):
+        for dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off where cards round
+            name = kind.__name__.rpartition(".")[2]
+            double = random_matrix(shape, block, torch.device("cpu"))
+            single = [double[0], torch.rand(len(double[1]))]
+            for stored in (double, double[:4], single):
+                out = torch.empty(shape, dtype=dtype)
+                triton_kernel.dequantize(stored[:4], block, kind.levels(), dynamic_levels(), out)
+                assert torch.equal(out, _dequantize(stored, shape, Form(name, block, dtype))), (name, shape, dtype)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
+def test_the_fused_kernel_is_bitsandbytes_bit_for_bit() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "equal\n", done.stderr

@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, small runs, child processes, faults."""

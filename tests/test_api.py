@@ -1,0 +1,107 @@
+"""The Python face: what docs/api.md shows runs as it stands, and importing it costs nothing."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.documents import ROOT, fences
+
+import qlora
+from qlora.errors import InputError, RecipeError
+
+BLOCKS = [fence for fence in fences(ROOT / "docs" / "api.md") if fence.words == ("python",)]
+DEMO = ROOT / "qlora" / "demo"
+RECIPE = f"""\
+model: {{name: {DEMO / "base"}, dtype: float32}}
+data: {{train: {DEMO / "data" / "train.jsonl"}, eval: {DEMO / "data" / "eval.jsonl"}, max_length: 128, packing: false}}
+optim: {{kind: adamw}}
+train: {{output: runs/my, micro_batch: 4, global_batch: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each block of the document prints, all run in turn in one folder, each in fresh names."""
+    folder = tmp_path_factory.mktemp("notebook")
+    (folder / "my.yaml").write_text(RECIPE)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for block in BLOCKS:
+            lines: list[str] = []
+            exec(block.text, {"print": lambda *values, lines=lines: lines.append(" ".join(map(str, values)))})
+            found[block.where] = "\n".join(lines)
+        found["folder"] = str(folder)
+    return found
+
+
+def test_every_block_of_the_document_runs_and_says_something(said: dict[str, str]) -> None:
+    assert len(BLOCKS) == 4 and all(said[block.where] for block in BLOCKS)
+    trained, planned, asked, exported = (said[block.where] for block in BLOCKS)
+    loss, eval_loss, report = trained.split()
+    assert float(loss) > 0 and float(eval_loss) > 0 and Path(said["folder"], report).is_file()
+    assert "24.00 GiB" in planned and "fits (predicted)" in planned
+    assert asked.count("\n") >= 1 and asked.splitlines()[-1].startswith("[")
+    assert float(exported.split()[0]) < 1e-6  # nats a token: float32 was merged from the very matrices trained on
+
+
+def test_the_readmes_block_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (fence.text for fence in fences(ROOT / "README.md") if fence.words == ("python",))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(RECIPE.replace("train: {output", "train: {max_steps: 2, output"))
+    lines: list[str] = []
+    exec(block, {"print": lines.append})
+    assert len(lines) == 1 and isinstance(lines[0], str)
+
+
+def test_a_block_takes_three_lines_at_the_most_beside_the_import() -> None:
+    for block in BLOCKS:
+        assert len([line for line in block.text.splitlines() if line and not line.startswith("import")]) <= 3
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    code = "import sys, qlora; print({'torch', 'transformers', 'numpy', 'yaml'} & {*sys.modules}, qlora.__all__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.startswith("set()")
+
+
+def test_the_functions_are_not_shadowed_by_packages() -> None:
+    import qlora.exporters
+    import qlora.training
+
+    assert [*inspect.signature(qlora.train).parameters] == ["recipe", "quiet"]
+    assert [*inspect.signature(qlora.export).parameters][:3] == ["run", "out", "to"]
+
+
+@pytest.mark.parametrize("name", [name for name in qlora.__all__ if name[0].islower() and name != "errors"])
+def test_every_function_says_what_it_takes_gives_and_raises(name: str) -> None:
+    from qlora import api
+
+    function = getattr(api, name)
+    assert callable(getattr(qlora, name)) and name in dir(qlora)
+    assert "Error" in function.__doc__ or "DoesNotFit" in function.__doc__
+    parameters = inspect.signature(function).parameters.values()
+    assert all(each.annotation is not inspect.Parameter.empty for each in parameters)
+
+
+def test_mistakes_are_the_errors_of_the_command_line(tmp_path: Path) -> None:
+    assert issubclass(qlora.errors.RecipeError, InputError)
+    with pytest.raises(RecipeError, match="Did you mean"):
+        qlora.load_recipe({"model": "a/b", "data": {"train": "x.jsonl"}}, "adapter.rnak=3")
+    with pytest.raises(InputError, match="Did you mean 'merged'"):
+        qlora.export(tmp_path, tmp_path / "out", to="mergd")  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="max_new_tokens"):
+        qlora.generate(tmp_path, "x", max_new_tokens=0)
+    with pytest.raises(AttributeError, match="load_recipe"):
+        qlora.load_receipt  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_plan_is_the_one_of_the_command_line_on_several_cards_too(tmp_path: Path) -> None:
+    from support.command_line import qlora as line
+
+    (tmp_path / "my.yaml").write_text(RECIPE)
+    for gpus in (1, 2):
+        said = line("plan", tmp_path / "my.yaml", "--gpu", "8GiB", "--gpus", gpus, "--ram", "64GiB", "--json").json
+        assert qlora.plan(tmp_path / "my.yaml", gpu="8GiB", gpus=gpus, ram="64GiB").peak_bytes == said["peak_bytes"]

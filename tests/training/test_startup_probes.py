@@ -1,0 +1,232 @@
+"""What a run looks at by itself: is it the same base, does every tensor learn, does the base stay as it was?"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.child_processes import Child
+from support.small_runs import adapter_tensors, recipe_of, run, write_rows
+
+from qlora.adapters.inject import adapted
+from qlora.errors import BaseModelError, InputError, QloraError
+from qlora.model import Model
+from qlora.model.frozen_digest import frozen_sha256
+from qlora.model.load_base import Base, load
+from qlora.quant.linear import FrozenLinear
+from qlora.quant.nf4 import Nf4
+from qlora.runs import train as walk
+from qlora.training import OPTIMIZERS
+from qlora.training.checkpoint import MANIFEST, POSITION, read
+from qlora.utils.atomic_files import sha256_of
+
+Zoo = Callable[..., Path]
+
+
+def loaded(folder: Path) -> Base:
+    return load(Model(name=str(folder), dtype="float32"), Nf4(), torch.device("cpu"))
+
+
+def changed(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a base with another config.json."""
+    copy = Path(shutil.copytree(folder, target))
+    config = json.loads((copy / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return copy
+
+
+# ---- the same base
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}}),
+        ("llama", {"rms_norm_eps": 1e-5}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("mistral", {"sliding_window": 16}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 20.0}),
+        ("gemma2", {"query_pre_attn_scalar": 32}),
+    ],
+)
+def test_the_same_weights_with_another_arithmetic_are_another_base(
+    zoo: Zoo, family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    other = changed(zoo(family), tmp_path / "other", **changes)
+    assert loaded(other).manifest.sha256 != loaded(zoo(family)).manifest.sha256
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transformers_version": "4.44.0", "use_cache": False, "architectures": None},
+        {"rope_parameters": ..., "rope_theta": 10_000, "rope_scaling": None},  # as older versions wrote it
+        {"rope_parameters": {"rope_theta": 10_000, "rope_type": "default"}},
+        {"max_position_embeddings": 512, "pad_token_id": None, "initializer_range": 0.5, "attention_dropout": 0.5},
+    ],
+)
+def test_what_changes_no_number_makes_no_other_base(zoo: Zoo, changes: dict[str, Any], tmp_path: Path) -> None:
+    assert (
+        loaded(changed(zoo("llama"), tmp_path / "same", **changes)).manifest.sha256
+        == loaded(zoo("llama")).manifest.sha256
+    )
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+@pytest.mark.parametrize("value", [10**9, 2**63, 1e308, -(10**6)])
+def test_sizes_that_no_model_has_are_refused_at_once(zoo: Zoo, key: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match=key):
+        loaded(changed(zoo("llama"), tmp_path / "giant", **{key: value}))
+
+
+# ---- the base stays
+
+
+def test_every_byte_of_the_frozen_base_counts(zoo: Zoo) -> None:
+    model = loaded(zoo("llama")).model
+    whole = frozen_sha256(model)
+    for value in [*model.parameters(), *model.buffers()]:
+        flat = value.detach().reshape(-1).view(torch.uint8)
+        for at in (0, flat.numel() // 2, flat.numel() - 1):
+            flat[at] ^= 64
+            assert frozen_sha256(model) != whole
+            flat[at] ^= 64
+    assert frozen_sha256(model) == whole
+
+
+def test_a_base_that_changes_under_training_ends_the_run(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = walk.fit
+
+    def flipped(job: Any, position: Any) -> Any:
+        layer = next(module for module in job.model.modules() if isinstance(module, FrozenLinear))
+        next(layer.parameters(recurse=False)).view(-1).view(torch.uint8)[5] ^= 1
+        return fit(job, position)
+
+    monkeypatch.setattr(walk, "fit", flipped)
+    output = tmp_path / "run"
+    with pytest.raises(QloraError, match="frozen base changed") as caught:
+        run(recipe_of(zoo("llama"), write_rows(tmp_path / "rows.jsonl", 8), output))
+    assert caught.value.exit_code == 1 and not (output / "adapter_model.safetensors").exists()
+
+
+# ---- every tensor learns
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_tensor_that_no_gradient_reaches_is_named(
+    zoo: Zoo, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble = walk.assemble
+
+    def cut(parts: Any, *rest: Any) -> Any:
+        layer = adapted(parts.base.model)["model.layers.1.mlp.up_proj"]
+        layer.A.register_hook(torch.zeros_like)
+        return assemble(parts, *rest)
+
+    data = write_rows(tmp_path / "rows.jsonl", 8)
+    options = (f"optim.kind={kind}", "train.max_steps=8")
+    run(recipe_of(zoo("llama"), data, tmp_path / "good", *options))
+    monkeypatch.setattr(walk, "assemble", cut)
+    with pytest.raises(QloraError, match=r"1 of 28 trainable tensors.*layers\.1\.mlp\.up_proj\.A"):
+        run(recipe_of(zoo("llama"), data, tmp_path / "run", *options))
+
+
+# ---- what may not change between two parts of a run
+
+
+def test_dropout_ties_a_run_to_its_micro_batch(zoo: Zoo, tmp_path: Path) -> None:
+    """Masks are drawn a micro-batch at a time; without dropout another micro-batch changes no more than rounding."""
+    data = write_rows(tmp_path / "rows.jsonl", 8)
+    for dropout, name in ((0.1, "with"), (0.0, "without")):
+        options = ("train.save_every=2", f"adapter.dropout={dropout}", "optim.warmup=0", "optim.schedule=constant")
+        run(recipe_of(zoo("llama"), data, tmp_path / name, *options, "train.max_steps=2"))
+        longer = recipe_of(zoo("llama"), data, tmp_path / name, *options, "train.max_steps=3", "train.micro_batch=4")
+        if dropout:
+            with pytest.raises(InputError, match=r"train\.micro_batch \(was 2, is 4\)"):
+                run(longer)
+        else:
+            assert run(longer)["result"]["steps"] == 3
+
+
+def test_another_chat_template_or_tokenizer_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    data, options = write_rows(tmp_path / "rows.jsonl", 8), ("train.save_every=2", "optim.warmup=0")
+    run(recipe_of(zoo("llama"), data, tmp_path / "run", *options, "train.max_steps=2"))
+    other = Path(shutil.copytree(zoo("llama"), tmp_path / "model"))
+    template = next(other.glob("chat_template*"))
+    template.write_text(template.read_text().replace("<|im_start|>{{", "<|im_start|> {{"))
+    with pytest.raises(InputError, match="tokenizer and template"):
+        run(recipe_of(other, data, tmp_path / "run", *options, "train.max_steps=3"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("checkpoint")
+    options = ("train.max_steps=1", "train.save_every=1")
+    run(recipe_of(zoo("llama"), write_rows(home / "rows.jsonl", 4), home / "run", *options))
+    return home / "run" / "checkpoint-000001"
+
+
+def spoilt(checkpoint: Path, home: Path, file: str, **changes: Any) -> Path:
+    """A checkpoint with other values, whose manifest vouches for them."""
+    folder = Path(shutil.copytree(checkpoint, home / checkpoint.name))
+    values = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps(values) + "\n")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if file != MANIFEST:
+        manifest["files"][file] = sha256_of(folder / file)
+    (folder / MANIFEST).write_text(json.dumps(manifest) + "\n")
+    return folder
+
+
+def test_a_checkpoint_that_is_written_anew_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    assert read(spoilt(checkpoint, tmp_path, POSITION)).position == read(checkpoint).position
+
+
+@pytest.mark.parametrize("number", [2, 0, "1", None, True, 1.5])
+def test_a_checkpoint_of_another_format_is_refused_by_its_number(checkpoint: Path, number: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"format.*reads format 1"):
+        read(spoilt(checkpoint, tmp_path, MANIFEST, format=number))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": "1"},
+        {"step": True},
+        {"loss": float("nan")},
+        {"best_step": 1.5},
+        {"more": 1},
+        {"fixed": 3},
+    ],
+)
+def test_a_position_that_says_nonsense_is_refused(checkpoint: Path, changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="position"):
+        read(spoilt(checkpoint, tmp_path, POSITION, **changes))
+
+
+# ---- the same bits again
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_recipe_gives_the_same_adapter_in_every_process(zoo: Zoo, kind: str, tmp_path: Path) -> None:
+    data, digests = write_rows(tmp_path / "rows.jsonl", 12), set()
+    options = (f"optim.kind={kind}", "adapter.dropout=0.1", "data.packing=true", "train.deterministic=true")
+    for name in ("one", "two"):
+        recipe = recipe_of(zoo("llama"), data, tmp_path / name, *options)
+
+        def work(tell: Any, recipe: Any = recipe) -> None:
+            torch.manual_seed(hash(recipe.train.output))  # what was random before a run is no part of it
+            walk.train(recipe, quiet=True)
+
+        child = Child(work, tmp_path / "said")
+        assert child.end() == 0, (tmp_path / "said").read_text()
+        digests.add(sha256_of(tmp_path / name / "adapter_model.safetensors"))
+    assert len(digests) == 1 and adapter_tensors(tmp_path / "one")
