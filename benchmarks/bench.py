@@ -73,10 +73,10 @@ def _summary(found: list[dict[str, Any]], warm_up: int) -> dict[str, Any]:
 
 
 def _child(contender: Contender, line: Connection, settings: dict[str, Any]) -> None:
-    contender(Gate(line, settings.get("device", "cpu"), settings.pop("cap_bytes", None)), **settings)
+    contender(Turnstile(line, settings.get("device", "cpu"), settings.pop("cap_bytes", None)), **settings)
 
 
-class Gate:
+class Turnstile:
     """A contender's end of the line: `ready` once loaded, then `wait` before and `done` after each step."""
 
     def __init__(self, line: Connection, device: str = "cpu", cap_bytes: int | None = None) -> None:

@@ -11,10 +11,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.published_models import work_of  # noqa: E402 - the shapes that the tests prove
 
-from qlora.memory.planner.cost_model import Pace, seconds  # noqa: E402
+from qlora.memory.planner.cost_model import DeviceSpeed, seconds  # noqa: E402
 from qlora.memory.planner.memory_plan import Budget  # noqa: E402
 from qlora.memory.planner.search import choose  # noqa: E402
-from qlora.memory.planner.workload import Work  # noqa: E402
+from qlora.memory.planner.workload import Workload  # noqa: E402
 
 PAGE = ROOT / "docs/beyond.md"
 GIB = 2**30
@@ -43,7 +43,7 @@ def plans_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _planned(work: Work, card: int, host: int) -> str:
+def _planned(work: Workload, card: int, host: int) -> str:
     found = choose(work, Budget(card * GIB, host * GIB))
     if not found.fits:
         return "does not fit | | |"
@@ -55,12 +55,12 @@ def free_table() -> str:
     """Tokens of a micro-batch from which a wholly streamed 70B takes no longer than a resident one."""
     lines = ["| card | " + " | ".join(f"PCIe {link}" for link in LINKS) + " |", "|---" * (len(LINKS) + 1) + "|"]
     for card, peak in CARDS.items():
-        cells = [f"{free_from(Pace(REACHED * peak, link)):,}" for link in LINKS.values()]
+        cells = [f"{free_from(DeviceSpeed(REACHED * peak, link)):,}" for link in LINKS.values()]
         lines.append(f"| {card} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def free_from(pace: Pace) -> int:
+def free_from(pace: DeviceSpeed) -> int:
     """The fewest tokens, in steps of STEP, at which every copy hides behind a product, all layers recomputed."""
     work = work_of("Llama-3.1-70B")
     for tokens in range(STEP, MOST, STEP):

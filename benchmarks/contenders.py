@@ -7,13 +7,13 @@ import tempfile
 import time
 from typing import Any
 
-from bench import Gate
+from bench import Turnstile
 from workloads import ALPHA, LEARNING_RATE, RANK, TARGETS, rows_of
 
 PER_DEVICE_BATCH = 8  # TRL's default; more rows a step are accumulated
 
 
-def ours(gate: Gate, recompute: int | None = 0, compiled: bool = False, **work: Any) -> None:
+def ours(gate: Turnstile, recompute: int | None = 0, compiled: bool = False, **work: Any) -> None:
     """The project itself: its own loading, adapters, loss and optimiser, as `qlora train` puts them together.
 
     `recompute`: the first layers that do (None: all); the planner keeps all activations where they fit.
@@ -75,17 +75,17 @@ def _micro_batches(rows: list[list[int]], length: int, short: bool) -> list[Any]
     return [collate([row], 0) for row in pack(examples, length)] if short else [collate(examples, 0)]
 
 
-def ours_recomputing(gate: Gate, **work: Any) -> None:
+def ours_recomputing(gate: Turnstile, **work: Any) -> None:
     """The same with every layer recomputed: the least memory."""
     ours(gate, recompute=None, **work)
 
 
-def ours_compiled(gate: Gate, **work: Any) -> None:
+def ours_compiled(gate: Turnstile, **work: Any) -> None:
     """The same with train.compile."""
     ours(gate, compiled=True, **work)
 
 
-def peft_classic(gate: Gate, **work: Any) -> None:
+def peft_classic(gate: Turnstile, **work: Any) -> None:
     """B0: the recipe of the original scripts, as its users write it."""
     import torch
     from bitsandbytes.optim import PagedAdamW32bit
@@ -116,7 +116,7 @@ def peft_classic(gate: Gate, **work: Any) -> None:
         gate.done(started, total)
 
 
-def trl_defaults(gate: Gate, **work: Any) -> None:
+def trl_defaults(gate: Turnstile, **work: Any) -> None:
     """B1: SFTTrainer as it comes, told the base, the adapter and the batch."""
     from datasets import Dataset
     from peft import LoraConfig

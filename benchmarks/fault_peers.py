@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.trainer_utils import get_last_checkpoint
 
 STEPS = 12
-Work = Callable[[Path, Tell], None]
+Workload = Callable[[Path, Tell], None]
 
 
 def rows() -> list[dict[str, list[int]]]:
@@ -55,7 +55,7 @@ class _Poison(TrainerCallback):
             next(p for p in named["model"].parameters() if p.grad is not None).grad.fill_(float("nan"))
 
 
-def train_hf(model: Path, poisoned: bool = False) -> Work:
+def train_hf(model: Path, poisoned: bool = False) -> Workload:
     """The Trainer of transformers with its defaults, saving after every step; resumes as it recommends."""
 
     def work(output: Path, tell: Tell) -> None:
@@ -86,7 +86,7 @@ def usable_hf(model: Path, output: Path) -> bool:
     return (Path(newest) / "rng_state.pth").is_file()
 
 
-def train_accelerate(model: Path) -> Work:
+def train_accelerate(model: Path) -> Workload:
     """A loop with accelerate's save_state after every step, the last two kept by its own naming."""
 
     def work(output: Path, tell: Tell) -> None:
@@ -134,7 +134,7 @@ def usable_accelerate(model: Path, output: Path) -> bool:
     )
 
 
-def killed(home: Path, work: Work, usable: Callable[[Path], bool], kills: int) -> dict[str, int]:
+def killed(home: Path, work: Workload, usable: Callable[[Path], bool], kills: int) -> dict[str, int]:
     """`kills` random moments of training; how often the newest checkpoint was unusable. Each run starts anew."""
     draw, found = random.Random(0), {"kills": 0, "unusable": 0}
     output = home / "out"
@@ -153,7 +153,7 @@ def killed(home: Path, work: Work, usable: Callable[[Path], bool], kills: int) -
     return found
 
 
-def _seconds(home: Path, work: Work) -> float:
+def _seconds(home: Path, work: Workload) -> float:
     """How long training takes from its first line on, once warm."""
     for name in ("warm", "timed"):
         output = home / name

@@ -21,7 +21,7 @@ from support.published_models import CONFIGS, work_of
 
 from qlora.memory.planner.memory_plan import Budget, Plan, plan
 from qlora.memory.planner.search import choose
-from qlora.memory.planner.workload import Work
+from qlora.memory.planner.workload import Workload
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
@@ -42,7 +42,7 @@ def peaks() -> list[dict[str, Any]]:
     return rows
 
 
-def chosen(work: Work) -> dict[str, int]:
+def chosen(work: Workload) -> dict[str, int]:
     """Layers that recompute, park and stream, and whether the embedding waits in main memory."""
     away = work.embeds_on_host
     return {"recomputed": work.recomputed, "parked": work.parked, "streamed": work.streamed, "embedding_on_host": away}
@@ -62,7 +62,7 @@ def contexts() -> list[dict[str, Any]]:
     return rows
 
 
-def fit(work: Work, budget: Budget) -> Iterator[bool]:
+def fit(work: Workload, budget: Budget) -> Iterator[bool]:
     """Whether it fits with all layers recomputed and parked, for every number of resident layers."""
     parked = replace(work, offloaded=work.shapes.layers - 1)
     yield plan(parked, budget).fits
@@ -80,7 +80,7 @@ def longest(fits: Callable[[int], bool]) -> int:
     return low * CONTEXT_STEP
 
 
-def configurations(work: Work) -> Iterator[Work]:
+def configurations(work: Workload) -> Iterator[Workload]:
     """What is measured of a model, gathering and streaming last: embedding and layers leave the card for them."""
     layers = work.shapes.layers
     for length in (1024, 2048, 4096):
@@ -94,7 +94,7 @@ def configurations(work: Work) -> Iterator[Work]:
 class Rig:
     """A random model of some shape, quantised on the device, that takes training steps as a Work says."""
 
-    def __init__(self, work: Work, config: dict[str, Any], device: str) -> None:
+    def __init__(self, work: Workload, config: dict[str, Any], device: str) -> None:
         import torch
 
         from qlora.adapters.inject import inject
@@ -104,24 +104,24 @@ class Rig:
         self.model = random_base(config, self.device)
         inject(self.model, Lora(rank=work.adapters.rank, alpha=32, dropout=0.0), "all-linear", 0)
 
-    def step(self, work: Work) -> int:
+    def step(self, work: Workload) -> int:
         """Peak bytes allocated in two training steps as `work` says: the first makes the moments."""
         import torch
 
-        from qlora.memory.copy_stream import Lane
-        from qlora.memory.planner.search import Fixed
-        from qlora.memory.weight_streaming import Stream, embed_on_host
-        from qlora.runs.memory_setup import Ladder
+        from qlora.memory.copy_stream import CopyStream
+        from qlora.memory.planner.search import UserChoices
+        from qlora.memory.weight_streaming import WeightStreamer, embed_on_host
+        from qlora.runs.memory_setup import MemoryFallback
         from qlora.training.loss import TokenLoss
         from qlora.training.optimizers import Adamw
 
         if work.weights == "stream" and not self.streaming:
             self.streaming = True
-            Stream(self.model, work.resident_layers, Lane(self.device))
+            WeightStreamer(self.model, work.resident_layers, CopyStream(self.device))
         if work.embeds_on_host and not self.gathering:
             self.gathering = True
             embed_on_host(self.model, self.device)
-        Ladder(self.model, work, Fixed(), self.device)
+        MemoryFallback(self.model, work, UserChoices(), self.device)
         loss = TokenLoss(self.model).train()
         trained = [each for each in self.model.parameters() if each.requires_grad]
         optimizer = Adamw.build([{"params": trained, "lr": 1e-4}], (0.9, 0.999), 0.0)
@@ -206,7 +206,7 @@ def measured(rig: Rig, found: Plan, total: int) -> dict[str, Any]:
         return row | {"allocated_bytes": None, "error": str(error).splitlines()[0]}
 
 
-def row_of(work: Work) -> dict[str, Any]:
+def row_of(work: Workload) -> dict[str, Any]:
     """What tells a configuration from another."""
     return {"model": work.shapes.name, "length": work.max_length, **chosen(work)}
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.data.batching.collate import Batch, collate
 from qlora.data.batching.packing import pack
-from qlora.data.batching.sampler import RowOrder
+from qlora.data.batching.sampler import Sampler
 from qlora.data.types import IGNORED, Example, trained_tokens
 from qlora.model.attention import NAME
 from qlora.training.loss import TokenLoss
@@ -43,7 +43,7 @@ def rows_of(count: int, sigma: float) -> list[Example]:
 
 def padded(rows: Sequence[Example], micro_batch: int, length: int | None = None) -> list[Batch]:
     """Shuffled rows in micro-batches, padded to the longest of each, or to `length`."""
-    order = RowOrder("shuffle", len(rows), 0).rows(rows, 0)
+    order = Sampler("shuffle", len(rows), 0).rows(rows, 0)
     groups = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     made = []
     for group in groups:

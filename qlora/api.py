@@ -15,7 +15,7 @@ from qlora.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from qlora.memory.planner.memory_plan import Plan
     from qlora.recipe.recipe import Recipe
-    from qlora.runs.load_run import Opened
+    from qlora.runs.load_run import LoadedRun
 
 Where = str | PathLike[str]
 Target = Literal["merged", "adapter", "portable", "ollama"]
@@ -104,27 +104,27 @@ def train(recipe: "Recipe | Where", *, quiet: bool = False) -> Run:
     return Run(Path(found.train.output), walk(found, quiet=quiet))
 
 
-def load(run: "Run | Where", adapter: Where | None = None) -> "Opened":
+def load(run: "Run | Where", adapter: Where | None = None) -> "LoadedRun":
     """A run, a checkpoint, an adapter folder or a plain model, opened for `generate` and `export`.
 
     The base is quantised as in training. adapter: a folder that replaces the run's own. InputError if the folder is
     none of these; AdapterError if the adapter is damaged or was trained on other weights.
     """
-    from qlora.runs.load_run import open_run
+    from qlora.runs.load_run import load_run
 
-    return open_run(fspath(run), None if adapter is None else fspath(adapter), _say)
+    return load_run(fspath(run), None if adapter is None else fspath(adapter), _say)
 
 
 @overload
 def generate(
-    run: "Opened | Run | Where", prompt: str, *, max_new_tokens: int = ..., temperature: float = ...
+    run: "LoadedRun | Run | Where", prompt: str, *, max_new_tokens: int = ..., temperature: float = ...
 ) -> str: ...
 @overload
 def generate(
-    run: "Opened | Run | Where", prompt: list[str], *, max_new_tokens: int = ..., temperature: float = ...
+    run: "LoadedRun | Run | Where", prompt: list[str], *, max_new_tokens: int = ..., temperature: float = ...
 ) -> list[str]: ...
 def generate(
-    run: "Opened | Run | Where", prompt: str | list[str], *, max_new_tokens: int = 256, temperature: float = 0.0
+    run: "LoadedRun | Run | Where", prompt: str | list[str], *, max_new_tokens: int = 256, temperature: float = 0.0
 ) -> str | list[str]:
     """The answer to a prompt, or to each of several, which share batches; each is a user's turn in the run's template.
 
@@ -143,7 +143,7 @@ def generate(
 
 
 def export(
-    run: "Opened | Run | Where",
+    run: "LoadedRun | Run | Where",
     out: Where,
     to: Target = "merged",
     *,
@@ -158,12 +158,12 @@ def export(
     order that can't be meant or a folder that is there; QloraError if the written model is not the trained one.
     """
     from qlora.exporters import TARGETS
-    from qlora.exporters.export_run import Order, export_run
+    from qlora.exporters.export_run import ExportRequest, export_run
 
     if to not in TARGETS:
         raise InputError(f"to: no {to!r}.{did_you_mean(str(to), TARGETS)}")
     opened = load(run) if isinstance(run, Run | str | PathLike) else run
-    found = export_run(opened, Order(to, base, dtype, None, rows), fspath(out), _say)
+    found = export_run(opened, ExportRequest(to, base, dtype, None, rows), fspath(out), _say)
     return Exported(Path(found["path"]), found["bytes"], found["agreement"], found["servers"])
 
 

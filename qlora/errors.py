@@ -62,7 +62,7 @@ class Stopped(QloraError):
         self.exit_code = 128 + signal_number
 
 
-class SaidElsewhere(QloraError):
+class ReportedByOtherRank(QloraError):
     """Another process of the run says what went wrong; this one ends with the same exit code and no word."""
 
     def __init__(self, exit_code: int) -> None:

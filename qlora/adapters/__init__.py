@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from qlora.config import Between, KindOf, Rule, Section, setting
-from qlora.utils.registry import Kinds
+from qlora.utils.registry import Registry
 
-ADAPTERS = Kinds(
+ADAPTERS = Registry(
     "adapter.kind",
     lora="qlora.adapters.lora:Lora",  # W + (alpha / rank) B A                              arXiv:2106.09685
     rslora="qlora.adapters.rslora:RsLora",  # W + (alpha / sqrt rank) B A                   arXiv:2312.03732

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.adapters.lora import Lora, LoraLinear
-from qlora.adapters.lora_autograd import Branch, Strength
+from qlora.adapters.lora_autograd import Branch, LoraScale
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.rematerialize import origin_of
 
@@ -89,7 +89,7 @@ class DoraLinear(LoraLinear):
             return self.base(x)  # type: ignore[no-any-return]
         dropping = self.training and self.dropout > 0
         read = F.dropout(x, self.dropout) if dropping else x
-        update, passed_on = Branch.apply(read, *self.pair(), Strength(self.scaling, 0.0), origin_of(read))
+        update, passed_on = Branch.apply(read, *self.pair(), LoraScale(self.scaling, 0.0), origin_of(read))
         y: Tensor = Magnify.apply(update, passed_on if read.requires_grad else read, self.magnitude, self)
         if dropping:
             return y + self.base(x - read)  # type: ignore[no-any-return]

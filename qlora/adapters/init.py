@@ -27,7 +27,7 @@ Originals = Callable[[set[str]], Iterable[tuple[str, Tensor]]]  # paths -> each 
 
 
 @dataclass(frozen=True)
-class Begun:
+class InitResult:
     """|W - Q| over |W|, Frobenius over all adapted matrices, as the base is stored and as training starts."""
 
     error_before: float
@@ -43,7 +43,7 @@ class Begun:
         )
 
 
-def begin(model: nn.Module, kind: str, originals: Originals, seed: int) -> Begun | None:
+def begin(model: nn.Module, kind: str, originals: Originals, seed: int) -> InitResult | None:
     """Set A and B of every adapted layer as `kind` says; what was removed of the quantisation error, where it counts.
 
     AdapterError if a matrix has fewer directions than the rank, or loftq finds no error to start from.
@@ -67,7 +67,7 @@ def begin(model: nn.Module, kind: str, originals: Originals, seed: int) -> Begun
             "adapter.init: loftq starts from the error of quantising, but these files are stored in 4 bits already. "
             "Take the 16-bit checkpoint, or init default."
         )
-    return Begun(before / norm, after / norm)
+    return InitResult(before / norm, after / norm)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.lora_autograd import Accumulate, Branch, Strength
+from qlora.adapters.lora_autograd import Accumulate, Branch, LoraScale
 from qlora.adapters.patterns import by_pattern
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.rematerialize import origin_of
@@ -46,7 +46,7 @@ class LoraLinear(nn.Module):
         """X [..., I] -> [..., O], both in the base's compute dtype."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
-        strength = Strength(self.scaling, self.dropout if self.training else 0.0)
+        strength = LoraScale(self.scaling, self.dropout if self.training else 0.0)
         update, passed_on = Branch.apply(x, *self.pair(), strength, origin_of(x))
         return Accumulate.apply(update, passed_on if x.requires_grad else x, self.base)  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ from qlora.quant.linear import FrozenLinear
 from qlora.utils.rematerialize import Origin
 
 
-class Strength(NamedTuple):
+class LoraScale(NamedTuple):
     """How much of the update there is: its factor, and the share of x that training leaves out."""
 
     scaling: float
@@ -30,7 +30,7 @@ class Branch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, strength: Strength, origin: Origin | None
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, strength: LoraScale, origin: Origin | None
     ) -> tuple[Tensor, Tensor]:
         """X [..., I], a [R, I], b [O, R] -> [..., O] and x."""
         scaling, dropout = ctx.scaling, ctx.dropout = strength

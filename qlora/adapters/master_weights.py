@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qlora.errors import AdapterError
 from qlora.quant.linear import FrozenLinear
-from qlora.utils.rematerialize import Origin, origin_of, row_wise
+from qlora.utils.rematerialize import Origin, origin_of, rowwise_checkpoint
 
 
 class MasterMatmul(torch.autograd.Function):
@@ -83,7 +83,7 @@ class MasterNorm(nn.Module):
             cast = {name: master.to(rows.dtype) for name, master in zip(names, masters, strict=True)}
             return functional_call(self._norm[0], cast, (rows,))  # type: ignore[no-any-return]
 
-        return row_wise(norm, x, trained=tuple(self.parameters()))
+        return rowwise_checkpoint(norm, x, trained=tuple(self.parameters()))
 
 
 def trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -25,7 +25,7 @@ from qlora.adapters.rslora import RsLora
 from qlora.adapters.trainable_tokens import SUFFIX, fitted_rows, indices, row_modules
 from qlora.errors import AdapterError, QloraError
 from qlora.utils.atomic_files import read_json, write_bytes, write_json
-from qlora.utils.sandbox import TooMuch, within_ceilings
+from qlora.utils.sandbox import LimitExceeded, within_limits
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -282,8 +282,8 @@ def _within_ceilings(patterns: Mapping[str, Any], path: str, default: Any) -> An
     if not patterns:
         return default
     try:
-        return within_ceilings(lambda: by_pattern(patterns, path, default))
-    except (TooMuch, MemoryError):
+        return within_limits(lambda: by_pattern(patterns, path, default))
+    except (LimitExceeded, MemoryError):
         raise AdapterError(f"{CONFIG}: alpha_pattern: one of its expressions takes for ever on {path!r}.") from None
 
 

@@ -12,7 +12,7 @@ from qlora.adapters.inject import adapted, replace
 from qlora.adapters.lora import LoraLinear
 
 
-class Turns:
+class RoundRobin:
     """The adapters of one base by name; None is the base alone."""
 
     def __init__(self, model: nn.Module) -> None:

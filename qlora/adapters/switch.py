@@ -34,7 +34,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.active = True
 
 
-class Switch:
+class AdapterSwitch:
     """The adapters that one resident base knows by name. None is the base alone; that is also how it starts.
 
     For answering, not for training: held layers are in evaluation mode and take no gradient.
@@ -123,7 +123,7 @@ class Switch:
 
 
 class ByRow(nn.Module):
-    """y = base(x), and to the rows of each adapter its own update. Stands in a layer's place inside `Switch.rows`."""
+    """y = base(x), and to the rows of each adapter its own update. Replaces a layer inside `AdapterSwitch.rows`."""
 
     def __init__(self, base: nn.Module, members: Sequence[tuple[nn.Module, Tensor]], rows: int) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ ROWS = ".master.rows"  # how the parameter's name ends
 SUFFIX = ".token_adapter.trainable_tokens_delta"
 
 
-class Rows(nn.Module):
+class TokenRows(nn.Module):
     """Rows [N, I] in the place of those that `index` [N] names, sorted; the other rows are the frozen module's."""
 
     index: Tensor
@@ -35,7 +35,7 @@ class Rows(nn.Module):
         return self._frozen[0].weight  # type: ignore[return-value]
 
 
-class EmbeddingRows(Rows):
+class EmbeddingRows(TokenRows):
     """An embedding some of whose rows are others."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class EmbeddingRows(Rows):
         return torch.where((self.index[place] == ids)[..., None], own, out)
 
 
-class HeadRows(Rows):
+class HeadRows(TokenRows):
     """A head some of whose rows are others."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,12 +92,12 @@ def train_rows(model: nn.Module, ids: Sequence[int]) -> list[str]:
     return list(ends)
 
 
-def row_modules(model: nn.Module) -> dict[str, Rows]:
+def row_modules(model: nn.Module) -> dict[str, TokenRows]:
     """Path -> rows that train there; a head that shares them with the embedding is left out, as in PEFT's file."""
-    found: dict[str, Rows] = {}
+    found: dict[str, TokenRows] = {}
     for path, module in model.named_modules():
         master = getattr(module, "master", None)
-        if isinstance(master, Rows) and all(master.rows is not other.rows for other in found.values()):
+        if isinstance(master, TokenRows) and all(master.rows is not other.rows for other in found.values()):
             found[path] = master
     return found
 
@@ -150,5 +150,5 @@ def _ends(model: nn.Module) -> dict[str, nn.Module]:
     return {paths[id(end)]: end for end in ends if end is not None}
 
 
-def _stand_in(module: nn.Module, index: Tensor, rows: nn.Parameter) -> Rows:
+def _stand_in(module: nn.Module, index: Tensor, rows: nn.Parameter) -> TokenRows:
     return (EmbeddingRows if isinstance(module, nn.Embedding) else HeadRows)(module, index, rows)

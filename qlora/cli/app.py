@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from qlora.errors import QloraError, SaidElsewhere
+from qlora.errors import QloraError, ReportedByOtherRank
 from qlora.utils.redact import RedactedStream, redacted
 
 app = typer.Typer(
@@ -68,7 +68,7 @@ def _told(error: QloraError, debug: bool) -> int:
     """A mistake said, by one process for all; its exit code."""
     if debug:
         say(traceback.format_exc())
-    if not isinstance(error, SaidElsewhere):
+    if not isinstance(error, ReportedByOtherRank):
         say(f"error: {error}")
     return error.exit_code
 

@@ -10,7 +10,7 @@ import typer
 from qlora.cli.app import app, say
 
 if TYPE_CHECKING:
-    from qlora.runs.conversation import Talk
+    from qlora.runs.conversation import ChatSession
 
 
 @app.command()
@@ -26,11 +26,11 @@ def chat(
     """
     from qlora.runs.adapter_names import named_adapters
     from qlora.runs.chat import converse
-    from qlora.runs.conversation import Talk
-    from qlora.runs.load_run import open_switch, own_adapter
+    from qlora.runs.conversation import ChatSession
+    from qlora.runs.load_run import load_with_adapters, own_adapter
 
-    opened, switch = open_switch(run, named_adapters(adapter or [], own_adapter(run)), say)
-    talk = Talk(opened, switch, max_new_tokens, temperature, say)
+    opened, switch = load_with_adapters(run, named_adapters(adapter or [], own_adapter(run)), say)
+    talk = ChatSession(opened, switch, max_new_tokens, temperature, say)
     typed = sys.stdin.isatty()
     if typed:
         say(f"{run}: {switch.name or 'the base alone'} answers. /help lists the commands, Ctrl-D leaves.")
@@ -40,7 +40,7 @@ def chat(
 class Terminal:
     """Answers on stdout as they come; for a person, their speed on stderr."""
 
-    def __init__(self, talk: "Talk", typed: bool) -> None:
+    def __init__(self, talk: "ChatSession", typed: bool) -> None:
         self.talk, self.typed = talk, typed
 
     def answer(self, who: str, pieces: Iterator[str]) -> None:

@@ -23,9 +23,9 @@ def evaluate(
     Example: qlora eval runs/example --task exact-match --data test.jsonl
     """
     from qlora.runs.evaluate_and_generate import measure
-    from qlora.runs.load_run import open_run
+    from qlora.runs.load_run import load_run
 
-    found = measure(open_run(run, adapter, say), data, task, beside_base, say)
+    found = measure(load_run(run, adapter, say), data, task, beside_base, say)
     if as_json:
         return answer(found)
     say(_line(found) + f" on {found['rows']} rows")

@@ -31,10 +31,12 @@ def export(
 
     Example: qlora export runs/example merged --to merged --dtype bfloat16
     """
-    from qlora.exporters.export_run import Order, export_run
-    from qlora.runs.load_run import open_run
+    from qlora.exporters.export_run import ExportRequest, export_run
+    from qlora.runs.load_run import load_run
 
-    found = export_run(open_run(run, None, say), Order(to, base, dtype, data, rows, max_kl, max_lost, rank), out, say)
+    found = export_run(
+        load_run(run, None, say), ExportRequest(to, base, dtype, data, rows, max_kl, max_lost, rank), out, say
+    )
     if as_json:
         return answer(found)
     say(f"{found['bytes'] / 2**20:,.1f} MiB -> {found['path']}")

@@ -25,13 +25,13 @@ def generate(
     """
     from qlora.runs.adapter_names import named_adapters
     from qlora.runs.evaluate_and_generate import answer_prompts, answer_with_each
-    from qlora.runs.load_run import open_run, open_switch
+    from qlora.runs.load_run import load_run, load_with_adapters
 
     if adapter:
-        opened, switch = open_switch(run, named_adapters(adapter), say)
+        opened, switch = load_with_adapters(run, named_adapters(adapter), say)
         rows = answer_with_each(opened, switch, prompt, max_new_tokens, temperature)
     else:
-        rows = answer_prompts(open_run(run, None, say), prompt, max_new_tokens, temperature)
+        rows = answer_prompts(load_run(run, None, say), prompt, max_new_tokens, temperature)
     if as_json:
         return answer({"rows": rows})
     for row in rows:

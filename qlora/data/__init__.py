@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from qlora.config import REQUIRED, KindOf, OneOrMany, Section, setting
-from qlora.utils.registry import Kinds
+from qlora.utils.registry import Registry
 
-FORMATS = Kinds(
+FORMATS = Registry(
     "data.format",
     alpaca="qlora.data.formats.alpaca:Alpaca",  # instruction, input, output (+ system, history)
     sharegpt="qlora.data.formats.sharegpt:Sharegpt",  # conversations: [{from, value}]

@@ -10,9 +10,9 @@ import numpy as np
 from qlora.data import data_report
 from qlora.data.batching import cache
 from qlora.data.batching.column_store import Array, Columns
-from qlora.data.batching.dataset import DOCUMENTS, Documents, DocumentWriter, Rows
+from qlora.data.batching.dataset import DOCUMENTS, ExampleStore, ExampleWriter, SequenceDataset
 from qlora.data.batching.eval_split import held_out
-from qlora.data.batching.filter import Gate, admit
+from qlora.data.batching.filter import ExampleFilter, admit
 from qlora.data.batching.packing import Indices, arrange
 from qlora.data.conversations import worker_pool
 from qlora.data.conversations.encode_records import encoded_rows
@@ -64,9 +64,10 @@ def prepare(section: "Data", encoder: Encoder, seed: int, progress: Progress = l
         return found, replace(report, sha256=report_sha256).as_json()
 
     known = cache.entry(_key(section, encoder, seed, sets), build)
-    documents = Documents(known.columns)
+    documents = ExampleStore(known.columns)
     train, evaluation = (
-        Rows(documents, known.columns[f"{name}_order"], known.columns[f"{name}_ends"]) for name in ("train", "eval")
+        SequenceDataset(documents, known.columns[f"{name}_order"], known.columns[f"{name}_ends"])
+        for name in ("train", "eval")
     )
     report = DataReport.from_json(known.report)
     return Prepared(train, evaluation, replace(report, notes=[*encoder.notes, known.note]))
@@ -111,10 +112,10 @@ class _Walk:
 
     def run(self, sets: tuple[_Set, _Set], columns: Columns) -> tuple[dict[str, Array], DataReport]:
         """Fill `columns`; returns them for reading, with the report."""
-        writer = DocumentWriter(columns)
-        gate, held = (self._gathered(one, Gate(one.name, writer)) for one in sets)
+        writer = ExampleWriter(columns)
+        gate, held = (self._gathered(one, ExampleFilter(one.name, writer)) for one in sets)
         found = columns.finish(DOCUMENTS)
-        documents = Documents(found)
+        documents = ExampleStore(found)
         keys = np.asarray(gate.keys, dtype=np.uint64)
         picked = np.zeros(gate.kept, dtype=bool)
         if self._section.eval is None:
@@ -128,13 +129,13 @@ class _Walk:
         report = replace(report, eval_rows=len(evaluation), packed_rows=len(ends))
         return found | columns.finish(_PLAN), report
 
-    def _packed(self, train: Indices, documents: Documents) -> tuple[Indices, Indices]:
+    def _packed(self, train: Indices, documents: ExampleStore) -> tuple[Indices, Indices]:
         if not self._section.packing:
             return train, 1 + np.arange(len(train))
         order, ends = arrange(documents.lengths[train], self._section.max_length)
         return train[order], ends
 
-    def _gathered(self, one: _Set, gate: Gate) -> Gate:
+    def _gathered(self, one: _Set, gate: ExampleFilter) -> ExampleFilter:
         """The sources of one key, row by row."""
         for index, (src, place) in enumerate(zip(one.sources, one.located, strict=True)):
             gate.warnings.extend(place.findings)
@@ -157,7 +158,7 @@ _PLAN = ("train_order", "train_ends", "eval_order", "eval_ends")
 _REPORT_ROWS = 256
 
 
-def _report(gate: Gate, held: Gate, picked: Array, documents: Documents) -> DataReport:
+def _report(gate: ExampleFilter, held: ExampleFilter, picked: Array, documents: ExampleStore) -> DataReport:
     keys, held_keys = np.asarray(gate.keys, dtype=np.uint64), np.asarray(held.keys, dtype=np.uint64)
     duplicates, repeated = data_report.repeats(keys, documents.where)
     overlap = int(np.isin(np.concatenate([held_keys, keys[picked]]), keys[~picked]).sum())

@@ -19,7 +19,7 @@ TOOLS = "tools"  # extra: tools, the JSON schemas handed to the chat template
 Ints = npt.NDArray[np.int32]
 
 
-class RowError(DataError):
+class RecordError(DataError):
     """One row can't be used. `reason` is short and countable; `detail` says what was found in this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -29,7 +29,7 @@ class RowError(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Record:
     """One record of a data set. `where` is file:line as the user wrote the file; `copies` is its share of an epoch."""
 
     where: str
@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class BadRow:
+class BadRecord:
     """A line that could not be read as a record."""
 
     where: str
@@ -112,7 +112,7 @@ def trained_tokens(examples: Iterable[Example]) -> int:
 SHOWN = 5  # places named in a finding about many rows
 
 
-class Places:
+class Occurrences:
     """How many rows something was seen in, and the first few of them."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.batching.filter import Gate
+from qlora.data.batching.filter import ExampleFilter
 from qlora.data.types import Finding, counted
 
 FEW_ROWS = 100  # below, a LoRA learns the rows by heart within an epoch or two
@@ -12,13 +12,13 @@ MANY_CUT = 0.05  # of the rows, above data.max_length
 ONE_ANSWER = 0.5  # of the rows
 
 
-def advice(gate: Gate, lengths: npt.NDArray[np.int64]) -> list[Finding]:
+def advice(gate: ExampleFilter, lengths: npt.NDArray[np.int64]) -> list[Finding]:
     """What to know about the rows that passed `gate`; `lengths` are the tokens of each."""
     told = [*_endings(gate), *_control(gate), *_amount(gate), *_cut(gate, lengths), *_sameness(gate)]
     return [Finding(gate.where, text) for text in told]
 
 
-def _endings(gate: Gate) -> list[str]:
+def _endings(gate: ExampleFilter) -> list[str]:
     found = []
     if gate.open_ended.count:
         found.append(gate.open_ended.told("without a trained end token: the model may not stop"))
@@ -28,14 +28,14 @@ def _endings(gate: Gate) -> list[str]:
     return found
 
 
-def _control(gate: Gate) -> list[str]:
+def _control(gate: ExampleFilter) -> list[str]:
     if 2 * gate.control_rows <= gate.kept:
         return []
     text = "of the rows hold control strings; are they conversations written out already? Give them as messages"
     return [f"{gate.control_rows} {text}"]
 
 
-def _amount(gate: Gate) -> list[str]:
+def _amount(gate: ExampleFilter) -> list[str]:
     found = []
     if 0 < gate.kept < FEW_ROWS:
         found.append(f"{counted(gate.kept)}: will overfit; {FEW_ROWS} or more, or fewer epochs")
@@ -45,7 +45,7 @@ def _amount(gate: Gate) -> list[str]:
     return found
 
 
-def _cut(gate: Gate, lengths: npt.NDArray[np.int64]) -> list[str]:
+def _cut(gate: ExampleFilter, lengths: npt.NDArray[np.int64]) -> list[str]:
     """How long rows would have to be for nearly all of them to be trained whole."""
     rows = len(lengths) - gate.truncated + len(gate.too_long)
     if len(gate.too_long) <= MANY_CUT * rows:
@@ -56,7 +56,7 @@ def _cut(gate: Gate, lengths: npt.NDArray[np.int64]) -> list[str]:
     return [f"{share:.0%} of the rows are above data.max_length; {enough} would hold 99 % of them whole"]
 
 
-def _sameness(gate: Gate) -> list[str]:
+def _sameness(gate: ExampleFilter) -> list[str]:
     """An answer that most rows share is soon the only one the model gives."""
     if gate.kept < FEW_ROWS:
         return []

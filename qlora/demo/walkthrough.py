@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora.exporters.export_run import Order, export_run
+from qlora.exporters.export_run import ExportRequest, export_run
 from qlora.recipe.recipe import Recipe, read
 from qlora.runs.evaluate_and_generate import answers
-from qlora.runs.load_run import held_out, open_run
+from qlora.runs.load_run import held_out, load_run
 from qlora.runs.train import train
 from qlora.training.exact_match import exact_match
 from qlora.utils.atomic_files import write_json
@@ -34,8 +34,8 @@ def demonstrate(out: str, say: Callable[[str], None]) -> dict[str, Any]:
     side_by_side(before, after)
     say(f"exact match on {len(after)} held-out rows: {score(before):.1%} before, {score(after):.1%} after")
     say("4. `qlora export --to merged`, and how far the merged model is from the trained one")
-    order = Order(to="merged", onto="dequantized", dtype="float32", data=None, rows=None)
-    exported = export_run(open_run(out, None, say), order, f"{out}/merged", say)
+    order = ExportRequest(to="merged", onto="dequantized", dtype="float32", data=None, rows=None)
+    exported = export_run(load_run(out, None, say), order, f"{out}/merged", say)
     say(f"5. what is in {out}")
     for file in sorted(path for path in Path(out).rglob("*") if path.is_file() and "checkpoint" not in str(path)):
         say(f"   {file.relative_to(out)!s:34} {file.stat().st_size / 1024:10,.1f} KiB")
@@ -73,5 +73,5 @@ def side_by_side(before: Answers, after: Answers) -> None:
 
 
 def _ask(name: str, recipe: Recipe) -> Answers:
-    opened = open_run(name)
+    opened = load_run(name)
     return answers(opened, held_out(opened, recipe.data.eval[0].path if recipe.data.eval else None))

@@ -3,9 +3,9 @@
 from typing import Annotated
 
 from qlora.config import KindOf, Section, setting
-from qlora.utils.registry import Kinds
+from qlora.utils.registry import Registry
 
-STRATEGIES = Kinds(
+STRATEGIES = Registry(
     "distributed.kind",
     single="qlora.distributed.single:Single",  # one process
     ddp="qlora.distributed.ddp:Ddp",  # every process holds the whole model

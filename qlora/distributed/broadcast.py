@@ -17,14 +17,14 @@ Unit = TypeVar("Unit")
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Payload:
     """Tensors by name, and anything that JSON can say about them."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     note: Any = None
 
 
-class Company(Protocol):
+class ProcessGroup(Protocol):
     """Several processes, seen from one of them."""
 
     rank: int
@@ -32,7 +32,7 @@ class Company(Protocol):
     device: torch.device
 
 
-def send(company: Company, sender: int, parcel: Parcel | None) -> Parcel:
+def send(company: ProcessGroup, sender: int, parcel: Payload | None) -> Payload:
     """The parcel of process `sender` on every process; the others give None, and get tensors on their own device."""
     if company.world == 1 and parcel is not None:
         return parcel
@@ -41,7 +41,7 @@ def send(company: Company, sender: int, parcel: Parcel | None) -> Parcel:
     if parcel is None:
         said = json.loads(header)
         places, size = {name: tuple(place) for name, place in said["places"].items()}, said["size"]
-        parcel = Parcel({}, said["note"])
+        parcel = Payload({}, said["note"])
     body = torch.empty(size, dtype=torch.uint8, device=company.device)
     for name, tensor in parcel.tensors.items():
         start = places[name][0]
@@ -49,15 +49,15 @@ def send(company: Company, sender: int, parcel: Parcel | None) -> Parcel:
         body[start : start + tensor.nbytes] = flat.view(torch.uint8)
     if size:
         broadcast(body, from_process=sender)
-    return Parcel({name: _view(body, *place) for name, place in places.items()}, parcel.note)
+    return Payload({name: _view(body, *place) for name, place in places.items()}, parcel.note)
 
 
 def deal(
-    company: Company,
+    company: ProcessGroup,
     units: Sequence[Unit],
-    make: Callable[[Unit], Parcel],
+    make: Callable[[Unit], Payload],
     error: type[Exception],
-) -> Iterator[tuple[Unit, Parcel]]:
+) -> Iterator[tuple[Unit, Payload]]:
     """Each unit with its parcel on every process; they take turns in making one, and work side by side.
 
     An `error` that `make` raises on one process is raised on all.
@@ -74,14 +74,14 @@ def deal(
             yield unit, found
 
 
-def _made(make: Callable[[Unit], Parcel], unit: Unit, error: type[Exception]) -> Parcel:
+def _made(make: Callable[[Unit], Payload], unit: Unit, error: type[Exception]) -> Payload:
     try:
         return make(unit)
     except error as failed:
-        return Parcel({}, {"failed": str(failed)})
+        return Payload({}, {"failed": str(failed)})
 
 
-def _packing(parcel: Parcel) -> tuple[bytes, dict[str, tuple[Any, ...]], int]:
+def _packing(parcel: Payload) -> tuple[bytes, dict[str, tuple[Any, ...]], int]:
     """The header, each tensor's place (start, type, shape), and the body's size."""
     places: dict[str, tuple[Any, ...]] = {}
     end = 0
@@ -91,7 +91,7 @@ def _packing(parcel: Parcel) -> tuple[bytes, dict[str, tuple[Any, ...]], int]:
     return json.dumps({"places": places, "size": end, "note": parcel.note}).encode(), places, end
 
 
-def _send_bytes(company: Company, sender: int, text: bytes) -> bytes:
+def _send_bytes(company: ProcessGroup, sender: int, text: bytes) -> bytes:
     size = torch.tensor([len(text)], device=company.device)
     broadcast(size, from_process=sender)
     body = torch.empty(int(size), dtype=torch.uint8, device=company.device)

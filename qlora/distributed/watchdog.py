@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qlora.errors import QloraError, SaidElsewhere
+from qlora.errors import QloraError, ReportedByOtherRank
 from qlora.utils.redact import redacted
 
 LOOK_SECONDS = 0.5  # between two looks
@@ -25,7 +25,7 @@ MEET_SECONDS = 600.0  # for the slowest process to come
 BOARD_SECONDS = 5.0  # for an answer of the note board
 
 
-class Watch:
+class Watchdog:
     """Around a run: `begin` when the processes know each other, `done` when none needs another any more."""
 
     def __init__(self) -> None:
@@ -52,22 +52,22 @@ class Watch:
         """Stop watching; called by all after they have waited for each other."""
         self._over.set()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """One process says what went wrong. SaidElsewhere if it is another one, QloraError for one that just died."""
         self._over.set()  # from here on it is this thread that listens
-        if error is None or self.world < 2 or isinstance(error, SaidElsewhere | SystemExit):
+        if error is None or self.world < 2 or isinstance(error, ReportedByOtherRank | SystemExit):
             return
         code = getattr(error, "exit_code", 1)
         if self._board is None:  # they do not know each other yet: the first of each machine speaks
             if os.environ.get("LOCAL_RANK", "0") != "0":
-                raise SaidElsewhere(code) from None
+                raise ReportedByOtherRank(code) from None
             return
         gone = self._gone(HEAR_SECONDS if isinstance(error, RuntimeError) else 0.0)
         if not self._speaks(gone or str(error)):
-            raise SaidElsewhere(code) from None
+            raise ReportedByOtherRank(code) from None
         if gone:
             raise QloraError(gone) from None
 
@@ -146,7 +146,7 @@ class Watch:
 
 def one_voice(work: Callable[[], Any]) -> Any:
     """What `work` gives; where it fails for every process of a launch, the first of each machine says so."""
-    with Watch():
+    with Watchdog():
         return work()
 
 

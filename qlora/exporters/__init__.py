@@ -1,11 +1,11 @@
 """Out of the house: what was trained, in the forms that other programs load, each checked against the trained model."""
 
-from qlora.utils.registry import Kinds
+from qlora.utils.registry import Registry
 
-TARGETS = Kinds(
+TARGETS = Registry(
     "export --to",
-    merged="qlora.exporters.merged:Merged",  # one model: base + update, summed in float32, rounded once
-    adapter="qlora.exporters.adapter:Adapter",  # PEFT's folder
-    portable="qlora.exporters.portable:Portable",  # a PEFT folder that readers without rsLoRA and patterns take as well
-    ollama="qlora.exporters.ollama:Ollama",  # a portable adapter and its Modelfile
+    merged="qlora.exporters.merged:MergedExporter",  # one model: base + update, summed in float32, rounded once
+    adapter="qlora.exporters.adapter:AdapterExporter",  # PEFT's folder
+    portable="qlora.exporters.portable:PortableExporter",  # a PEFT folder for readers without rsLoRA and patterns
+    ollama="qlora.exporters.ollama:OllamaExporter",  # a portable adapter and its Modelfile
 )

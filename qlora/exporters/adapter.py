@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from qlora.adapters.peft_files import CONFIG, WEIGHTS
-from qlora.exporters.export_source import Choice, Trained, write_tokenizer
+from qlora.exporters.export_source import ExportOptions, ExportSource, write_tokenizer
 from qlora.utils.atomic_files import write_bytes
 
 
-class Adapter:
+class AdapterExporter:
     """Export target `adapter`."""
 
-    def write(self, trained: Trained, folder: Path, choice: Choice) -> int:
+    def write(self, trained: ExportSource, folder: Path, choice: ExportOptions) -> int:
         """Copy the adapter's two files, its card and the base's tokenizer; returns the bytes of the tensors' file."""
         source = trained.adapter.folder
         for file in (source / WEIGHTS, source / CONFIG, source / "README.md"):

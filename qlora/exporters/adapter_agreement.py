@@ -7,17 +7,17 @@ from typing import Any
 from torch import nn
 
 from qlora.adapters.peft_files import fitted, read
-from qlora.adapters.switch import Switch
+from qlora.adapters.switch import AdapterSwitch
 from qlora.data.types import Example
 from qlora.exporters.certificate import Agreement, compare
-from qlora.runs.load_run import Opened
+from qlora.runs.load_run import LoadedRun
 
 
-def as_lora(opened: Opened, folder: Path, examples: Sequence[Example]) -> Agreement:
+def as_lora(opened: LoadedRun, folder: Path, examples: Sequence[Example]) -> Agreement:
     """The trained adapter against the one in `folder`, row by row; afterwards neither acts."""
     assert opened.adapter is not None
     model, device = opened.base.model, opened.base.device
-    switch = Switch(model)
+    switch = AdapterSwitch(model)
     for name, file in (("trained", opened.adapter), ("written", read(folder))):
         switch.hold(name, fitted(model, file, opened.base.manifest.sha256, allow_other_base=True)[0])
     return compare(Acting(model, switch, "trained"), Acting(model, switch, "written"), examples, device)
@@ -26,7 +26,7 @@ def as_lora(opened: Opened, folder: Path, examples: Sequence[Example]) -> Agreem
 class Acting(nn.Module):
     """A model whose decoder runs with one of its adapters switched on, whatever acted before."""
 
-    def __init__(self, model: nn.Module, switch: Switch, name: str) -> None:
+    def __init__(self, model: nn.Module, switch: AdapterSwitch, name: str) -> None:
         super().__init__()
         self._parts = (model, switch, name)  # in a tuple: the model belongs to somebody else
         self.config = model.config
@@ -43,7 +43,7 @@ class Acting(nn.Module):
 class _Decoder:
     """The decoder as one adapter makes it."""
 
-    def __init__(self, model: Any, switch: Switch, name: str) -> None:
+    def __init__(self, model: Any, switch: AdapterSwitch, name: str) -> None:
         self._decoder, self._switch, self._name = model.get_decoder(), switch, name
         self.config = self._decoder.config
 

@@ -14,7 +14,7 @@ from qlora.errors import InputError, QloraError, did_you_mean
 from qlora.exporters import TARGETS
 from qlora.exporters.adapter_agreement import as_lora
 from qlora.exporters.certificate import Agreement, Rounding, compare, rounding
-from qlora.exporters.export_source import Choice, Trained
+from qlora.exporters.export_source import ExportOptions, ExportSource
 from qlora.exporters.portable import Shortened, shortened
 from qlora.exporters.server_support import as_text, servers
 from qlora.memory.weight_streaming import embed_on_host
@@ -25,12 +25,12 @@ from qlora.quant import build as build_quantizer
 from qlora.recipe.recipe import dump
 from qlora.runs.artifacts import CARD, MANIFEST
 from qlora.runs.full_model import ADAPTERLESS
-from qlora.runs.load_run import Opened, Say, has_rows, held_out
+from qlora.runs.load_run import LoadedRun, Say, has_rows, held_out
 from qlora.runs.report.export_card import exported_card
 from qlora.runs.report.model_card import caution, is_hub
 from qlora.utils.atomic_files import sha256_of, write_json, write_text
 from qlora.utils.atomic_folders import folder_in_one_step
-from qlora.utils.progress import Rates
+from qlora.utils.progress import ProgressReporter
 
 ONTO = ("dequantized", "original")
 MODELS = ("merged", "ollama")  # targets that are whole models, and so have a certificate
@@ -40,7 +40,7 @@ MAX_LOST = 1.0  # rounding error over the update: beyond it rounding moved the w
 
 
 @dataclass(frozen=True)
-class Order:
+class ExportRequest:
     """What `qlora export` was asked for."""
 
     to: str
@@ -53,7 +53,7 @@ class Order:
     rank: int | None = None
 
 
-def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: None) -> dict[str, Any]:
+def export_run(opened: LoadedRun, order: ExportRequest, out: str, say: Say = lambda line: None) -> dict[str, Any]:
     """Write an export and its certificate; returns what `qlora export` answers.
 
     InputError if the order can't be meant, or the folder is there already; QloraError if the certificate is above a
@@ -67,7 +67,7 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
         raise InputError(f"{folder} is there already. Name a folder that does not exist yet.")
     if order.rank is not None and (order.to != "portable" or order.rank < 1):
         raise InputError(f"--rank: found {order.rank} for --to {order.to}, allowed: from 1, for --to portable.")
-    choice = Choice(order.onto, dtype, Rates(say, "writing the model", "bytes"), rank=order.rank)
+    choice = ExportOptions(order.onto, dtype, ProgressReporter(say, "writing the model", "bytes"), rank=order.rank)
     trained = trained_of(opened)
     with folder_in_one_step(folder, _key(opened, order, dtype)) as aside:
         size = target.write(trained, aside, choice)
@@ -90,7 +90,7 @@ def export_run(opened: Opened, order: Order, out: str, say: Say = lambda line: N
     }  # fmt: skip
 
 
-def _refuse_adapterless(opened: Opened, order: Order) -> None:
+def _refuse_adapterless(opened: LoadedRun, order: ExportRequest) -> None:
     if opened.adapter is not None:
         return
     if opened.recipe.adapter.kind != "full":
@@ -99,10 +99,10 @@ def _refuse_adapterless(opened: Opened, order: Order) -> None:
         raise InputError(f"--to {order.to}: {ADAPTERLESS} Use --to merged or --to ollama.")
 
 
-def trained_of(opened: Opened) -> Trained:
+def trained_of(opened: LoadedRun) -> ExportSource:
     """The run as the export targets see it; where every weight trained, its own folder with nothing to add."""
     base = opened.base
-    return Trained(
+    return ExportSource(
         opened.adapter or AdapterFile(base.folder.path, {}, {}, None),
         base.folder.path,
         build_quantizer(opened.recipe.quant),
@@ -117,7 +117,7 @@ def trained_of(opened: Opened) -> Trained:
     )
 
 
-def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
+def certify(opened: LoadedRun, folder: Path, order: ExportRequest) -> Agreement:
     """Compare the written model with the trained one; its matrices are read from the files as they are used."""
     examples = held_out(opened, order.data)[: order.rows or CERTIFICATE_ROWS]
     device, attention = opened.base.device, opened.recipe.model.attention
@@ -128,7 +128,9 @@ def certify(opened: Opened, folder: Path, order: Order) -> Agreement:
     return compare(trained, written, examples, device)
 
 
-def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: Say) -> dict[str, Any]:
+def _certified(
+    opened: LoadedRun, folder: Path, order: ExportRequest, choice: ExportOptions, say: Say
+) -> dict[str, Any]:
     """Measure what was written, say it, write certificate.json. QloraError above a limit."""
     short = shortened(choice.shortened)
     if short:
@@ -148,7 +150,9 @@ def _certified(opened: Opened, folder: Path, order: Order, choice: Choice, say: 
     return {"agreement": asdict(agreement) if agreement else None, "rounding": asdict(took)}
 
 
-def _certified_as_lora(opened: Opened, folder: Path, order: Order, short: Shortened, say: Say) -> dict[str, Any]:
+def _certified_as_lora(
+    opened: LoadedRun, folder: Path, order: ExportRequest, short: Shortened, say: Say
+) -> dict[str, Any]:
     """Measure the LoRA that stands for DoRA, say it, write certificate.json. QloraError above --max-kl if there is."""
     say(str(short))
     found: dict[str, Any] = {"shortened": asdict(short)}
@@ -165,7 +169,7 @@ def _certified_as_lora(opened: Opened, folder: Path, order: Order, short: Shorte
     return found | {"agreement": asdict(agreement)}
 
 
-def _refuse(took: Rounding, agreement: Agreement | None, order: Order) -> None:
+def _refuse(took: Rounding, agreement: Agreement | None, order: ExportRequest) -> None:
     limit = _max_kl(order)
     if agreement and limit is not None and not agreement.mean_kl <= limit:
         raise QloraError(
@@ -184,24 +188,24 @@ def _above(value: float) -> str:
     return f"{value * 1.1:.2g}"
 
 
-def _max_kl(order: Order) -> float | None:
+def _max_kl(order: ExportRequest) -> float | None:
     """Onto the original weights the quantisation error comes back: it is measured and said, but no mistake."""
     return MAX_KL if order.max_kl is None and order.onto == "dequantized" else order.max_kl
 
 
-def _card(opened: Opened, folder: Path, facts: dict[str, Any]) -> str:
+def _card(opened: LoadedRun, folder: Path, facts: dict[str, Any]) -> str:
     """The export's README; the places of this machine stay out of it."""
     name = opened.recipe.model.name
     table = servers(facts["to"], folder, "THIS_FOLDER", name if is_hub(name) else "BASE")
     return exported_card(_run_manifest(_source(opened)), dump(opened.recipe), facts, as_text(table))
 
 
-def _source(opened: Opened) -> Path:
+def _source(opened: LoadedRun) -> Path:
     """The folder of what was trained."""
     return opened.adapter.folder if opened.adapter else opened.base.folder.path
 
 
-def _key(opened: Opened, order: Order, dtype: torch.dtype) -> str | None:
+def _key(opened: LoadedRun, order: ExportRequest, dtype: torch.dtype) -> str | None:
     """What a half-written model is to become: the same order on the same weights goes on with it."""
     if order.to not in MODELS or opened.adapter is None:
         return None
@@ -220,7 +224,7 @@ def _run_manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _dtype(order: Order, opened: Opened) -> torch.dtype:
+def _dtype(order: ExportRequest, opened: LoadedRun) -> torch.dtype:
     """The dtype of a merged model: what the run computed in, unless the user says."""
     if order.dtype is None:
         return opened.base.dtype

@@ -19,7 +19,7 @@ Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Trained:
+class ExportSource:
     """An adapter, the files of its base, and how the run stored and computed that base."""
 
     adapter: AdapterFile
@@ -35,7 +35,7 @@ class Trained:
     stops: tuple[str, ...] = ()  # tokens that end an answer
 
 
-def write_tokenizer(trained: Trained, folder: Path) -> None:
+def write_tokenizer(trained: ExportSource, folder: Path) -> None:
     """The base's tokenizer files byte for byte, or those of one that has grown."""
     if trained.tokenizer is not None:
         save_tokenizer(trained.tokenizer, folder)
@@ -45,7 +45,7 @@ def write_tokenizer(trained: Trained, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExportOptions:
     """What a user says about an export."""
 
     onto: str = "dequantized"  # dequantized | original

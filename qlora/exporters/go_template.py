@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora.data.conversations.chat_template import Template, Turn
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 
 S, U, A, V, B, W = "sentinelsys", "sentinelone", "sentinelans", "sentineltwo", "sentinelrep", "sentinelend"
 
@@ -95,7 +95,7 @@ def _around(template: Template) -> Around:
 def _system(template: Template, user_before: str) -> tuple[str, str] | None:
     try:
         told = _rendered(template, [_turn("system", S), _turn("user", U)], False)
-    except (RowError, Untranslatable):
+    except (RecordError, Untranslatable):
         return None
     if S not in told:
         return None
@@ -112,7 +112,7 @@ def _probes(with_system: bool) -> list[list[Turn]]:
 def _rendered(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
     try:
         return template.render(turns, prompt=prompt).removeprefix(template.bos)
-    except RowError as error:
+    except RecordError as error:
         raise Untranslatable(f"the chat template refuses a plain conversation: {error}") from error
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora.adapters.dora import magnified
 from qlora.adapters.peft_files import settings
 from qlora.errors import InputError
-from qlora.exporters.export_source import Choice, Trained, write_tokenizer
+from qlora.exporters.export_source import ExportOptions, ExportSource, write_tokenizer
 from qlora.model.bnb_checkpoint import companions, is_prequantized, read
 from qlora.model.hf_config import grown, merged_config, untied
 from qlora.model.meta_model import build, read_config, renamer
@@ -27,10 +27,10 @@ from qlora.utils.atomic_files import write_bytes, write_json
 CHUNK = 2**22  # values of a matrix that are summed and rounded at a time: 16 MiB each of update, sum and error
 
 
-class Merged:
+class MergedExporter:
     """Export target `merged`."""
 
-    def write(self, trained: Trained, folder: Path, choice: Choice) -> int:
+    def write(self, trained: ExportSource, folder: Path, choice: ExportOptions) -> int:
         """Write the folder that transformers and the servers load; returns the bytes of its tensors.
 
         InputError if the original 16-bit weights are asked for and the base was stored in 4 bits.
@@ -52,8 +52,8 @@ class Merged:
 class _Merge:
     """One pass over the base's keys: which are copied, which are merged, and how."""
 
-    trained: Trained
-    choice: Choice
+    trained: ExportSource
+    choice: ExportOptions
     heads: list[str] = field(default_factory=list)  # tied in the base, and no longer one tensor
 
     def planned(self) -> Iterator[Planned]:

@@ -2,25 +2,25 @@
 
 from pathlib import Path
 
-from qlora.exporters.export_source import Choice, Trained
+from qlora.exporters.export_source import ExportOptions, ExportSource
 from qlora.exporters.go_template import GoTemplate, Untranslatable, translate
-from qlora.exporters.merged import Merged
+from qlora.exporters.merged import MergedExporter
 from qlora.utils.atomic_files import write_text
 
 MODELFILE = "Modelfile"
 
 
-class Ollama:
+class OllamaExporter:
     """Export target `ollama`."""
 
-    def write(self, trained: Trained, folder: Path, choice: Choice) -> int:
+    def write(self, trained: ExportSource, folder: Path, choice: ExportOptions) -> int:
         """Write the merged model and its Modelfile; returns the bytes of the tensors."""
-        size = Merged().write(trained, folder, choice)
+        size = MergedExporter().write(trained, folder, choice)
         write_text(folder / MODELFILE, modelfile(trained))
         return size
 
 
-def modelfile(trained: Trained) -> str:
+def modelfile(trained: ExportSource) -> str:
     """The Modelfile: FROM this folder, TEMPLATE where Ollama's language can say it, a stop for each end token."""
     lines = ["FROM ."]
     try:

@@ -17,13 +17,13 @@ from qlora.adapters.peft_files import WEIGHTS
 from qlora.adapters.plain_lora import Pairs, folded, largest_rank, padded, refuse_whole, targets_of, write_plain
 from qlora.adapters.spectrum import factors
 from qlora.errors import InputError
-from qlora.exporters.export_source import Choice, Trained, write_tokenizer
+from qlora.exporters.export_source import ExportOptions, ExportSource, write_tokenizer
 
 
-class Portable:
+class PortableExporter:
     """Export target `portable`."""
 
-    def write(self, trained: Trained, folder: Path, choice: Choice) -> int:
+    def write(self, trained: ExportSource, folder: Path, choice: ExportOptions) -> int:
         """Write the adapter's two files, alpha = rank, and copy the base's tokenizer; returns the tensors' bytes.
 
         InputError for a rank where there is nothing to approximate, or one that is none.
@@ -61,7 +61,7 @@ def shortened(noted: Mapping[str, Mapping[str, Any]]) -> Shortened | None:
     return Shortened(rank, error / update if update else 0.0, worst, shares[worst])
 
 
-def nearest(trained: Trained, choice: Choice) -> dict[str, tuple[Tensor, Tensor]]:
+def nearest(trained: ExportSource, choice: ExportOptions) -> dict[str, tuple[Tensor, Tensor]]:
     """A [R, I] and B [O, R] nearest to each update as it acts on the base that was trained on."""
     refuse_whole(trained.adapter)
     layers, pairs = adapted(trained.model), trained.adapter.pairs
@@ -78,7 +78,7 @@ def nearest(trained: Trained, choice: Choice) -> dict[str, tuple[Tensor, Tensor]
     return found
 
 
-def _exact(trained: Trained, choice: Choice) -> Pairs:
+def _exact(trained: ExportSource, choice: ExportOptions) -> Pairs:
     if choice.rank is not None:
         raise InputError("--rank: this adapter is written exactly, whatever its rank. `qlora resize` makes it smaller.")
     return folded(trained.adapter)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora.memory.copy_stream import Lane, host_bytes
+from qlora.memory.copy_stream import CopyStream, host_bytes
 
 SMALLEST_BYTES = 2**16  # of a storage that is worth a copy
 
 
-class Parking:
+class ActivationOffloader:
     """Parks what the first `layers` decoder layers keep."""
 
-    def __init__(self, layers: int, lane: Lane, smallest_bytes: int = SMALLEST_BYTES) -> None:
+    def __init__(self, layers: int, lane: CopyStream, smallest_bytes: int = SMALLEST_BYTES) -> None:
         self.layers, self.lane, self.smallest_bytes = layers, lane, smallest_bytes
         self.host_bytes = 0  # taken so far; buffers are used again and again
         self._free: dict[int, list[Tensor]] = defaultdict(list)
@@ -75,7 +75,7 @@ class Parking:
 class _Layer:
     """What one layer's forward parked; knows the layer below, which backward needs next."""
 
-    def __init__(self, parking: Parking, below: Optional["_Layer"]) -> None:
+    def __init__(self, parking: ActivationOffloader, below: Optional["_Layer"]) -> None:
         self.parking, self.below = parking, below
         self.known: WeakValueDictionary[tuple[int, int], _Parked] = WeakValueDictionary()
         self.leaving: list[Tensor] = []  # kept on the device until their copies are made

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
-from qlora.memory.activation_offload import Parking
+from qlora.memory.activation_offload import ActivationOffloader
 
 
-def recompute(model: nn.Module, layers: int | None, parking: Parking | None = None) -> int:
+def recompute(model: nn.Module, layers: int | None, parking: ActivationOffloader | None = None) -> int:
     """Let the first `layers` decoder layers (None: all) recompute in backward; returns how many do.
 
     `parking`: what its own first layers keep waits in host memory; of a recomputed layer that is its input alone.
@@ -34,7 +34,7 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return [module for module in decoder.modules() if _is_layer(module)]
 
 
-def _run(parking: Parking | None, position: int, recomputes: bool, call: Any, *args: Any) -> Any:
+def _run(parking: ActivationOffloader | None, position: int, recomputes: bool, call: Any, *args: Any) -> Any:
     """One layer's forward in training; `call` is transformers' partial of it, the layer its first argument."""
     # Non-reentrant: frozen embeddings need no gradient, and a layer's last product is not computed again.
     forward = partial(checkpoint, call, use_reentrant=False) if recomputes else call

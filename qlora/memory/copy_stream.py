@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Lane:
+class CopyStream:
     """One queue of copies beside the computation on `device`: a CUDA stream of its own."""
 
     def __init__(self, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.memory.activation_recompute import decoder_layers
-from qlora.memory.copy_stream import Lane, host_bytes
+from qlora.memory.copy_stream import CopyStream, host_bytes
 from qlora.quant.linear import FrozenLinear, frozen
 
 SLOTS = 2  # one in use, one on its way
@@ -27,10 +27,10 @@ def streamed_layers(layers: int, resident: int) -> list[int]:
     return [layer for layer in range(layers) if (layer + 1) * streamed // layers > layer * streamed // layers]
 
 
-class Stream:
+class WeightStreamer:
     """The layers of a model that come and go; owns their bytes on the host and the slots on the device."""
 
-    def __init__(self, model: nn.Module, resident: int, lane: Lane) -> None:
+    def __init__(self, model: nn.Module, resident: int, lane: CopyStream) -> None:
         """Move all but `resident` decoder layers' matrices to the host, wherever they are now, and begin streaming."""
         self.lane = lane
         layers = decoder_layers(model)

@@ -13,7 +13,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
-class Folder:
+class ModelFolder:
     """A base model on disk: what the user called it, where it is, and the commit it was taken from (None if local)."""
 
     name: str
@@ -21,19 +21,19 @@ class Folder:
     revision: str | None
 
 
-def find(name: str, revision: str | None = None) -> Folder:
+def find(name: str, revision: str | None = None) -> ModelFolder:
     """The folder of a base model, downloaded first when `name` is a hub repository; nothing is fetched if it is cached.
 
     BaseModelError if the folder does not hold a model in safetensors, or the repository can't be had.
     """
     path = Path(name).expanduser()
     if path.exists() or _looks_local(name):
-        return Folder(name, _checked(path), None)
+        return ModelFolder(name, _checked(path), None)
     path = _download(name, revision)
-    return Folder(name, _checked(path), path.name)
+    return ModelFolder(name, _checked(path), path.name)
 
 
-def find_here(name: str, revision: str | None = None) -> Folder | None:
+def find_here(name: str, revision: str | None = None) -> ModelFolder | None:
     """`find` for a base that is on this machine already; None, and nothing is fetched, if it is not."""
     path = Path(name).expanduser()
     if not path.exists() and not _looks_local(name):
@@ -42,7 +42,7 @@ def find_here(name: str, revision: str | None = None) -> Folder | None:
         except (LocalEntryNotFoundError, HFValidationError):
             return None
     try:
-        return Folder(name, _checked(path), revision)
+        return ModelFolder(name, _checked(path), revision)
     except BaseModelError:
         return None
 

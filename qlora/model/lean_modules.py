@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qlora.utils.rematerialize import row_wise
+from qlora.utils.rematerialize import rowwise_checkpoint
 
 PROOF_ROWS = 3  # of random numbers, on which a module and its lean stand-in must agree in every bit
 
@@ -27,7 +27,7 @@ class LeanNorm(nn.Module):
         """X [..., I] -> [..., I]."""
         norm = self._original[0]
         trains = any(each is not None and each.requires_grad for each in self._parameters.values())
-        return norm(x) if trains else row_wise(norm.forward, x)  # type: ignore[no-any-return]
+        return norm(x) if trains else rowwise_checkpoint(norm.forward, x)  # type: ignore[no-any-return]
 
 
 class LeanGatedMlp(nn.Module):
@@ -45,7 +45,7 @@ class LeanGatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., I] -> [..., I]."""
-        return self.down_proj(row_wise(self.product, self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(rowwise_checkpoint(self.product, self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up."""
@@ -60,7 +60,7 @@ class LeanFusedMlp(LeanGatedMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., I] -> [..., I]."""
-        return self.down_proj(row_wise(self.product_of_halves, self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(rowwise_checkpoint(self.product_of_halves, self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
     def product_of_halves(self, both: Tensor) -> Tensor:
         """act(first half) * second half."""
@@ -77,7 +77,7 @@ class LeanPlainMlp(LeanGatedMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., I] -> [..., I]."""
-        return self.dense_4h_to_h(row_wise(self.act, self.dense_h_to_4h(x)))  # type: ignore[no-any-return]
+        return self.dense_4h_to_h(rowwise_checkpoint(self.act, self.dense_h_to_4h(x)))  # type: ignore[no-any-return]
 
 
 MLPS: dict[frozenset[str], Callable[[nn.Module], nn.Module]] = {

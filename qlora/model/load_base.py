@@ -11,14 +11,14 @@ from torch import nn
 
 from qlora.distributed.processes import Processes
 from qlora.model import Model
-from qlora.model.download import Folder, find
+from qlora.model.download import ModelFolder, find
 from qlora.model.dtypes import choose, has_bfloat16, name_of
 from qlora.model.fingerprint import BaseManifest
 from qlora.model.lean_modules import lean
 from qlora.model.meta_model import build, read_config, read_tokenizer, stop_ids
-from qlora.model.module_tree import Sharing
-from qlora.model.quantized_cache import Damaged, Packed
-from qlora.model.weight_loader import Aim, Filling, Known, Quantizer, Report
+from qlora.model.module_tree import LayerSharder
+from qlora.model.quantized_cache import Damaged, QuantizedCache
+from qlora.model.weight_loader import LoadResult, LoadTarget, Quantizer, Report, WeightLoader
 from qlora.quant.linear import FrozenLinear
 
 
@@ -29,7 +29,7 @@ class Base:
     model: nn.Module
     tokenizer: Any
     config: Any
-    folder: Folder
+    folder: ModelFolder
     manifest: BaseManifest
     dtype: torch.dtype
     device: torch.device
@@ -56,7 +56,7 @@ def load(
     config = read_config(folder.path)
     dtype = choose(section.dtype, config.get_text_config().dtype or config.dtype, has_bfloat16(device))
     tokenizer = read_tokenizer(folder.path)
-    aim = Aim(quantizer, dtype, device, on_host, processes if processes and processes.together else None)
+    aim = LoadTarget(quantizer, dtype, device, on_host, processes if processes and processes.together else None)
     model, known, notes = _filled(folder.path, aim, lambda: build(config, dtype, section.attention, device), report)
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
     manifest = BaseManifest(folder.name, folder.revision, known.sha256, name_of(dtype), quantized, known.ignored)
@@ -65,12 +65,12 @@ def load(
 
 
 def _filled(
-    folder: Path, aim: Aim, build: Callable[[], nn.Module], report: Report
-) -> tuple[nn.Module, Known, tuple[str, ...]]:
+    folder: Path, aim: LoadTarget, build: Callable[[], nn.Module], report: Report
+) -> tuple[nn.Module, LoadResult, tuple[str, ...]]:
     """The model with its weights: kept ones where there are any that verify, else from the original files."""
     notes, model = list[str](), build()
-    sharing = Sharing(model, aim.processes, aim.on_host) if aim.processes else None
-    packed = Packed(folder, aim, sharing)
+    sharing = LayerSharder(model, aim.processes, aim.on_host) if aim.processes else None
+    packed = QuantizedCache(folder, aim, sharing)
     try:
         known = packed.recall(model, report)
         if known:
@@ -79,13 +79,13 @@ def _filled(
         notes.append(f"the kept base does not verify ({error}); reading the original")
         packed.forget()
         model = build()
-        sharing = Sharing(model, aim.processes, aim.on_host) if aim.processes else None
-    known = Filling(model, folder, aim, sharing).run(report)
+        sharing = LayerSharder(model, aim.processes, aim.on_host) if aim.processes else None
+    known = WeightLoader(model, folder, aim, sharing).run(report)
     kept = packed.keep(model, known)
     return _finished(model, sharing), known, (*notes, *([kept] if kept else []))
 
 
-def _finished(model: nn.Module, sharing: Sharing | None) -> nn.Module:
+def _finished(model: nn.Module, sharing: LayerSharder | None) -> nn.Module:
     """The filled model with lean modules, and what stands outside its layers shared out too."""
     lean(model)
     if sharing:

@@ -70,7 +70,7 @@ def rebuilt(described: Mapping[str, Any], own: Mapping[str, Tensor]) -> FrozenLi
     return FourBitLinear(described["kind"], described["block"], (rows, columns), stored, own.get("bias"))
 
 
-class Sharing:
+class LayerSharder:
     """The units of a model that are sharded as soon as they are whole, so that no process ever holds the model."""
 
     def __init__(self, model: nn.Module, processes: Processes, on_host: Callable[[str], bool]) -> None:

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.distributed.broadcast import Parcel, deal
+from qlora.distributed.broadcast import Payload, deal
 from qlora.errors import QloraError
 from qlora.model.dtypes import name_of
-from qlora.model.module_tree import Sharing, put_all
+from qlora.model.module_tree import LayerSharder, put_all
 from qlora.model.prefetch import ahead
-from qlora.model.weight_loader import Aim, Known, Report
+from qlora.model.weight_loader import LoadResult, LoadTarget, Report
 from qlora.quant.fourbit import FourBit
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.atomic_files import ASIDE, alone, cache_home, plain_name, sha256_of, write_json
@@ -44,14 +44,14 @@ class Damaged(Exception):
     """An entry that is not what was written; the model may be filled in part."""
 
 
-class Packed:
+class QuantizedCache:
     """The kept base of one model folder under one way to store it; `usable` says whether there can be one."""
 
-    def __init__(self, folder: Path, aim: Aim, sharing: Sharing | None = None) -> None:
+    def __init__(self, folder: Path, aim: LoadTarget, sharing: LayerSharder | None = None) -> None:
         self.home, self.folder, self.aim, self.sharing = cache_home("base"), folder, aim, sharing
         self.usable = self.home is not None and isinstance(aim.quantizer, FourBit)
 
-    def recall(self, model: nn.Module, report: Report) -> Known | None:
+    def recall(self, model: nn.Module, report: Report) -> LoadResult | None:
         """Fill a model on meta from its entry; None if there is none. Damaged if there is one that does not verify."""
         place = self._place()
         if not self._agreed(place is not None) or place is None:
@@ -74,7 +74,7 @@ class Packed:
             raise Damaged(f"{place}: lacks a tensor")
         with suppress(OSError):
             os.utime(place / ENTRY)
-        return Known(entry["sha256"], tuple(entry["ignored"]))
+        return LoadResult(entry["sha256"], tuple(entry["ignored"]))
 
     def _read(
         self, place: Path, parts: Mapping[str, str], sizes: Mapping[str, int]
@@ -84,8 +84,8 @@ class Packed:
             yield from ahead(list(parts), sizes.__getitem__, lambda name: _verified(place / name, parts[name]))
             return
 
-        def read(name: str) -> Parcel:
-            return Parcel(_verified(place / name, parts[name]))
+        def read(name: str) -> Payload:
+            return Payload(_verified(place / name, parts[name]))
 
         for name, parcel in deal(self.sharing.processes, list(parts), read, Damaged):
             yield name, parcel.tensors
@@ -94,7 +94,7 @@ class Packed:
         """Whether all processes that share the reading find it there."""
         return there if self.sharing is None else not self.sharing.processes.any(not there)
 
-    def keep(self, model: nn.Module, known: Known) -> str | None:
+    def keep(self, model: nn.Module, known: LoadResult) -> str | None:
         """Write the entry of a filled model; returns a line about it. None if there is nothing to say or to keep."""
         if not self.usable or self.home is None or known.prequantized:
             return None
@@ -146,7 +146,7 @@ class Packed:
         quantizer: Any = self.aim.quantizer
         return [quantizer.kind, asdict(quantizer), name_of(self.aim.dtype), self.aim.device.type]
 
-    def _write(self, place: Path, model: nn.Module, known: Known) -> None:
+    def _write(self, place: Path, model: nn.Module, known: LoadResult) -> None:
         with folder_in_one_step(place) as aside:
             for number, part in enumerate(_parts(model), start=1):
                 save_file(part, aside / f"part-{number:05d}.safetensors")

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora.distributed.broadcast import Parcel, deal
+from qlora.distributed.broadcast import Payload, deal
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
 from qlora.model.bnb_checkpoint import companions, is_prequantized, read
 from qlora.model.dtypes import name_of
 from qlora.model.fingerprint import Fingerprint
 from qlora.model.meta_model import linear_paths, renamer
-from qlora.model.module_tree import Sharing, put, put_all, tensors_of, unit_of
+from qlora.model.module_tree import LayerSharder, put, put_all, tensors_of, unit_of
 from qlora.model.numerics import arithmetic_of
 from qlora.model.prefetch import AHEAD_BYTES, PerThread, ahead
 from qlora.model.safetensors_reader import Shards
@@ -37,7 +37,7 @@ class Quantizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Aim:
+class LoadTarget:
     """How the base is to be stored, and where."""
 
     quantizer: Quantizer
@@ -72,7 +72,7 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class Known:
+class LoadResult:
     """What a pass over the files found out: the fingerprint, and the keys that the model has no place for."""
 
     sha256: str
@@ -80,10 +80,10 @@ class Known:
     prequantized: bool = False  # whether it was stored in 4 bits already
 
 
-class Filling:
+class WeightLoader:
     """Fills a model whose parameters are on meta."""
 
-    def __init__(self, model: nn.Module, folder: Path, aim: Aim, sharing: Sharing | None = None) -> None:
+    def __init__(self, model: nn.Module, folder: Path, aim: LoadTarget, sharing: LayerSharder | None = None) -> None:
         self.model, self.folder, self.aim, self.sharing = model, folder, aim, sharing
         self.shards = Shards(folder)
         self.linears = set(linear_paths(model))
@@ -91,7 +91,7 @@ class Filling:
         config: Any = model.config
         self.fingerprint.add_text("config.json", arithmetic_of(config.get_text_config().to_dict()))
 
-    def run(self, report: Report) -> Known:
+    def run(self, report: Report) -> LoadResult:
         """Fill the model.
 
         BaseModelError, naming the key, for what is missing, damaged, or has another shape than config.json says.
@@ -105,7 +105,9 @@ class Filling:
         self.model.tie_weights()  # type: ignore[operator]
         self._refuse_missing()
         ignored = tuple(key for key, name in places.items() if name is None)
-        return Known(self.fingerprint.hexdigest(), ignored, any(is_prequantized(key, self.shards) for key in places))
+        return LoadResult(
+            self.fingerprint.hexdigest(), ignored, any(is_prequantized(key, self.shards) for key in places)
+        )
 
     def _fill(
         self, wanted: Sequence[_Wanted], report: Report = lambda done, total: None, ahead_bytes: int = AHEAD_BYTES
@@ -119,7 +121,7 @@ class Filling:
             done += each.size_bytes
             report(done, total)
 
-    def _fill_together(self, wanted: Sequence[_Wanted], sharing: Sharing, report: Report) -> None:
+    def _fill_together(self, wanted: Sequence[_Wanted], sharing: LayerSharder, report: Report) -> None:
         """The same, a layer by one process and then handed to all; each keeps its share of it before the next comes."""
         units: dict[str, list[_Wanted]] = {}
         for each in wanted:
@@ -133,13 +135,13 @@ class Filling:
             done += sum(each.size_bytes for each in unit)
             report(done, total)
 
-    def _parcel(self, unit: Sequence[_Wanted]) -> Parcel:
+    def _parcel(self, unit: Sequence[_Wanted]) -> Payload:
         """A unit read, quantised, placed here, and ready to be sent."""
         self._fill(unit, ahead_bytes=AHEAD_BYTES // 4)  # the others read ahead too
         tensors, layers = tensors_of(self.model, [each.name for each in unit])
         names = [name for each in unit for name in (each.name, f"{each.path}.bias")]
         digests = {name: self.fingerprint.digests[name] for name in names if name in self.fingerprint.digests}
-        return Parcel(tensors, {"layers": layers, "digests": digests})
+        return Payload(tensors, {"layers": layers, "digests": digests})
 
     def _places(self) -> dict[str, str | None]:
         """File key -> parameter name, None where the model has no such parameter; companions of 4-bit keys left out."""

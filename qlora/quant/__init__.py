@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from qlora.config import KindOf, Section, setting
-from qlora.utils.registry import Kinds
+from qlora.utils.registry import Registry
 
-QUANTIZERS = Kinds(
+QUANTIZERS = Registry(
     "quant.kind",
     nf4="qlora.quant.nf4:Nf4",  # 16 levels at the quantiles of a normal     arXiv:2305.14314
     fp4="qlora.quant.fp4:Fp4",  # 16 levels of a 4-bit float, E2M1           arXiv:2305.14314

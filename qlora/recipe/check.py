@@ -10,7 +10,7 @@ from qlora.errors import QloraError
 from qlora.memory.planner.memory_plan import Plan, gib, in_words
 from qlora.recipe.planning import Machine, better, elsewhere, here, plan_of, plans_of
 from qlora.recipe.recipe import Recipe, from_mapping, read
-from qlora.utils.progress import Rates
+from qlora.utils.progress import ProgressReporter
 
 PLACE = re.compile(r"(?P<where>(?:[^\s:]+:\d+|[\w./\\-]+)): (?P<message>.+)", re.DOTALL)
 ROW = re.compile(r":\d+$")  # the end of a row's place
@@ -77,17 +77,17 @@ def findings_of(error: QloraError) -> list[Finding]:
 def _check_data(recipe: Recipe, found: dict[str, Any]) -> None:
     from qlora.data.prepare import prepare
     from qlora.recipe.dataset_profile import encoder_of
-    from qlora.recipe.recommendations import counsel
+    from qlora.recipe.recommendations import recommendations
     from qlora.training.loop import steps_of
     from qlora.training.run_log import console
 
-    progress = Rates(lambda text: console().print(text, markup=False), "data")
+    progress = ProgressReporter(lambda text: console().print(text, markup=False), "data")
     report = prepare(recipe.data, encoder_of(recipe), recipe.train.seed, progress).report
     found["problems"] += [asdict(finding) for finding in report.problems]
     found["warnings"] += [asdict(finding) for finding in report.warnings]
     found["data"] = {**report.counts(), "notes": list(report.notes), "summary": report.summary()}
     steps = steps_of(recipe.train, report.packed_rows)
-    told = counsel(recipe, report, steps, _trainable_parameters(recipe)) if report.kept else ()
+    told = recommendations(recipe, report, steps, _trainable_parameters(recipe)) if report.kept else ()
     found["warnings"] += [{"where": key, "message": message} for key, message in told]
 
 

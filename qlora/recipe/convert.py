@@ -11,7 +11,7 @@ from qlora.errors import InputError
 from qlora.recipe.aliases import ALIASES, REMEDIES, SECTION_WORDS
 from qlora.recipe.other_trainers import ALWAYS, DONE_ANYWAY, INSTEAD, TOOLS, Tool, recognised
 from qlora.recipe.recipe import SECTIONS, accumulated, between, from_mapping
-from qlora.recipe.resolve import Said
+from qlora.recipe.resolve import ResolvedSettings
 from qlora.utils.atomic_files import read_json
 from qlora.utils.redact import redacted
 
@@ -77,13 +77,13 @@ def _sorted(values: Mapping[str, Any]) -> tuple[list[str], list[str], dict[str, 
     return anyway, unknown, known
 
 
-def _said(document: Document, source: str) -> Said:
+def _said(document: Document, source: str) -> ResolvedSettings:
     """The keys as settings, through the aliases."""
-    said = Said(SECTIONS, source, document.places, [])
+    said = ResolvedSettings(SECTIONS, source, document.places, [])
     return said.take(((key,), value, said.place((key,))) for key, value in document.value.items())
 
 
-def _defaults(tool: Tool, written: Mapping[str, Any]) -> Said:
+def _defaults(tool: Tool, written: Mapping[str, Any]) -> ResolvedSettings:
     """What the tool does where its file is silent; LLaMA-Factory's alpha is twice the rank."""
     found = {key: value for key, value in tool.defaults.items() if key not in written}
     if tool.name == "LLaMA-Factory":

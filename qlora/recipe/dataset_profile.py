@@ -12,7 +12,7 @@ from qlora.data.data_report import DataReport
 from qlora.data.prepare import prepare
 from qlora.data.reading import source
 from qlora.data.reading.resolve_paths import locate
-from qlora.data.types import Row
+from qlora.data.types import Record
 from qlora.errors import DataError
 from qlora.model.download import find_config, find_tokenizer
 from qlora.model.meta_model import read_tokenizer
@@ -25,7 +25,7 @@ NO_LIMIT = 2**20  # tokens: rows are measured, not cut
 
 
 @dataclass(frozen=True)
-class Sight:
+class DatasetProfile:
     """What a look at a data set showed; tokens are those of the model's own tokenizer and template."""
 
     format: str
@@ -46,7 +46,7 @@ class Sight:
         return round(float(self.lengths.mean()) * (self.rows or self.looked_at))
 
 
-def look_at(model: str, data: str) -> Sight:
+def profile_dataset(model: str, data: str) -> DatasetProfile:
     """Read a sample of the rows as training would. BaseModelError without a tokenizer, DataError without a row."""
     section = {"train": [{"path": data, "max_samples": SAMPLE_ROWS}], "eval_fraction": 0.0}
     recipe, _ = from_mapping({"model": model, "data": section | {"packing": False, "max_length": NO_LIMIT}})
@@ -58,7 +58,7 @@ def look_at(model: str, data: str) -> Sight:
     lengths = np.sort(np.asarray([len(each) for each in prepared.train]))
     rows = report.rows if report.rows < SAMPLE_ROWS else _count(recipe)
     share = report.trained_tokens / max(1, report.tokens)
-    return Sight(_format(recipe), rows, report.rows, lengths, share, report, context_of(model))
+    return DatasetProfile(_format(recipe), rows, report.rows, lengths, share, report, context_of(model))
 
 
 def encoder_of(recipe: Recipe) -> Encoder:
@@ -85,5 +85,5 @@ def _count(recipe: Recipe) -> int | None:
 
 
 def _format(recipe: Recipe) -> str:
-    first = next((row for row in source.rows(recipe.data.train, 0) if isinstance(row, Row)), None)
+    first = next((row for row in source.rows(recipe.data.train, 0) if isinstance(row, Record)), None)
     return (format_of(first) if first else None) or "auto"

@@ -14,9 +14,9 @@ from qlora.memory.planner.breakdown import CONTEXT_BYTES
 from qlora.memory.planner.config_reader import read
 from qlora.memory.planner.full_modules import head_trains, whole_values
 from qlora.memory.planner.memory_plan import Budget, Plan
-from qlora.memory.planner.search import Fixed, choose, fixed_by
+from qlora.memory.planner.search import UserChoices, choose, fixed_by
 from qlora.memory.planner.shapes import Shapes
-from qlora.memory.planner.workload import Adapters, Storage, Work
+from qlora.memory.planner.workload import AdapterSizes, Storage, Workload
 from qlora.model.download import find_config
 from qlora.recipe.recipe import Recipe
 
@@ -98,7 +98,7 @@ def better(plans: Mapping[str, Plan]) -> str:
     return "ddp" if whole.fits and not shared.fits else "fsdp"
 
 
-def left_open(recipe: Recipe, layers: int) -> Fixed:
+def left_open(recipe: Recipe, layers: int) -> UserChoices:
     """What the recipe leaves no choice about: its memory section, what trains whole, and that of compiled layers."""
     fixed = fixed_by(recipe.memory, layers)
     if fixed.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
@@ -134,9 +134,9 @@ def unused_cards(processes: int, cards: int | None = None) -> tuple[str, ...]:
     return (f"one of {found} cards is used; for all: accelerate launch --num_processes {found} -m qlora train RECIPE",)
 
 
-def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
+def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
     """One process's share of a recipe, as far as its memory goes."""
-    return Work(
+    return Workload(
         shapes=shapes,
         adapters=adapters_of(recipe.adapter, shapes),
         storage=Storage(recipe.quant.kind, bool(recipe.quant.double), recipe.quant.block or 64),
@@ -151,18 +151,18 @@ def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Work:
     )
 
 
-def adapters_of(section: Adapter, shapes: Shapes) -> Adapters:
+def adapters_of(section: Adapter, shapes: Shapes) -> AdapterSizes:
     """What trains. AdapterError for a name or a pattern that means no layer."""
     if section.kind == "full":
         trained = shapes.parameters - shapes.vision
-        return Adapters(shapes.matrices, "full", rank=0, whole=trained, whole_head=True)
+        return AdapterSizes(shapes.matrices, "full", rank=0, whole=trained, whole_head=True)
     named = {matrix.path: matrix for matrix in shapes.matrices}
     chosen = select(named, section.targets)
     ranks, alphas = section.rank_pattern or {}, section.alpha_pattern or {}
     refuse_idle("adapter.rank_pattern", ranks, chosen)
     refuse_idle("adapter.alpha_pattern", alphas, chosen)
     whole = whole_values(shapes, section.save_modules)
-    return Adapters(
+    return AdapterSizes(
         tuple(named[path] for path in chosen),
         section.kind,
         section.rank,

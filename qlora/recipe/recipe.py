@@ -30,7 +30,7 @@ from qlora.memory import Memory
 from qlora.model import Model
 from qlora.quant import Quant
 from qlora.recipe.aliases import ACCUMULATION
-from qlora.recipe.resolve import Said
+from qlora.recipe.resolve import ResolvedSettings
 from qlora.training import Optim, Train
 
 LEAST = "The least it holds: `model: meta-llama/Llama-3.1-8B` and `data: {train: data/train.jsonl}`."
@@ -105,16 +105,16 @@ def _recipe(document: Document, where: str, overrides: Sequence[str]) -> tuple[R
         raise RecipeError(f"{where}: is empty. {LEAST}")
     if not isinstance(document.value, Mapping):
         raise RecipeError(f"{where}: found {shown(document.value)}, allowed: lines of `key: value`. {LEAST}")
-    file = Said(SECTIONS, where, document.places, document.problems)
+    file = ResolvedSettings(SECTIONS, where, document.places, document.problems)
     file.take(((str(key),), value, file.place((str(key),))) for key, value in document.value.items())
     given, unread = read_overrides(overrides)
     written = {at: place for *_, inside in given for at, place in inside.items()}
-    line = Said(SECTIONS, SOURCE, written, unread)
+    line = ResolvedSettings(SECTIONS, SOURCE, written, unread)
     line.take((path, value, line.place(path)) for path, value, _ in given)
     return _checked(accumulated(line.over(file)))
 
 
-def accumulated(said: Said) -> Said:
+def accumulated(said: ResolvedSettings) -> ResolvedSettings:
     """The global batch that other trainers write as accumulation, for one process."""
     accumulation = said.settings.pop(ACCUMULATION, None)
     if accumulation is None:
@@ -132,7 +132,7 @@ def accumulated(said: Said) -> Said:
     return said
 
 
-def _checked(said: Said) -> tuple[Recipe, list[str]]:
+def _checked(said: ResolvedSettings) -> tuple[Recipe, list[str]]:
     """The recipe, section by section, so that one message names all problems. RecipeError if there are any."""
     problems = [*said.problems]
     good: dict[str, Any] = {}
@@ -147,7 +147,7 @@ def _checked(said: Said) -> tuple[Recipe, list[str]]:
     return Recipe(**good), said.notes
 
 
-def _inside(said: Said, section: str, path: Path) -> Place:
+def _inside(said: ResolvedSettings, section: str, path: Path) -> Place:
     return said.place((section, *path))
 
 

@@ -14,7 +14,7 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_valu
 Counsel = Iterator[tuple[str, str]]  # key of the recipe, what to know
 
 
-def counsel(recipe: Recipe, report: DataReport, steps: int, trainable_parameters: int | None) -> Counsel:
+def recommendations(recipe: Recipe, report: DataReport, steps: int, trainable_parameters: int | None) -> Counsel:
     """Settings that the literature would advise against, for a run of `steps` optimizer steps."""
     yield from _length(recipe, report, steps)
     yield from _adapter(recipe, report, trainable_parameters)

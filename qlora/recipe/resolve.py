@@ -21,7 +21,7 @@ RIVALS = (  # of two that exclude each other, an override of one takes the file'
 
 
 @dataclass
-class Said:
+class ResolvedSettings:
     """Settings by `section.key`, their places, what is wrong with them, and what aliases were read as."""
 
     sections: Sections
@@ -41,7 +41,7 @@ class Said:
                 return found.below(path[size:])
         return Place(self.source, 0, "").below(path)
 
-    def take(self, entries: Iterable[Entry]) -> "Said":
+    def take(self, entries: Iterable[Entry]) -> "ResolvedSettings":
         """Say all entries, weak ones last."""
         weak: list[tuple[str, str, tuple[Any, ...], Place]] = []
         for path, value, place in entries:
@@ -56,14 +56,14 @@ class Said:
             self._say_weakly(name, key, meanings, place)
         return self
 
-    def over(self, earlier: "Said") -> "Said":
+    def over(self, earlier: "ResolvedSettings") -> "ResolvedSettings":
         """Both together; where both speak of the same, this one counts."""
         gone = {path for path in earlier.settings if path.split(".")[0] in self.whole} | set(self.settings)
         for pair in RIVALS:
             if any(self.settings.get(key) is not None for key in pair):
                 gone.update(pair)
         kept = {key: value for key, value in earlier.settings.items() if key not in gone}
-        return Said(
+        return ResolvedSettings(
             self.sections,
             earlier.source,
             {path: place for path, place in earlier.written.items() if _key(path) not in gone} | self.written,

@@ -10,7 +10,7 @@ from qlora.errors import DoesNotFit, InputError
 from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.planner.search import price
 from qlora.recipe.check import machine_of
-from qlora.recipe.dataset_profile import Sight, look_at
+from qlora.recipe.dataset_profile import DatasetProfile, profile_dataset
 from qlora.recipe.planning import Machine, plan_of
 from qlora.recipe.recipe import Recipe, from_mapping
 from qlora.training import Optim
@@ -39,31 +39,31 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Begun:
+class SuggestedRecipe:
     """A recipe's text, what was seen and planned for it, and its figures for people."""
 
     text: str
-    sight: Sight
+    sight: DatasetProfile
     plan: Plan
 
 
-def begin(asked: Asked) -> Begun:
+def begin(asked: Asked) -> SuggestedRecipe:
     """The recipe. InputError if the file is there; DataError, BaseModelError; DoesNotFit if nothing fits the card."""
     if Path(asked.out).exists():
         raise InputError(f"{asked.out} is there already, and is never overwritten. Name another file with -o.")
     machine = machine_of(asked.gpu, 1, asked.ram)
-    sight = look_at(asked.model, asked.data)
+    sight = profile_dataset(asked.model, asked.data)
     settings, plan = _fitted(asked, sight, machine)
     text = _text(asked, sight, settings, plan)
-    return Begun(text, sight, plan)
+    return SuggestedRecipe(text, sight, plan)
 
 
-def write_recipe(begun: Begun, out: str) -> None:
+def write_recipe(begun: SuggestedRecipe, out: str) -> None:
     """Put the recipe where it was asked for."""
     write_text(Path(out), begun.text)
 
 
-def summary(begun: Begun, out: str) -> list[str]:
+def summary(begun: SuggestedRecipe, out: str) -> list[str]:
     """What was seen and decided, in a few lines for people."""
     sight, said = begun.sight, begun.plan.as_json()
     return [
@@ -77,7 +77,7 @@ def summary(begun: Begun, out: str) -> list[str]:
 Settings = dict[str, Any]
 
 
-def _fitted(asked: Asked, sight: Sight, machine: Machine) -> tuple[Settings, Plan]:
+def _fitted(asked: Asked, sight: DatasetProfile, machine: Machine) -> tuple[Settings, Plan]:
     """The settings whose rows are longest, and among their micro-batches the one that is predicted to be quickest."""
     found = None
     for length in _lengths(sight):
@@ -95,7 +95,7 @@ def _fitted(asked: Asked, sight: Sight, machine: Machine) -> tuple[Settings, Pla
     raise DoesNotFit(f"memory: {found.advice if found else 'no row'}")
 
 
-def _lengths(sight: Sight) -> list[int]:
+def _lengths(sight: DatasetProfile) -> list[int]:
     """Lengths of a row to try, longest first: what holds 99 % of the rows whole, packed ones no shorter than 1,024."""
     wanted = next((each for each in reversed(LENGTHS) if each >= sight.length_of(0.99)), LENGTHS[0])
     if sight.tokens > FEW_STEPS * GLOBAL_BATCH[0] * 2_048:
@@ -106,7 +106,7 @@ def _lengths(sight: Sight) -> list[int]:
     return [room] + [each for each in LENGTHS if each < room]
 
 
-def _settings(asked: Asked, sight: Sight, length: int) -> Settings:
+def _settings(asked: Asked, sight: DatasetProfile, length: int) -> Settings:
     rows = sight.rows or sight.looked_at
     epochs = next((times for below, times in EPOCHS if rows < below), 1)
     packing = sight.length_of(0.5) <= length // 2
@@ -132,7 +132,7 @@ def _settings(asked: Asked, sight: Sight, length: int) -> Settings:
     }
 
 
-def _holds(asked: Asked, rank: int, sight: Sight) -> bool:
+def _holds(asked: Asked, rank: int, sight: DatasetProfile) -> bool:
     """Whether an adapter of this rank can hold what the rows bring: two bits a parameter, one a trained token.
 
     Schulman et al. 2025, LoRA Without Regret.
@@ -154,7 +154,7 @@ def _nested(settings: Settings) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _text(asked: Asked, sight: Sight, settings: Settings, plan: Plan) -> str:
+def _text(asked: Asked, sight: DatasetProfile, settings: Settings, plan: Plan) -> str:
     """YAML with a reason behind every line."""
     card = asked.gpu or "this machine"
     head = [
@@ -179,7 +179,7 @@ def _line(written: str, reason: str) -> list[str]:
     return [f"{written:{COLUMN}}# {reason}"] if len(written) < COLUMN - 1 else [f"  # {reason}", written]
 
 
-def _reasons(sight: Sight, settings: Settings, plan: Plan) -> Mapping[str, str]:
+def _reasons(sight: DatasetProfile, settings: Settings, plan: Plan) -> Mapping[str, str]:
     length, packing = settings["data.max_length"], settings["data.packing"]
     longer = float((sight.lengths > length).mean())
     holds = "holds every row whole" if not longer else f"tokens; {longer:.2%} of the rows are longer and dropped"
@@ -204,5 +204,5 @@ def _reasons(sight: Sight, settings: Settings, plan: Plan) -> Mapping[str, str]:
     return {key: explain[key] for key in settings}
 
 
-def _counted(sight: Sight) -> str:
+def _counted(sight: DatasetProfile) -> str:
     return f"{sight.rows:,}" if sight.rows is not None else f"more than {sight.looked_at:,}"

@@ -11,7 +11,7 @@ import torch
 from qlora.runs import full_model
 from qlora.adapters import peft_files
 from qlora.adapters.full import Full
-from qlora.adapters.init import Begun
+from qlora.adapters.init import InitResult
 from qlora.adapters.inject import Injection
 from qlora.adapters.lora import Lora
 from qlora.adapters.spectrum import spectrum
@@ -40,7 +40,7 @@ RECIPE, MANIFEST, CARD, PAGE = "recipe.yaml", "run.json", "README.md", "report.h
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunSetup:
     """What the walk has gathered before the first step."""
 
     recipe: Recipe
@@ -51,7 +51,7 @@ class Parts:
     data: Prepared
     plan: Plan | None = None
     encoder_sha256: str = ""  # of what decides which tokens a row becomes
-    begun: Begun | None = None  # what the adapters' start did to the error of quantising
+    begun: InitResult | None = None  # what the adapters' start did to the error of quantising
     sizes: tuple[int, ...] = ()  # rows of a micro-batch by process; none: the recipe's for all
 
 
@@ -64,7 +64,7 @@ class Cost:
 
 
 def leave(
-    parts: Parts, position: Position, cost: Cost, samples: Sequence[Mapping[str, str]] | None = None
+    parts: RunSetup, position: Position, cost: Cost, samples: Sequence[Mapping[str, str]] | None = None
 ) -> Mapping[str, Any]:
     """Write the final adapter and everything that describes it; returns run.json. `samples`: None answers them now."""
     samples = samples_of(parts) if samples is None else samples
@@ -88,7 +88,7 @@ def leave(
     return manifest
 
 
-def write_tokenizer(parts: Parts, folder: Path) -> list[str]:
+def write_tokenizer(parts: RunSetup, folder: Path) -> list[str]:
     """The base's tokenizer, byte for byte, or with the new tokens in it; returns its files' names."""
     if parts.recipe.adapter.new_tokens:
         return save_tokenizer(parts.base.tokenizer, folder)
@@ -98,7 +98,7 @@ def write_tokenizer(parts: Parts, folder: Path) -> list[str]:
     return [file.name for file in files]
 
 
-def draw_running(parts: Parts, steps: int) -> None:
+def draw_running(parts: RunSetup, steps: int) -> None:
     """report.html as far as the run of `steps` steps is; a disk that refuses it does not end the run."""
     described = describe(parts, Position()) | {"result": {}, "running": {"steps": steps}}
     manifest = run_manifest(described, parts.processes.device, parts.processes.world)
@@ -128,7 +128,7 @@ def spectra_of(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def samples_of(parts: Parts) -> list[dict[str, str]]:
+def samples_of(parts: RunSetup) -> list[dict[str, str]]:
     """A few held-out rows as the base answers them and as the trained model does, greedily."""
     rows = [row for row in parts.data.eval if row.labels[0] == IGNORED][:SAMPLES]
     asked = [question(row, parts.base.tokenizer) for row in rows]
@@ -145,7 +145,7 @@ def samples_of(parts: Parts) -> list[dict[str, str]]:
     return [{"prompt": p, "reference": each.reference, "before": b, "after": a} for each, p, b, a in named]
 
 
-def write_trained(parts: Parts, folder: Path, final: bool = True) -> None:
+def write_trained(parts: RunSetup, folder: Path, final: bool = True) -> None:
     """What trained, as it is now: an adapter in PEFT's format; or the model, in a checkpoint its float32 masters."""
     if isinstance(parts.adapter, Full):
         return full_model.write(folder, parts.base, parts.base.dtype if final else torch.float32)
@@ -154,14 +154,14 @@ def write_trained(parts: Parts, folder: Path, final: bool = True) -> None:
     return peft_files.write(folder, parts.base.model, parts.adapter, identity)
 
 
-def restore_trained(parts: Parts, folder: Path) -> None:
+def restore_trained(parts: RunSetup, folder: Path) -> None:
     """What trains, back as a checkpoint has it."""
     if isinstance(parts.adapter, Full):
         return full_model.fill(folder, parts.base.model)
     return restore_adapter(folder, parts.base.model)
 
 
-def describe(parts: Parts, position: Position) -> dict[str, Any]:
+def describe(parts: RunSetup, position: Position) -> dict[str, Any]:
     """The parts of run.json that this run made."""
     report, injected = parts.data.report, parts.injected
     return {
@@ -186,7 +186,7 @@ def describe(parts: Parts, position: Position) -> dict[str, Any]:
     }
 
 
-def result_of(parts: Parts, position: Position) -> dict[str, Any]:
+def result_of(parts: RunSetup, position: Position) -> dict[str, Any]:
     """Losses at the start and the end, and how many steps it took."""
     evaluations = [line for line in read_metrics(Path(parts.recipe.train.output)) if line.get("event") == "eval"]
     return {

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from qlora.data.types import Message
 from qlora.errors import InputError, QloraError
 from qlora.runs.adapter_names import BASE
-from qlora.runs.conversation import Talk
+from qlora.runs.conversation import ChatSession
 
 HELP = """\
 /adapter [NAME]          which adapter answers; base is the base alone; a:0.5 b:0.5 mixes two
@@ -20,7 +20,7 @@ HELP = """\
 /help  /exit             Ctrl-C stops an answer, Ctrl-D leaves; // begins a text that begins with /"""
 
 
-class Leave(Exception):
+class ExitChat(Exception):
     """The user wants to go."""
 
 
@@ -34,26 +34,26 @@ class Screen(Protocol):
         """Print a line about the conversation."""
 
 
-class Chat(NamedTuple):
+class ChatLoop(NamedTuple):
     """A conversation and the screen it is held on."""
 
-    talk: Talk
+    talk: ChatSession
     screen: Screen
 
 
-def converse(talk: Talk, screen: Screen, lines: Iterable[str]) -> None:
+def converse(talk: ChatSession, screen: Screen, lines: Iterable[str]) -> None:
     """Answer each line until there is none, or /exit. A mistake is told, and the conversation goes on."""
-    chat = Chat(talk, screen)
+    chat = ChatLoop(talk, screen)
     for line in lines:
         try:
             _take(chat, line.strip())
-        except Leave:
+        except ExitChat:
             return
         except QloraError as error:
             screen.notice(f"error: {error}")
 
 
-def _take(chat: Chat, line: str) -> None:
+def _take(chat: ChatLoop, line: str) -> None:
     if not line:
         return
     if not line.startswith("/") or line.startswith("//"):
@@ -66,7 +66,7 @@ def _take(chat: Chat, line: str) -> None:
     return COMMANDS[word](chat, rest.strip())
 
 
-def _show(chat: Chat, who: str, pieces: Iterator[str]) -> None:
+def _show(chat: ChatLoop, who: str, pieces: Iterator[str]) -> None:
     with closing(pieces):  # type: ignore[type-var]
         try:
             chat.screen.answer(who, pieces)
@@ -74,7 +74,7 @@ def _show(chat: Chat, who: str, pieces: Iterator[str]) -> None:
             chat.screen.notice("(stopped; what was said is kept)")
 
 
-def _adapter(chat: Chat, words: str) -> None:
+def _adapter(chat: ChatLoop, words: str) -> None:
     switch = chat.talk.switch
     if words:
         _use(chat, words)
@@ -85,7 +85,7 @@ def _adapter(chat: Chat, words: str) -> None:
     chat.screen.notice("adapters: " + ", ".join(known))
 
 
-def _use(chat: Chat, words: str) -> None:
+def _use(chat: ChatLoop, words: str) -> None:
     switch, parts = chat.talk.switch, words.split()
     if len(parts) == 1 and ":" not in words:
         return switch.use(None if words == BASE else words)
@@ -99,7 +99,7 @@ def _use(chat: Chat, words: str) -> None:
     return switch.mix(weights)
 
 
-def _compare(chat: Chat, text: str) -> None:
+def _compare(chat: ChatLoop, text: str) -> None:
     talk = chat.talk
     if talk.switch.name is None:
         known = ", ".join(talk.switch.names) or "none is held"
@@ -114,37 +114,37 @@ def _compare(chat: Chat, text: str) -> None:
     return _show(chat, tuned, talk.aside(asked, base=False))
 
 
-def _system(chat: Chat, text: str) -> None:
+def _system(chat: ChatLoop, text: str) -> None:
     chat.talk.system = text
     chat.screen.notice("system prompt set" if text else "no system prompt")
 
 
-def _reset(chat: Chat, _: str) -> None:
+def _reset(chat: ChatLoop, _: str) -> None:
     chat.talk.reset()
     chat.screen.notice("the conversation begins anew")
 
 
-def _retry(chat: Chat, _: str) -> None:
+def _retry(chat: ChatLoop, _: str) -> None:
     another = chat.talk.retry()
     if chat.talk.temperature == 0:
         chat.screen.notice("at temperature 0 the answer is always the same; --temperature 0.7 would draw another")
     _show(chat, "", another)
 
 
-def _save(chat: Chat, file: str) -> None:
+def _save(chat: ChatLoop, file: str) -> None:
     rows = chat.talk.save(file)
     chat.screen.notice(f"saved as row {rows} of {file}")
 
 
-def _help(chat: Chat, _: str) -> None:
+def _help(chat: ChatLoop, _: str) -> None:
     chat.screen.notice(HELP)
 
 
-def _exit(chat: Chat, _: str) -> None:
-    raise Leave
+def _exit(chat: ChatLoop, _: str) -> None:
+    raise ExitChat
 
 
-COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+COMMANDS: dict[str, Callable[[ChatLoop, str], None]] = {
     "/adapter": _adapter,
     "/compare": _compare,
     "/system": _system,

@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters.switch import Switch
+from qlora.adapters.switch import AdapterSwitch
 from qlora.model.generate_tokens import stream
 from qlora.data.types import Message
 from qlora.errors import InputError, QloraError
 from qlora.utils.atomic_files import write_text
-from qlora.runs.load_run import Opened, Say
+from qlora.runs.load_run import LoadedRun, Say
 
 BROKEN = "\ufffd"  # what a decoder gives for a character whose bytes are not all there yet
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """The messages of a conversation, and how its answers are drawn. The template is that of training."""
 
-    opened: Opened
-    switch: Switch
+    opened: LoadedRun
+    switch: AdapterSwitch
     max_new_tokens: int
     temperature: float
     say: Say = lambda line: None

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters.switch import Switch, adapters_off
+from qlora.adapters.switch import AdapterSwitch, adapters_off
 from qlora.model.generate_tokens import BATCH_ROWS, generate
 from qlora.data.reading.readers import read_jsonl
 from qlora.data.formats.messages import conversation
-from qlora.data.types import TEXT, BadRow, Example, Message, Row
+from qlora.data.types import TEXT, BadRecord, Example, Message, Record
 from qlora.distributed.single import Single
 from qlora.errors import DataError, InputError, did_you_mean
-from qlora.utils.progress import Rates
-from qlora.runs.load_run import Opened, Say, held_out
-from qlora.training.multiple_choice import Choice, choice_of, choice_share
+from qlora.utils.progress import ProgressReporter
+from qlora.runs.load_run import LoadedRun, Say, held_out
+from qlora.training.multiple_choice import MultipleChoice, choice_of, choice_share
 from qlora.training.eval_loss import evaluate
 from qlora.training.loss import TokenLoss
 from qlora.training.exact_match import exact_match, question, text_of
@@ -26,7 +26,7 @@ GENERAL = Path(__file__).parent / "general.txt"  # what a model should not unlea
 
 
 def measure(
-    opened: Opened, data: str | None, task: str, beside_base: bool = False, say: Say = lambda line: None
+    opened: LoadedRun, data: str | None, task: str, beside_base: bool = False, say: Say = lambda line: None
 ) -> dict[str, Any]:
     """What `qlora eval` answers: loss and perplexity always, the task's score where it has one.
 
@@ -52,10 +52,10 @@ def measure(
 
 
 def _measured(
-    opened: Opened, examples: Sequence[Example], task: str, choices: Sequence[Choice], say: Say
+    opened: LoadedRun, examples: Sequence[Example], task: str, choices: Sequence[MultipleChoice], say: Say
 ) -> dict[str, Any]:
     micro_batch = opened.recipe.train.micro_batch
-    told = Rates(say, "evaluating")
+    told = ProgressReporter(say, "evaluating")
     found = evaluate(TokenLoss(opened.base.model), examples, micro_batch, Single(), progress=told)
     assert found is not None  # nobody gave up
     score = None
@@ -69,20 +69,20 @@ def _measured(
     }  # fmt: skip
 
 
-def _general(opened: Opened) -> list[Example]:
+def _general(opened: LoadedRun) -> list[Example]:
     """The general text, a row a paragraph, every token of it scored: plain text, as no template wrote it."""
     paragraphs = GENERAL.read_text(encoding="utf-8").strip().split("\n\n")
     encode = opened.encoder.encode
     return [encode(f"general text:{row}", [Message(TEXT, words)]) for row, words in enumerate(paragraphs, 1)]
 
 
-def exact_match_share(opened: Opened, examples: Sequence[Example]) -> float:
+def exact_match_share(opened: LoadedRun, examples: Sequence[Example]) -> float:
     """The share of rows whose greedy answer is the reference."""
     rows = answers(opened, examples)
     return sum(exact_match(row["answer"], row["reference"]) for row in rows) / max(1, len(rows))
 
 
-def answers(opened: Opened, examples: Sequence[Example]) -> list[dict[str, str]]:
+def answers(opened: LoadedRun, examples: Sequence[Example]) -> list[dict[str, str]]:
     """For each row the greedy answer beside the reference."""
     asked = [question(example, opened.base.tokenizer) for example in examples]
     longest = max(
@@ -100,13 +100,13 @@ def answers(opened: Opened, examples: Sequence[Example]) -> list[dict[str, str]]
     ]
 
 
-def answer_prompts(opened: Opened, prompt: str, max_new_tokens: int, temperature: float) -> list[dict[str, Any]]:
+def answer_prompts(opened: LoadedRun, prompt: str, max_new_tokens: int, temperature: float) -> list[dict[str, Any]]:
     """What `qlora generate` answers: a row per prompt, ids in and out."""
     return answer_messages(opened, read_prompts(prompt), max_new_tokens, temperature)
 
 
 def answer_messages(
-    opened: Opened, asked: Sequence[tuple[str, list[Message]]], max_new_tokens: int, temperature: float
+    opened: LoadedRun, asked: Sequence[tuple[str, list[Message]]], max_new_tokens: int, temperature: float
 ) -> list[dict[str, Any]]:
     """For each prompt, as shown and as messages, a row: prompt, input_ids, output_ids, text."""
     encoded = [opened.encoder.prompt_ids(messages) for _, messages in asked]
@@ -118,7 +118,7 @@ def answer_messages(
 
 
 def answer_with_each(
-    opened: Opened, switch: Switch, prompt: str, max_new_tokens: int, temperature: float
+    opened: LoadedRun, switch: AdapterSwitch, prompt: str, max_new_tokens: int, temperature: float
 ) -> list[dict[str, Any]]:
     """What `qlora generate` answers with several adapters: for each prompt a row per adapter, all in shared batches."""
     asked = [(shown, opened.encoder.prompt_ids(messages)) for shown, messages in read_prompts(prompt)]
@@ -153,8 +153,8 @@ def _asked(text: str) -> tuple[str, list[Message]]:
     return text, [Message("user", text)]
 
 
-def _from_line(row: Row | BadRow) -> tuple[str, list[Message]]:
-    if isinstance(row, BadRow):
+def _from_line(row: Record | BadRecord) -> tuple[str, list[Message]]:
+    if isinstance(row, BadRecord):
         raise DataError(f"{row.where}: {row.message}")
     if isinstance(row.fields.get("prompt"), str):
         return _asked(row.fields["prompt"])

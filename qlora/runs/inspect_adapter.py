@@ -9,7 +9,7 @@ import torch
 
 from qlora.adapters.spectrum import Spectrum, advise, spectrum
 from qlora.adapters.peft_files import AdapterFile, settings
-from qlora.model.download import Folder, find_here
+from qlora.model.download import ModelFolder, find_here
 from qlora.model.original_weights import matrices
 from qlora.errors import BaseModelError, InputError
 from qlora.utils.atomic_files import write_text
@@ -27,7 +27,7 @@ class Examined:
 
     file: AdapterFile
     spectra: Mapping[str, Spectrum]
-    base: Folder | None
+    base: ModelFolder | None
 
 
 def examine(name: str) -> Examined:
@@ -185,7 +185,7 @@ def _draw(path: Path, examined: Examined, found: Mapping[str, Any]) -> None:
     write_text(path, heat_page(examined.file.folder.name, layers, _verdict(found)))
 
 
-def _base_of(file: AdapterFile, recipe: Recipe | None) -> Folder | None:
+def _base_of(file: AdapterFile, recipe: Recipe | None) -> ModelFolder | None:
     if recipe:
         return find_here(recipe.model.name, recipe.model.revision)
     name, revision = (file.config.get(key) for key in ("base_model_name_or_path", "revision"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora.runs import full_model
 from qlora.adapters import peft_files
-from qlora.adapters.switch import Switch
+from qlora.adapters.switch import AdapterSwitch
 from qlora.runs.artifacts import MANIFEST, RECIPE
 from qlora.model.load_base import Base
 from qlora.data.prepare import prepare
@@ -25,7 +25,7 @@ NO_DATA = "-"  # the training set of a model that has no run
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedRun:
     """A base with or without an adapter, and the recipe that says how it is stored and what data it knows."""
 
     recipe: Recipe
@@ -38,7 +38,7 @@ class Opened:
         return Encoder(self.base.tokenizer, self.recipe.data.train_on, self.recipe.model.chat_template)
 
 
-def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None) -> Opened:
+def load_run(name: str, adapter: str | None = None, say: Say = lambda line: None) -> LoadedRun:
     """Open a run folder, a checkpoint, an adapter folder of PEFT's, or a model; `adapter` replaces its own.
 
     InputError if the folder is none of these; AdapterError if the adapter is damaged or belongs to another base.
@@ -52,25 +52,25 @@ def open_run(name: str, adapter: str | None = None, say: Say = lambda line: None
     note = peft_files.attach(base.model, file, base.manifest.sha256) if file else None
     if note:
         say(note)
-    return Opened(recipe, base, file)
+    return LoadedRun(recipe, base, file)
 
 
-def open_switch(name: str, adapters: Mapping[str, str], say: Say = lambda line: None) -> tuple[Opened, Switch]:
+def load_with_adapters(name: str, adapters: Mapping[str, str], say: Say = lambda line: None) -> tuple[LoadedRun, AdapterSwitch]:
     """Open a run or a model with several adapters on one base, by name -> folder; the first one acts.
 
-    InputError and AdapterError as `open_run`; all files are read before the base is.
+    InputError and AdapterError as `load_run`; all files are read before the base is.
     """
     recipe, _ = _find(name)
     files = {each: intact(Path(folder), say) for each, folder in adapters.items()}
     base = load_base(recipe, Single().device, plan_here(recipe), say)
-    switch = Switch(base.model)
+    switch = AdapterSwitch(base.model)
     for each, file in files.items():
         layers, note = peft_files.fitted(base.model, file, base.manifest.sha256)
         switch.hold(each, layers)
         if note:
             say(note)
     switch.use(next(iter(files), None))
-    return Opened(recipe, base, next(iter(files.values()), None)), switch
+    return LoadedRun(recipe, base, next(iter(files.values()), None)), switch
 
 
 def own_adapter(name: str) -> str | None:
@@ -187,12 +187,12 @@ def _digests(path: Path) -> dict[str, str]:
     return {name: str(digest) for name, digest in files.items()}
 
 
-def has_rows(opened: Opened) -> bool:
+def has_rows(opened: LoadedRun) -> bool:
     """Whether the run knows rows of its own."""
     return opened.recipe.data.train[0].path != NO_DATA
 
 
-def held_out(opened: Opened, data: str | None) -> Sequence[Example]:
+def held_out(opened: LoadedRun, data: str | None) -> Sequence[Example]:
     """Rows to measure on: those of `data` (a file, folder or hub name), else the run's own held-out ones."""
     section, seed = opened.recipe.data, opened.recipe.train.seed
     if data:

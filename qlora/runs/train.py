@@ -18,17 +18,17 @@ from qlora.adapters.inject import Injection, count, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.modules_to_save import save
 from qlora.adapters.trainable_tokens import ROWS, ids_of, train_rows
-from qlora.runs.artifacts import RECIPE, Cost, Parts, draw_running, leave, restore_trained, samples_of, write_trained
+from qlora.runs.artifacts import RECIPE, Cost, RunSetup, draw_running, leave, restore_trained, samples_of, write_trained
 from qlora.model.load_base import Base
 from qlora.model.original_weights import matrices
 from qlora.model.frozen_digest import frozen_sha256
-from qlora.recipe.recommendations import counsel
+from qlora.recipe.recommendations import recommendations
 from qlora.data.data_report import DataReport
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import counted
 from qlora.distributed.processes import Processes
-from qlora.distributed.watchdog import Watch
+from qlora.distributed.watchdog import Watchdog
 from qlora.errors import BaseModelError, InputError, QloraError
 from qlora.utils.atomic_files import write_text
 from qlora.utils.atomic_folders import sweep
@@ -37,17 +37,17 @@ from qlora.memory.energy import energy_joules
 from qlora.memory.planner.breakdown import moment_bytes, moments_wait
 from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.planner.memory_plan import in_words
-from qlora.runs.memory_setup import Ladder, arrange_unplanned, load_base
+from qlora.runs.memory_setup import MemoryFallback, arrange_unplanned, load_base
 from qlora.recipe.planning import left_open, plan_run, unused_cards
 from qlora.runs.micro_batches import of_size, portions_of, strategy_of
-from qlora.utils.progress import Rates
+from qlora.utils.progress import ProgressReporter
 from qlora.recipe.recipe import Recipe, dump
 from qlora.utils.redact import redacted_values
 from qlora.runs.strategy import open_processes
 from qlora.training import OPTIMIZERS
 from qlora.training.checkpoint_sync import agreed
 from qlora.training.checkpoint import Checkpoints, Position, Saved, broken, read, refuse_changes, restore
-from qlora.training.signals import Abandoned, StopSignal, stop_signals
+from qlora.training.signals import Interrupted, StopSignal, stop_signals
 from qlora.training.run_log import Log, watching
 from qlora.training.loop import Job, fit, refuse_other_rates, rehearse, steps_of
 from qlora.training.loss import TokenLoss
@@ -55,7 +55,7 @@ from qlora.training.optimizers import groups
 from qlora.training.packing_probe import refuse_leaks
 from qlora.training.gradient_check import watch_gradients
 from qlora.training.compile import compile_layers
-from qlora.training.oom_recovery import Relief, StepDown
+from qlora.training.oom_recovery import OomRecovery, StepDown
 
 Rows = tuple[Prepared, str]  # and the sha256 of what decides which tokens a row becomes
 ReadRows = Callable[[Recipe, Processes, Base, Log], Rows]
@@ -68,14 +68,14 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
 
     QloraError if something is wrong, Stopped after a signal: in both cases with what to do next.
     """
-    with Watch() as watch:
+    with Watchdog() as watch:
         try:
             return _walk(recipe, notes, quiet, watch)
-        except Abandoned as abandoned:  # a signal that came while another error was on its way out
+        except Interrupted as abandoned:  # a signal that came while another error was on its way out
             raise abandoned.error from None
 
 
-def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watch) -> Mapping[str, Any]:
+def _walk(recipe: Recipe, notes: Sequence[str], quiet: bool, watch: Watchdog) -> Mapping[str, Any]:
     """Each part after the other, all under the signals' eyes."""
     started = time.monotonic()
     manifest: Mapping[str, Any]
@@ -138,7 +138,7 @@ def planned(recipe: Recipe, processes: Processes, log: Log) -> Plan | None:
     return plan
 
 
-def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Parts:
+def gather(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> RunSetup:
     """Base, adapters and data of a recipe, each announced in a line."""
     return equip(recipe, processes, open_base(recipe, processes, plan, log), plan, log)
 
@@ -156,7 +156,7 @@ def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log)
 def read_rows(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Rows:
     """The data of a recipe, as the base's tokenizer reads it; said in lines, refused if it can't be trained on."""
     encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
-    told = Rates(log.say if processes.is_main else log.say_anyway, "data")  # the first to come prepares for all
+    told = ProgressReporter(log.say if processes.is_main else log.say_anyway, "data")  # the first to come prepares for all
     data = prepare(recipe.data, encoder, recipe.train.seed, told)
     announce(data.report, log)
     data.report.refuse()
@@ -165,7 +165,7 @@ def read_rows(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Row
 
 def equip(
     recipe: Recipe, processes: Processes, base: Base, plan: Plan | None, log: Log, read: ReadRows = read_rows
-) -> Parts:
+) -> RunSetup:
     """Adapters on a base, and data for them."""
     adapter = build_adapter(recipe)
     injected = place_adapter(recipe, adapter, base)
@@ -174,11 +174,11 @@ def equip(
     if begun:
         log.say(f"adapter.init {recipe.adapter.init}: {begun}")
     data, encoder_sha256 = read(recipe, processes, base, log)
-    for key, message in counsel(
+    for key, message in recommendations(
         recipe, data.report, steps_of(recipe.train, len(data.train)), injected.trainable_parameters
     ):
         log.say(f"{key}: {message}")
-    return Parts(recipe, processes, base, adapter, injected, data, plan, encoder_sha256, begun)
+    return RunSetup(recipe, processes, base, adapter, injected, data, plan, encoder_sha256, begun)
 
 
 def announce(report: DataReport, log: Log) -> None:
@@ -222,7 +222,7 @@ def targets_of(recipe: Recipe) -> str | Sequence[str]:
     return recipe.adapter.targets or "all-linear"
 
 
-def assemble(parts: Parts, log: Log, stop: StopSignal, step_down: StepDown | None = None) -> Job:
+def assemble(parts: RunSetup, log: Log, stop: StopSignal, step_down: StepDown | None = None) -> Job:
     """The loop's working set: model wrapped for its processes, optimiser, checkpoints.
 
     `step_down`: how a model whose layers are arranged already can do with less.
@@ -264,29 +264,29 @@ def assemble(parts: Parts, log: Log, stop: StopSignal, step_down: StepDown | Non
         log=log,
         checkpoints=checkpoints,
         stop=stop,
-        relief=Relief(trainable.values(), step_down, log.say),
+        relief=OomRecovery(trainable.values(), step_down, log.say),
     )
 
 
-def arrange_layers(parts: Parts) -> StepDown:
+def arrange_layers(parts: RunSetup) -> StepDown:
     """Let layers keep, recompute or park as planned; returns how the run can do with less of the device's memory."""
     model, device, plan = parts.base.model, parts.processes.device, parts.plan
     if plan is None:
         arrange_unplanned(model, parts.recipe, device)
         return lambda: None
-    ladder = Ladder(model, plan.work, left_open(parts.recipe, plan.work.shapes.layers), device)
+    ladder = MemoryFallback(model, plan.work, left_open(parts.recipe, plan.work.shapes.layers), device)
     # The other processes would wait for this one's gradients while it repeats its step.
     return ladder.step_down if parts.processes.world == 1 else lambda: None
 
 
-def moments_of(parts: Parts, position: Position) -> int:
+def moments_of(parts: RunSetup, position: Position) -> int:
     """Device memory that the optimiser takes at the first step; none once it is there, or where it can be elsewhere."""
     optimizer = parts.recipe.optim.kind
     due = position.step == 0 and not moments_wait(optimizer)
     return moment_bytes(parts.injected.trainable_parameters, optimizer) if due else 0
 
 
-def refuse_changed_base(parts: Parts, before: str) -> None:
+def refuse_changed_base(parts: RunSetup, before: str) -> None:
     """QloraError if a byte of the frozen base is not what it was before the first step."""
     if parts.processes.any(frozen_sha256(parts.base.model) != before):
         raise QloraError(
@@ -295,7 +295,7 @@ def refuse_changed_base(parts: Parts, before: str) -> None:
         )
 
 
-def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
+def fixed_of(parts: RunSetup, steps: int) -> dict[str, Any]:
     """What may not change between two parts of a run: all that alters the mathematics."""
     recipe = parts.recipe
     sections = {"quant": recipe.quant, "adapter": recipe.adapter, "optim": recipe.optim}
@@ -320,7 +320,7 @@ def fixed_of(parts: Parts, steps: int) -> dict[str, Any]:
     return dict(redacted_values(keys))  # as the checkpoint's file has them
 
 
-def resume(parts: Parts, job: Job) -> Position:
+def resume(parts: RunSetup, job: Job) -> Position:
     """Where the run starts: at a checkpoint that verifies and belongs to this recipe, else at step 0."""
     output = Path(parts.recipe.train.output)
     if parts.processes.writes:
@@ -353,7 +353,7 @@ def spent_joules(processes: Processes, before: float | None) -> float | None:
     return round(total, 1) if math.isfinite(total) else None
 
 
-def keep_best(parts: Parts, job: Job, position: Position) -> None:
+def keep_best(parts: RunSetup, job: Job, position: Position) -> None:
     """With early stopping the adapter that is left is the best one, not the last one."""
     best = position.best_step
     if parts.recipe.train.early_stop is None or best is None or best == position.step:
@@ -364,7 +364,7 @@ def keep_best(parts: Parts, job: Job, position: Position) -> None:
         job.log.say(f"the adapter of step {best} is kept: its held-out loss {position.best_loss:.4f} is the lowest")
 
 
-def find_here(parts: Parts, job: Job) -> tuple[Saved | None, list[str]]:
+def find_here(parts: RunSetup, job: Job) -> tuple[Saved | None, list[str]]:
     """The checkpoint to go on from, on this machine's disk; only the first process's has to be there."""
     try:
         return find_saved(parts.recipe.train.resume, job.checkpoints)

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from qlora.config import Between, KindOf, Section, setting
-from qlora.utils.registry import Kinds
+from qlora.utils.registry import Registry
 
-OPTIMIZERS = Kinds(
+OPTIMIZERS = Registry(
     "optim.kind",
     adamw="qlora.training.optimizers:Adamw",  # float32 moments                                    arXiv:1711.05101
-    hosted_adamw="qlora.training.optimizers:HostedAdamw",  # float32 moments that wait in main memory
+    hosted_adamw="qlora.training.optimizers:OffloadedAdamwKind",  # float32 moments that wait in main memory
     adamw_8bit="qlora.training.optimizers:Adamw8bit",  # moments in 8 bits                         arXiv:2110.02861
     paged_adamw_32bit="qlora.training.optimizers:PagedAdamw32bit",  # moments may move to the host arXiv:2305.14314
     paged_adamw_8bit="qlora.training.optimizers:PagedAdamw8bit",  # both
 )
-SCHEDULES = Kinds(
+SCHEDULES = Registry(
     "optim.schedule",
     constant="qlora.training.schedule:constant",
     linear="qlora.training.schedule:linear",

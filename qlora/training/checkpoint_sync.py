@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from qlora.distributed.broadcast import Parcel, send
+from qlora.distributed.broadcast import Payload, send
 from qlora.distributed.processes import Processes
 from qlora.training.checkpoint import Saved, read
 from qlora.utils.atomic_files import write_bytes
@@ -22,7 +22,7 @@ def agreed(processes: Processes, mine: Saved | None) -> Iterator[Saved | None]:
     """
     wanted = mine.identity if mine else None
     if processes.world > 1:
-        wanted = send(processes, 0, Parcel(note=wanted) if processes.is_main else None).note
+        wanted = send(processes, 0, Payload(note=wanted) if processes.is_main else None).note
     same = wanted == (mine.identity if mine else None)
     if not processes.any(not same) or wanted is None:
         yield mine if same else None  # what lies on another machine's disk is not this run's
@@ -35,12 +35,12 @@ def agreed(processes: Processes, mine: Saved | None) -> Iterator[Saved | None]:
         yield _unpacked(sent, Path(room))
 
 
-def _packed(folder: Path) -> Parcel:
+def _packed(folder: Path) -> Payload:
     """The files of a checkpoint, byte for byte."""
-    return Parcel({file.name: _bytes_of(file) for file in sorted(folder.iterdir()) if file.is_file()}, folder.name)
+    return Payload({file.name: _bytes_of(file) for file in sorted(folder.iterdir()) if file.is_file()}, folder.name)
 
 
-def _unpacked(parcel: Parcel, room: Path) -> Saved:
+def _unpacked(parcel: Payload, room: Path) -> Saved:
     folder = room / str(parcel.note)
     folder.mkdir()
     for name, content in parcel.tensors.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.data.batching.collate import Batch, collate
-from qlora.data.batching.sampler import RowOrder, lengths_of, micro_batches, shares, steps_per_epoch
+from qlora.data.batching.sampler import Sampler, lengths_of, micro_batches, shares, steps_per_epoch
 from qlora.data.types import Example
 from qlora.distributed.processes import Processes
 from qlora.errors import InputError
@@ -23,11 +23,11 @@ from qlora.memory.meter import peak_bytes
 from qlora.training import SCHEDULES, Optim, Train
 from qlora.training.checkpoint import Checkpoints, Position, Saved
 from qlora.training.eval_loss import Evaluation, evaluate
-from qlora.training.oom_recovery import Relief, longest
+from qlora.training.oom_recovery import OomRecovery, longest
 from qlora.training.optimizers import set_factor
 from qlora.training.run_log import Log
 from qlora.training.schedule import rounded_up, warmup_steps
-from qlora.training.signals import FiniteGuard, StopSignal
+from qlora.training.signals import NonFiniteGuard, StopSignal
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Job:
     log: Log
     checkpoints: Checkpoints
     stop: StopSignal
-    guard: FiniteGuard = field(default_factory=FiniteGuard)
-    relief: Relief = field(default_factory=Relief)
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    relief: OomRecovery = field(default_factory=OomRecovery)
 
     @cached_property
-    def row_order(self) -> RowOrder:
+    def row_order(self) -> Sampler:
         """Which rows a step sees."""
-        return RowOrder(self.order, self.settings.global_batch, self.settings.seed)
+        return Sampler(self.order, self.settings.global_batch, self.settings.seed)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ SHORTEST = 4  # letters that are taken to be offered where the question lists no
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """A question up to where its letter is due, the ids of the letters it offers, and which of them is right."""
 
     example: Example  # as far as the letter; no label matters
@@ -28,7 +28,7 @@ class Choice:
     right: int
 
 
-def choice_of(example: Example, tokenizer: Any) -> Choice:
+def choice_of(example: Example, tokenizer: Any) -> MultipleChoice:
     """The row's last answer as a choice of letters. DataError if it is not one of the letters its question offers."""
     trained = np.flatnonzero(np.asarray(example.labels) != IGNORED)
     gaps = np.flatnonzero(np.diff(trained) > 1)
@@ -45,7 +45,7 @@ def choice_of(example: Example, tokenizer: Any) -> Choice:
         )
     place = next(at for at in range(start, end) if letter in tokenizer.decode([ids[at]]))
     shown = Example(example.where, np.asarray(ids[:place], np.int32), np.full(place, IGNORED, np.int32))
-    return Choice(shown, _siblings(ids[place], letter, known, tokenizer), known.index(letter))
+    return MultipleChoice(shown, _siblings(ids[place], letter, known, tokenizer), known.index(letter))
 
 
 def _siblings(token: int, letter: str, known: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ def _siblings(token: int, letter: str, known: Sequence[str], tokenizer: Any) -> 
 
 
 @torch.no_grad()
-def choice_share(model: nn.Module, choices: Sequence[Choice], micro_batch: int, device: torch.device) -> float:
+def choice_share(model: nn.Module, choices: Sequence[MultipleChoice], micro_batch: int, device: torch.device) -> float:
     """The share of questions whose right letter has the largest logit; ties go to the earlier letter."""
     training, head = model.training, TokenLoss(model.eval()).head
     order = sorted(range(len(choices)), key=lambda row: len(choices[row].example))

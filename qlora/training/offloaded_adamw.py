@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from qlora.memory.copy_stream import Lane, host_bytes
+from qlora.memory.copy_stream import CopyStream, host_bytes
 
 PIECE_VALUES = 2**22  # of each moment on the device at a time, twice: one piece in use, one on its way
 SLOTS = 2
@@ -30,15 +30,15 @@ class Span(NamedTuple):
         return tensor.view(-1)[self.start : self.end]
 
 
-Piece = list[Span]
+TextPiece = list[Span]
 
 
-class Hosted(torch.optim.Optimizer):
+class OffloadedAdamw(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) over parameters of one device, its moments in main memory which that device reads."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(list(groups), {"lr": 1e-3, "betas": betas, "eps": 1e-8, "weight_decay": weight_decay})
-        self.lane = Lane(self.param_groups[0]["params"][0].device)
+        self.lane = CopyStream(self.param_groups[0]["params"][0].device)
         self._slots: list[Tensor] = []
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -63,14 +63,14 @@ class Hosted(torch.optim.Optimizer):
                 self.lane.copy(away, here)
         self.lane.finish()  # so that whoever saves the moments finds them whole
 
-    def _pieces(self, group: dict[str, Any]) -> Iterator[Piece]:
+    def _pieces(self, group: dict[str, Any]) -> Iterator[TextPiece]:
         """The parameters that have a gradient, cut and put together to at most PIECE_VALUES."""
-        piece, values = Piece(), 0
+        piece, values = TextPiece(), 0
         for span in self._spans(group["params"]):
             size = span.end - span.start
             if piece and values + size > PIECE_VALUES:
                 yield piece
-                piece, values = Piece(), 0
+                piece, values = TextPiece(), 0
             piece.append(span)
             values += size
         if piece:
@@ -86,19 +86,19 @@ class Hosted(torch.optim.Optimizer):
                 end = min(parameter.numel(), start + PIECE_VALUES)
                 yield Span(parameter, start, end)
 
-    def _make_slots(self, pieces: Sequence[Piece]) -> None:
+    def _make_slots(self, pieces: Sequence[TextPiece]) -> None:
         """Memory on the device for two pieces, both moments, as large as the largest piece needs."""
         values = max((len(MOMENTS) * sum(span.end - span.start for span in piece) for piece in pieces), default=0)
         if not self._slots or self._slots[0].numel() < values:
             self._slots = [torch.empty(values, device=self.lane.device) for _ in range(min(SLOTS, len(pieces)))]
 
-    def _send(self, number: int, piece: Piece) -> Any:
+    def _send(self, number: int, piece: TextPiece) -> Any:
         """Queue a piece's moments into its slot. What left that slot before is ahead in the same queue."""
         for here, away in self._places(number, piece):
             self.lane.copy(here, away)
         return self.lane.mark()
 
-    def _places(self, number: int, piece: Piece) -> Iterator[tuple[Tensor, Tensor]]:
+    def _places(self, number: int, piece: TextPiece) -> Iterator[tuple[Tensor, Tensor]]:
         """Each moment of each span: where it is on the device, and where in main memory."""
         slot, start = self._slots[number % SLOTS], 0
         for name in MOMENTS:
@@ -107,7 +107,7 @@ class Hosted(torch.optim.Optimizer):
                 yield slot[start : start + size], span.of(self.state[span.parameter][name])
                 start += size
 
-    def _update(self, group: dict[str, Any], number: int, piece: Piece) -> None:
+    def _update(self, group: dict[str, Any], number: int, piece: TextPiece) -> None:
         here = [place for place, _ in self._places(number, piece)]
         counts = [self.state[span.parameter]["step"] for span in piece]
         # A parameter of several spans is counted once, with its first, which fills a piece of its own.

@@ -19,7 +19,7 @@ T = TypeVar("T")
 StepDown = Callable[[], str | None]  # takes less memory from now on and says how; None: there is nothing left to give
 
 
-class Relief:
+class OomRecovery:
     """Repeats what ran out of memory after the run has stepped down."""
 
     def __init__(

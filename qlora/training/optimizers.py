@@ -13,7 +13,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 
 from qlora.errors import QloraError
-from qlora.training.offloaded_adamw import Hosted
+from qlora.training.offloaded_adamw import OffloadedAdamw
 
 CONSTANTS = ("qmap1", "qmap2")  # code tables that bitsandbytes makes again by itself
 Groups = Sequence[dict[str, Any]]
@@ -28,13 +28,13 @@ class Adamw:
         return torch.optim.AdamW(list(groups), betas=betas, weight_decay=weight_decay, fused=True)
 
 
-class HostedAdamw:
+class OffloadedAdamwKind:
     """AdamW whose moments wait in main memory, for drivers that do not page (hosted.py)."""
 
     @staticmethod
     def build(groups: Groups, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
         """An optimiser over `groups`, each with `params` and `lr`."""
-        return Hosted(groups, betas, weight_decay)
+        return OffloadedAdamw(groups, betas, weight_decay)
 
 
 class Adamw8bit:
@@ -115,7 +115,7 @@ def _restore(optimizer: torch.optim.Optimizer, place: tuple[Any, ...], saved: Ma
     if isinstance(optimizer, Optimizer8bit):
         optimizer.init_state(*place)
         state = optimizer.state[parameter]
-    elif isinstance(optimizer, Hosted):
+    elif isinstance(optimizer, OffloadedAdamw):
         state = optimizer.state[parameter] = optimizer.new_state(parameter)
     else:
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}

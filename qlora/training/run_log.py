@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qlora.training.live_panel import Panel, live
 from qlora.utils.atomic_files import refused, write_text
-from qlora.utils.progress import Rates, clock
+from qlora.utils.progress import ProgressReporter, clock
 from qlora.utils.redact import redacted
 
 METRICS = "metrics.jsonl"
@@ -41,9 +41,9 @@ class Log:
         self._panel: Panel | None = None
         self._started: tuple[int, float] | None = None  # first logged step and when, for the time left
 
-    def rates(self, what: str, unit: str = "rows") -> Rates:
+    def rates(self, what: str, unit: str = "rows") -> ProgressReporter:
         """For a long work inside the run: in the panel where there is one, else a line now and then."""
-        return Rates(self._panel.working if self._panel else self.say, what, unit)
+        return ProgressReporter(self._panel.working if self._panel else self.say, what, unit)
 
     def restart(self, step: int, evaluated: bool = True) -> None:
         """Keep the metrics up to `step` and drop later lines, which a resumed run writes again.

@@ -20,7 +20,7 @@ NOTHING_TO_SAVE = "before the first step: nothing new to save; the same command 
 PATIENCE = 3  # steps in a row without a finite gradient before the run ends
 
 
-class Abandoned(BaseException):
+class Interrupted(BaseException):
     """Raised wherever the program is when a signal comes before there is anything to save; no library catches it."""
 
     def __init__(self, error: Stopped) -> None:
@@ -45,7 +45,7 @@ class StopSignal:
         if self.number is None:
             self.number, self._when = number, time.monotonic()
             if self.at_once:
-                raise Abandoned(self.error(NOTHING_TO_SAVE))
+                raise Interrupted(self.error(NOTHING_TO_SAVE))
         elif time.monotonic() - self._when > SAME_SIGNAL_SECONDS:
             raise SystemExit(128 + number)
 
@@ -75,7 +75,7 @@ def stop_signals() -> Iterator[StopSignal]:
     try:
         _follow_the_launcher()
         yield stop
-    except Abandoned as abandoned:
+    except Interrupted as abandoned:
         raise abandoned.error from None
     except RuntimeError as error:
         if not stop.came or Processes.launched() < 2:
@@ -101,7 +101,7 @@ def _follow_the_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class FiniteGuard:
+class NonFiniteGuard:
     """Says whether a step may be taken; ends the run after PATIENCE steps in a row that may not."""
 
     def __init__(self) -> None:

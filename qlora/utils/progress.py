@@ -6,7 +6,7 @@ from collections.abc import Callable
 FIRST_SECONDS = 5.0  # works shorter than that say nothing
 
 
-class Rates:
+class ProgressReporter:
     """Told how much is done, says so in a line: `reading the base: 40 % of 15.2 GB, 812 MB/s, 0:11 left`.
 
     unit: `rows`, `tokens`, or `bytes`, which are told in powers of ten as disks and networks are sold.

@@ -8,7 +8,7 @@ from typing import Any
 from qlora.errors import NotBuiltYet, RecipeError, did_you_mean
 
 
-class Kinds(Mapping[str, Any]):
+class Registry(Mapping[str, Any]):
     """A room's table of contents: `kind -> "module:Class"`. Looking a kind up imports its class, listing nothing."""
 
     def __init__(self, noun: str, **entries: str) -> None:

@@ -1,7 +1,7 @@
 """Tensors that backward makes again from less: a norm's output from its input, a gated product from its factors.
 
-What is made row by row from tensors that are kept anyway need not be kept itself. `row_wise` runs such a function and
-keeps its sources; whoever reads the result in backward (an adapter's branch) asks `origin_of` and keeps those as well.
+A row-wise function of tensors that are saved anyway need not have its result saved. `rowwise_checkpoint` runs such a
+function and saves its sources; a reader of the result in backward (an adapter's branch) asks `origin_of` for them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ CACHED_BYTES = 4 * 2**20  # a CPU works on so much of a tensor at a time: what c
 ATTRIBUTE = "made_from"
 
 
-class Replay:
+class Rematerialization:
     """How a tensor was made. It is made once for all who read it in backward, and dropped after the last one."""
 
     def __init__(self, make: Make) -> None:
@@ -37,11 +37,11 @@ class Replay:
 class Origin(NamedTuple):
     """What a tensor can be made from again. The sources stand beside the replay, which must not keep them alive."""
 
-    replay: Replay
+    replay: Rematerialization
     sources: tuple[Tensor, ...]
 
 
-def row_wise(make: Make, *sources: Tensor, trained: tuple[Tensor, ...] = ()) -> Tensor:
+def rowwise_checkpoint(make: Make, *sources: Tensor, trained: tuple[Tensor, ...] = ()) -> Tensor:
     """make(*sources, *trained), which works on each row (last dimension) of the sources alone; keeps the sources only.
 
     Sources [..., any] of one leading shape; `make` runs again, row by row the same, in backward. `trained` are the
@@ -51,7 +51,7 @@ def row_wise(make: Make, *sources: Tensor, trained: tuple[Tensor, ...] = ()) -> 
     if not wanted or torch.compiler.is_compiling():  # a compiler finds out by itself what to make again
         return make(*sources, *trained)
     made: Tensor = _RowWise.apply(make, len(trained), *trained, *sources)
-    setattr(made, ATTRIBUTE, Origin(Replay(lambda *rows: make(*rows, *trained)), sources))
+    setattr(made, ATTRIBUTE, Origin(Rematerialization(lambda *rows: make(*rows, *trained)), sources))
     return made
 
 

@@ -17,11 +17,11 @@ MEMORY_BYTES = 2 * 2**30  # beyond what the process holds already
 T = TypeVar("T")
 
 
-class TooMuch(BaseException):
+class LimitExceeded(BaseException):
     """A call took too long; not an Exception, so that the program itself can't catch it and go on."""
 
 
-class Ceilings:
+class Limits:
     """Ceilings on each call of one program. They are armed once for many calls: then a call costs nothing extra."""
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class Ceilings:
     def _tick(self, number: int, frame: FrameType | None) -> None:
         """Twice within SECONDS: a call that was there the last time, and still is, has taken too long."""
         if self._inside and self._seen == self._calls:
-            raise TooMuch
+            raise LimitExceeded
         self._seen = self._calls
 
 
-def within_ceilings(work: Callable[[], T]) -> T:
+def within_limits(work: Callable[[], T]) -> T:
     """What `work` returns, called once under ceilings. TooMuch or MemoryError if it reaches them."""
-    ceilings = Ceilings()
+    ceilings = Limits()
     with ceilings.armed():
         return ceilings.call(work)
 

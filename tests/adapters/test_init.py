@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora.adapters import ADAPTERS, peft_files
-from qlora.adapters.init import Begun, begin, principal
+from qlora.adapters.init import InitResult, begin, principal
 from qlora.adapters.inject import adapted, inject
 from qlora.adapters.switch import adapters_off
 from qlora.errors import AdapterError
@@ -30,7 +30,7 @@ IDS = torch.randint(5, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 STARTS = ("pissa", "loftq")
 
 
-def begun(zoo: Zoo, kind: str, init: str, quantizer: str = "nf4", rank: int = 6) -> tuple[Base, Any, Begun | None]:
+def begun(zoo: Zoo, kind: str, init: str, quantizer: str = "nf4", rank: int = 6) -> tuple[Base, Any, InitResult | None]:
     base = load(Model(name=str(zoo(FAMILY)), dtype="float32"), QUANTIZERS[quantizer](), torch.device("cpu"))
     adapter = ADAPTERS[kind](rank=rank, alpha=9.0)
     inject(base.model, adapter, "all-linear", 0)
@@ -84,7 +84,7 @@ def test_pissa_on_a_dense_base_starts_at_the_base_and_trains_its_principal_part(
     after = logits(base.model)
     with adapters_off(base.model):
         torch.testing.assert_close(after, logits(base.model), rtol=0, atol=1e-4)  # what is added is taken away again
-    assert found == Begun(0.0, 0.0)
+    assert found == InitResult(0.0, 0.0)
     for layer in adapted(base.model).values():
         weight = layer.base.weight(torch.float32)
         left = torch.linalg.svdvals(weight)[6:].norm()

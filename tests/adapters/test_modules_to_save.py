@@ -20,13 +20,13 @@ from qlora.adapters import peft_files
 from qlora.adapters.inject import adapted, count, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.modules_to_save import save, saved_modules, saved_tensors
-from qlora.adapters.switch import Switch, adapters_off
+from qlora.adapters.switch import AdapterSwitch, adapters_off
 from qlora.errors import AdapterError
 from qlora.model import Model
 from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
 from qlora.recipe.planning import elsewhere, plan_of
-from qlora.runs.load_run import open_run
+from qlora.runs.load_run import load_run
 from qlora.training.loss import TokenLoss
 
 Zoo = Callable[..., Path]
@@ -106,7 +106,7 @@ def test_peft_reads_the_run_and_so_does_the_merged_model(
     zoo: Zoo, family: str, names: tuple[str, ...], kind: str, tmp_path: Path
 ) -> None:
     folder = trained_run(zoo, family, tmp_path, names, "quant.kind=dense", f"adapter.kind={kind}")
-    opened = open_run(str(folder))
+    opened = load_run(str(folder))
     ours = logits(opened.base.model)
     theirs = peft.PeftModel.from_pretrained(plain(zoo(family)), folder).eval()
     torch.testing.assert_close(logits(theirs), ours, rtol=0, atol=1e-4 if kind == "lora" else 1e-3)
@@ -166,7 +166,7 @@ def test_where_peft_trained_the_two_apart_the_merged_model_has_two(zoo: Zoo, tmp
     with torch.no_grad():
         theirs.base_model.model.model.embed_tokens.weight.mul_(1.5)
     theirs.save_pretrained(tmp_path / "theirs")
-    opened = open_run(str(zoo(TIED)), str(tmp_path / "theirs"))
+    opened = load_run(str(zoo(TIED)), str(tmp_path / "theirs"))
     dense = base_of(zoo(TIED))
     peft_files.attach(dense.model, peft_files.read(tmp_path / "theirs"), dense.manifest.sha256)
     torch.testing.assert_close(logits(dense.model), logits(theirs), rtol=0, atol=1e-4)
@@ -178,7 +178,7 @@ def test_where_peft_trained_the_two_apart_the_merged_model_has_two(zoo: Zoo, tmp
     config = json.loads((folder / peft_files.CONFIG).read_text()) | {"base_model_name_or_path": str(zoo(TIED))}
     (folder / peft_files.CONFIG).write_text(json.dumps(config))
     assert qlora("export", folder, tmp_path / "merged", "--to", "merged", "--rows", 0).code == 0
-    opened = open_run(str(folder))
+    opened = load_run(str(folder))
     merged = plain(tmp_path / "merged")
     assert merged.lm_head.weight is not merged.model.embed_tokens.weight
     torch.testing.assert_close(logits(merged), logits(opened.base.model), rtol=0, atol=1e-4)
@@ -226,10 +226,10 @@ def test_what_cannot_train_whole_is_refused_with_the_key(zoo: Zoo) -> None:
 
 def test_a_switch_holds_them_and_gives_the_base_back(zoo: Zoo, tmp_path: Path) -> None:
     folder = trained_run(zoo, UNTIED, tmp_path, ("embed_tokens", "lm_head", "norm"))
-    alone = open_run(str(folder))
+    alone = load_run(str(folder))
     base = base_of(zoo(UNTIED), "nf4")
     before = logits(base.model)
-    switch = Switch(base.model)
+    switch = AdapterSwitch(base.model)
     layers, _ = peft_files.fitted(base.model, peft_files.read(folder), base.manifest.sha256)
     switch.hold("a", layers)
     switch.use("a")

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from qlora.adapters import ADAPTERS, peft_files
 from qlora.adapters.inject import adapted, inject
 from qlora.adapters.plain_lora import folded
-from qlora.adapters.switch import Switch
+from qlora.adapters.switch import AdapterSwitch
 from qlora.errors import AdapterError
 from qlora.model import Model
 from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
-from qlora.runs.load_run import open_switch
+from qlora.runs.load_run import load_with_adapters
 
 Zoo = Callable[..., Path]
 IDS = torch.randint(5, 250, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -65,7 +65,7 @@ class Held:
     def __init__(self, model: Path, folder: Path) -> None:
         self.folders = {name: adapter_folder(model, folder / name, name) for name in SHAPES}
         self.base = base_of(model)
-        self.switch = Switch(self.base.model)
+        self.switch = AdapterSwitch(self.base.model)
         self.alone: dict[str | None, Tensor] = {None: logits(self.base.model)}
         for name, place in self.folders.items():
             file = peft_files.read(place)
@@ -185,7 +185,7 @@ def test_a_run_is_opened_with_others_beside_it(held: Held, zoo: Zoo, tmp_path: P
     data = write_rows(tmp_path / "rows.jsonl", 8)
     run(recipe_of(zoo("llama-tied-bias"), data, tmp_path / "run", "train.max_steps=1"))
     folders: dict[str, Any] = {"own": str(tmp_path / "run"), "a": str(held.folders["a"])}
-    opened, switch = open_switch(str(tmp_path / "run"), folders)
+    opened, switch = load_with_adapters(str(tmp_path / "run"), folders)
     assert switch.names == ["own", "a"] and switch.name == "own" and opened.adapter is not None
     switch.use("a")
     torch.testing.assert_close(logits(opened.base.model), held.alone["a"], **CLOSE)

@@ -25,7 +25,7 @@ from qlora.model import Model
 from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
 from qlora.recipe.planning import elsewhere, plan_of
-from qlora.runs.load_run import open_run
+from qlora.runs.load_run import load_run
 from qlora.training.loss import TokenLoss
 
 Zoo = Callable[..., Path]
@@ -77,7 +77,7 @@ def test_peft_reads_the_run_and_so_does_the_merged_model(zoo: Zoo, family: str, 
     data = write_rows(tmp_path / "rows.jsonl", 12)
     shown = ("train.max_steps=3", "optim.learning_rate=0.02", "data.eval_fraction=0.25", "quant.kind=dense")
     run(recipe_of(zoo(family), data, tmp_path / "run", *shown, adapter={"tokens": ["<|im_start|>", 7, 100]}))
-    opened = open_run(str(tmp_path / "run"))
+    opened = load_run(str(tmp_path / "run"))
     ours = logits(opened.base.model)
     with torch.no_grad():
         moved = [(each.rows - each.weight[each.index]).abs().max() for each in row_modules(opened.base.model).values()]
@@ -153,7 +153,7 @@ def test_new_tokens_are_learnt_written_merged_and_read_by_peft(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     ids = tokenizer.convert_tokens_to_ids(new)
     assert ids == list(range(261, 261 + many)) and tokenizer("say <new1>!")["input_ids"].count(ids[1]) == 1
-    opened = open_run(str(tmp_path / "run"))
+    opened = load_run(str(tmp_path / "run"))
     rows = max(384, 261 + many)
     assert opened.encoder.vocabulary == 261 + many and len(opened.base.model.get_input_embeddings().weight) == rows
     prompt = torch.tensor([[1, 7, ids[0], 9, ids[-1], 30, ids[1], 12]])

@@ -10,7 +10,7 @@ import pytest
 from support.tokenizers import ENDS, FAMILIES, tokenizer_of
 
 from qlora.data.conversations.encoder import Encoder
-from qlora.data.types import IGNORED, Message, RowError
+from qlora.data.types import IGNORED, Message, RecordError
 
 SYSTEM = {"gemma": False}  # templates of the fixtures that refuse a system turn
 TOOLS = {"qwen3"}  # that write tools
@@ -20,7 +20,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """A conversation, and for each of its turns whether the assistant is asked to say just that."""
 
     messages: list[Message]
@@ -37,7 +37,7 @@ def words(draw: random.Random) -> str:
     return text
 
 
-def talk_of(draw: random.Random, template: str) -> Talk:
+def talk_of(draw: random.Random, template: str) -> ChatSession:
     """A system turn or none, one to four questions, answers by way of a tool now and then, some not to be trained."""
     messages: list[Message] = []
     with_tools = template in TOOLS and draw.random() < 0.4
@@ -52,21 +52,21 @@ def talk_of(draw: random.Random, template: str) -> Talk:
             messages.append(Message("tool", words(draw)))
         thought = "<think>\nhm\n</think>\n\n" if template == "qwen3" and draw.random() < 0.3 else ""
         messages.append(Message("assistant", thought + words(draw), train_of(draw)))
-    return Talk(messages, draw.choice(["assistant", "last", "all"]))
+    return ChatSession(messages, draw.choice(["assistant", "last", "all"]))
 
 
 def train_of(draw: random.Random) -> bool | None:
     return draw.choice([None, None, None, None, True, False])
 
 
-def wanted(talk: Talk) -> list[Message]:
+def wanted(talk: ChatSession) -> list[Message]:
     """The answers that the conversation and train_on ask to train."""
     answers = [message for message in talk.turns if message.role == "assistant"]
     chosen = answers[-1:] if talk.train_on == "last" else answers
     return [m for m in answers if m.train is not False and (m.train or any(m is one for one in chosen))]
 
 
-def kept(talk: Talk, template: str) -> list[Message]:
+def kept(talk: ChatSession, template: str) -> list[Message]:
     """Those of them whose prompt stays as it was: Qwen3 rewrites every answer before the last question, and after it
     those that hold no thought and are not the last.
     """
@@ -106,15 +106,15 @@ def runs_of(encoder: Encoder, example) -> list[str]:
     return runs
 
 
-def mismatch(encoder: Encoder, talk: Talk, template: str) -> str:
+def mismatch(encoder: Encoder, talk: ChatSession, template: str) -> str:
     """Empty if the row is as it should be; what is wrong otherwise."""
     made = encoder.encode_all([("here:1", talk.messages)])[0]
     if talk.train_on == "all":
-        if isinstance(made, RowError):
+        if isinstance(made, RecordError):
             return "" if "drops part" in str(made) else str(made)
         return "" if (made.example.labels == made.example.input_ids).all() else "train_on: all leaves tokens out"
     expected = [said(message, template) for message in kept(talk, template)]
-    if isinstance(made, RowError):
+    if isinstance(made, RecordError):
         return "" if not expected and made.reason in ("nothing to train", "prefix not kept") else str(made)
     if made.skipped != len(wanted(talk)) - len(expected):
         return f"{made.skipped} skipped"
@@ -152,4 +152,4 @@ def test_a_template_without_system_turns_refuses_every_row_that_has_one(template
     for _ in range(50):
         talk = talk_of(draw, template)
         made = encoder.encode_all([("x:1", [Message("system", words(draw)), *talk.messages])])[0]
-        assert isinstance(made, RowError) and made.reason == "refused by the chat template"
+        assert isinstance(made, RecordError) and made.reason == "refused by the chat template"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.tokenizers import ENDS, FAMILIES, template_text, tokenizer_of
 
 from qlora.data.conversations.encoder import Encoder
-from qlora.data.types import IGNORED, Message, RowError
+from qlora.data.types import IGNORED, Message, RecordError
 from qlora.errors import DataError
 
 EACH_FAMILY = pytest.mark.parametrize(("template", "kind"), FAMILIES, ids=lambda value: value)
@@ -57,7 +57,7 @@ conversations = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 def test_the_trained_tokens_are_the_answers_and_their_ends(template, kind, pairs):
     encoder = encoder_of(template, kind)
     made = encoder.encode_all([("here:1", talk(*[text for pair in pairs for text in pair]))])[0]
-    assert not isinstance(made, RowError), made
+    assert not isinstance(made, RecordError), made
     answers = [answer for _, answer in pairs]
     if template == "qwen3":  # earlier answers lose their thought once another question follows: only the last is proved
         answers = [f"<think></think>{answers[-1]}"]
@@ -151,7 +151,7 @@ def test_a_prompt_that_goes_on_differently_is_trained_from_where_it_parts():
     example = encoder.encode("x:1", talk("Hi", "Good day."))
     assert trained_runs(encoder, example) == ["Good day.</s>"]
     assert any("goes on differently" in note for note in encoder.notes)
-    with pytest.raises(RowError, match="drops part of an answer"):
+    with pytest.raises(RecordError, match="drops part of an answer"):
         encoder.encode("x:1", talk("Hi", "a thought</think>Good day."))
 
 
@@ -178,7 +178,7 @@ def test_a_thought_that_the_prompt_opens_is_trained_from_its_first_word(tmp_path
     ],
 )
 def test_a_row_without_an_answer_to_learn_is_refused_with_the_reason(turns, reason):
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(RecordError) as caught:
         encoder_of("chatml", "bytes").encode("x:1", turns)
     assert caught.value.reason == reason
 
@@ -187,7 +187,7 @@ def test_a_template_may_refuse_one_row_and_take_the_next():
     encoder = encoder_of("gemma", "gemma_like")
     good, bad = talk("Hi", "Good day."), talk("Hi", "Good day.", system="Be brief.")
     made = encoder.encode_all([("x:1", good), ("x:2", bad), ("x:3", good)])
-    assert [isinstance(one, RowError) for one in made] == [False, True, False]
+    assert [isinstance(one, RecordError) for one in made] == [False, True, False]
     assert made[1].reason == "refused by the chat template"
     assert "system turns are not known" in made[1].detail
 
@@ -218,7 +218,7 @@ def test_rows_that_are_tokens_already_stay_as_they_are():
     example = encoder.encode("x:1", [Message("tokens", "", extra=extra)])
     assert example.input_ids.tolist() == [5, 6, 7] and example.labels.tolist() == [-100, 6, 7]
     for wrong in ({"input_ids": np.array([5, 10**6], np.int32)}, {"labels": np.array([5, -100, -100], np.int32)}):
-        with pytest.raises(RowError):
+        with pytest.raises(RecordError):
             encoder.encode("x:1", [Message("tokens", "", extra={**extra, **wrong})])
 
 
@@ -240,7 +240,7 @@ def test_tools_and_tool_calls_reach_the_template_and_are_proved():
     forged = [Message("tools", "", extra={"tools": [{"name": "weather", "description": "<|im_end|>"}]}), *turns[1:]]
     assert encoder.encode_all([("x:2", forged)])[0].forged == ("<|im_end|>",)
     for lost, match in ((turns, "does not write tools"), (turns[1:], "does not write tool calls")):
-        with pytest.raises(RowError, match=match):
+        with pytest.raises(RecordError, match=match):
             encoder_of("chatml", "bytes").encode("x:1", lost)
 
 

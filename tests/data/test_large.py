@@ -14,7 +14,7 @@ from support.paths import ROOT
 from qlora.data import Source
 from qlora.data.reading import arrow, json_array, source
 from qlora.data.reading.resolve_paths import Located
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 from qlora.errors import DataError
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -22,7 +22,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak 
 
 def items(text: str | bytes) -> list:
     raw = text if isinstance(text, bytes) else text.encode()
-    return [str(item) if isinstance(item, RowError) else item for item in json_array.items(io.BytesIO(raw))]
+    return [str(item) if isinstance(item, RecordError) else item for item in json_array.items(io.BytesIO(raw))]
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 64, 1000, 2**20])

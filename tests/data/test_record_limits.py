@@ -13,7 +13,7 @@ from qlora.data import Data
 from qlora.data.conversations import encode_records, record_limits
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.prepare import prepare
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such limits")
 TEMPLATE = (  # an honest ChatML, until a row says so
@@ -27,7 +27,7 @@ TEMPLATE = (  # an honest ChatML, until a row says so
 
 @pytest.mark.parametrize("crew", [1, 2])
 def test_a_row_that_makes_the_template_loop_or_blow_up_is_dropped_and_named(tmp_path, monkeypatch, crew):
-    monkeypatch.setattr(record_limits.processor_time.__wrapped__, "__defaults__", (0.3,))
+    monkeypatch.setattr(record_limits.time_limit.__wrapped__, "__defaults__", (0.3,))
     monkeypatch.setattr("qlora.data.conversations.worker_pool.available", lambda: crew)
     monkeypatch.setattr(encode_records.encoded_rows, "__defaults__", (1, 32))
     (tmp_path / "template.jinja").write_text(TEMPLATE)
@@ -46,14 +46,14 @@ def test_a_row_that_makes_the_template_loop_or_blow_up_is_dropped_and_named(tmp_
 
 def test_what_takes_its_time_within_the_ceiling_is_left_alone_and_nothing_rings_later():
     before = signal.getsignal(signal.SIGVTALRM)
-    with record_limits.processor_time(0.2):
+    with record_limits.time_limit(0.2):
         pass
     spin(0.4)
-    with pytest.raises(RowError, match=r"more than 0\.05 s"), record_limits.processor_time(0.05):
+    with pytest.raises(RecordError, match=r"more than 0\.05 s"), record_limits.time_limit(0.05):
         while True:
             pass
     assert signal.getsignal(signal.SIGVTALRM) == before
-    with record_limits.processor_time(0.05):
+    with record_limits.time_limit(0.05):
         time.sleep(0.2)  # waiting is not computing: a busy machine drops no rows
 
 
@@ -64,7 +64,7 @@ def spin(seconds: float) -> None:
 
 
 def test_no_exception_handler_between_can_keep_the_bell_to_itself():
-    with pytest.raises(RowError), record_limits.processor_time(0.05):
+    with pytest.raises(RecordError), record_limits.time_limit(0.05):
         while True:
             try:
                 spin(1)
@@ -104,10 +104,10 @@ def test_a_text_that_the_compiler_would_fold_into_the_code_is_refused(tmp_path):
 
 
 def test_long_rows_are_held_few_at_a_time(monkeypatch):
-    from qlora.data.types import BadRow, Row
+    from qlora.data.types import BadRecord, Record
 
-    rows = [Row(f"x:{i}", {"messages": [{"content": "a" * 300_000}]}) for i in range(9)]
-    chunks = list(encode_records._chunks(iter([*rows, BadRow("x:10", "bad")]), 512))
+    rows = [Record(f"x:{i}", {"messages": [{"content": "a" * 300_000}]}) for i in range(9)]
+    chunks = list(encode_records._chunks(iter([*rows, BadRecord("x:10", "bad")]), 512))
     assert [len(chunk) for chunk in chunks] == [4, 4, 2]
-    short = [Row(f"x:{i}", {"input_ids": [1, 2]}) for i in range(1200)]
+    short = [Record(f"x:{i}", {"input_ids": [1, 2]}) for i in range(1200)]
     assert [len(chunk) for chunk in encode_records._chunks(iter(short), 512)] == [512, 512, 176]

@@ -9,7 +9,7 @@ from qlora.data import Data
 from qlora.data.batching.sampler import (
     ORDERS,
     WINDOW_STEPS,
-    RowOrder,
+    Sampler,
     lengths_of,
     micro_batches,
     shares,
@@ -26,7 +26,7 @@ def rows_of(lengths) -> list[Example]:
     return [Example(str(i), np.ones(length, np.int32), np.ones(length, np.int32)) for i, length in enumerate(lengths)]
 
 
-def epoch_of(order: RowOrder, rows, epoch: int = 0) -> list[int]:
+def epoch_of(order: Sampler, rows, epoch: int = 0) -> list[int]:
     steps = steps_per_epoch(len(rows), order.global_batch)
     return [row for step in range(epoch * steps, (epoch + 1) * steps) for row in order.rows(rows, step)]
 
@@ -40,10 +40,10 @@ def epoch_of(order: RowOrder, rows, epoch: int = 0) -> list[int]:
     epoch=st.integers(0, 9),
 )
 def test_an_epoch_visits_every_row_once_in_full_steps_and_a_last_short_one(kind, lengths, global_batch, seed, epoch):
-    rows, order = rows_of(lengths), RowOrder(kind, global_batch, seed)
+    rows, order = rows_of(lengths), Sampler(kind, global_batch, seed)
     seen = epoch_of(order, rows, epoch)
     assert sorted(seen) == list(range(len(rows)))
-    assert seen == epoch_of(RowOrder(kind, global_batch, seed), rows_of(lengths), epoch)
+    assert seen == epoch_of(Sampler(kind, global_batch, seed), rows_of(lengths), epoch)
     steps = steps_per_epoch(len(rows), global_batch)
     sizes = [len(order.rows(rows, epoch * steps + step)) for step in range(steps)]
     assert all(size == global_batch for size in sizes[:-1]) and 0 < sizes[-1] <= global_batch
@@ -52,16 +52,16 @@ def test_an_epoch_visits_every_row_once_in_full_steps_and_a_last_short_one(kind,
 def test_epochs_and_seeds_have_their_own_order_and_it_never_changes():
     rows = rows_of([1] * 50)
     for kind, distinct in (("shuffle", 4), ("length", 4), ("sequential", 1)):
-        orders = {tuple(epoch_of(RowOrder(kind, 4, seed), rows, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+        orders = {tuple(epoch_of(Sampler(kind, 4, seed), rows, epoch)) for seed in (0, 1) for epoch in (0, 1)}
         assert len(orders) == distinct, kind
-    fixed = shuffled(rows[:8], RowOrder("shuffle", 1, 0), 0)
+    fixed = shuffled(rows[:8], Sampler("shuffle", 1, 0), 0)
     assert fixed.tolist() == [0, 7, 2, 5, 4, 6, 3, 1]  # a resume years later must agree
-    assert epoch_of(RowOrder("sequential", 3, 7), rows) == list(range(50))
+    assert epoch_of(Sampler("sequential", 3, 7), rows) == list(range(50))
 
 
 def test_places_in_the_order_are_spread_evenly():
     """The mean place of a row over 2,000 epochs is the middle: within 5 sd of a uniform place."""
-    order = RowOrder("shuffle", 1, 0)
+    order = Sampler("shuffle", 1, 0)
     places = np.stack([np.argsort(shuffled(range(20), order, epoch)) for epoch in range(2000)])
     assert np.abs(places.mean(0) - 9.5).max() < 5 * np.sqrt((20**2 - 1) / 12 / 2000)
 
@@ -70,7 +70,7 @@ def test_by_length_a_step_has_rows_of_like_length_and_steps_come_in_any_order():
     lengths = np.random.default_rng(0).integers(1, 2000, 40 * 16)
     rows = rows_of(lengths)
     assert len(rows) <= WINDOW_STEPS * 16
-    order = RowOrder("length", 16, 3)
+    order = Sampler("length", 16, 3)
     spans, longest = [], []
     for step in range(40):
         found = lengths[order.rows(rows, step)]
@@ -81,7 +81,7 @@ def test_by_length_a_step_has_rows_of_like_length_and_steps_come_in_any_order():
 
 
 def test_other_rows_are_never_taken_for_the_ones_before():
-    order = RowOrder("length", 2, 0)
+    order = Sampler("length", 2, 0)
     assert epoch_of(order, rows_of([5, 1, 9, 3])) != epoch_of(order, rows_of([1, 9, 3, 5]))
 
 

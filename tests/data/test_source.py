@@ -9,18 +9,18 @@ import pytest
 from qlora.data import Source
 from qlora.data.reading import source, strict_json
 from qlora.data.reading.resolve_paths import locate
-from qlora.data.types import BadRow, Row
+from qlora.data.types import BadRecord, Record
 from qlora.errors import DataError
 
 
-def read(path, **settings) -> list[Row | BadRow]:
+def read(path, **settings) -> list[Record | BadRecord]:
     return list(source.rows([Source(path=str(path), **settings)], seed=0))
 
 
 def outcome(path) -> list:
     """(line, fields) for a row, (line, reason) for a bad one."""
     return [
-        (int(row.where.rpartition(":")[2]), dict(row.fields) if isinstance(row, Row) else row.reason)
+        (int(row.where.rpartition(":")[2]), dict(row.fields) if isinstance(row, Record) else row.reason)
         for row in read(path)
     ]
 

@@ -11,8 +11,8 @@ from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
 from qlora.data.prepare import prepare
 from qlora.recipe.recipe import Recipe, from_mapping
-from qlora.recipe.recommendations import counsel
-from qlora.utils.progress import Rates
+from qlora.recipe.recommendations import recommendations
+from qlora.utils.progress import ProgressReporter
 
 LONG = "word " * 300
 SETS = {  # rows, what is said of them
@@ -88,14 +88,14 @@ RECIPES = [  # sections, counts, steps, keys that are spoken of
 
 @pytest.mark.parametrize(("sections", "counts", "steps", "keys"), RECIPES)
 def test_the_literature_is_cited_where_it_applies(sections, counts, steps, keys):
-    found = list(counsel(recipe_of(**sections), report_of(**counts), steps, 1_000_000))
+    found = list(recommendations(recipe_of(**sections), report_of(**counts), steps, 1_000_000))
     assert [key for key, _ in found] == keys, found
 
 
 def test_rates_are_told_ever_more_rarely_and_not_at_once(monkeypatch):
     clock, lines = [0.0], list[str]()
     monkeypatch.setattr("qlora.utils.progress.time.monotonic", lambda: clock[0])
-    told = Rates(lines.append, "data")
+    told = ProgressReporter(lines.append, "data")
     for second in range(1, 3601):
         clock[0] = float(second)
         told(second * 1000)

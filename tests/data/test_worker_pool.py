@@ -107,7 +107,7 @@ def test_an_error_of_the_work_is_raised_here_as_it_is():
 
 
 def test_no_worker_outlives_the_walk_whoever_ends_it():
-    crew = worker_pool.Crew(squares, 3)
+    crew = worker_pool.WorkerPool(squares, 3)
     pids = [worker.process.pid for worker in crew._workers]
     found = crew.run(chunks_of(400))
     next(found)
@@ -175,7 +175,7 @@ def test_rows_prepared_by_workers_are_those_of_one_process(tmp_path, monkeypatch
 
 def test_a_small_set_starts_no_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(worker_pool, "available", lambda: 4)
-    monkeypatch.setattr(worker_pool, "Crew", None)
+    monkeypatch.setattr(worker_pool, "WorkerPool", None)
     data = Data.model_validate({"train": str(written(tmp_path, 100)), "max_length": 300})
     assert prepare(data, Encoder(tokenizer_of("bytes", "chatml")), 0).report.rows == 100
 

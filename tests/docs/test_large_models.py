@@ -17,5 +17,5 @@ def test_the_page_is_drawn_by_the_planner() -> None:
 
 
 def test_twice_the_link_needs_about_half_the_tokens() -> None:
-    slow, fast = (beyond.free_from(beyond.Pace(1e14, link)) for link in (12.5e9, 25e9))
+    slow, fast = (beyond.free_from(beyond.DeviceSpeed(1e14, link)) for link in (12.5e9, 25e9))
     assert abs(slow - 2 * fast) <= 0.1 * slow  # attention's share grows with the tokens

@@ -13,9 +13,9 @@ from support.small_runs import recipe_of, run, write_rows
 from qlora.adapters.inject import adapted
 from qlora.errors import QloraError
 from qlora.exporters.certificate import rounding
-from qlora.exporters.export_run import Order, export_run
+from qlora.exporters.export_run import ExportRequest, export_run
 from qlora.model import safetensors_writer
-from qlora.runs.load_run import Opened, open_run
+from qlora.runs.load_run import LoadedRun, load_run
 from qlora.utils.atomic_files import manifest_of
 
 Zoo = Callable[..., Path]
@@ -62,7 +62,7 @@ def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_killed_merge_goes_on_and_is_the_same_bytes(
     make: Any, sync_bytes: int, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, order = open_run(str(make(0.02))), Order(**ORDER)  # type: ignore[arg-type]
+    opened, order = load_run(str(make(0.02))), ExportRequest(**ORDER)  # type: ignore[arg-type]
     monkeypatch.setattr(
         safetensors_writer.write_model, "__defaults__", (shard_bytes, *safetensors_writer.write_model.__defaults__[1:])
     )
@@ -89,13 +89,13 @@ def test_a_killed_merge_goes_on_and_is_the_same_bytes(
 
 
 def test_another_order_starts_anew(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = open_run(str(make(0.02)))
+    opened = load_run(str(make(0.02)))
     monkeypatch.setattr(safetensors_writer, "SYNC_BYTES", 1)
     with monkeypatch.context() as patch:
         killed_after(5, patch)
         with pytest.raises(Killed):
-            export_run(opened, Order(**ORDER), str(tmp_path / "out"))  # type: ignore[arg-type]
-    other = Order(**ORDER | {"dtype": "float32"})  # type: ignore[arg-type]
+            export_run(opened, ExportRequest(**ORDER), str(tmp_path / "out"))  # type: ignore[arg-type]
+    other = ExportRequest(**ORDER | {"dtype": "float32"})  # type: ignore[arg-type]
     export_run(opened, other, str(tmp_path / "out"))
     export_run(opened, other, str(tmp_path / "fresh"))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
@@ -109,8 +109,10 @@ def test_another_order_starts_anew(make: Any, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("rate", [0.02, 1e-3, 1e-4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_what_rounding_took_is_what_it_took(make: Any, rate: float, dtype: str, tmp_path: Path) -> None:
-    opened: Opened = open_run(str(make(rate)))
-    found = export_run(opened, Order(**ORDER | {"dtype": dtype, "max_lost": 99.0}), str(tmp_path / "out"))["rounding"]  # type: ignore[arg-type]
+    opened: LoadedRun = load_run(str(make(rate)))
+    found = export_run(opened, ExportRequest(**ORDER | {"dtype": dtype, "max_lost": 99.0}), str(tmp_path / "out"))[
+        "rounding"
+    ]  # type: ignore[arg-type]
     error, size, drowned = 0.0, 0.0, {}
     for path, layer in adapted(opened.base.model).items():
         exact = layer.base.weight(torch.float32) + layer.delta()
@@ -137,12 +139,12 @@ def test_a_drowned_update_is_not_delivered_unless_told_so(make: Any, tmp_path: P
 
 
 def test_a_merge_that_is_not_the_trained_model_is_not_delivered(make: Any, tmp_path: Path) -> None:
-    opened = open_run(str(make(0.02)))
-    limit = Order(**ORDER | {"onto": "original", "max_kl": 1e-9})  # type: ignore[arg-type]
+    opened = load_run(str(make(0.02)))
+    limit = ExportRequest(**ORDER | {"onto": "original", "max_kl": 1e-9})  # type: ignore[arg-type]
     with pytest.raises(QloraError, match="mean KL") as caught:
         export_run(opened, limit, str(tmp_path / "out"))
     assert caught.value.exit_code == 1 and not (tmp_path / "out").exists()
-    onto = Order(**ORDER | {"onto": "original"})  # type: ignore[arg-type]
+    onto = ExportRequest(**ORDER | {"onto": "original"})  # type: ignore[arg-type]
     found = export_run(opened, onto, str(tmp_path / "out"))["agreement"]
     assert found["mean_kl"] > 1e-9  # onto other weights than were trained on there is no limit, but a figure
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())

@@ -19,11 +19,11 @@ from qlora.adapters.inject import adapted, inject
 from qlora.adapters.lora import Lora
 from qlora.data.types import IGNORED
 from qlora.errors import AdapterError
-from qlora.exporters.export_run import Order, export_run
+from qlora.exporters.export_run import ExportRequest, export_run
 from qlora.model import Model
 from qlora.model.load_base import load
 from qlora.quant import QUANTIZERS
-from qlora.runs.load_run import held_out, open_run
+from qlora.runs.load_run import held_out, load_run
 
 Zoo = Callable[..., Path]
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here: no pretrained model")
@@ -79,8 +79,10 @@ def measured(ours: Any, theirs: Any, rows: Any) -> dict[str, float]:
 def test_a_merge_answers_as_the_trained_model_and_the_figures_are_true(
     gsm8k: Path, dtype: str, top1: float, loss: float, tmp_path: Path
 ) -> None:
-    opened = open_run(str(gsm8k))
-    said = export_run(opened, Order("merged", "dequantized", dtype, None, None), str(tmp_path / "merged"))["agreement"]
+    opened = load_run(str(gsm8k))
+    said = export_run(opened, ExportRequest("merged", "dequantized", dtype, None, None), str(tmp_path / "merged"))[
+        "agreement"
+    ]
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=getattr(torch, dtype)).eval()
     found = measured(opened.base.model, written, held_out(opened, None))
     assert said["top1"] >= top1 and found["top1"] >= top1
@@ -131,4 +133,4 @@ def test_an_adapter_trained_here_is_never_refused_on_its_own_base(zoo: Zoo, tmp_
         for file in (peft_files.WEIGHTS, peft_files.CONFIG, "run.json"):
             (again / file).write_bytes((tmp_path / "run" / file).read_bytes())
         (again / "recipe.yaml").write_text(recipe.replace(str(zoo("llama", dtype=torch.bfloat16)), str(moved)))
-        assert len(adapted(open_run(str(again)).base.model)) == 14
+        assert len(adapted(load_run(str(again)).base.model)) == 14

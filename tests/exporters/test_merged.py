@@ -20,20 +20,20 @@ from qlora.adapters.inject import adapted
 from qlora.errors import InputError, QloraError
 from qlora.exporters import certificate
 from qlora.exporters.adapter import Adapter
-from qlora.exporters.export_run import Order, certify, export_run
-from qlora.exporters.merged import Merged
+from qlora.exporters.export_run import ExportRequest, certify, export_run
+from qlora.exporters.merged import MergedExporter
 from qlora.model import safetensors_writer
 from qlora.model.download import TOKENIZER_FILES
 from qlora.model.safetensors_reader import Shards
-from qlora.runs.load_run import Opened, held_out, open_run
+from qlora.runs.load_run import LoadedRun, held_out, load_run
 
 Zoo = Callable[..., Path]
 IDS = torch.randint(5, 250, (3, 40), generator=torch.Generator().manual_seed(0))
-ORDER = Order(to="merged", onto="dequantized", dtype="float32", data=None, rows=None)
+ORDER = ExportRequest(to="merged", onto="dequantized", dtype="float32", data=None, rows=None)
 
 
-def order(**changes: Any) -> Order:
-    return Order(**(ORDER.__dict__ | changes))
+def order(**changes: Any) -> ExportRequest:
+    return ExportRequest(**(ORDER.__dict__ | changes))
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def runs(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.xdist_group("export")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_merged_model_is_the_trained_one(runs: Runs, family: str, tmp_path: Path) -> None:
-    opened = open_run(str(runs.of(family)))
+    opened = load_run(str(runs.of(family)))
     answer = export_run(opened, ORDER, str(tmp_path / "merged"))
     ours, loaded = logits(opened.base.model), logits(theirs(tmp_path / "merged"))
     torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-4)  # float32: W + s B A summed before or after the product
@@ -87,7 +87,7 @@ def test_the_merged_model_is_the_trained_one(runs: Runs, family: str, tmp_path: 
 @pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
 def test_other_stores_and_adapters_merge_as_well(runs: Runs, kind: str, adapter: str, tmp_path: Path) -> None:
     overrides = (f"quant.kind={kind}", f"adapter.kind={adapter}", "adapter.targets=[q_proj,down_proj]")
-    opened = open_run(str(runs.of("llama-tied-bias", *overrides)))
+    opened = load_run(str(runs.of("llama-tied-bias", *overrides)))
     export_run(opened, order(rows=0), str(tmp_path / "merged"))
     torch.testing.assert_close(logits(theirs(tmp_path / "merged")), logits(opened.base.model), rtol=0, atol=1e-4)
 
@@ -95,7 +95,7 @@ def test_other_stores_and_adapters_merge_as_well(runs: Runs, kind: str, adapter:
 @pytest.mark.xdist_group("export")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_merged_weight_is_rounded_once(runs: Runs, dtype: str, tmp_path: Path) -> None:
-    opened = open_run(str(runs.of("llama")))
+    opened = load_run(str(runs.of("llama")))
     answer = export_run(opened, order(dtype=dtype), str(tmp_path / "merged"))
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     for path, layer in adapted(opened.base.model).items():
@@ -107,7 +107,7 @@ def test_a_merged_weight_is_rounded_once(runs: Runs, dtype: str, tmp_path: Path)
 
 @pytest.mark.xdist_group("export")
 def test_a_run_in_bfloat16_is_merged_onto_what_it_computed_with(runs: Runs, tmp_path: Path) -> None:
-    opened = open_run(str(runs.of("llama", "model.dtype=bfloat16")))
+    opened = load_run(str(runs.of("llama", "model.dtype=bfloat16")))
     assert export_run(opened, order(dtype=None), str(tmp_path / "own"))["dtype"] == "bfloat16"
     export_run(opened, ORDER, str(tmp_path / "merged"))
     stored = load_file(tmp_path / "merged" / "model.safetensors")
@@ -119,7 +119,7 @@ def test_a_run_in_bfloat16_is_merged_onto_what_it_computed_with(runs: Runs, tmp_
 
 @pytest.mark.xdist_group("export")
 def test_onto_the_original_it_is_the_16_bit_weight_and_the_update(runs: Runs, tmp_path: Path) -> None:
-    opened = open_run(str(runs.of("llama-tied-bias", dtype=torch.bfloat16)))
+    opened = load_run(str(runs.of("llama-tied-bias", dtype=torch.bfloat16)))
     export_run(opened, order(onto="original", rows=4), str(tmp_path / "merged"))
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     source = load_file(opened.base.folder.path / "model.safetensors")
@@ -132,7 +132,7 @@ def test_onto_the_original_it_is_the_16_bit_weight_and_the_update(runs: Runs, tm
 @pytest.mark.xdist_group("export")
 def test_layers_without_an_adapter_are_those_that_were_trained_with(runs: Runs, tmp_path: Path) -> None:
     """Frozen layers that have no adapter were quantised all the same; onto the original they are not."""
-    opened = open_run(str(runs.of("llama", "adapter.targets=[q_proj]")))
+    opened = load_run(str(runs.of("llama", "adapter.targets=[q_proj]")))
     export_run(opened, order(rows=0), str(tmp_path / "merged"))
     export_run(opened, order(rows=0, onto="original"), str(tmp_path / "original"))
     name = "model.layers.0.mlp.up_proj"
@@ -148,7 +148,7 @@ def test_layers_without_an_adapter_are_those_that_were_trained_with(runs: Runs, 
 
 @pytest.mark.xdist_group("export")
 def test_the_folder_is_a_plain_model_with_the_bases_own_tokenizer(runs: Runs, tmp_path: Path) -> None:
-    opened = open_run(str(runs.of("llama-tied-bias")))
+    opened = load_run(str(runs.of("llama-tied-bias")))
     export_run(opened, ORDER, str(tmp_path / "merged"))
     base, merged = opened.base.folder.path, tmp_path / "merged"
     copied = [name for name in (*TOKENIZER_FILES, "generation_config.json") if (base / name).is_file()]
@@ -166,7 +166,7 @@ def test_the_folder_is_a_plain_model_with_the_bases_own_tokenizer(runs: Runs, tm
 def test_a_head_that_is_stored_beside_its_embedding_is_written_once(runs: Runs, zoo: Zoo, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    opened = open_run(str(runs.of("llama-tied-bias")))
+    opened = load_run(str(runs.of("llama-tied-bias")))
     twice = Path(shutil.copytree(opened.base.folder.path, tmp_path / "twice"))
     tensors = load_file(twice / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()
@@ -174,7 +174,7 @@ def test_a_head_that_is_stored_beside_its_embedding_is_written_once(runs: Runs, 
     moved = Path(shutil.copytree(runs.of("llama-tied-bias"), tmp_path / "run"))
     text = (moved / "recipe.yaml").read_text().replace(str(opened.base.folder.path), str(twice))
     (moved / "recipe.yaml").write_text(text)
-    export_run(open_run(str(moved)), ORDER, str(tmp_path / "merged"))
+    export_run(load_run(str(moved)), ORDER, str(tmp_path / "merged"))
     assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
 
 
@@ -183,7 +183,7 @@ def test_a_head_that_is_stored_beside_its_embedding_is_written_once(runs: Runs, 
 def test_shards_are_read_back_as_one_model(
     runs: Runs, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = open_run(str(runs.of("llama")))
+    opened = load_run(str(runs.of("llama")))
     write = safetensors_writer.write_model
     monkeypatch.setattr(
         "qlora.exporters.merged.write_model",
@@ -203,7 +203,7 @@ def test_shards_are_read_back_as_one_model(
 @pytest.mark.xdist_group("export")
 def test_the_adapter_target_is_the_folder_that_peft_reads(runs: Runs, tmp_path: Path) -> None:
     source = runs.of("llama")
-    export_run(open_run(str(source)), order(to="adapter"), str(tmp_path / "adapter"))
+    export_run(load_run(str(source)), order(to="adapter"), str(tmp_path / "adapter"))
     files = {file.name for file in (tmp_path / "adapter").iterdir()}
     assert {peft_files.WEIGHTS, peft_files.CONFIG, "tokenizer.json"} <= files
     for name in files:
@@ -213,8 +213,8 @@ def test_the_adapter_target_is_the_folder_that_peft_reads(runs: Runs, tmp_path: 
 @pytest.mark.xdist_group("export")
 def test_a_checkpoint_is_exported_as_it_was_then(runs: Runs, tmp_path: Path) -> None:
     source = runs.of("llama", "train.save_every=1")
-    export_run(open_run(str(source / "checkpoint-000001")), order(rows=0), str(tmp_path / "merged"))
-    opened = open_run(str(source / "checkpoint-000001"))
+    export_run(load_run(str(source / "checkpoint-000001")), order(rows=0), str(tmp_path / "merged"))
+    opened = load_run(str(source / "checkpoint-000001"))
     torch.testing.assert_close(logits(theirs(tmp_path / "merged")), logits(opened.base.model), rtol=0, atol=1e-4)
     first, last = adapter_tensors(source / "checkpoint-000001"), adapter_tensors(source)
     assert any(not torch.equal(first[name], last[name]) for name in first)
@@ -230,7 +230,7 @@ def test_a_checkpoint_is_exported_as_it_was_then(runs: Runs, tmp_path: Path) -> 
 def test_the_certificate_says_what_an_independent_measurement_says(
     runs: Runs, dtype: str, onto: str, tmp_path: Path
 ) -> None:
-    opened = open_run(str(runs.of("gemma2")))
+    opened = load_run(str(runs.of("gemma2")))
     answer = export_run(opened, order(dtype=dtype, onto=onto), str(tmp_path / "merged"))["agreement"]
     rows = held_out(opened, None)
     loaded = theirs(tmp_path / "merged", getattr(torch, dtype))
@@ -254,7 +254,7 @@ def test_the_certificate_says_what_an_independent_measurement_says(
 
 @pytest.mark.xdist_group("export")
 def test_a_wrong_merge_does_not_get_a_good_certificate(runs: Runs, tmp_path: Path) -> None:
-    opened = open_run(str(runs.of("llama")))
+    opened = load_run(str(runs.of("llama")))
     export_run(opened, order(rows=0), str(tmp_path / "merged"))
     base_only = certificate.compare(
         opened.base.model, theirs(runs.zoo("llama")), held_out(opened, None), torch.device("cpu")
@@ -273,7 +273,7 @@ def test_an_existing_folder_is_never_touched(runs: Runs, tmp_path: Path) -> None
     (tmp_path / "file").write_text("mine")
     for name in ("there", "file"):
         with pytest.raises(InputError, match="already"):
-            export_run(open_run(str(runs.of("llama"))), ORDER, str(tmp_path / name))
+            export_run(load_run(str(runs.of("llama"))), ORDER, str(tmp_path / name))
     assert (tmp_path / "there" / "precious.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -284,7 +284,7 @@ def test_an_existing_folder_is_never_touched(runs: Runs, tmp_path: Path) -> None
 def test_nothing_half_written_is_where_the_export_should_be(
     runs: Runs, place: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = open_run(str(runs.of("llama")))
+    opened = load_run(str(runs.of("llama")))
     if place == "certify":
         monkeypatch.setattr("qlora.exporters.export_run.certify", lambda *arguments: raise_(error))
     else:
@@ -312,14 +312,14 @@ def raise_(error: BaseException) -> Any:
 def test_both_targets_are_in_the_table() -> None:
     from qlora.exporters import TARGETS
 
-    assert TARGETS["merged"] is Merged and TARGETS["adapter"] is Adapter
+    assert TARGETS["merged"] is MergedExporter and TARGETS["adapter"] is Adapter
 
 
 @pytest.mark.xdist_group("export")
 def test_the_base_is_the_same_bytes_after_all_of_it(runs: Runs, zoo: Zoo, tmp_path: Path) -> None:
     folder = zoo("qwen3")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    opened: Opened = open_run(str(runs.of("qwen3")))
+    opened: LoadedRun = load_run(str(runs.of("qwen3")))
     export_run(opened, ORDER, str(tmp_path / "merged"))
     export_run(opened, order(to="adapter"), str(tmp_path / "adapter"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

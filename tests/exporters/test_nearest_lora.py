@@ -13,7 +13,7 @@ from support.small_runs import recipe_of, run, write_rows
 from qlora.adapters import peft_files
 from qlora.adapters.inject import adapted
 from qlora.adapters.plain_lora import folded
-from qlora.runs.load_run import open_run
+from qlora.runs.load_run import load_run
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("nearest")
@@ -34,7 +34,7 @@ def test_the_stated_error_is_that_of_an_svd(dora: Path, rank: int | None, tmp_pa
     found = qlora("export", dora, tmp_path / "out", "--to", "portable", *words, "--json")
     rank = rank or 4
     written, missing, whole = folded(peft_files.read(tmp_path / "out")), 0.0, 0.0
-    for path, layer in adapted(open_run(str(dora)).base.model).items():
+    for path, layer in adapted(load_run(str(dora)).base.model).items():
         delta = layer.delta().double()
         a, b = written[path]
         distance = float((delta - b.double() @ a.double()).norm())

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora.data import FORMATS
 from qlora.data.conversations.encode_records import messages_of
 from qlora.data.conversations.encoder import Encoder
-from qlora.data.types import IGNORED, Message, Row, RowError
+from qlora.data.types import IGNORED, Message, Record, RecordError
 
 ROWS = {  # format: a row, and what is trained of it
     "alpaca": (
@@ -42,8 +42,8 @@ def encoder() -> Encoder:
     return Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>"))
 
 
-def row_of(fields) -> Row:
-    return Row("here:1", fields)
+def row_of(fields) -> Record:
+    return Record("here:1", fields)
 
 
 def test_every_format_has_a_row_here():
@@ -85,7 +85,7 @@ def test_a_field_of_the_wrong_kind_is_refused_never_a_crash(kind, wrong, encoder
         fields = {**ROWS[kind][0], name: wrong}
         try:
             messages = messages_of(row_of(fields), kind)
-        except RowError as error:
+        except RecordError as error:
             assert error.reason
             continue
         assert all(isinstance(message, Message) and isinstance(message.content, str) for message in messages)
@@ -97,7 +97,7 @@ def test_a_missing_field_is_refused_unless_it_is_optional(kind, encoder):
     optional = {"input", "system", "history", "labels"}
     for name in set(ROWS[kind][0]) - optional:
         fields = {key: value for key, value in ROWS[kind][0].items() if key != name}
-        with pytest.raises(RowError, match=name):
+        with pytest.raises(RecordError, match=name):
             messages_of(row_of(fields), kind)
 
 
@@ -110,11 +110,11 @@ def test_ten_thousand_spoilt_rows_are_each_trained_or_refused(kind, encoder):
     for fields in rows:
         try:
             read.append(("here:1", messages_of(row_of(fields), kind)))
-        except RowError:
+        except RecordError:
             refused += 1
     for made in encoder.encode_all(read):
-        kept += not isinstance(made, RowError)
-        refused += isinstance(made, RowError)
+        kept += not isinstance(made, RecordError)
+        refused += isinstance(made, RecordError)
     assert kept + refused == len(rows) and kept and refused
 
 
@@ -145,7 +145,7 @@ def test_an_empty_answer_is_never_learnt():
         "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "\n"}]},
         "completion": {"prompt": "Hi", "completion": ""},
     }.items():
-        with pytest.raises(RowError, match="empty answer"):
+        with pytest.raises(RecordError, match="empty answer"):
             messages_of(row_of(fields), kind)
 
 
@@ -159,7 +159,7 @@ def test_sharegpt_knows_its_roles_and_tool_calls():
     assert [m.role for m in messages] == roles.split()
     assert messages[3].extra["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     assert messages[0].extra["tools"] == [{"name": "f"}]
-    with pytest.raises(RowError, match=r"unknown role.*Did you mean 'human'"):
+    with pytest.raises(RecordError, match=r"unknown role.*Did you mean 'human'"):
         messages_of(row_of({"conversations": [{"from": "humann", "value": "x"}]}), "auto")
 
 
@@ -168,7 +168,7 @@ def test_messages_take_text_parts_and_train_flags():
     turns = [{"role": "user", "content": parts, "name": "Ada"}, {"role": "assistant", "content": "c", "train": False}]
     user, assistant = messages_of(row_of({"messages": turns}), "auto")
     assert user.content == "ab" and user.extra == {"name": "Ada"} and assistant.train is False
-    with pytest.raises(RowError, match="only text"):
+    with pytest.raises(RecordError, match="only text"):
         messages_of(row_of({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), "auto")
 
 
@@ -181,5 +181,5 @@ def test_completion_takes_message_lists_and_question_answer_columns():
 
 
 def test_columns_that_fit_no_format_are_named():
-    with pytest.raises(RowError, match="columns foo, bar"):
+    with pytest.raises(RecordError, match="columns foo, bar"):
         messages_of(row_of({"foo": 1, "bar": 2}), "auto")

@@ -21,7 +21,7 @@ from qlora.model import Model
 from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
 from qlora.recipe.planning import elsewhere, plan_of
-from qlora.runs.load_run import open_run
+from qlora.runs.load_run import load_run
 from qlora.training.loss import TokenLoss
 
 Zoo = Callable[..., Path]
@@ -96,7 +96,7 @@ def test_the_folder_is_the_model_that_was_trained(zoo: Zoo, family: str, dtype: 
     assert losses[-1] < losses[0] and not list((tmp_path / "run").glob("adapter*"))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
     assert plain.dtype == getattr(torch, dtype)
-    opened = open_run(str(tmp_path / "run"))
+    opened = load_run(str(tmp_path / "run"))
     assert opened.adapter is None
     torch.testing.assert_close(
         logits(plain).float(), logits(opened.base.model).float(), rtol=0, atol=1e-4 if dtype == "float32" else 0.1

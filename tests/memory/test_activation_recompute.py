@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.layered_models import CPU, LAYERS, LateLane, gradients, layered
+from support.layered_models import CPU, LAYERS, LateCopyStream, gradients, layered
 from support.tiny_models import FAMILIES
 
-from qlora.memory.activation_offload import Parking
+from qlora.memory.activation_offload import ActivationOffloader
 from qlora.memory.activation_recompute import recompute
-from qlora.memory.copy_stream import Lane
+from qlora.memory.copy_stream import CopyStream
 
 MIXES = [(0, 2), (2, 4), (4, 2), (LAYERS, LAYERS - 1), (0, LAYERS - 1), (3, 3)]  # layers recomputed, parked
 
 
-def parking(layers: int, lane: Lane | None = None) -> Parking:
-    return Parking(layers, lane or LateLane(), smallest_bytes=0)
+def parking(layers: int, lane: CopyStream | None = None) -> ActivationOffloader:
+    return ActivationOffloader(layers, lane or LateCopyStream(), smallest_bytes=0)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_parking_changes_no_bit_however_late_the_copies_come(family: str, recomp
 
 
 def test_the_copies_matter(llama: Any) -> None:
-    class Never(LateLane):
+    class Never(LateCopyStream):
         def wait(self, mark: int) -> None:
             pass
 
@@ -53,7 +53,7 @@ def test_the_copies_matter(llama: Any) -> None:
 
 @pytest.mark.parametrize("recomputed, parked", MIXES)
 def test_host_memory_is_used_again_and_again(llama: Any, recomputed: int, parked: int) -> None:
-    place = parking(parked, Lane(CPU))
+    place = parking(parked, CopyStream(CPU))
     recompute(llama, recomputed, place)
     gradients(llama)
     taken = place.host_bytes

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from qlora.memory.planner.activations import kept_bytes
 from qlora.memory.planner.breakdown import OUTSIDE, phases_of
 from qlora.memory.planner.config_reader import shapes_of
-from qlora.memory.planner.workload import Adapters, Work
+from qlora.memory.planner.workload import AdapterSizes, Workload
 
 FROZEN = ("packed_base", "embeddings", "head", "norms", "vision", "adapters")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -29,7 +29,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def both(written: dict[str, Any], dtype: torch.dtype, **options: Any) -> tuple[Work, Measured]:
+def both(written: dict[str, Any], dtype: torch.dtype, **options: Any) -> tuple[Workload, Measured]:
     """A model of two layers: planned, and run dry."""
     written = {**written, "num_hidden_layers": 2}
     if written["model_type"] == "gemma3_text":
@@ -40,11 +40,11 @@ def both(written: dict[str, Any], dtype: torch.dtype, **options: Any) -> tuple[W
     measured = dry_run(config, dtype, rows, length, documents=documents, recompute=recompute)
     shapes = shapes_of(written, "model")
     sizes = {"micro_batch": rows, "max_length": length, "packing": documents > 1, "recompute": recompute}
-    work = Work(shapes, Adapters(shapes.matrices), dtype_bytes=dtype.itemsize, device="cpu", **sizes)
+    work = Workload(shapes, AdapterSizes(shapes.matrices), dtype_bytes=dtype.itemsize, device="cpu", **sizes)
     return work, measured
 
 
-def planned_step(work: Work) -> int:
+def planned_step(work: Workload) -> int:
     """The peak of forward and backward as the dry run counts it: no gradients, moments, or what is outside tensors."""
     left_out = ("gradients", "optimizer", *OUTSIDE)
     phases = phases_of(work)
@@ -53,7 +53,7 @@ def planned_step(work: Work) -> int:
     )
 
 
-def assert_close(work: Work, measured: Measured) -> None:
+def assert_close(work: Workload, measured: Measured) -> None:
     frozen = phases_of(work)["backward"]
     assert sum(frozen[each] for each in FROZEN) == pytest.approx(measured.static, rel=1e-4)  # the offsets of absmax
     assert kept_bytes(work) == pytest.approx(measured.kept, rel=0.001)  # statistics of norms

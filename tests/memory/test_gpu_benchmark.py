@@ -6,7 +6,7 @@ from support.paths import BENCHMARKS
 from support.published_models import _llama
 
 from qlora.memory.planner.config_reader import shapes_of
-from qlora.memory.planner.workload import Adapters, Work
+from qlora.memory.planner.workload import AdapterSizes, Workload
 
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -16,7 +16,7 @@ import memory
 def test_every_configuration_of_the_benchmark_runs() -> None:
     config = _llama(64, 32, 64, 4, 4, 2)
     shapes = shapes_of(config, "tiny")
-    work = Work(shapes, Adapters(shapes.matrices, rank=2), device="cpu")
+    work = Workload(shapes, AdapterSizes(shapes.matrices, rank=2), device="cpu")
     rig = memory.Rig(work, config, "cpu")
     wanted = list(memory.configurations(work))
     assert len({memory.key(memory.row_of(each)) for each in wanted}) * len(memory.CONFIGS) >= 30

@@ -10,12 +10,12 @@ from support.small_runs import differing, metrics, recipe_of, run, write_rows
 
 from qlora.adapters.inject import frozen_linears
 from qlora.errors import RecipeError
-from qlora.exporters.export_run import Order, export_run
-from qlora.memory.planner.search import Fixed
+from qlora.exporters.export_run import ExportRequest, export_run
+from qlora.memory.planner.search import UserChoices
 from qlora.model.safetensors_reader import Shards
 from qlora.recipe.planning import left_open
 from qlora.runs.evaluate_and_generate import answer_prompts, measure
-from qlora.runs.load_run import open_run
+from qlora.runs.load_run import load_run
 from qlora.runs.memory_setup import load_base
 
 Zoo = Callable[..., Path]
@@ -47,13 +47,13 @@ def test_however_it_runs_it_is_the_same_run(zoo: Zoo, plain: Path, tmp_path: Pat
 
 
 def test_a_finished_run_answers_and_exports_alike(zoo: Zoo, plain: Path, tmp_path: Path) -> None:
-    streamed = open_run(str(trained(zoo("llama"), tmp_path, WAYS["stream"])))
-    resident = open_run(str(plain))
+    streamed = load_run(str(trained(zoo("llama"), tmp_path, WAYS["stream"])))
+    resident = load_run(str(plain))
     assert streamed.base.manifest == resident.base.manifest
     assert any(layer.fetch for layer in frozen_linears(streamed.base.model).values())
     assert measure(streamed, None, "loss") == measure(resident, None, "loss")
     assert answer_prompts(streamed, "red green", 8, 0.0) == answer_prompts(resident, "red green", 8, 0.0)
-    order = Order(to="merged", onto="dequantized", dtype="float32", data=None, rows=None)
+    order = ExportRequest(to="merged", onto="dequantized", dtype="float32", data=None, rows=None)
     written = [tmp_path / name for name in ("streamed", "resident")]
     answers = [export_run(opened, order, str(at)) for opened, at in zip((streamed, resident), written, strict=True)]
     assert answers[0]["agreement"] == answers[1]["agreement"]
@@ -73,4 +73,4 @@ def test_compiled_layers_neither_stream_nor_park(zoo: Zoo, tmp_path: Path, key: 
     with pytest.raises(RecipeError, match=rf"memory\.{key}.*train\.compile"):
         recipe_of(zoo("llama"), tmp_path / "rows.jsonl", tmp_path / "run", **sections)
     recipe = recipe_of(zoo("llama"), tmp_path / "rows.jsonl", tmp_path / "run", "train.compile=true")
-    assert left_open(recipe, 2) == Fixed(recompute=None, offload=False, weights="resident")
+    assert left_open(recipe, 2) == UserChoices(recompute=None, offload=False, weights="resident")

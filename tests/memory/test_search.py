@@ -10,10 +10,10 @@ from support.published_models import CONFIGS, work_of
 
 from qlora.memory import Memory
 from qlora.memory.planner.memory_plan import Budget, Plan, plan
-from qlora.memory.planner.search import Fixed, choose, fixed_by, price
+from qlora.memory.planner.search import UserChoices, choose, fixed_by, price
 
 GIB = 2**30
-RESIDENT = Fixed(offload=False, weights="resident")
+RESIDENT = UserChoices(offload=False, weights="resident")
 
 
 def chosen(name: str, card: float, ram: float = 64, **options: Any) -> Plan:
@@ -63,7 +63,7 @@ def test_a_way_that_was_ruled_out_is_offered_again() -> None:
 @pytest.mark.parametrize("options, remedy", [
     ({"micro_batch": 16}, "train.micro_batch=11"),
     ({"max_length": 65536}, "data.max_length=16384"),
-    ({"fixed": Fixed(recompute=0, offload=False)}, "left at auto"),
+    ({"fixed": UserChoices(recompute=0, offload=False)}, "left at auto"),
 ])  # fmt: skip
 def test_the_remedy_is_the_smallest_change(options: dict[str, Any], remedy: str) -> None:
     found = chosen("Llama-3.1-8B", 6, **options)
@@ -75,13 +75,13 @@ def test_the_remedy_is_the_smallest_change(options: dict[str, Any], remedy: str)
     name=some.sampled_from(sorted(CONFIGS)),
     card=some.floats(1, 100),
     fixed=some.builds(
-        Fixed,
+        UserChoices,
         some.none() | some.integers(0, 90),
         some.none() | some.booleans(),
         some.sampled_from([None, "resident", "stream"]),
     ),
 )
-def test_what_the_user_set_stays(name: str, card: float, fixed: Fixed) -> None:
+def test_what_the_user_set_stays(name: str, card: float, fixed: UserChoices) -> None:
     found = chosen(name, card, fixed=fixed)
     work = found.work
     assert fixed.recompute in (None, work.recompute)
@@ -114,12 +114,12 @@ def test_a_cpu_has_nowhere_to_stream_from() -> None:
 
 
 @pytest.mark.parametrize("written, fixed", [
-    ({}, Fixed()),
-    ({"recompute": "all", "weights": "resident"}, Fixed(32, None, "resident")),
-    ({"recompute": "none", "offload_activations": False}, Fixed(0, False, None)),
-    ({"recompute": 7, "offload_activations": True, "weights": "stream"}, Fixed(7, True, "stream")),
+    ({}, UserChoices()),
+    ({"recompute": "all", "weights": "resident"}, UserChoices(32, None, "resident")),
+    ({"recompute": "none", "offload_activations": False}, UserChoices(0, False, None)),
+    ({"recompute": 7, "offload_activations": True, "weights": "stream"}, UserChoices(7, True, "stream")),
 ])  # fmt: skip
-def test_a_recipe_fixes_what_it_says(written: dict[str, Any], fixed: Fixed) -> None:
+def test_a_recipe_fixes_what_it_says(written: dict[str, Any], fixed: UserChoices) -> None:
     assert fixed_by(Memory(**written), 32) == fixed
 
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from support.layered_models import CPU, LAYERS, LateLane, adapt, gradients, layered
+from support.layered_models import CPU, LAYERS, LateCopyStream, adapt, gradients, layered
 from support.tiny_models import FAMILIES
 from torch import Tensor
 
 from qlora.adapters.inject import adapted, frozen_linears
-from qlora.memory.activation_offload import Parking
+from qlora.memory.activation_offload import ActivationOffloader
 from qlora.memory.activation_recompute import recompute
-from qlora.memory.weight_streaming import SLOTS, Stream, embed_on_host, streamed_layers
+from qlora.memory.weight_streaming import SLOTS, WeightStreamer, embed_on_host, streamed_layers
 from qlora.quant import QUANTIZERS
 from qlora.quant.nf4 import Nf4
 
 IDS = torch.arange(5, 29)[None].repeat(2, 1)
 
 
-class CountingLane(LateLane):
+class CountingLane(LateCopyStream):
     """Counts copies to the device."""
 
     copies = 0
@@ -32,10 +32,10 @@ class CountingLane(LateLane):
         self.copies += 1
 
 
-def streaming(family: str, resident: int, quantizer: Any = None) -> tuple[Any, Stream, CountingLane]:
+def streaming(family: str, resident: int, quantizer: Any = None) -> tuple[Any, WeightStreamer, CountingLane]:
     """A model as it is set up to stream: frozen first, adapted then."""
     model, lane = layered(family, quantizer=quantizer, adapted=False), CountingLane()
-    stream = Stream(model, resident, lane)
+    stream = WeightStreamer(model, resident, lane)
     embed_on_host(model, CPU)
     adapt(model)
     return model, stream, lane
@@ -48,7 +48,7 @@ def streaming(family: str, resident: int, quantizer: Any = None) -> tuple[Any, S
 def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed: int, parked: int) -> None:
     expected = gradients(layered(family))
     model, _, lane = streaming(family, resident)
-    recompute(model, recomputed, Parking(parked, lane, smallest_bytes=0) if parked else None)
+    recompute(model, recomputed, ActivationOffloader(parked, lane, smallest_bytes=0) if parked else None)
     for _ in range(2):
         assert torch.equal(gradients(model), expected)
 

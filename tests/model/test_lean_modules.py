@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora.model.lean_modules import LeanGatedMlp, LeanNorm, lean, stand_in_of, swap
-from qlora.utils.rematerialize import ATTRIBUTE, origin_of, row_wise
+from qlora.utils.rematerialize import ATTRIBUTE, origin_of, rowwise_checkpoint
 
 Zoo = Callable[..., Path]
 
@@ -95,14 +95,14 @@ def test_a_row_wise_function_is_the_function_whatever_fits_the_cache(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlora.utils.rematerialize.CACHED_BYTES", cached)
-        ours = run(lambda *leaves: row_wise(make, *leaves))
+        ours = run(lambda *leaves: rowwise_checkpoint(make, *leaves))
     for mine, theirs in zip(ours, run(make), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_readers_of_a_replayed_tensor_share_it_and_the_last_one_drops_it() -> None:
     source = torch.randn(4, 3, requires_grad=True)
-    made = row_wise(torch.tanh, source)
+    made = rowwise_checkpoint(torch.tanh, source)
     origins = [origin_of(made), origin_of(made)]
     assert origins[0] is not None and origins[1] is not None
     first = origins[0].replay.again(origins[0].sources)
@@ -113,5 +113,5 @@ def test_readers_of_a_replayed_tensor_share_it_and_the_last_one_drops_it() -> No
 
 def test_nothing_is_replayed_where_nothing_is_kept() -> None:
     with torch.no_grad():
-        assert not hasattr(row_wise(torch.tanh, torch.randn(2, 2, requires_grad=True)), ATTRIBUTE)
-    assert not hasattr(row_wise(torch.tanh, torch.randn(2, 2)), ATTRIBUTE)
+        assert not hasattr(rowwise_checkpoint(torch.tanh, torch.randn(2, 2, requires_grad=True)), ATTRIBUTE)
+    assert not hasattr(rowwise_checkpoint(torch.tanh, torch.randn(2, 2)), ATTRIBUTE)

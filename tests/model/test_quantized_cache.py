@@ -16,7 +16,7 @@ from support.tiny_models import FAMILIES
 
 from qlora.model import Model, quantized_cache
 from qlora.model.load_base import Base, load
-from qlora.model.weight_loader import Filling
+from qlora.model.weight_loader import WeightLoader
 from qlora.quant import QUANTIZERS
 from qlora.quant.nf4 import Nf4
 
@@ -43,7 +43,7 @@ def same(one: Base, other: Base) -> bool:
 
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the original files may not be read."""
-    monkeypatch.setattr(Filling, "run", lambda *arguments: pytest.fail("the original was read"))
+    monkeypatch.setattr(WeightLoader, "run", lambda *arguments: pytest.fail("the original was read"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

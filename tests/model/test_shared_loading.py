@@ -16,7 +16,7 @@ from qlora.adapters.inject import frozen_linears
 from qlora.cli.app import run as run_cli
 from qlora.model import quantized_cache
 from qlora.model.frozen_digest import frozen_sha256
-from qlora.model.weight_loader import Filling
+from qlora.model.weight_loader import WeightLoader
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs.memory_setup import load_base
 from qlora.runs.strategy import open_processes
@@ -29,13 +29,13 @@ def load_together(recipe: Recipe, home: Path, world: int) -> list[dict[str, obje
 
     def work(rank: int, tell: Tell) -> None:
         processes, read = open_processes(recipe), list[str]()
-        reads = Filling._read
+        reads = WeightLoader._read
 
-        def counted(self: Filling, wanted: object, shards: object) -> object:
+        def counted(self: WeightLoader, wanted: object, shards: object) -> object:
             read.append(wanted.key)  # type: ignore[attr-defined]
             return reads(self, wanted, shards)  # type: ignore[arg-type]
 
-        Filling._read = counted  # type: ignore[assignment, method-assign]
+        WeightLoader._read = counted  # type: ignore[assignment, method-assign]
         base = load_base(recipe, processes.device, None, processes=processes)
         parameters = base.model.parameters()
         held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in parameters)

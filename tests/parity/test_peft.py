@@ -21,15 +21,15 @@ from qlora.adapters import ADAPTERS, peft_files
 from qlora.adapters.dora import DoraLinear
 from qlora.adapters.inject import adapted, inject
 from qlora.data.batching.collate import collate
-from qlora.data.batching.sampler import RowOrder
+from qlora.data.batching.sampler import Sampler
 from qlora.data.types import IGNORED
 from qlora.errors import InputError
-from qlora.exporters.export_run import Order, export_run
+from qlora.exporters.export_run import ExportRequest, export_run
 from qlora.model import Model
 from qlora.model.load_base import Base, load
 from qlora.quant import QUANTIZERS
 from qlora.quant.linear import FrozenLinear
-from qlora.runs.load_run import open_run
+from qlora.runs.load_run import load_run
 from qlora.runs.strategy import open_processes
 from qlora.runs.train import assemble, gather
 from qlora.runs.train import train as walk
@@ -230,7 +230,7 @@ def their_losses(model: Any, job: Job, rank: int, alpha: int) -> list[float]:
 
 
 def _their_step(model: Any, job: Job, step: int, trainable: Sequence[Tensor], optimizer: Any) -> float:
-    rows = RowOrder(job.order, job.settings.global_batch, job.settings.seed).rows(job.train, step)
+    rows = Sampler(job.order, job.settings.global_batch, job.settings.seed).rows(job.train, step)
     batch = collate([job.train[row] for row in rows], pad_id=0)
     out = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits[:, :-1].float()
     loss = F.cross_entropy(out.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
@@ -318,8 +318,8 @@ def test_a_4_bit_checkpoint_of_transformers_is_trained_on_and_merged(wide: Path,
         assert torch.equal(one.weight(torch.float32), other.weight(torch.float32)), path
     assert torch.equal(logits(ours.model), logits(fresh.model))
     walk(recipe_of(stored, write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run", "train.max_steps=2"), quiet=True)
-    opened = open_run(str(tmp_path / "run"))
-    order = Order(to="merged", onto="dequantized", dtype="float32", data=None, rows=2)
+    opened = load_run(str(tmp_path / "run"))
+    order = ExportRequest(to="merged", onto="dequantized", dtype="float32", data=None, rows=2)
     agreement = export_run(opened, order, str(tmp_path / "merged"))["agreement"]
     assert agreement["top1"] == 1.0 and agreement["max_logit_difference"] <= 1e-4
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -21,8 +21,8 @@ from qlora.model.generate_tokens import generate, stream
 from qlora.model.load_base import load
 from qlora.quant import QUANTIZERS
 from qlora.runs.chat import COMMANDS, HELP, converse
-from qlora.runs.conversation import Talk, text_of_stream
-from qlora.runs.load_run import open_switch
+from qlora.runs.conversation import ChatSession, text_of_stream
+from qlora.runs.load_run import load_with_adapters
 
 Zoo = Callable[..., Path]
 DEMO = Path(qlora_package.__file__).parent / "demo" / "base"
@@ -62,12 +62,12 @@ class Heard:
 
 
 @pytest.fixture
-def talk(trained: Path) -> Talk:
-    opened, switch = open_switch(str(trained), {"own": str(trained), "twin": str(trained)})
-    return Talk(opened, switch, max_new_tokens=12, temperature=0.0)
+def talk(trained: Path) -> ChatSession:
+    opened, switch = load_with_adapters(str(trained), {"own": str(trained), "twin": str(trained)})
+    return ChatSession(opened, switch, max_new_tokens=12, temperature=0.0)
 
 
-def say(talk: Talk, *lines: str, screen: Heard | None = None) -> Heard:
+def say(talk: ChatSession, *lines: str, screen: Heard | None = None) -> Heard:
     screen = screen or Heard()
     converse(talk, screen, lines)
     return screen
@@ -98,7 +98,7 @@ def test_pieces_together_are_the_text_and_no_piece_is_half_a_character(text: str
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_the_prompt_is_that_of_training(talk: Talk) -> None:
+def test_the_prompt_is_that_of_training(talk: ChatSession) -> None:
     heard = say(talk, "one two", "three")
     messages = [Message("user", "one two"), Message("assistant", heard.answers[0][1].strip()), Message("user", "three")]
     assert talk.messages[:3] == messages
@@ -110,7 +110,7 @@ def test_the_prompt_is_that_of_training(talk: Talk) -> None:
 # ---- the commands
 
 
-def test_compare_shows_the_base_beside_the_adapter_and_changes_nothing(talk: Talk) -> None:
+def test_compare_shows_the_base_beside_the_adapter_and_changes_nothing(talk: ChatSession) -> None:
     heard = say(talk, "one two", "/compare", "/adapter base", "/reset", "one two")
     first, base, tuned, alone = heard.answers
     assert base[0] == "base" and tuned[0] == "own" and base[1] == alone[1] and tuned[1] == first[1] != base[1]
@@ -119,14 +119,14 @@ def test_compare_shows_the_base_beside_the_adapter_and_changes_nothing(talk: Tal
     assert [message.content for message in talk.messages] == ["one two", tuned[1].strip()]
 
 
-def test_an_adapter_is_switched_by_name_or_mixed(talk: Talk) -> None:
+def test_an_adapter_is_switched_by_name_or_mixed(talk: ChatSession) -> None:
     heard = say(talk, "/adapter", "/adapter twin", "/adapter own:0.5 twin:0.5", "one", "/reset", "/adapter own", "one")
     assert heard.notices[:2] == ["adapters: base, own *, twin", "adapters: base, own, twin *"]
     assert "0.5 own + 0.5 twin *" in heard.notices[2]
     assert heard.answers[0] == heard.answers[1]  # half and half of the same is the same
 
 
-def test_retry_draws_anew_and_the_same_seeds_give_the_same_talk(talk: Talk) -> None:
+def test_retry_draws_anew_and_the_same_seeds_give_the_same_talk(talk: ChatSession) -> None:
     talk.temperature = 1.5
     first = say(talk, "one two", "/retry", "/retry", "/reset")
     assert len({text for _, text in first.answers}) > 1
@@ -134,14 +134,14 @@ def test_retry_draws_anew_and_the_same_seeds_give_the_same_talk(talk: Talk) -> N
     assert [message.content for message in talk.messages] == ["one two", first.answers[-1][1].strip()]
 
 
-def test_the_system_prompt_is_told_and_a_reset_keeps_it(talk: Talk) -> None:
+def test_the_system_prompt_is_told_and_a_reset_keeps_it(talk: ChatSession) -> None:
     heard = say(talk, "one two", "/reset", "/system be brief and three", "one two", "/reset", "/system", "one two")
     assert heard.answers[0] == heard.answers[2]
     say(talk, "/reset", "/system be brief")
     assert talk.system == "be brief" and talk.messages == []
 
 
-def test_what_is_saved_can_be_trained_on(talk: Talk, tmp_path: Path) -> None:
+def test_what_is_saved_can_be_trained_on(talk: ChatSession, tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     heard = say(talk, "/system speak", "one two", "three", f"/save {file}", "/reset", "four", f"/save {file}")
     assert [notice for notice in heard.notices if "saved" in notice] == [f"saved as row {n} of {file}" for n in (1, 2)]
@@ -152,7 +152,7 @@ def test_what_is_saved_can_be_trained_on(talk: Talk, tmp_path: Path) -> None:
     assert found.json["rows"] == 2
 
 
-def test_an_interrupted_answer_is_kept_and_the_talk_goes_on(talk: Talk) -> None:
+def test_an_interrupted_answer_is_kept_and_the_talk_goes_on(talk: ChatSession) -> None:
     screen = Heard(interrupt_after=1)
     say(talk, "one two", screen=screen)
     assert "stopped" in screen.notices[0] and talk.messages[1].content == screen.answers[0][1].strip()
@@ -161,7 +161,7 @@ def test_an_interrupted_answer_is_kept_and_the_talk_goes_on(talk: Talk) -> None:
     assert len(screen.answers[1][1]) > len(screen.answers[0][1]) and len(talk.messages) == 2
 
 
-def test_the_oldest_turns_make_room_and_a_text_that_is_too_long_is_refused(talk: Talk) -> None:
+def test_the_oldest_turns_make_room_and_a_text_that_is_too_long_is_refused(talk: ChatSession) -> None:
     told: list[str] = []
     talk.say = told.append
     heard = say(talk, *["zq " * 60] * 5)  # some 120 tokens each, of 512 in all
@@ -179,7 +179,7 @@ def test_the_oldest_turns_make_room_and_a_text_that_is_too_long_is_refused(talk:
 )
 def test_no_line_ends_a_talk_but_exit(trained: Path, lines: list[str]) -> None:
     opened, switch = _opened(trained)
-    talk = Talk(opened, switch, max_new_tokens=1, temperature=0.0)
+    talk = ChatSession(opened, switch, max_new_tokens=1, temperature=0.0)
     before = lines[: lines.index("/exit")] if "/exit" in lines else lines
     heard = say(talk, *lines)
     assert all(line in HELP for line in COMMANDS) and len(heard.notices) >= sum(line == "/help" for line in before)
@@ -190,7 +190,7 @@ _OPEN: dict[Path, Any] = {}
 
 def _opened(folder: Path) -> Any:
     if folder not in _OPEN:
-        _OPEN[folder] = open_switch(str(folder), {"own": str(folder)})
+        _OPEN[folder] = load_with_adapters(str(folder), {"own": str(folder)})
     _OPEN[folder][1].use("own")
     return _OPEN[folder]
 

@@ -16,7 +16,7 @@ from support.sweeps import Sweep, Zoo, poisoned
 
 from qlora.adapters.inject import adapted, frozen_linears, inject
 from qlora.adapters.lora import Lora
-from qlora.adapters.round_robin import Turns
+from qlora.adapters.round_robin import RoundRobin
 from qlora.model import Model
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.model.load_base import load
@@ -99,7 +99,7 @@ def test_a_turn_moves_nothing_and_the_base_is_the_same_object(zoo: Zoo) -> None:
     import torch
 
     base = load(Model(name=str(zoo("llama"))), Nf4(), torch.device("cpu"))
-    frozen, before, turns = frozen_linears(base.model), frozen_sha256(base.model), Turns(base.model)
+    frozen, before, turns = frozen_linears(base.model), frozen_sha256(base.model), RoundRobin(base.model)
     for rank in (2, 8):
         turns.use(None)
         inject(base.model, Lora(rank, 4.0), "all-linear", rank)

@@ -19,14 +19,14 @@ from qlora.training import loop
 from qlora.training.checkpoint import Checkpoints
 
 Tell = Callable[[str], None]
-Work = Callable[[Tell], int | None]
+Workload = Callable[[Tell], int | None]
 GIVE_UP_SECONDS = 900.0  # of a machine that is busy with other things
 
 
 class Child:
     """A forked child in a session of its own; what it says on stderr goes to a file."""
 
-    def __init__(self, work: Work, said: Path) -> None:
+    def __init__(self, work: Workload, said: Path) -> None:
         self.said = said
         self._reader, writer = os.pipe()
         self._heard = b""
@@ -88,7 +88,7 @@ class Child:
         return bool(more)
 
 
-def _live(work: Work, writer: int, said: Path) -> None:
+def _live(work: Workload, writer: int, said: Path) -> None:
     """The child's life; it never comes back into the parent's code."""
     code = 1
     try:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
-from qlora.memory.copy_stream import Lane
+from qlora.memory.copy_stream import CopyStream
 from qlora.model.attention import NAME
 from qlora.model.lean_modules import lean
 from qlora.model.meta_model import linear_paths
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 LAYERS = 5
 
 
-class LateLane(Lane):
+class LateCopyStream(CopyStream):
     """Makes no copy before somebody waits for it: who does not wait reads rubbish, who changes a source spoils it."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora.memory.planner.config_reader import shapes_of
-from qlora.memory.planner.workload import Adapters, Work
+from qlora.memory.planner.workload import AdapterSizes, Workload
 
 
 def _llama(vocabulary: int, hidden: int, mlp: int, layers: int, *heads: int) -> dict[str, Any]:
@@ -24,7 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 BEYOND = {"Llama-3.1-405B": _llama(128256, 16384, 53248, 126, 128, 8)}  # of docs/beyond.md alone
 
 
-def work_of(name: str, **options: Any) -> Work:
+def work_of(name: str, **options: Any) -> Workload:
     """QLoRA of rank 16 on every linear layer of a model of CONFIGS or BEYOND; options as in Work, and `rank`."""
     shapes = shapes_of((CONFIGS | BEYOND)[name], name)
-    return Work(shapes, Adapters(shapes.matrices, rank=options.pop("rank", 16)), **options)
+    return Workload(shapes, AdapterSizes(shapes.matrices, rank=options.pop("rank", 16)), **options)

@@ -21,7 +21,7 @@ from support.small_runs import recipe_of, write_rows
 from qlora.recipe.recipe import dump
 from qlora.training.live_panel import STOPPING, Panel
 from qlora.training.run_log import CTRL_C
-from qlora.utils.progress import Rates, clock
+from qlora.utils.progress import ProgressReporter, clock
 
 LINE = {
     "step": 120,
@@ -74,7 +74,7 @@ def test_a_signal_is_answered_in_the_panel() -> None:
 def test_a_rate_has_its_unit(done: int, total: int, unit: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now, lines = [0.0], list[str]()
     monkeypatch.setattr("qlora.utils.progress.time.monotonic", lambda: now[0])
-    told = Rates(lines.append, "work", unit)
+    told = ProgressReporter(lines.append, "work", unit)
     told(1, total)
     now[0] = 10.0
     told(done, total)

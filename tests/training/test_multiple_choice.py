@@ -11,10 +11,10 @@ from support.small_runs import recipe_of, run, write_rows
 from support.tiny_models import FAMILIES
 
 from qlora.data.conversations.encode_records import messages_of
-from qlora.data.types import Row
+from qlora.data.types import Record
 from qlora.errors import DataError
 from qlora.runs.evaluate_and_generate import GENERAL
-from qlora.runs.load_run import Opened, held_out, open_run
+from qlora.runs.load_run import LoadedRun, held_out, load_run
 from qlora.training.multiple_choice import choice_of, choice_share
 
 Zoo = Callable[..., Path]
@@ -34,13 +34,13 @@ def questions(path: Path, count: int = 12, answer: str = "{}") -> Path:
 
 
 @torch.no_grad()
-def read_off(opened: Opened, data: Path, before: str = "") -> float:
+def read_off(opened: LoadedRun, data: Path, before: str = "") -> float:
     """The share of right letters, a row at a time, letters as their tokens after the prompt and what precedes them."""
     tokenizer, right = opened.base.tokenizer, 0
     lines = [json.loads(line) for line in data.read_text().splitlines()]
     for number, line in enumerate(lines):
         ids = opened.encoder.prompt_ids(
-            messages_of(Row("x:1", {"prompt": line["prompt"], "completion": "x"}), "auto")[:1]
+            messages_of(Record("x:1", {"prompt": line["prompt"], "completion": "x"}), "auto")[:1]
         )
         ids = ids + tokenizer(before, add_special_tokens=False)["input_ids"]
         logits = opened.base.model(input_ids=torch.tensor([ids])).logits[0, -1]
@@ -51,7 +51,7 @@ def read_off(opened: Opened, data: Path, before: str = "") -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_score_is_that_of_the_letters_logits(zoo: Zoo, family: str, tmp_path: Path) -> None:
-    opened = open_run(str(zoo(family)))
+    opened = load_run(str(zoo(family)))
     data = questions(tmp_path / "rows.jsonl")
     choices = [choice_of(row, opened.base.tokenizer) for row in held_out(opened, str(data))]
     assert len(choices) == 12 and [each.right for each in choices] == [number % 4 for number in range(12)]
@@ -60,7 +60,7 @@ def test_the_score_is_that_of_the_letters_logits(zoo: Zoo, family: str, tmp_path
 
 
 def test_a_letter_may_stand_in_brackets_and_only_offered_ones_count(zoo: Zoo, tmp_path: Path) -> None:
-    opened = open_run(str(zoo("llama")))
+    opened = load_run(str(zoo("llama")))
     data = questions(tmp_path / "rows.jsonl", 8, "({}).")
     choices = [choice_of(row, opened.base.tokenizer) for row in held_out(opened, str(data))]
     assert choice_share(opened.base.model, choices, 3, opened.base.device) == read_off(opened, data, "(")
@@ -76,7 +76,7 @@ def test_a_letter_may_stand_in_brackets_and_only_offered_ones_count(zoo: Zoo, tm
 
 @pytest.mark.parametrize("answer", [2, "C"])
 def test_rows_of_mmlu_are_read_as_they_are(answer: object) -> None:
-    row = Row("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": answer, "subject": "law"})
+    row = Record("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": answer, "subject": "law"})
     asked, said = messages_of(row, "auto")
     assert asked.content == "Which?\nA. p\nB. q\nC. r\nD. s\nAnswer:" and said.content == "C"
 
@@ -86,7 +86,7 @@ def test_rows_of_mmlu_are_read_as_they_are(answer: object) -> None:
 )
 def test_a_choice_that_is_none_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(DataError, match="wrong"):
-        messages_of(Row("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": 0} | wrong), "auto")
+        messages_of(Record("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": 0} | wrong), "auto")
 
 
 def test_the_base_stands_beside_the_tuned_model(zoo: Zoo, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from qlora.data.types import Example
 from qlora.errors import QloraError
 from qlora.memory.planner.config_reader import shapes_of
 from qlora.memory.planner.memory_plan import Budget, plan
-from qlora.memory.planner.search import Fixed, lower
-from qlora.memory.planner.workload import Adapters, Work
+from qlora.memory.planner.search import UserChoices, next_smaller
+from qlora.memory.planner.workload import AdapterSizes, Workload
 from qlora.recipe.recipe import Recipe
 from qlora.runs import train as walk
 from qlora.training.checkpoint import Position
@@ -83,12 +83,12 @@ def test_what_the_user_set_stays_and_the_error_says_what_would_help(zoo: Zoo, tm
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("fixed", [Fixed(), Fixed(recompute=3), Fixed(offload=False)], ids=str)
-def test_every_step_down_takes_less_and_there_is_an_end(fixed: Fixed, device: Any) -> None:
+@pytest.mark.parametrize("fixed", [UserChoices(), UserChoices(recompute=3), UserChoices(offload=False)], ids=str)
+def test_every_step_down_takes_less_and_there_is_an_end(fixed: UserChoices, device: Any) -> None:
     shapes = shapes_of({"model_type": "llama"}, "llama")
-    work = Work(shapes, Adapters(shapes.matrices), recompute=fixed.recompute or 0, device=device)
+    work = Workload(shapes, AdapterSizes(shapes.matrices), recompute=fixed.recompute or 0, device=device)
     taken = [plan(work, Budget(0)).allocated_bytes]
-    while less := lower(work, fixed):
+    while less := next_smaller(work, fixed):
         work = less
         taken.append(plan(work, Budget(0)).allocated_bytes)
         assert len(taken) < 12

@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.int64]
 DOCUMENTS = ("ids", "trained", "ends", "where", "where_ends")
 
 
-class DocumentWriter:
+class ExampleWriter:
     """Appends examples to the columns of DOCUMENTS."""
 
     def __init__(self, columns: Columns) -> None:
@@ -36,7 +36,7 @@ class DocumentWriter:
         self._columns.append("where_ends", np.array([self._letters]))
 
 
-class Documents(Sequence[Example]):
+class ExampleStore(Sequence[Example]):
     """What a DocumentWriter wrote."""
 
     def __init__(self, columns: Mapping[str, Array]) -> None:
@@ -67,10 +67,10 @@ class Documents(Sequence[Example]):
         return np.diff(self._ends, prepend=0)
 
 
-class Rows(Sequence[Example]):
+class SequenceDataset(Sequence[Example]):
     """Rows of one or more documents: row i holds documents order[ends[i-1]:ends[i]]."""
 
-    def __init__(self, documents: Documents, order: Array, ends: Array) -> None:
+    def __init__(self, documents: ExampleStore, order: Array, ends: Array) -> None:
         self.documents, self._order, self._ends = documents, order, ends
 
     def __len__(self) -> int:

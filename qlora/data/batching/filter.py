@@ -6,22 +6,22 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from qlora.data.batching.dataset import DocumentWriter
+from qlora.data.batching.dataset import ExampleWriter
 from qlora.data.conversations.build_example import Encoded
-from qlora.data.conversations.encode_records import Made, Raw
-from qlora.data.types import IGNORED, BadRow, Example, Finding, Ints, Places, Row, RowError
+from qlora.data.conversations.encode_records import Made, RawRecord
+from qlora.data.types import IGNORED, BadRecord, Example, Finding, Ints, Occurrences, Record, RecordError
 
 if TYPE_CHECKING:
     from qlora.data import Data
 
 
-class Gate:
+class ExampleFilter:
     """Counts rows as they pass on to `documents`; `where` stands for the data set as a whole in findings.
 
     Of a row that is kept, 24 bytes stay here: its length is in `documents`, `keys` and `copies` are kept for the split.
     """
 
-    def __init__(self, where: str, documents: DocumentWriter) -> None:
+    def __init__(self, where: str, documents: ExampleWriter) -> None:
         self.where = where
         self.rows = self.kept = self.truncated = self.control_rows = 0
         self.tokens = self.trained_tokens = 0
@@ -32,8 +32,8 @@ class Gate:
         self.copies = array("q")
         self.answers = array("Q")  # rows with equal ones are trained to say the same
         self.too_long = array("q")  # tokens of rows above data.max_length
-        self.open_ended = Places()
-        self.skipped = Places()
+        self.open_ended = Occurrences()
+        self.skipped = Occurrences()
         self.skipped_answers = 0
         self._documents = documents
 
@@ -99,11 +99,11 @@ def _key(*said: Ints) -> int:
     return int.from_bytes(digest, "little")
 
 
-def admit(gate: Gate, row: Raw, made: Made, section: "Data") -> None:
+def admit(gate: ExampleFilter, row: RawRecord, made: Made, section: "Data") -> None:
     """Keep, cut or drop one row."""
-    if isinstance(row, BadRow):
+    if isinstance(row, BadRecord):
         gate.drop(row.where, row.reason, row.detail, fatal=True)
-    elif isinstance(made, RowError):
+    elif isinstance(made, RecordError):
         gate.drop(row.where, made.reason, made.detail)
     elif made is not None and len(made.example) <= section.max_length:
         gate.keep(made, row.copies)
@@ -111,7 +111,7 @@ def admit(gate: Gate, row: Raw, made: Made, section: "Data") -> None:
         _overlong(gate, row, made, section)
 
 
-def _overlong(gate: Gate, row: Row, made: Encoded, section: "Data") -> None:
+def _overlong(gate: ExampleFilter, row: Record, made: Encoded, section: "Data") -> None:
     found = f"{len(made.example)} tokens, data.max_length is {section.max_length}"
     gate.too_long.append(len(made.example))
     short = _truncated(made.example, section.max_length)

@@ -36,7 +36,7 @@ def steps_per_epoch(count: int, global_batch: int) -> int:
 
 
 @dataclass(frozen=True)
-class RowOrder:
+class Sampler:
     """The order of a run. kind: shuffle, length (rows of like length in a step, steps shuffled) or sequential."""
 
     kind: str
@@ -58,12 +58,12 @@ class RowOrder:
         return found
 
 
-def shuffled(rows: Sequence[Any], order: RowOrder, epoch: int) -> Indices:
+def shuffled(rows: Sequence[Any], order: Sampler, epoch: int) -> Indices:
     """A permutation of the rows, another one in each epoch."""
     return _sorted_by(scatter(order.seed, epoch, np.arange(len(rows), dtype=np.uint64)))
 
 
-def by_length(rows: Sequence[Example], order: RowOrder, epoch: int) -> Indices:
+def by_length(rows: Sequence[Example], order: Sampler, epoch: int) -> Indices:
     """Shuffled rows, sorted by length in windows of WINDOW_STEPS steps, a window's full steps shuffled again."""
     places = shuffled(rows, order, epoch)
     lengths = lengths_of(rows)[places]
@@ -76,12 +76,12 @@ def by_length(rows: Sequence[Example], order: RowOrder, epoch: int) -> Indices:
     return np.concatenate([head.ravel(), places[full * order.global_batch :]])
 
 
-def sequential(rows: Sequence[Any], order: RowOrder, epoch: int) -> Indices:
+def sequential(rows: Sequence[Any], order: Sampler, epoch: int) -> Indices:
     """The rows as they stand in the files, the same in every epoch."""
     return np.arange(len(rows), dtype=np.int64)
 
 
-ORDERS: Mapping[str, Callable[[Sequence[Example], RowOrder, int], Indices]] = {
+ORDERS: Mapping[str, Callable[[Sequence[Example], Sampler, int], Indices]] = {
     "shuffle": shuffled,
     "length": by_length,
     "sequential": sequential,

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora.data.conversations.safe_tokenizer import Piece, Tokeniser
-from qlora.data.types import IGNORED, Example, Ints, Message, RowError
+from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece
+from qlora.data.types import IGNORED, Example, Ints, Message, RecordError
 
 NO_IDS: Ints = np.zeros(0, dtype=np.int32)
 
@@ -15,7 +15,7 @@ NO_IDS: Ints = np.zeros(0, dtype=np.int32)
 class Draft:
     """What is known of a row before it is tokenised. `head` and `tail` are ids put around the pieces' own."""
 
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[TextPiece, ...] = ()
     mark: str = ""  # breaks forged control strings; never tokenised
     forged: tuple[str, ...] = ()  # control strings in the data's text
     skipped: int = 0  # answers left out because their prefix could not be proved
@@ -47,13 +47,13 @@ def given(where: str, message: Message, vocabulary: int) -> Example:
     """The example of a row that came as tokens. RowError for an id the model has no embedding for."""
     ids, labels = message.extra["input_ids"], message.extra["labels"]
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise RowError("unknown token", f"ids from {ids.min()} to {ids.max()}, the vocabulary has {vocabulary}")
+        raise RecordError("unknown token", f"ids from {ids.min()} to {ids.max()}, the vocabulary has {vocabulary}")
     if not (labels[1:] != IGNORED).any():
-        raise RowError("nothing to train", "every label is -100, or only the first is not")
+        raise RecordError("nothing to train", "every label is -100, or only the first is not")
     return Example(where, ids, labels)
 
 
-def prove(drafts: Sequence[Draft], ids: Sequence[Sequence[Ints]], tokeniser: Tokeniser) -> list[int | RowError]:
+def prove(drafts: Sequence[Draft], ids: Sequence[Sequence[Ints]], tokeniser: SafeTokenizer) -> list[int | RecordError]:
     """For each draft, that its trained ids decode to the text that should be trained: the number of unknown characters.
 
     RowError where they don't: a mask that can't be proved is not trained on.
@@ -64,20 +64,20 @@ def prove(drafts: Sequence[Draft], ids: Sequence[Sequence[Ints]], tokeniser: Tok
         for piece, part in zip(draft.pieces, parts, strict=True)
         if piece.trained
     ]
-    found: list[int | RowError] = [0] * len(drafts)
+    found: list[int | RecordError] = [0] * len(drafts)
     texts = tokeniser.decode([part for _, _, part in claims])
     for (row, said, part), text in zip(claims, texts, strict=True):
         unknown = int((part == tokeniser.unknown_id).sum())
         so_far = found[row]
-        if isinstance(so_far, RowError):
+        if isinstance(so_far, RecordError):
             continue
         same = _squashed(text) == _squashed(said) or _squashed(text) == _squashed(tokeniser.normalised(said))
         found[row] = so_far + unknown if same or unknown else _unproved(said, text)
     return found
 
 
-def _unproved(said: str, text: str) -> RowError:
-    return RowError("mask not proved", f"{said[:60]!r} reads {text[:60]!r} after tokenising")
+def _unproved(said: str, text: str) -> RecordError:
+    return RecordError("mask not proved", f"{said[:60]!r} reads {text[:60]!r} after tokenising")
 
 
 def _squashed(text: str) -> str:

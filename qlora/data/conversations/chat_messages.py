@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.data.conversations.chat_template import Turn
-from qlora.data.conversations.safe_tokenizer import Tokeniser
-from qlora.data.types import TOOLS, Message, RowError
+from qlora.data.conversations.safe_tokenizer import SafeTokenizer
+from qlora.data.types import TOOLS, Message, RecordError
 
 MAX_TURNS = 512  # every answer's prompt is rendered: the cost grows with the square
 
@@ -14,7 +14,7 @@ Guarded = tuple[list[Turn], str, tuple[str, ...]]  # turns, the character that b
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class Conversation:
     """A conversation ready to render: `turns` as templates read them, control strings of the data broken by `mark`."""
 
     turns: list[Turn]
@@ -24,18 +24,18 @@ class Chat:
     forged: tuple[str, ...]
 
 
-def chat_of(messages: Sequence[Message], train_on: str, tokeniser: Tokeniser) -> Chat:
+def chat_of(messages: Sequence[Message], train_on: str, tokeniser: SafeTokenizer) -> Conversation:
     """`messages` as template turns, with the turns that `train_on` and the messages' own `train` ask for."""
     tools = next((list(m.extra["tools"]) for m in messages if m.role == TOOLS), None)
     said = [message for message in messages if message.role != TOOLS]
     if not 0 < len(said) <= MAX_TURNS:
-        raise RowError("too many turns" if said else "no messages", f"{len(said)} turns, at most {MAX_TURNS}")
+        raise RecordError("too many turns" if said else "no messages", f"{len(said)} turns, at most {MAX_TURNS}")
     last = max((i for i, message in enumerate(said) if message.role == "assistant"), default=-1)
     wanted = tuple(_wanted(message, train_on, i == last) for i, message in enumerate(said))
     values = [{"role": m.role, "content": m.content, **m.extra} for m in said]
     assistant = [m.role == "assistant" for m in said]
     (*turns, schemas), mark, forged = _guarded([*values, {"tools": tools}], [*assistant, False], tokeniser)
-    return Chat(turns, schemas["tools"], wanted, mark, forged)
+    return Conversation(turns, schemas["tools"], wanted, mark, forged)
 
 
 def _wanted(message: Message, train_on: str, is_last: bool) -> bool:
@@ -44,7 +44,7 @@ def _wanted(message: Message, train_on: str, is_last: bool) -> bool:
     return is_last or train_on != "last" or message.train is True
 
 
-def _guarded(values: list[dict[str, Any]], assistant: list[bool], tokeniser: Tokeniser) -> Guarded:
+def _guarded(values: list[dict[str, Any]], assistant: list[bool], tokeniser: SafeTokenizer) -> Guarded:
     """Break forged control strings in all the strings of `values`, nested ones included."""
     found: list[tuple[str, bool]] = []
     for value, mine in zip(values, assistant, strict=True):

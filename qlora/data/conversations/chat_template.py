@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 from qlora.errors import DataError
 
 Turn = Mapping[str, Any]
@@ -52,7 +52,7 @@ class Template:
             )
         except Exception as error:  # a template is a program of its own: it may fail in any way
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise RowError("refused by the chat template", line) from None
+            raise RecordError("refused by the chat template", line) from None
         return _within(text, turns, tools)
 
 
@@ -83,5 +83,5 @@ def _within(text: str, turns: Sequence[Turn], tools: Sequence[Any] | None) -> st
     if len(text) > _SLACK_CHARS:
         given = len(json.dumps([list(turns), tools], default=str))
         if len(text) > _SLACK_CHARS + _GROWTH * given:
-            raise RowError("refused by the chat template", f"it made {len(text)} characters out of {given}")
+            raise RecordError("refused by the chat template", f"it made {len(text)} characters out of {given}")
     return text

@@ -8,19 +8,19 @@ inference engine that is at this place sees exactly what training saw. Where it 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora.data.conversations.chat_messages import Chat
+from qlora.data.conversations.chat_messages import Conversation
 from qlora.data.conversations.chat_template import Template, Turn
-from qlora.data.conversations.safe_tokenizer import Piece, Tokeniser
-from qlora.data.types import RowError
+from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece
+from qlora.data.types import RecordError
 
 _SENTINEL = "Sphinx of black quartz"
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class MaskedText:
     """A rendered conversation in pieces; `skipped` counts answers that could not be shown to keep their prefix."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextPiece, ...]
     skipped: int
     ends: bool  # the last trained piece closes with an end-of-turn token
     bare: bool  # the conversation ends with an answer that no control token closes
@@ -35,13 +35,13 @@ class Ending:
     rest: int  # characters of its generation prompt that its rendering of an answer does not have
 
 
-def ending_of(template: Template, tokeniser: Tokeniser) -> Ending:
+def ending_of(template: Template, tokeniser: SafeTokenizer) -> Ending:
     """How `template` closes an answer, seen on a probe conversation."""
     asked: list[Turn] = [{"role": "user", "content": "Judge my vow."}]
     prompt = template.render(asked, prompt=True)
     text = template.render([*asked, {"role": "assistant", "content": _SENTINEL}])
     if _SENTINEL not in text:
-        raise RowError("refused by the chat template", "it does not write what the assistant says")
+        raise RecordError("refused by the chat template", "it does not write what the assistant says")
     after = text[text.index(_SENTINEL) + len(_SENTINEL) :]
     token = tokeniser.control.search(after)
     closing = after[: token.end()] if token else (after.rstrip() or after)
@@ -50,40 +50,40 @@ def ending_of(template: Template, tokeniser: Tokeniser) -> Ending:
     return Ending(closing, token[0] if token else "", len(prompt) - parting)
 
 
-class Cutter:
+class LossMasker:
     """Cuts conversations into pieces at the answers."""
 
-    def __init__(self, template: Template, tokeniser: Tokeniser) -> None:
+    def __init__(self, template: Template, tokeniser: SafeTokenizer) -> None:
         self._template = template
         self._tokeniser = tokeniser
         self.ending = ending_of(template, tokeniser)
 
-    def cut(self, chat: Chat, prompt: bool = False) -> Cut:
+    def cut(self, chat: Conversation, prompt: bool = False) -> MaskedText:
         """The pieces of a conversation; with `prompt`, of the prompt for its next answer. RowError where refused."""
         full = self._template.render(chat.turns, chat.tools, prompt)
-        pieces, at, ends, bare = list[Piece](), 0, False, False
+        pieces, at, ends, bare = list[TextPiece](), 0, False, False
         skipped = int(chat.wanted[0])  # the prompt of the very first word can't be rendered
         for i in (i for i, turn in enumerate(chat.turns) if i > 0 and turn["role"] == "assistant"):
             span = self._span(chat, i, full, prompt)
             if span is None or span[0] < at:
                 skipped += chat.wanted[i]
                 continue
-            pieces += [Piece(full[at : span[0]]), Piece(full[span[0] : span[1]], chat.wanted[i])]
+            pieces += [TextPiece(full[at : span[0]]), TextPiece(full[span[0] : span[1]], chat.wanted[i])]
             at = span[1]
             closed = self._closes(pieces[-1].text)
             ends = closed if chat.wanted[i] else ends
             bare = i == len(chat.turns) - 1 and not closed
         if not bare:  # where the end token is still to come, it follows the answer at once
-            pieces.append(Piece(full[at:]))
-        return Cut(tuple(piece for piece in pieces if piece.text), skipped, ends, bare)
+            pieces.append(TextPiece(full[at:]))
+        return MaskedText(tuple(piece for piece in pieces if piece.text), skipped, ends, bare)
 
-    def _span(self, chat: Chat, i: int, full: str, prompt: bool) -> tuple[int, int] | None:
+    def _span(self, chat: Conversation, i: int, full: str, prompt: bool) -> tuple[int, int] | None:
         """Where in `full` answer `i` stands, its end token included; None if the prefix law does not hold."""
         try:
             before = self._template.render(chat.turns[:i], chat.tools, prompt=True)
             whole = i + 1 == len(chat.turns) and not prompt
             after = full if whole else self._template.render(chat.turns[: i + 1], chat.tools)
-        except RowError:  # some templates refuse a conversation that stops here
+        except RecordError:  # some templates refuse a conversation that stops here
             return None
         content = str(chat.turns[i].get("content") or "").strip()
         start = len(before) - (0 if after.startswith(before) else self.ending.rest)
@@ -114,11 +114,11 @@ def _prove(turn: Turn, content: str, before: str, said: str) -> None:
     The first words may stand at the end of the prompt: templates that force a thought open it there.
     """
     if content and content not in said and not _continues(_squashed(before[-len(content) :]), _squashed(said), content):
-        raise RowError("the template drops part of an answer", f"{content[:60]!r}")
+        raise RecordError("the template drops part of an answer", f"{content[:60]!r}")
     for call in turn.get("tool_calls") or ():
         name = str(call.get("function", call).get("name", "")) if isinstance(call, Mapping) else ""
         if not name or name not in said:
-            raise RowError("the template does not write tool calls", name[:60])
+            raise RecordError("the template does not write tool calls", name[:60])
 
 
 def _continues(asked: str, said: str, content: str) -> bool:

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 
 ROW_SECONDS = 1.0  # of the processor, so that a busy machine changes nothing; an honest row takes a few hundredths
 ROW_BYTES = 2 * 2**30  # beyond what the process holds already
@@ -28,7 +28,7 @@ class _Rings(BaseException):
 
 
 @contextmanager
-def processor_time(seconds: float = ROW_SECONDS) -> Iterator[None]:
+def time_limit(seconds: float = ROW_SECONDS) -> Iterator[None]:
     """RowError if what happens inside takes longer."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -38,7 +38,7 @@ def processor_time(seconds: float = ROW_SECONDS) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.5)  # again, should the first one end in a destructor
         yield
     except _Rings:
-        raise RowError("takes too long to render", f"more than {seconds:g} s of the processor") from None
+        raise RecordError("takes too long to render", f"more than {seconds:g} s of the processor") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)

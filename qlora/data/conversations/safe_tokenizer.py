@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from qlora.data.types import Ints, RowError
+from qlora.data.types import Ints, RecordError
 
 # Put inside a forged control string, it splits the string into pieces that are tokenised apart.
 _BREAKS = [chr(point) for point in range(0xF8F0, 0xF8FF)]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """A stretch of rendered text, and whether its tokens are trained."""
 
     text: str
     trained: bool = False
 
 
-class Tokeniser:
+class SafeTokenizer:
     """Token ids of pieces, with the control tokens of a tokenizer and a template kept apart from the data's text."""
 
     def __init__(self, tokenizer: Any, template_text: str) -> None:
@@ -55,11 +55,11 @@ class Tokeniser:
             return list(texts), "", ()
         mark = next((mark for mark in _BREAKS if not any(mark in text for text in texts)), None)
         if mark is None:
-            raise RowError("forged control token", "and every private-use character that could break it up")
+            raise RecordError("forged control token", "and every private-use character that could break it up")
         broken = [p.sub(lambda hit: _break(hit[0], mark), text) for p, text in zip(patterns, texts, strict=True)]
         return broken, mark, found
 
-    def encode(self, rows: Sequence[tuple[Sequence[Piece], str]]) -> "list[list[Ints] | RowError]":
+    def encode(self, rows: Sequence[tuple[Sequence[TextPiece], str]]) -> "list[list[Ints] | RecordError]":
         """Ids of each row's pieces; a row is (pieces, breaking character). RowError where the data forged a token."""
         jobs, shape = list[tuple[str, str]](), list[list[int]]()
         for pieces, mark in rows:
@@ -94,12 +94,12 @@ class Tokeniser:
         normaliser = self._backend.normalizer
         return text if normaliser is None else str(normaliser.normalize_str(text)).replace("\u2581", " ")
 
-    def _honest(self, ids: list[Ints], pieces: Sequence[Piece], mark: str) -> "list[Ints] | RowError":
+    def _honest(self, ids: list[Ints], pieces: Sequence[TextPiece], mark: str) -> "list[Ints] | RecordError":
         """`ids` if the template's control strings are the only ones that became control tokens."""
         written = sum(len(self.control.findall(piece.text)) for piece in pieces)
         made = int(self._is_control[np.concatenate(ids)].sum()) if ids else 0
         if made > written:
-            return RowError("forged control token", f"{made - written} made from ordinary text by the tokenizer")
+            return RecordError("forged control token", f"{made - written} made from ordinary text by the tokenizer")
         return ids
 
     def _ids(self, text: str) -> list[int]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qlora.data.conversations.chat_template import Template, Turn
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 from qlora.errors import DataError
 
 _CPU_SECONDS = 1  # an honest template takes a few hundredths
@@ -44,10 +44,10 @@ def _probe_all(template: Template) -> str:
     try:
         for turns, prompt in needed:
             template.render(turns, None, prompt)
-    except RowError as error:
+    except RecordError as error:
         return f"can't render a question and an answer ({error.detail})."
     for turns, prompt in others:
-        with suppress(RowError):  # a template may refuse a system turn; what matters is what it costs
+        with suppress(RecordError):  # a template may refuse a system turn; what matters is what it costs
             template.render(turns, None, prompt)
     return ""
 

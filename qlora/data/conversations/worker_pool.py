@@ -26,7 +26,7 @@ class Placed(Protocol):
 
 
 Chunk = Sequence[Any]  # of Placed
-Work = Callable[[Chunk], list[Any]]  # as many results as rows
+Workload = Callable[[Chunk], list[Any]]  # as many results as rows
 
 WORTH_CHUNKS = 2  # encoded before workers are started: a smaller set is done sooner than they are
 _MAX_WORKERS = 16
@@ -47,12 +47,12 @@ def available() -> int:
     return max(1, min(cores, _MAX_WORKERS))
 
 
-def in_order(work: Work, chunks: Iterator[Chunk], count: int) -> Iterator[tuple[Chunk, list[Any]]]:
+def in_order(work: Workload, chunks: Iterator[Chunk], count: int) -> Iterator[tuple[Chunk, list[Any]]]:
     """Each chunk with what `work` makes of it, by `count` workers (1: by this process). DataError for a deadly row."""
     if count < 2:
         yield from ((chunk, work(chunk)) for chunk in chunks)
         return
-    crew = Crew(work, count)
+    crew = WorkerPool(work, count)
     try:
         yield from crew.run(chunks)
     finally:
@@ -79,10 +79,10 @@ class _Worker:
             self.pipe.send(task.chunk)
 
 
-class Crew:
+class WorkerPool:
     """Worker processes that encode chunks."""
 
-    def __init__(self, work: Work, count: int) -> None:
+    def __init__(self, work: Workload, count: int) -> None:
         self._work, self._context = work, mp.get_context("fork")
         self._workers: list[_Worker] = []
         self._spare: _Worker | None = None  # redoes rows one by one
@@ -188,7 +188,7 @@ def _dismiss(worker: _Worker) -> None:
     worker.process.join()
 
 
-def _serve(work: Work, pipe: Connection, inherited: Sequence[Connection]) -> None:
+def _serve(work: Workload, pipe: Connection, inherited: Sequence[Connection]) -> None:
     """A worker's life: chunks in, results out, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

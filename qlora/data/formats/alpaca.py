@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora.data.reading import record_fields
-from qlora.data.types import Message, Row, RowError
+from qlora.data.types import Message, Record, RecordError
 
 
 class Alpaca:
@@ -14,7 +14,7 @@ class Alpaca:
         """Whether the columns are those of this format."""
         return "instruction" in fields and "output" in fields
 
-    def messages(self, row: Row) -> list[Message]:
+    def messages(self, row: Record) -> list[Message]:
         """The turns of `row`; `input` follows the instruction after a blank line. RowError if one can't be read."""
         instruction = record_fields.text(row.fields, "instruction")
         context = record_fields.optional_text(row.fields, "input")
@@ -33,7 +33,7 @@ def _history(pairs: Any) -> list[Message]:
     if pairs is None:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise RowError("wrong type", "history must be a list of [question, answer] pairs")
+        raise RecordError("wrong type", "history must be a list of [question, answer] pairs")
     turns = []
     for number, (question, answer) in enumerate(pairs, 1):
         pair = {"question": question, "answer": answer}

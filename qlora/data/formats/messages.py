@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora.data.reading import record_fields
-from qlora.data.types import Message, Row, RowError
+from qlora.data.types import Message, Record, RecordError
 
 _OURS = ("role", "content", "train")
 
@@ -16,7 +16,7 @@ class Messages:
         """Whether the columns are those of this format."""
         return "messages" in fields
 
-    def messages(self, row: Row) -> list[Message]:
+    def messages(self, row: Record) -> list[Message]:
         """The turns of `row`. RowError if one can't be read."""
         turns = conversation(row.fields.get("messages"), "messages")
         return record_fields.answered([*record_fields.tools(row.fields), *turns])
@@ -25,29 +25,29 @@ class Messages:
 def conversation(value: Any, name: str) -> list[Message]:
     """The list of {role, content} objects in field `name` as messages. RowError, with the message's number."""
     if value is None:
-        raise RowError("null field" if name else "missing field", name)
+        raise RecordError("null field" if name else "missing field", name)
     if not isinstance(value, list):
-        raise RowError("wrong type", f"{name} is {type(value).__name__}, a list of messages is expected")
+        raise RecordError("wrong type", f"{name} is {type(value).__name__}, a list of messages is expected")
     if not value:
-        raise RowError("no messages", name)
+        raise RecordError("no messages", name)
     return [_message(item, f"message {number}: ") for number, item in enumerate(value, 1)]
 
 
 def _message(item: Any, place: str) -> Message:
     if not isinstance(item, Mapping):
-        raise RowError("wrong type", f"{place}{type(item).__name__}, an object is expected")
+        raise RecordError("wrong type", f"{place}{type(item).__name__}, an object is expected")
     if "role" not in item:
-        raise RowError("missing field", f"{place}role")
+        raise RecordError("missing field", f"{place}role")
     role = record_fields.role(item["role"], place)
     extra = {key: value for key, value in item.items() if key not in _OURS and value is not None}
     calls = role == "assistant" and bool(extra.get("tool_calls"))
     if "content" not in item and not calls:
-        raise RowError("missing field", f"{place}content")
+        raise RecordError("missing field", f"{place}content")
     said = "" if calls and item.get("content") is None else record_fields.content(item["content"], place)
     return Message(role, said, _train(item.get("train"), place), extra)
 
 
 def _train(value: Any, place: str) -> bool | None:
     if value is not None and not isinstance(value, bool):
-        raise RowError("wrong type", f"{place}train is {type(value).__name__}, true or false is expected")
+        raise RecordError("wrong type", f"{place}train is {type(value).__name__}, true or false is expected")
     return value

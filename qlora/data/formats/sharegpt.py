@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora.data.formats.messages import conversation
 from qlora.data.reading import record_fields
-from qlora.data.types import Message, Row, RowError
+from qlora.data.types import Message, Record, RecordError
 
 
 class Sharegpt:
@@ -16,7 +16,7 @@ class Sharegpt:
         """Whether the columns are those of this format."""
         return "conversations" in fields
 
-    def messages(self, row: Row) -> list[Message]:
+    def messages(self, row: Record) -> list[Message]:
         """The turns of `row`, the system column first. RowError if one can't be read."""
         system = record_fields.optional_text(row.fields, "system")
         value = row.fields.get("conversations")
@@ -48,9 +48,9 @@ def _called(message: Message) -> Message:
     try:
         call = json.loads(message.content)
     except (ValueError, RecursionError):
-        raise RowError("wrong type", "a function_call's value is not JSON") from None
+        raise RecordError("wrong type", "a function_call's value is not JSON") from None
     calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
     if not all(isinstance(one["function"], dict) and isinstance(one["function"].get("name"), str) for one in calls):
-        raise RowError("wrong type", "a function_call needs a name and arguments")
+        raise RecordError("wrong type", "a function_call needs a name and arguments")
     extra = {key: value for key, value in message.extra.items() if key != "function_call"}
     return Message("assistant", "", message.train, {**extra, "tool_calls": calls})

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora.data.reading import record_fields
-from qlora.data.types import TEXT, Message, Row, RowError
+from qlora.data.types import TEXT, Message, Record, RecordError
 
 
 class Text:
@@ -14,9 +14,9 @@ class Text:
         """Whether the columns are those of this format."""
         return "text" in fields
 
-    def messages(self, row: Row) -> list[Message]:
+    def messages(self, row: Record) -> list[Message]:
         """One message that is the document. RowError if there is none."""
         document = record_fields.text(row.fields, "text")
         if not document.strip():
-            raise RowError("empty text")
+            raise RecordError("empty text")
         return [Message(TEXT, document, True)]

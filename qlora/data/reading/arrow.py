@@ -14,18 +14,18 @@ from urllib.request import getproxies
 
 import datasets
 
-from qlora.data.types import Row
+from qlora.data.types import Record
 from qlora.errors import DataError
 
 _ROOM = 0.9  # of the free disk, that a download and the tables made from it may take
 
 
-def parquet(name: str) -> Iterator[Row]:
+def parquet(name: str) -> Iterator[Record]:
     """The rows of a Parquet file, a few at a time. DataError if it can't be read."""
     try:
         table = datasets.load_dataset("parquet", data_files=[name], split="train", streaming=True)
         for number, fields in enumerate(table, 1):
-            yield Row(f"{name}:{number}", fields)
+            yield Record(f"{name}:{number}", fields)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: not a readable Parquet file: {_first_line(error)}") from error
 
@@ -41,7 +41,7 @@ class Hub:
     split: str | None
     limited: bool
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Record]:
         """The rows in their order. DataError if they can't be fetched."""
         split = self.split or "train"
         with _told(self.name):
@@ -51,7 +51,7 @@ class Hub:
                 number, fields = next(numbered, (0, {}))
             if not number:
                 return
-            yield Row(f"{self.name}/{split}:{number}", fields)
+            yield Record(f"{self.name}/{split}:{number}", fields)
 
     def sha256(self) -> str:
         """The digest of the rows; of a streamed set, of the commit that they come from."""

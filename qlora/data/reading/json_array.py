@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from qlora.data.reading.strict_json import DECODER, MAX_ROW_BYTES, checked, unreadable
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 
 _PIECE_BYTES = 2**20
 _TOO_LARGE = "row too large"
 _LOST = "the rest of the file is not read"
 
 
-def items(file: BinaryIO) -> Iterator[dict[str, Any] | RowError]:
+def items(file: BinaryIO) -> Iterator[dict[str, Any] | RecordError]:
     """The objects of the array in `file`, one by one; a RowError in the place of each that can't be used.
 
     `file` stands at its beginning, a byte-order mark behind it.
@@ -25,12 +25,12 @@ def items(file: BinaryIO) -> Iterator[dict[str, Any] | RowError]:
         while (sign := window.peek()) not in ("", "]"):
             yield window.item()
             if (sign := window.peek()) not in (",", "]"):
-                raise RowError("not JSON", f"a comma or a bracket is missing at character {window.place}; {_LOST}")
+                raise RecordError("not JSON", f"a comma or a bracket is missing at character {window.place}; {_LOST}")
             if sign == ",":
                 window.take()
         if not sign or window.take() != "]" or window.peek():
-            yield RowError("not JSON", "the array does not end where the file ends")
-    except RowError as error:
+            yield RecordError("not JSON", "the array does not end where the file ends")
+    except RecordError as error:
         yield error
 
 
@@ -64,29 +64,29 @@ class _Window:
         self._at += 1
         return self._text[self._at - 1]
 
-    def item(self) -> dict[str, Any] | RowError:
+    def item(self) -> dict[str, Any] | RecordError:
         """The value that begins here. RowError raised if its end can't be found, returned if it can't be used."""
         while True:
             found, end = self._decoded()
             held = len(self._text) - self._at
             if end is not None and (end < len(self._text) or self._ended):
                 size, self._at = end - self._at, end
-                return RowError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes") if size > MAX_ROW_BYTES else found
+                return RecordError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes") if size > MAX_ROW_BYTES else found
             if held > MAX_ROW_BYTES:
-                raise RowError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes, or its end is missing; {_LOST}")
+                raise RecordError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes, or its end is missing; {_LOST}")
             if not self._more() and end is None:
-                assert isinstance(found, RowError)
-                raise RowError(found.reason, f"{found.detail}; {_LOST}")
+                assert isinstance(found, RecordError)
+                raise RecordError(found.reason, f"{found.detail}; {_LOST}")
 
-    def _decoded(self) -> tuple[dict[str, Any] | RowError, int | None]:
+    def _decoded(self) -> tuple[dict[str, Any] | RecordError, int | None]:
         """What the text says here, and where it ends; no end if there is none in what was read so far."""
         try:
             value, end = DECODER.raw_decode(self._text, self._at)
             return checked(value, self._text[self._at : end]), end
-        except RowError as error:
+        except RecordError as error:
             found = error
         except json.JSONDecodeError as error:
-            return RowError("not JSON", f"{error.msg} at character {self._dropped + error.pos + 1}"), None
+            return RecordError("not JSON", f"{error.msg} at character {self._dropped + error.pos + 1}"), None
         except (ValueError, RecursionError) as error:
             found = unreadable(error)
         try:
@@ -100,13 +100,13 @@ class _Window:
             return False
         piece = self._file.read(_PIECE_BYTES)
         if b"\0" in piece:
-            raise RowError("NUL character", f"at byte {self._bytes_before + piece.index(0) + 1}; {_LOST}")
+            raise RecordError("NUL character", f"at byte {self._bytes_before + piece.index(0) + 1}; {_LOST}")
         try:
             text = self._decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             waiting = len(error.object) - len(piece)  # bytes of a character that the piece before began
             at = self._bytes_before - waiting + error.start + 1
-            raise RowError("not UTF-8", f"at byte {at}; {_LOST}") from None
+            raise RecordError("not UTF-8", f"at byte {at}; {_LOST}") from None
         self._bytes_before += len(piece)
         self._dropped += self._at
         self._text, self._at, self._ended = self._text[self._at :] + text, 0, not piece

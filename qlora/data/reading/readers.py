@@ -6,10 +6,10 @@ from pathlib import Path
 
 from qlora.data.reading import json_array, strict_json
 from qlora.data.reading.strict_json import MAX_ROW_BYTES
-from qlora.data.types import BadRow, Row, RowError
+from qlora.data.types import BadRecord, Record, RecordError
 from qlora.errors import DataError
 
-Read = Iterator[Row | BadRow]
+Read = Iterator[Record | BadRecord]
 
 _TOO_LARGE = "row too large"
 _BOM = b"\xef\xbb\xbf"
@@ -20,12 +20,12 @@ def read_jsonl(path: Path, name: str) -> Read:
     for number, line in _lines(path):
         where = f"{name}:{number}"
         if line is None:
-            yield BadRow(where, _TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes")
+            yield BadRecord(where, _TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes")
         elif line.strip():
             try:
-                yield Row(where, strict_json.parse(line))
-            except RowError as error:
-                yield BadRow(where, error.reason, error.detail)
+                yield Record(where, strict_json.parse(line))
+            except RecordError as error:
+                yield BadRecord(where, error.reason, error.detail)
 
 
 def read_json(path: Path, name: str) -> Read:
@@ -34,7 +34,7 @@ def read_json(path: Path, name: str) -> Read:
     if head.startswith(b"["):
         yield from _read_array(path, name)
     elif (whole := _one_object(path, head)) is not None:
-        yield Row(f"{name}:1", whole)
+        yield Record(f"{name}:1", whole)
     else:
         yield from read_jsonl(path, name)
 
@@ -45,17 +45,17 @@ def read_table(path: Path, name: str, delimiter: str) -> Read:
     columns = next(_records(lines, delimiter), None)
     if columns is None:
         return
-    if isinstance(columns[1], RowError) or len(set(columns[1])) != len(columns[1]) or "" in columns[1]:
+    if isinstance(columns[1], RecordError) or len(set(columns[1])) != len(columns[1]) or "" in columns[1]:
         raise DataError(f"{name}:1: the first line must name every column once. Found {columns[1]!r}.")
     header = columns[1]
     for number, record in _records(lines, delimiter):
         where = f"{name}:{number}"
-        if isinstance(record, RowError):
-            yield BadRow(where, record.reason, record.detail)
+        if isinstance(record, RecordError):
+            yield BadRecord(where, record.reason, record.detail)
         elif len(record) != len(header):
-            yield BadRow(where, "wrong number of columns", f"{len(record)} where the header has {len(header)}")
+            yield BadRecord(where, "wrong number of columns", f"{len(record)} where the header has {len(header)}")
         else:
-            yield Row(where, dict(zip(header, record, strict=True)))
+            yield Record(where, dict(zip(header, record, strict=True)))
 
 
 def read_text(path: Path, name: str) -> Read:
@@ -71,7 +71,7 @@ def read_text(path: Path, name: str) -> Read:
         size += len(line or b"")
         try:
             held.append(strict_json.decode(line or b""))
-        except RowError as error:
+        except RecordError as error:
             bad = str(error)
         if line is None or size > MAX_ROW_BYTES:
             bad, held = f"{_TOO_LARGE}: at most {MAX_ROW_BYTES} bytes", []
@@ -79,11 +79,11 @@ def read_text(path: Path, name: str) -> Read:
         yield _paragraph(f"{name}:{start}", held, bad)
 
 
-def _paragraph(where: str, held: list[str], bad: str) -> Row | BadRow:
+def _paragraph(where: str, held: list[str], bad: str) -> Record | BadRecord:
     if bad:
         reason, _, detail = bad.partition(": ")
-        return BadRow(where, reason, detail)
-    return Row(where, {"text": "".join(held).replace("\r\n", "\n").rstrip("\r\n")})
+        return BadRecord(where, reason, detail)
+    return Record(where, {"text": "".join(held).replace("\r\n", "\n").rstrip("\r\n")})
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
@@ -110,7 +110,7 @@ def _read_array(path: Path, name: str) -> Read:
         file.seek(len(_BOM) if file.read(len(_BOM)) == _BOM else 0)
         for number, item in enumerate(json_array.items(file), 1):
             where = f"{name}:{number}"
-            yield BadRow(where, item.reason, item.detail) if isinstance(item, RowError) else Row(where, item)
+            yield BadRecord(where, item.reason, item.detail) if isinstance(item, RecordError) else Record(where, item)
 
 
 def _one_object(path: Path, head: bytes) -> dict[str, object] | None:
@@ -119,7 +119,7 @@ def _one_object(path: Path, head: bytes) -> dict[str, object] | None:
         return None
     try:
         return strict_json.parse(path.read_bytes().removeprefix(_BOM))
-    except RowError:
+    except RecordError:
         return None
 
 
@@ -128,7 +128,7 @@ class _Numbered:
 
     def __init__(self, path: Path) -> None:
         self.number = 0
-        self.fault: RowError | None = None
+        self.fault: RecordError | None = None
         self._lines = _lines(path)
 
     def __iter__(self) -> "_Numbered":
@@ -138,25 +138,25 @@ class _Numbered:
         self.number, line = next(self._lines)
         try:
             if line is None:
-                raise RowError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes")
+                raise RecordError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes")
             return strict_json.decode(line)
-        except RowError as error:
+        except RecordError as error:
             self.fault = error
             return "\n"
 
 
-def _records(lines: _Numbered, delimiter: str) -> Iterator[tuple[int, list[str] | RowError]]:
+def _records(lines: _Numbered, delimiter: str) -> Iterator[tuple[int, list[str] | RecordError]]:
     """Each record with the line it begins on; blank lines are no records."""
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         start, lines.fault = lines.number + 1, None
         try:
-            record: list[str] | RowError = next(reader)
+            record: list[str] | RecordError = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            record = RowError("not a table row", str(error))
+            record = RecordError("not a table row", str(error))
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
         if record or lines.fault:
             yield start, lines.fault or record

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data.types import TOOLS, Message, RowError
+from qlora.data.types import TOOLS, Message, RecordError
 from qlora.errors import did_you_mean
 
 ROLES = {
@@ -28,11 +28,11 @@ ROLES = {
 def text(fields: Mapping[str, Any], name: str, place: str = "") -> str:
     """The string in field `name`. RowError if it is missing, null or something else."""
     if name not in fields:
-        raise RowError("missing field", f"{place}{name}")
+        raise RecordError("missing field", f"{place}{name}")
     if fields[name] is None:
-        raise RowError("null field", f"{place}{name}")
+        raise RecordError("null field", f"{place}{name}")
     if not isinstance(fields[name], str):
-        raise RowError("wrong type", f"{place}{name} is {type(fields[name]).__name__}, a string is expected")
+        raise RecordError("wrong type", f"{place}{name} is {type(fields[name]).__name__}, a string is expected")
     return str(fields[name])
 
 
@@ -44,18 +44,18 @@ def optional_text(fields: Mapping[str, Any], name: str) -> str:
 def role(name: Any, place: str) -> str:
     """The chat template's word for the role `name`. RowError for an unknown one."""
     if not isinstance(name, str) or name not in ROLES:
-        raise RowError("unknown role", f"{place}{name!r}.{did_you_mean(str(name), ROLES)}")
+        raise RecordError("unknown role", f"{place}{name!r}.{did_you_mean(str(name), ROLES)}")
     return ROLES[name]
 
 
 def content(value: Any, place: str) -> str:
     """A message's content: a string, or the texts of a list of text parts. RowError for images and the like."""
     if value is None:
-        raise RowError("null field", f"{place}content")
+        raise RecordError("null field", f"{place}content")
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise RowError("wrong type", f"{place}content is {type(value).__name__}, a string is expected")
+        raise RecordError("wrong type", f"{place}content is {type(value).__name__}, a string is expected")
     return "".join(_part(part, place) for part in value)
 
 
@@ -65,7 +65,7 @@ def _part(part: Any, place: str) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RowError("not text", f"{place}a content part is {kind!r}; only text can be trained")
+    raise RecordError("not text", f"{place}a content part is {kind!r}; only text can be trained")
 
 
 def tools(fields: Mapping[str, Any]) -> list[Message]:
@@ -75,11 +75,11 @@ def tools(fields: Mapping[str, Any]) -> list[Message]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise RowError("wrong type", "tools is a string that is not JSON") from None
+            raise RecordError("wrong type", "tools is a string that is not JSON") from None
     if not value:
         return []
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RowError("wrong type", "tools must be a list of JSON schemas")
+        raise RecordError("wrong type", "tools must be a list of JSON schemas")
     return [Message(TOOLS, "", extra={"tools": value})]
 
 
@@ -87,5 +87,5 @@ def answered(messages: list[Message]) -> list[Message]:
     """`messages` if every assistant turn says something. RowError for an empty one: it would teach silence."""
     for number, message in enumerate(messages, 1):
         if message.role == "assistant" and not message.content.strip() and not message.extra.get("tool_calls"):
-            raise RowError("empty answer", f"message {number}")
+            raise RecordError("empty answer", f"message {number}")
     return messages

@@ -11,19 +11,19 @@ import numpy as np
 
 from qlora.data.reading import arrow, readers
 from qlora.data.reading.resolve_paths import Located, locate
-from qlora.data.types import BadRow, Row
+from qlora.data.types import BadRecord, Record
 
 if TYPE_CHECKING:
     from qlora.data import Source
 
 
-def rows(sources: "Sequence[Source]", seed: int) -> Iterator[Row | BadRow]:
+def rows(sources: "Sequence[Source]", seed: int) -> Iterator[Record | BadRecord]:
     """The rows of all sources in turn, thinned or repeated by their weights. DataError for a missing file."""
     for index, source in enumerate(sources):
         yield from read(source, locate(source), (seed, index))
 
 
-def read(source: "Source", located: Located, seed: tuple[int, int]) -> Iterator[Row | BadRow]:
+def read(source: "Source", located: Located, seed: tuple[int, int]) -> Iterator[Record | BadRecord]:
     """The rows of one source: columns renamed, at most `max_samples` of them, each kept `weight` times on average.
 
     A weight of 2.5 gives every row two copies and half of the rows a third; which ones is a function of `seed`.
@@ -32,7 +32,7 @@ def read(source: "Source", located: Located, seed: tuple[int, int]) -> Iterator[
     whole, part = math.floor(source.weight), source.weight % 1
     for row in islice(_raw(source, located), source.max_samples):
         share = whole + int(part > 0 and draws.random() < part)
-        if isinstance(row, BadRow):
+        if isinstance(row, BadRecord):
             yield row
         elif share:
             yield _renamed(row, source, share)
@@ -54,14 +54,14 @@ def hub_of(source: "Source", name: str) -> arrow.Hub:
     return arrow.Hub(name, source.split, limited=source.max_samples is not None)
 
 
-def _raw(source: "Source", located: Located) -> Iterator[Row | BadRow]:
+def _raw(source: "Source", located: Located) -> Iterator[Record | BadRecord]:
     for name in located.files:
         yield from _read_file(name)
     if located.hub:
         yield from hub_of(source, located.hub).rows()
 
 
-def _read_file(name: str) -> Iterator[Row | BadRow]:
+def _read_file(name: str) -> Iterator[Record | BadRecord]:
     path, kind = Path(name), Path(name).suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         return readers.read_jsonl(path, name)
@@ -74,13 +74,13 @@ def _read_file(name: str) -> Iterator[Row | BadRow]:
     return readers.read_text(path, name)
 
 
-def _renamed(row: Row, source: "Source", copies: int) -> Row | BadRow:
+def _renamed(row: Record, source: "Source", copies: int) -> Record | BadRecord:
     """`row` under our column names; source.columns says {ours: theirs}."""
     fields = dict(row.fields)
     for ours, theirs in (source.columns or {}).items():
         if theirs not in row.fields:
-            return BadRow(row.where, "missing column", f"no {theirs!r}; the row has {', '.join(row.fields)}")
+            return BadRecord(row.where, "missing column", f"no {theirs!r}; the row has {', '.join(row.fields)}")
         if ours != theirs:
             fields.pop(theirs, None)
         fields[ours] = row.fields[theirs]
-    return Row(row.where, fields, copies)
+    return Record(row.where, fields, copies)

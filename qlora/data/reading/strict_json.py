@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from qlora.data.types import RowError
+from qlora.data.types import RecordError
 
 MAX_ROW_BYTES = 4 * 2**20  # about a million tokens: no row of a fine-tune is longer
 MAX_DEPTH = 32  # nested tool schemas need about ten
@@ -19,45 +19,45 @@ def parse(line: bytes) -> dict[str, Any]:
     text = decode(line)
     try:
         value, end = DECODER.raw_decode(text, _skip_space(text, 0))
-    except RowError:
+    except RecordError:
         raise
     except (ValueError, RecursionError) as error:
         raise unreadable(error) from None
     if _skip_space(text, end) != len(text):
-        raise RowError("more than one value on the line", f"the first ends at column {end}")
+        raise RecordError("more than one value on the line", f"the first ends at column {end}")
     return checked(value, text)
 
 
 def decode(raw: bytes) -> str:
     """`raw` as text. RowError if it is not UTF-8 or holds a NUL byte."""
     if b"\0" in raw:
-        raise RowError("NUL character", f"at byte {raw.index(0) + 1}")
+        raise RecordError("NUL character", f"at byte {raw.index(0) + 1}")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError("not UTF-8", f"at byte {error.start + 1}") from None
+        raise RecordError("not UTF-8", f"at byte {error.start + 1}") from None
 
 
-def unreadable(error: Exception) -> RowError:
+def unreadable(error: Exception) -> RecordError:
     """The RowError for what the standard decoder raised."""
     if isinstance(error, json.JSONDecodeError):
         column = min(error.pos, len(error.doc.rstrip())) + 1  # a line that breaks off does so before its line end
-        return RowError("not JSON", f"{error.msg} at column {column}")
+        return RecordError("not JSON", f"{error.msg} at column {column}")
     if isinstance(error, RecursionError):
-        return RowError("nested too deep", f"at most {MAX_DEPTH} levels")
-    return RowError("number out of range", str(error).split(";")[0][:80])
+        return RecordError("nested too deep", f"at most {MAX_DEPTH} levels")
+    return RecordError("number out of range", str(error).split(";")[0][:80])
 
 
 def checked(value: Any, text: str) -> dict[str, Any]:
     """`value`, read from `text`, if it is an object of bounded depth and clean strings."""
     if not isinstance(value, dict):
-        raise RowError("not an object", f"found {_KINDS.get(type(value), type(value).__name__)}")
+        raise RecordError("not an object", f"found {_KINDS.get(type(value), type(value).__name__)}")
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise RowError("nested too deep", f"at most {MAX_DEPTH} levels")
+        raise RecordError("nested too deep", f"at most {MAX_DEPTH} levels")
     if "\\u0000" in text and any("\0" in part for part in strings(value)):
-        raise RowError("NUL character", "written as \\u0000")
+        raise RecordError("NUL character", "written as \\u0000")
     if _SURROGATE.search(text) and any(_has_surrogate(part) for part in strings(value)):
-        raise RowError("lone surrogate", "half of a UTF-16 pair is no character")
+        raise RecordError("lone surrogate", "half of a UTF-16 pair is no character")
     return value
 
 
@@ -102,18 +102,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise RowError("duplicate key", repr(next(key for key in keys if keys.count(key) > 1)))
+        raise RecordError("duplicate key", repr(next(key for key in keys if keys.count(key) > 1)))
     return found
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise RowError("NaN or Infinity", f"{name} is not JSON")
+    raise RecordError("NaN or Infinity", f"{name} is not JSON")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise RowError("number out of range", text[:40])
+        raise RecordError("number out of range", text[:40])
     return number
 
 

@@ -5,20 +5,20 @@ them, and proved against a FakeTensor dry run in tests/memory. All figures are b
 """
 
 from qlora.memory.planner.shapes import ATTENTION_OUTPUT
-from qlora.memory.planner.workload import Work
+from qlora.memory.planner.workload import Workload
 
 
-def kept_bytes(work: Work) -> int:
+def kept_bytes(work: Workload) -> int:
     """What one layer's forward keeps for its backward, its own input included where backward reads it."""
     return work.tokens * (_norms(work) + _attention(work) + _mlp(work) + _magnified(work)) + _scores(work)
 
 
-def recompute_bytes(work: Work) -> int:
+def recompute_bytes(work: Workload) -> int:
     """What a recomputed layer holds beside its boundary when its backward begins."""
     return kept_bytes(work) - work.tokens * work.shapes.hidden * work.dtype_bytes  # the first norm's input is it
 
 
-def backward_bytes(work: Work) -> int:
+def backward_bytes(work: Workload) -> int:
     """What a layer's backward needs on top of what was kept and one rebuilt matrix: the gradients alive at its peak."""
     shapes, b = work.shapes, work.dtype_bytes
     wide = work.tokens * shapes.intermediate * b
@@ -31,19 +31,19 @@ def backward_bytes(work: Work) -> int:
     return max(linear, work.squares * shapes.heads * (6 if b == 2 else 8) - work.tokens * _mlp(work))
 
 
-def forward_bytes(work: Work) -> int:
+def forward_bytes(work: Workload) -> int:
     """What a layer's forward needs when nothing is kept, as in evaluation."""
     shapes, b = work.shapes, work.dtype_bytes
     scores = work.squares * shapes.heads * (4 + 3 * b) if work.eager else _scores(work)
     return work.tokens * (3 * shapes.intermediate + 3 * shapes.hidden) * b + scores
 
 
-def head_bytes(work: Work) -> int:
+def head_bytes(work: Workload) -> int:
     """What stays while the loss is computed: the final norm's input and output, the trained rows and their gradient."""
     return 4 * work.tokens * work.shapes.hidden * work.dtype_bytes
 
 
-def logits_bytes(work: Work) -> int:
+def logits_bytes(work: Workload) -> int:
     """One chunk of the loss in float32, its making included; the chunk before is gone by then."""
     rows = min(work.tokens, max(1, work.logits_bytes // (4 * work.shapes.vocabulary)))
     family = work.shapes.family
@@ -52,12 +52,12 @@ def logits_bytes(work: Work) -> int:
     return making * rows * work.shapes.vocabulary
 
 
-def widest_bytes(work: Work) -> int:
+def widest_bytes(work: Workload) -> int:
     """The widest matrix of a layer in the compute dtype."""
     return max(each.weights for each in work.shapes.block) * work.dtype_bytes
 
 
-def _norms(work: Work) -> int:
+def _norms(work: Workload) -> int:
     """Per token: the inputs of the norms, from which they are made again; heads' norms read views of what is kept."""
     shapes = work.shapes
     inputs = 1 if shapes.parallel else shapes.family.wide_norms
@@ -65,7 +65,7 @@ def _norms(work: Work) -> int:
     return (inputs * shapes.hidden + heads) * work.dtype_bytes
 
 
-def _attention(work: Work) -> int:
+def _attention(work: Workload) -> int:
     """Per token: what the kernel reads and gives (query, key, value, output), and what the adapters read."""
     shapes, family = work.shapes, work.shapes.family
     repeated = work.eager or work.masked  # keys and values once for every query head
@@ -80,13 +80,13 @@ def _attention(work: Work) -> int:
     return kept * work.dtype_bytes + (0 if work.eager or work.in_blocks else 4 * shapes.heads)
 
 
-def _mlp(work: Work) -> int:
+def _mlp(work: Workload) -> int:
     """Per token: gate and up, or up alone; norm outputs and products are made again from what is kept."""
     shapes = work.shapes
     return shapes.intermediate * (2 if shapes.family.gated else 1) * work.dtype_bytes
 
 
-def _magnified(work: Work) -> int:
+def _magnified(work: Workload) -> int:
     """Per token, of dora: outputs that nobody else keeps (an MLP's inner ones are kept anyway), and dropped inputs."""
     adapters, b = work.adapters, work.dtype_bytes
     if adapters.kind != "dora":
@@ -96,7 +96,7 @@ def _magnified(work: Work) -> int:
     return outputs * b + adapters.dropout * sum(each.in_features for each in chosen) * (b + 1)
 
 
-def _scores(work: Work) -> int:
+def _scores(work: Workload) -> int:
     """T x T: every head's scores where attention is computed eagerly, or the mask that the kernel keeps."""
     b = work.dtype_bytes
     if not work.eager:
@@ -105,7 +105,7 @@ def _scores(work: Work) -> int:
     return work.squares * work.shapes.heads * (4 + capped + (b if b != 4 else 0))
 
 
-def _dropout(work: Work) -> int:
+def _dropout(work: Workload) -> int:
     """The mask made again in backward, random numbers first, and two dropped tensors."""
     if not work.adapters.dropout:
         return 0

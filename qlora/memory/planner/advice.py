@@ -6,10 +6,10 @@ from typing import Literal
 
 from qlora.memory.planner.breakdown import OUTSIDE
 from qlora.memory.planner.memory_plan import Plan
-from qlora.memory.planner.workload import Storage, Work
+from qlora.memory.planner.workload import Storage, Workload
 
 How = Literal["as set", "auto"]  # memory.* as the user set it, or left to the plan
-Fits = Callable[[Work, How], bool]
+Fits = Callable[[Workload, How], bool]
 SHORTEST = 128  # tokens of a row below which no advice goes
 LEAST_RANK = 4
 
@@ -24,7 +24,7 @@ def advise(plan: Plan, fits: Fits) -> str:
     return f"{_reason(plan)} {_remedy(plan.work, fits)}"
 
 
-def _remedy(work: Work, fits: Fits) -> str:
+def _remedy(work: Workload, fits: Fits) -> str:
     if fits(work, "auto"):
         return "What would fit: memory.recompute, memory.offload_activations and memory.weights left at auto."
     change = next((words for words, other in _changes(work) if fits(other, "as set")), None)
@@ -48,7 +48,7 @@ def _reason(plan: Plan) -> str:
     return " ".join(reasons)
 
 
-def _changes(work: Work) -> Iterator[tuple[str, Work]]:
+def _changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     """Changes of a recipe in words, and the work they make: the ones that cost least first."""
     for rows in range(work.micro_batch - 1, 0, -1):
         yield f"train.micro_batch={rows} (the result stays the same)", replace(work, micro_batch=rows)
@@ -67,7 +67,7 @@ def _changes(work: Work) -> Iterator[tuple[str, Work]]:
     yield from _small(work)
 
 
-def _small(work: Work) -> Iterator[tuple[str, Work]]:
+def _small(work: Workload) -> Iterator[tuple[str, Workload]]:
     """Shortest rows and lower ranks, for what is left."""
     shortest = replace(work, micro_batch=1, max_length=min(work.max_length, SHORTEST))
     rank = work.adapters.rank // 2

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Switch = bool | str  # always, never, or the key of config.json that says so
+ConfigSwitch = bool | str  # always, never, or the key of config.json that says so
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,16 @@ class Family:
     layers_path: str = "model.layers"
     attention: str = "self_attn"
     names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    qkv_bias: Switch = False
-    output_bias: Switch = False
-    mlp_bias: Switch = False
+    qkv_bias: ConfigSwitch = False
+    output_bias: ConfigSwitch = False
+    mlp_bias: ConfigSwitch = False
     gated: bool = True  # act(gate) * up; else act(up) alone
     layer_norm: bool = False  # LayerNorm with a bias, in the compute dtype; else RMSNorm in float32
     wide_norms: int = 2  # norms over the hidden size in one layer
     head_norms: bool = False  # a norm over each head's query and key
     softcap: bool = False  # of attention scores: transformers computes attention eagerly then, T x T scores in memory
     scaled: bool = False  # the logits are
-    window: Switch = False  # whether `sliding_window` is used
+    window: ConfigSwitch = False  # whether `sliding_window` is used
 
     @property
     def fused(self) -> bool:

@@ -15,7 +15,7 @@ from qlora.memory.planner.activations import (
     widest_bytes,
 )
 from qlora.memory.planner.cost_model import boundary_bytes, parked_bytes
-from qlora.memory.planner.workload import Work
+from qlora.memory.planner.workload import Workload
 
 Owners = dict[str, int]
 
@@ -41,12 +41,12 @@ FRAGMENTATION = {"cuda": 0.04, "cpu": 0.6}
 HOLES = 2.1  # on a CPU, of what recomputing takes: boundaries stay where the tensors between them were
 
 
-def phases_of(work: Work) -> dict[str, Owners]:
+def phases_of(work: Workload) -> dict[str, Owners]:
     """Bytes by owner, all owners in their order, for load, loss, backward, update, evaluation and save."""
     return {phase: _whole(work, owners) for phase, owners in _phases(work).items()}
 
 
-def host_bytes(work: Work) -> int:
+def host_bytes(work: Workload) -> int:
     """Main memory of a process that trains on a card: itself, the streamed layers, what is offloaded, one tensor."""
     shapes, b = work.shapes, work.dtype_bytes
     embeddings = shapes.embedding * b if work.embeds_on_host else 0
@@ -58,17 +58,17 @@ def host_bytes(work: Work) -> int:
     return RUNTIME_BYTES + streamed + embeddings + moments + max(parked_bytes(work), reading, saving)
 
 
-def standing_bytes(work: Work) -> int:
+def standing_bytes(work: Workload) -> int:
     """What stands in the device's memory while a trained model is used: the base and its adapters."""
     return sum(_frozen(work).values()) + work.adapters.held_bytes + _stream_buffers(work)
 
 
-def outside_bytes(work: Work, passing: int) -> int:
+def outside_bytes(work: Workload, passing: int) -> int:
     """What lies outside the allocator while so many bytes come and go."""
     return sum(_outside(work, passing).values())
 
 
-def _phases(work: Work) -> dict[str, Owners]:
+def _phases(work: Workload) -> dict[str, Owners]:
     """Each phase's owners that are not zero, what lies outside the allocator left out."""
     frozen, whole = _frozen(work), _whole_bytes(work)
     held = {"adapters": work.adapters.held_bytes + work.beside.adapters}
@@ -99,14 +99,14 @@ class _Whole(NamedTuple):
     head: int
 
 
-def _whole_bytes(work: Work) -> _Whole:
+def _whole_bytes(work: Workload) -> _Whole:
     """A copy in the compute dtype where that is not float32, the product in that dtype, and its float32 form."""
     each = 4 if work.dtype_bytes == 4 else 2 * work.dtype_bytes + 4
     inside = each * widest_bytes(work) // work.dtype_bytes if work.adapters.kind == "full" else 0
     return _Whole(inside, each * work.shapes.embedding if work.adapters.whole_head else 0)
 
 
-def _gathered(work: Work) -> Owners:
+def _gathered(work: Workload) -> Owners:
     """What of a shared base is whole on a process: while it loads, around an end of the model, in its layers.
 
     Whatever is gathered arrives in one buffer and is then laid out as it was: for a moment it is there twice.
@@ -120,12 +120,12 @@ def _gathered(work: Work) -> Owners:
     return {"load": read, "ends": 0 if shapes.tied else 2 * ends, "layers": min(GATHERED, shapes.layers) * layer}
 
 
-def _shared(size: int, work: Work) -> int:
+def _shared(size: int, work: Workload) -> int:
     """A process's part of so many frozen bytes."""
     return -(-size // work.share)
 
 
-def _backward(work: Work, waiting: Owners) -> Owners:
+def _backward(work: Workload, waiting: Owners) -> Owners:
     """Kept layers go first, then kept ones from the host, then recomputed ones; `waiting` as the loss leaves it."""
     fetched = min(IN_FLIGHT, max(0, work.parked - work.recomputed)) * kept_bytes(work)
     kept = max(waiting["kept_activations"], fetched)
@@ -136,7 +136,7 @@ def _backward(work: Work, waiting: Owners) -> Owners:
     return waiting | {"kept_activations": 0, "layer_working_set": again + inside["layer_working_set"]}
 
 
-def _frozen(work: Work) -> Owners:
+def _frozen(work: Workload) -> Owners:
     """What never changes; where every weight trains, what stands beside the decoder."""
     shapes, b = work.shapes, work.dtype_bytes
     if work.adapters.kind == "full":
@@ -154,7 +154,7 @@ def _frozen(work: Work) -> Owners:
     }
 
 
-def _moments(work: Work, updating: bool) -> Owners:
+def _moments(work: Workload, updating: bool) -> Owners:
     """AdamW's two moments; paged ones give way to activations, so they count in the update alone, hosted ones pass."""
     size, cuda = moment_bytes(work.adapters.values, work.optimizer), work.device == "cuda"
     waiting = work.beside.moments + (0 if cuda else work.beside.host_moments)
@@ -165,7 +165,7 @@ def _moments(work: Work, updating: bool) -> Owners:
     return {"optimizer": waiting + (0 if away else size)}
 
 
-def _saving(work: Work) -> Owners:
+def _saving(work: Workload) -> Owners:
     """On a CPU: the moments and their copies on the way into a file, which count where every weight trains."""
     if work.adapters.kind != "full" or work.device == "cuda":
         return {}
@@ -182,36 +182,36 @@ def moment_bytes(values: int, optimizer: str) -> int:
     return 2 * values + 8 * -(-values // 256) if "8bit" in optimizer else 8 * values
 
 
-def _gradient_bytes(work: Work) -> int:
+def _gradient_bytes(work: Workload) -> int:
     """float32 gradients; with several processes they lie in DDP's buckets, one of which is filled at a time."""
     return 4 * work.adapters.values + (min(BUCKET_BYTES, 4 * work.adapters.values) if work.processes > 1 else 0)
 
 
-def _boundaries(work: Work) -> int:
+def _boundaries(work: Workload) -> int:
     """The inputs of recomputed layers; of parked ones two are on the device at a time, after the others are gone."""
     parked = min(work.recomputed, work.parked)
     here = max(work.recomputed - parked, min(IN_FLIGHT, parked)) * boundary_bytes(work)
     return here + (parked_bytes(work) if work.device == "cpu" else 0)  # a CPU parks in the memory it works in
 
 
-def _rebuilt(work: Work) -> int:
+def _rebuilt(work: Workload) -> int:
     """The widest matrix rebuilt, with its absmax; a dense one in its own dtype is used as it lies."""
     scratch = work.storage.scratch_bytes(widest_bytes(work) // work.dtype_bytes)
     return 0 if work.storage.kind == "dense" else widest_bytes(work) + scratch
 
 
-def _stream_buffers(work: Work) -> int:
+def _stream_buffers(work: Workload) -> int:
     """Packed matrices of two layers, or of this process's share of them: one in use, one on its way."""
     return _shared(min(IN_FLIGHT, work.streamed) * work.layer_bytes, work)
 
 
-def _whole(work: Work, owners: Owners) -> Owners:
+def _whole(work: Workload, owners: Owners) -> Owners:
     """All owners in their order, with what lies outside the allocator."""
     outside = _outside(work, sum(owners.get(owner, 0) for owner in PASSING))
     return {owner: (owners | outside).get(owner, 0) for owner in OWNERS}
 
 
-def _outside(work: Work, passing: int) -> Owners:
+def _outside(work: Workload, passing: int) -> Owners:
     cuda = work.device == "cuda"
     return {
         "device_context": (CONTEXT_BYTES + (NCCL_BYTES if work.processes > 1 else 0)) if cuda else 0,
@@ -220,7 +220,7 @@ def _outside(work: Work, passing: int) -> Owners:
     }
 
 
-def _holes(work: Work) -> int:
+def _holes(work: Workload) -> int:
     """What recomputing leaves unused in a CPU's heap."""
     if work.device == "cuda" or not work.recomputed:
         return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import BaseModelError, did_you_mean
-from qlora.memory.planner.architectures import FAMILIES, NESTED, SIGLIP, Family, Switch
+from qlora.memory.planner.architectures import FAMILIES, NESTED, SIGLIP, ConfigSwitch, Family
 from qlora.memory.planner.shapes import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_INPUT, Matrix, Shapes
 from qlora.model.limits import refuse_giants
 
@@ -86,7 +86,7 @@ class _Reader:
             )
         return value
 
-    def on(self, switch: Switch) -> bool:
+    def on(self, switch: ConfigSwitch) -> bool:
         """Whether it is on in this model."""
         return bool(self.text.get(switch)) if isinstance(switch, str) else switch
 

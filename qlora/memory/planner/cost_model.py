@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from qlora.memory.planner.activations import kept_bytes
 from qlora.memory.planner.shapes import MLP_HIDDEN
-from qlora.memory.planner.workload import Work
+from qlora.memory.planner.workload import Workload
 
 
 @dataclass(frozen=True)
-class Pace:
+class DeviceSpeed:
     """What a card reaches in practice: bfloat16 products, and copies each way between it and main memory."""
 
     flops_per_second: float
@@ -20,10 +20,10 @@ class Pace:
 
 
 # A 4090 at 65 % of its 165 TFLOP/s, on half of what PCIe 4 x16 gives: what a choice rests on holds on slower links too.
-PACE = Pace(107e12, 12.5e9)
+PACE = DeviceSpeed(107e12, 12.5e9)
 
 
-def seconds(work: Work, pace: Pace = PACE) -> float:
+def seconds(work: Workload, pace: DeviceSpeed = PACE) -> float:
     """Predicted seconds of one micro-batch, copies hidden behind products as far as they can be."""
     forward, backward, again = flops(work)
     # Of a sharded base a process fetches its own part from main memory, the others' from their cards.
@@ -36,7 +36,7 @@ def seconds(work: Work, pace: Pace = PACE) -> float:
     return out + back
 
 
-def flops(work: Work) -> tuple[float, float, float]:
+def flops(work: Workload) -> tuple[float, float, float]:
     """FLOPs of forward, of backward, and of what backward computes again, for one micro-batch."""
     shapes, rank = work.shapes, work.adapters.rank
     products = sum(2 * each.weights for each in shapes.block)  # of a token in one layer
@@ -50,12 +50,12 @@ def flops(work: Work) -> tuple[float, float, float]:
     return work.tokens * forward, work.tokens * backward, work.tokens * again
 
 
-def parked_bytes(work: Work) -> int:
+def parked_bytes(work: Workload) -> int:
     """What waits in host memory: the inputs of recomputed layers, all that others keep."""
     inputs = min(work.recomputed, work.parked)
     return inputs * boundary_bytes(work) + (work.parked - inputs) * kept_bytes(work)
 
 
-def boundary_bytes(work: Work) -> int:
+def boundary_bytes(work: Workload) -> int:
     """The hidden state between two layers."""
     return work.tokens * work.shapes.hidden * work.dtype_bytes

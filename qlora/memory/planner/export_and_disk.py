@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qlora.memory.planner.activations import forward_bytes, head_bytes, logits_bytes
 from qlora.memory.planner.breakdown import moment_bytes, outside_bytes, standing_bytes
-from qlora.memory.planner.workload import Work
+from qlora.memory.planner.workload import Workload
 
 MERGED_BYTES = 8  # of a weight while it is merged: 16 bit as read, float32 summed, 16 bit as written
 SUMMED_BYTES = 3 * 4 * 2**22  # update, sum and error of the values that are summed at a time
@@ -15,7 +15,7 @@ CERTIFIED_TOKENS = 2048  # of rows compared at a time
 LOGITS_SHARE, LOGITS = 4, 3  # a quarter of the loss's chunk, three times: both models' logits, their logarithms
 
 
-def export_bytes(work: Work) -> int:
+def export_bytes(work: Workload) -> int:
     """The device's peak in `qlora export --to merged`: the trained model beside one matrix, or beside the written one.
 
     The written model shares the trained one's embedding and head; its matrices are read from the files one by one.
@@ -29,7 +29,7 @@ def export_bytes(work: Work) -> int:
     return standing_bytes(work) + passing + outside_bytes(work, passing)
 
 
-def disk_bytes(work: Work, checkpoints: int) -> dict[str, int]:
+def disk_bytes(work: Workload, checkpoints: int) -> dict[str, int]:
     """What is fetched, kept for the next start, saved by a run with so many checkpoints, and exported."""
     shapes, adapters = work.shapes, work.adapters
     dense = shapes.parameters * work.dtype_bytes

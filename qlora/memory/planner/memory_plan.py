@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora.memory.planner.breakdown import OUTSIDE, Owners, host_bytes, phases_of
 from qlora.memory.planner.export_and_disk import disk_bytes, export_bytes
-from qlora.memory.planner.workload import Adapters, Beside, Storage, Work
+from qlora.memory.planner.workload import AdapterSizes, Storage, WaitingAdapters, Workload
 
 GIB = 2**30
 DISK = {"base": "the base's files", "kept_base": "kept in 4 bits", "run": "a run's folder", "merged": "a merged model"}
@@ -30,7 +30,7 @@ class Budget:
 class Plan:
     """Where every byte goes, by phase, against a budget."""
 
-    work: Work
+    work: Workload
     budget: Budget
     phases: Mapping[str, Mapping[str, int]]  # phase -> owner -> bytes
     host_bytes: int
@@ -108,26 +108,26 @@ class Plan:
         }
 
 
-def plan(work: Work, budget: Budget) -> Plan:
+def plan(work: Workload, budget: Budget) -> Plan:
     """The plan of `work` exactly as it is set, whether it fits or not."""
     phases = phases_of(work)
     return Plan(work, budget, phases, _peak(phases) if work.device == "cpu" else host_bytes(work))
 
 
-def kind_of(work: Work) -> str:
+def kind_of(work: Workload) -> str:
     """How the processes share the work, as a recipe says it."""
     return "fsdp" if work.sharded else "ddp" if work.processes > 1 else "single"
 
 
-def compare(work: Work) -> dict[str, int]:
+def compare(work: Workload) -> dict[str, int]:
     """What full fine-tuning, 16-bit LoRA and QLoRA need on the card for the same rows, all layers recomputed."""
-    alone = replace(work, processes=1, sharded=False, beside=Beside())
+    alone = replace(work, processes=1, sharded=False, beside=WaitingAdapters())
     same = replace(alone, recompute=None, offloaded=0, weights="resident")
     quantised = same if work.storage.kind != "dense" else replace(same, storage=Storage())
     if work.adapters.kind == "full":
-        quantised = replace(quantised, adapters=Adapters(work.shapes.matrices))
+        quantised = replace(quantised, adapters=AdapterSizes(work.shapes.matrices))
     dense = replace(quantised, storage=Storage("dense"), dtype_bytes=2)
-    bare = replace(dense, adapters=Adapters(()))
+    bare = replace(dense, adapters=AdapterSizes(()))
     full = _peak(phases_of(bare)) + (FULL_BYTES - 2) * work.shapes.parameters
     return {
         "full_finetune_bytes": full,

@@ -13,14 +13,14 @@ from qlora.memory import Memory
 from qlora.memory.planner.advice import How, advise
 from qlora.memory.planner.cost_model import seconds
 from qlora.memory.planner.memory_plan import Budget, Plan, plan
-from qlora.memory.planner.workload import Weights, Work
+from qlora.memory.planner.workload import Weights, Workload
 
 # How much faster a way must promise to be whose activations or weights come and go, or which waits for its tokens.
 PARKING, STREAMING, GATHERING = 1.05, 1.15, 1.01
 
 
 @dataclass(frozen=True)
-class Fixed:
+class UserChoices:
     """What the user set; None leaves it to the plan."""
 
     recompute: int | None = None  # layers
@@ -28,31 +28,31 @@ class Fixed:
     weights: Weights | None = None
 
 
-def fixed_by(section: Memory, layers: int) -> Fixed:
+def fixed_by(section: Memory, layers: int) -> UserChoices:
     """What a recipe's memory section sets for a model of so many decoder layers."""
     words = {"auto": None, "all": layers, "none": 0}
     recompute = words[section.recompute] if isinstance(section.recompute, str) else section.recompute
-    return Fixed(
+    return UserChoices(
         recompute,
         None if section.offload_activations == "auto" else bool(section.offload_activations),
         None if section.weights == "auto" else section.weights,
     )
 
 
-def choose(work: Work, budget: Budget, fixed: Fixed | None = None) -> Plan:
+def choose(work: Workload, budget: Budget, fixed: UserChoices | None = None) -> Plan:
     """The fastest plan of `work` that fits the budget; if none does, the one nearest to it, with advice."""
-    fixed = fixed or Fixed()
+    fixed = fixed or UserChoices()
     found = _best(work, budget, fixed)
     if found.fits:
         return found
 
-    def fits(other: Work, how: How) -> bool:
-        return _best(other, budget, fixed if how == "as set" else Fixed()).fits
+    def fits(other: Workload, how: How) -> bool:
+        return _best(other, budget, fixed if how == "as set" else UserChoices()).fits
 
     return replace(found, advice=advise(found, fits))
 
 
-def lower(work: Work, fixed: Fixed) -> Work | None:
+def next_smaller(work: Workload, fixed: UserChoices) -> Workload | None:
     """The next way down from `work` that takes less of the device, for a run that ran out; None at the end.
 
     First half of the layers that keep recompute, then all; then all park. What the user set stays.
@@ -72,7 +72,7 @@ def price(found: Plan) -> float:
     return seconds(work) * handicap * (GATHERING if work.embeds_on_host else 1.0)
 
 
-def _best(work: Work, budget: Budget, fixed: Fixed) -> Plan:
+def _best(work: Workload, budget: Budget, fixed: UserChoices) -> Plan:
     """The fastest way that fits; else the nearest: the least on the card, or if that fits, in main memory."""
     plans = list(_ways(work, budget, fixed))
     fast = [each for each in plans if each.fits]
@@ -81,7 +81,7 @@ def _best(work: Work, budget: Budget, fixed: Fixed) -> Plan:
     return min(plans, key=lambda each: (0, each.host_bytes) if each.fits_device else (1, each.peak_bytes))
 
 
-def _ways(work: Work, budget: Budget, fixed: Fixed) -> Iterator[Plan]:
+def _ways(work: Workload, budget: Budget, fixed: UserChoices) -> Iterator[Plan]:
     """Every number of layers that recompute, with as few parking or streaming as fit the card."""
     layers, elsewhere = work.shapes.layers, work.device != "cpu"  # a CPU run has no other memory to move to
     parks = {True: [layers - 1], False: [0], None: _spread(layers) if elsewhere else [0]}[fixed.offload]
@@ -103,7 +103,7 @@ def _spread(layers: int) -> list[int]:
     return sorted({layers * eighth // 8 for eighth in range(9)})
 
 
-def _fewest(work: Work, field: str, values: Sequence[int], budget: Budget) -> Plan:
+def _fewest(work: Workload, field: str, values: Sequence[int], budget: Budget) -> Plan:
     """The plan with the first of `values` in `field` that fits the card, later ones taking less; else with the last."""
     low, high = 0, len(values) - 1
     while low < high:
@@ -113,5 +113,5 @@ def _fewest(work: Work, field: str, values: Sequence[int], budget: Budget) -> Pl
     return plan(_with(work, field, values[low]), budget)
 
 
-def _with(work: Work, field: str, value: Any) -> Work:
+def _with(work: Workload, field: str, value: Any) -> Workload:
     return replace(work, **{field: value})

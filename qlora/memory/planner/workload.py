@@ -35,7 +35,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Adapters:
+class AdapterSizes:
     """The low-rank layers: float32 A [R, I] and B [O, R] beside each of `matrices`."""
 
     matrices: tuple[Matrix, ...]
@@ -76,7 +76,7 @@ class Adapters:
 
 
 @dataclass(frozen=True)
-class Beside:
+class WaitingAdapters:
     """Bytes of adapters that wait while this one has its turn: themselves, and the moments of their optimisers.
 
     Gradients last a step, so nobody has any who waits.
@@ -88,11 +88,11 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """One process's share of a training run, as far as its memory goes."""
 
     shapes: Shapes
-    adapters: Adapters
+    adapters: AdapterSizes
     storage: Storage = field(default_factory=Storage)
     dtype_bytes: int = 2  # of the compute dtype: embeddings, head, norms, activations
     optimizer: str = "paged_adamw_32bit"
@@ -107,7 +107,7 @@ class Work:
     gathers: bool = False  # the rows of the embedding come from main memory, as they always do while layers stream
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
-    beside: Beside = field(default_factory=Beside)
+    beside: WaitingAdapters = field(default_factory=WaitingAdapters)
     sharded: bool = False  # every process holds its share of what is frozen, and gathers a layer when it is its turn
 
     @property

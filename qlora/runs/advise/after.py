@@ -11,7 +11,7 @@ from qlora.errors import InputError
 from qlora.utils.atomic_files import read_json
 from qlora.runs.inspect_adapter import inspect_adapter
 from qlora.runs.advise.verdict import Reason
-from qlora.runs.load_run import open_run
+from qlora.runs.load_run import load_run
 from qlora.training.run_log import read_metrics
 
 LEARNT = 0.02  # rule of thumb: of the held-out loss; less may be noise
@@ -25,7 +25,7 @@ def advise_after(run: str, say: Say = lambda line: None) -> dict[str, Any]:
     """What `qlora advise RUN --json` answers. InputError for a folder that is no finished run."""
     manifest = _manifest(Path(run))
     learnt = learnt_by(manifest, read_metrics(Path(run)))
-    measured = measure(open_run(run, None, say), None, "loss", beside_base=True, say=say)
+    measured = measure(load_run(run, None, say), None, "loss", beside_base=True, say=say)
     general = measured["forgetting"]
     change = general["loss"] / general["base_loss"] - 1 if general["base_loss"] else 0.0
     rank = inspect_adapter(run, curve=False, picture=None, say=say)

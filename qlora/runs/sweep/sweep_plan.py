@@ -6,12 +6,12 @@ from typing import Any
 
 from qlora.model.download import find_config
 from qlora.errors import DoesNotFit
-from qlora.memory.planner.search import Fixed, choose, price
+from qlora.memory.planner.search import UserChoices, choose, price
 from qlora.memory.planner.breakdown import moment_bytes, moments_wait
 from qlora.memory.planner.memory_plan import Budget, Plan, plan
 from qlora.memory.planner.config_reader import read
 from qlora.memory.planner.memory_plan import in_words
-from qlora.memory.planner.workload import Beside, Work
+from qlora.memory.planner.workload import WaitingAdapters, Workload
 from qlora.recipe.planning import Machine, left_open, work_of
 from qlora.recipe.recipe import Recipe
 from qlora.runs.sweep.shared_settings import named
@@ -87,7 +87,7 @@ def refuse_too_much(found: Together) -> None:
         raise DoesNotFit(f"memory: {name}, while the others wait: {worst.advice}{each}")
 
 
-def arranged(works: Mapping[str, Work], budget: Budget, fixed: Fixed) -> dict[str, Plan]:
+def arranged(works: Mapping[str, Workload], budget: Budget, fixed: UserChoices) -> dict[str, Plan]:
     """Each turn's plan under one arrangement: of those that single turns choose, the fastest that fits all of them."""
     chosen = {name: choose(work, budget, fixed) for name, work in works.items()}
     if not all(each.fits for each in chosen.values()):
@@ -99,7 +99,7 @@ def arranged(works: Mapping[str, Work], budget: Budget, fixed: Fixed) -> dict[st
     return {name: turn if turn.fits else replace(turn, advice=APART) for name, turn in turns.items()}
 
 
-def _arranged_as(like: Work, work: Work) -> Work:
+def _arranged_as(like: Workload, work: Workload) -> Workload:
     """`work` with its layers where those of `like` are: of that one everything but what is each variant's own."""
     return replace(
         like,
@@ -112,15 +112,15 @@ def _arranged_as(like: Work, work: Work) -> Work:
     )
 
 
-def _waiting(works: Mapping[str, Work]) -> dict[str, Work]:
+def _waiting(works: Mapping[str, Workload]) -> dict[str, Workload]:
     """Each work beside all others' adapters and moments."""
     held = {name: _held(work) for name, work in works.items()}
     whole = [sum(column) for column in zip(*held.values(), strict=True)]
-    others = {name: Beside(*(all_ - own for all_, own in zip(whole, held[name], strict=True))) for name in works}
+    others = {name: WaitingAdapters(*(all_ - own for all_, own in zip(whole, held[name], strict=True))) for name in works}
     return {name: replace(work, beside=others[name]) for name, work in works.items()}
 
 
-def _held(work: Work) -> tuple[int, int, int]:
+def _held(work: Workload) -> tuple[int, int, int]:
     """Bytes of an adapter, of its moments, and of its moments where they wait in main memory."""
     moments = moment_bytes(work.adapters.values, work.optimizer)
     away = moments_wait(work.optimizer)

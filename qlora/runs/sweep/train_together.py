@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora.adapters.round_robin import Turns
+from qlora.adapters.round_robin import RoundRobin
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError
@@ -19,7 +19,7 @@ from qlora.runs.sweep.result import Outcome, outcome_of
 from qlora.runs.sweep.sweep_plan import plan_sweep, refuse_too_much
 from qlora.runs.sweep.variant_run import Runner, Shared
 from qlora.runs.sweep.variants import Variant
-from qlora.training.signals import Abandoned, StopSignal, stop_signals
+from qlora.training.signals import Interrupted, StopSignal, stop_signals
 from qlora.training.run_log import Log, watching
 
 GIB = 2**30
@@ -33,7 +33,7 @@ def train_together(variants: Sequence[Variant], out: Path, quiet: bool = False) 
     refuse_several_processes()
     try:
         return _walk(variants, out, quiet)
-    except Abandoned as abandoned:  # a signal that came while another error was on its way out
+    except Interrupted as abandoned:  # a signal that came while another error was on its way out
         raise abandoned.error from None
 
 
@@ -55,7 +55,7 @@ def _walk(variants: Sequence[Variant], out: Path, quiet: bool) -> Outcome:
         base = open_base(leader, processes, plan, log)
         if processes.device.type == "cpu":
             keep_freed_memory()
-        shared = Shared(base, Turns(base.model), plan, reading_once())
+        shared = Shared(base, RoundRobin(base.model), plan, reading_once())
         runners = [Runner(variant, shared, quiet) for variant in variants]
         _train([runner for runner in runners if not runner.found_finished()], stop)
         if any(runner.stopped for runner in runners):

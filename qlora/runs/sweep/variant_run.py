@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters.round_robin import Turns
-from qlora.runs.artifacts import MANIFEST, RECIPE, Cost, Parts, leave
+from qlora.adapters.round_robin import RoundRobin
+from qlora.runs.artifacts import MANIFEST, RECIPE, Cost, RunSetup, leave
 from qlora.model.load_base import Base
 from qlora.errors import QloraError, Stopped
 from qlora.utils.atomic_files import plain_name, read_json, sha256_of
@@ -39,7 +39,7 @@ class Shared:
     """What all variants train with."""
 
     base: Base
-    turns: Turns
+    turns: RoundRobin
     plan: Plan | None
     read: ReadRows
 
@@ -144,7 +144,7 @@ class Runner:
             self.seconds += time.monotonic() - started
 
 
-def finished(parts: Parts) -> Mapping[str, Any] | None:
+def finished(parts: RunSetup) -> Mapping[str, Any] | None:
     """The manifest of a finished run of this recipe, base and data, if all its files are as it wrote them."""
     folder = Path(parts.recipe.train.output)
     try:

@@ -20,7 +20,7 @@ LONGEST = 40  # characters of a value in a name
 
 
 @dataclass(frozen=True)
-class Choice:
+class AxisValue:
     """One value of an axis: how it is called, and the overrides that set it."""
 
     label: str
@@ -59,7 +59,7 @@ def variants_of(path: str, arguments: Sequence[str], file: str | None = None, ou
     return found
 
 
-def grid(arguments: Sequence[str]) -> tuple[list[str], list[list[Choice]]]:
+def grid(arguments: Sequence[str]) -> tuple[list[str], list[list[AxisValue]]]:
     """The overrides that hold for all, and an axis for each comma list. InputError for an empty value in one."""
     common: list[str] = []
     lists: dict[str, list[str]] = {}
@@ -76,7 +76,7 @@ def grid(arguments: Sequence[str]) -> tuple[list[str], list[list[Choice]]]:
     for key, values in lists.items():
         short = key.rpartition(".")[2]
         called = key if leaves.count(short) > 1 else short
-        axes.append([Choice(f"{called}-{_plain(value)}", (f"{key}={value}",)) for value in values])
+        axes.append([AxisValue(f"{called}-{_plain(value)}", (f"{key}={value}",)) for value in values])
     return common, axes
 
 
@@ -96,7 +96,7 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def choices_of(file: str) -> list[Choice]:
+def choices_of(file: str) -> list[AxisValue]:
     """The axis that a file of variants is: `name: {adapter.rank: 8, optim: {learning_rate: 1e-4}}`."""
     document = parse(read_text(file), file)
     if not isinstance(document.value, Mapping) or not document.value or document.problems:
@@ -109,7 +109,7 @@ def choices_of(file: str) -> list[Choice]:
             raise RecipeError(f"{place}: allowed: the settings of this variant, such as {{adapter.rank: 8}}.")
         if not NAME.fullmatch(name):
             raise RecipeError(f"{place}: is to be a folder's name. Allowed: letters, digits, and . _ + - in between.")
-        choices.append(Choice(name, tuple(_overrides(settings)), f"{place}."))
+        choices.append(AxisValue(name, tuple(_overrides(settings)), f"{place}."))
     return choices
 
 
@@ -121,7 +121,7 @@ def _overrides(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={json.dumps(value)}"
 
 
-def _variant(path: str, common: Sequence[str], chosen: Sequence[Choice], out: str | None) -> Variant:
+def _variant(path: str, common: Sequence[str], chosen: Sequence[AxisValue], out: str | None) -> Variant:
     own = [override for choice in chosen for override in choice.overrides]
     name = "_".join(choice.label for choice in chosen)
     if any(override.startswith("train.output=") for override in own):
