@@ -1,22 +1,22 @@
-"""Who races in speed.py: this project, transformers + PEFT as the original scripts put them together, and TRL.
+"""Contenders of speed.py: this project, transformers + PEFT as in the QLoRA authors' scripts, and TRL's SFTTrainer.
 
-Each loads its base, then steps when its gate says so, and reports seconds and loss of every step.
+A contender loads its base model, runs one step whenever its gate opens, and reports seconds and loss of each step.
 """
 
 import tempfile
 import time
 from typing import Any
 
-from bench import Turnstile
-from workloads import ALPHA, LEARNING_RATE, RANK, TARGETS, rows_of
+from harness import StepGate
+from workloads import ALPHA, LEARNING_RATE, RANK, TARGETS, token_lists
 
-PER_DEVICE_BATCH = 8  # TRL's default; more rows a step are accumulated
+PER_DEVICE_BATCH = 8  # TRL's default; larger batches are accumulated
 
 
-def ours(gate: Turnstile, recompute: int | None = 0, compiled: bool = False, **work: Any) -> None:
-    """The project itself: its own loading, adapters, loss and optimiser, as `qlora train` puts them together.
+def qlora(gate: StepGate, recompute: int | None = 0, compiled: bool = False, **work: Any) -> None:
+    """The project under test: its loading, adapters, loss and optimizer, assembled as in `qlora train`.
 
-    `recompute`: the first layers that do (None: all); the planner keeps all activations where they fit.
+    `recompute`: number of layers, from the first, that recompute (None: all). Default: all activations are kept.
     """
     import torch
 
@@ -26,67 +26,67 @@ def ours(gate: Turnstile, recompute: int | None = 0, compiled: bool = False, **w
     from qlora.memory.malloc import keep_freed_memory
     from qlora.model import Model
     from qlora.model.load_base import load
-    from qlora.quant.nf4 import Nf4
+    from qlora.quant import Quant, build_quantizer
     from qlora.training import OPTIMIZERS
     from qlora.training.compile import compile_layers
     from qlora.training.loss import TokenLoss
-    from qlora.training.optimizers import groups
+    from qlora.training.optimizers import parameter_groups
 
     optimizers, device = OPTIMIZERS["paged_adamw_32bit"], torch.device(work["device"])
     gate.imported()
     if device.type == "cpu":
         keep_freed_memory()
-    base = load(Model(name=work["folder"]), Nf4(), device)
-    inject(base.model, Lora(RANK, ALPHA), "all-linear", 0)
+    base = load(Model(name=work["folder"]), build_quantizer(Quant()), device)
+    inject(base.model, Lora(RANK, ALPHA, 0.0), "all-linear", 0)
     recompute_layers(base.model, recompute)
     if compiled:
         compile_layers(base.model, device)
     loss = TokenLoss(base.model).train()
     trainable = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
-    optimizer = optimizers.build(groups(trainable, LEARNING_RATE, None), (0.9, 0.999), 0.0)
-    rows = rows_of(work["batch"] * work["steps"], work["length"], work["short"])
+    optimizer = optimizers.build(parameter_groups(trainable, LEARNING_RATE, None), (0.9, 0.999), 0.0)
+    examples = token_lists(work["batch"] * work["steps"], work["length"], work["short"])
     gate.ready("loaded")
     while gate.wait():
         started = time.perf_counter()
-        taken, rows = rows[: work["batch"]], rows[work["batch"] :]
-        micros = _micro_batches(taken, work["length"], work["short"])
-        trained = sum(micro.trained_tokens for micro in micros)
+        batch, examples = examples[: work["batch"]], examples[work["batch"] :]
+        micro_batches = _micro_batches(batch, work["length"], work["short"])
+        trained_tokens = sum(micro_batch.trained_tokens for micro_batch in micro_batches)
         total = 0.0
-        for micro in micros:
-            micro = micro.to(device)
-            summed = loss(micro.input_ids, micro.labels, micro.position_ids, micro.starts) / trained
-            summed.backward()
-            total += summed.detach()
+        for micro_batch in micro_batches:
+            micro = micro_batch.to(device)
+            mean = loss(micro.input_ids, micro.labels, micro.position_ids, micro.document_starts) / trained_tokens
+            mean.backward()
+            total += mean.detach()
         torch.nn.utils.clip_grad_norm_(list(trainable.values()), 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         gate.done(started, float(total))
 
 
-def _micro_batches(rows: list[list[int]], length: int, short: bool) -> list[Any]:
-    """A step's rows as the loop would have them: short ones packed, a packed row a micro-batch; others all at once."""
+def _micro_batches(batch: list[list[int]], length: int, short: bool) -> list[Any]:
+    """Micro-batches of a step: one packed sequence each for short examples, else one micro-batch of all examples."""
     import numpy as np
 
     from qlora.data.batching.collate import collate
     from qlora.data.batching.packing import pack
     from qlora.data.types import Example
 
-    examples = [Example("", np.array(row, np.int32), np.array(row, np.int32)) for row in rows]
-    return [collate([row], 0) for row in pack(examples, length)] if short else [collate(examples, 0)]
+    examples = [Example("", np.array(ids, np.int32), np.array(ids, np.int32)) for ids in batch]
+    return [collate([sequence], 0) for sequence in pack(examples, length)] if short else [collate(examples, 0)]
 
 
-def ours_recomputing(gate: Turnstile, **work: Any) -> None:
+def qlora_recomputing(gate: StepGate, **work: Any) -> None:
     """The same with every layer recomputed: the least memory."""
-    ours(gate, recompute=None, **work)
+    qlora(gate, recompute=None, **work)
 
 
-def ours_compiled(gate: Turnstile, **work: Any) -> None:
+def qlora_compiled(gate: StepGate, **work: Any) -> None:
     """The same with train.compile."""
-    ours(gate, compiled=True, **work)
+    qlora(gate, compiled=True, **work)
 
 
-def peft_classic(gate: Turnstile, **work: Any) -> None:
-    """B0: the recipe of the original scripts, as its users write it."""
+def peft_classic(gate: StepGate, **work: Any) -> None:
+    """B0: PEFT set up as in the QLoRA authors' scripts."""
     import torch
     from bitsandbytes.optim import PagedAdamW32bit
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -96,35 +96,35 @@ def peft_classic(gate: Turnstile, **work: Any) -> None:
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = PagedAdamW32bit(trainable, lr=LEARNING_RATE)
-    rows = rows_of(work["batch"] * work["steps"], work["length"], work["short"])
+    examples = token_lists(work["batch"] * work["steps"], work["length"], work["short"])
     gate.ready("loaded")
     while gate.wait():
         started = time.perf_counter()
-        taken, rows = rows[: work["batch"]], rows[work["batch"] :]
+        batch, examples = examples[: work["batch"]], examples[work["batch"] :]
         total = 0.0
-        counted = sum(len(row) - 1 for row in taken)
-        for start in range(0, len(taken), PER_DEVICE_BATCH):
-            ids, mask, labels = padded(taken[start : start + PER_DEVICE_BATCH], work["device"])
+        trained_tokens = sum(len(ids) - 1 for ids in batch)
+        for start in range(0, len(batch), PER_DEVICE_BATCH):
+            ids, mask, labels = padded(batch[start : start + PER_DEVICE_BATCH], work["device"])
             with torch.autocast(work["device"], dtype=torch.bfloat16):
                 loss = model(input_ids=ids, labels=labels, attention_mask=mask).loss
-            share = loss * (int((labels[:, 1:] != -100).sum()) / counted)
-            share.backward()
-            total += float(share)
+            weighted = loss * (int((labels[:, 1:] != -100).sum()) / trained_tokens)
+            weighted.backward()
+            total += float(weighted)
         torch.nn.utils.clip_grad_norm_(trainable, 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         gate.done(started, total)
 
 
-def trl_defaults(gate: Turnstile, **work: Any) -> None:
-    """B1: SFTTrainer as it comes, told the base, the adapter and the batch."""
+def trl_defaults(gate: StepGate, **work: Any) -> None:
+    """B1: SFTTrainer with its defaults; only base, adapter and batch size are set."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Timed(TrainerCallback):
-        """Stops at the gate before every step."""
+        """Waits at the gate before every step."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if not gate.wait():
@@ -145,15 +145,16 @@ def trl_defaults(gate: Turnstile, **work: Any) -> None:
             train_sampling_strategy="sequential",
         )  # fmt: skip
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-        rows = Dataset.from_dict({"input_ids": rows_of(work["batch"] * work["steps"], work["length"], work["short"])})
+        examples = token_lists(work["batch"] * work["steps"], work["length"], work["short"])
+        dataset = Dataset.from_dict({"input_ids": examples})
         base = four_bit_base(work)
-        trainer = SFTTrainer(base, args=config, train_dataset=rows, peft_config=lora, callbacks=[Timed()])
+        trainer = SFTTrainer(base, args=config, train_dataset=dataset, peft_config=lora, callbacks=[Timed()])
         gate.ready("loaded")
         trainer.train()
 
 
 def four_bit_base(work: dict[str, Any]) -> Any:
-    """The base as transformers and bitsandbytes load it."""
+    """The base model loaded by transformers and bitsandbytes."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -166,11 +167,11 @@ def four_bit_base(work: dict[str, Any]) -> Any:
     )
 
 
-def padded(rows: list[list[int]], device: str) -> tuple[Any, Any, Any]:
-    """Token ids, mask and labels of rows padded to the longest."""
+def padded(examples: list[list[int]], device: str) -> tuple[Any, Any, Any]:
+    """Token ids, mask and labels, padded to the longest example."""
     import torch
 
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [2] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    longest = max(map(len, examples))
+    ids = torch.tensor([tokens + [2] * (longest - len(tokens)) for tokens in examples], device=device)
+    mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in examples], device=device)
     return ids, mask, ids.masked_fill(mask == 0, -100)

@@ -1,7 +1,7 @@
-"""CPU runs against their plan: peak memory measured and planned of whole runs of `qlora train`: python cpu_peaks.py.
+"""Planned against measured peak memory of whole runs of `qlora train` on a CPU: python benchmarks/cpu_peaks.py.
 
-Random Llamas of three sizes, layers kept, half and all recomputed, rows of other lengths, one thread, each run a
-process of its own. What memory/owners.py says of a CPU's heap was fitted to the runs of 4 x 512 tokens with no or all
+Random Llamas of three sizes; no, half or all layers recomputed; several sequence lengths; one thread; each run in a new
+process. The constants for the CPU's heap in memory/planner/ were fitted to the runs of 4 x 512 tokens with no or all
 layers recomputed.
 """
 
@@ -16,20 +16,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import write
+from harness import write
 from workloads import SHAPES
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
 SIZES = ("30M", "100M", "250M")
-ROWS, STEPS = 24, 3
+EXAMPLES, STEPS = 24, 3
 MAKE = """
 import json, sys
 from pathlib import Path
-from workloads import make_base, rows_of
-folder, size, rows, length = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+from workloads import make_base, token_lists
+folder, size, count, length = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 make_base(folder, size, "cpu")
-lines = [json.dumps({"input_ids": ids, "labels": ids}) for ids in rows_of(rows, length, short=False)]
+lines = [json.dumps({"input_ids": ids, "labels": ids}) for ids in token_lists(count, length, short=False)]
 (folder / f"rows-{length}.jsonl").write_text("\\n".join(lines) + "\\n")
 """
 
@@ -48,56 +48,56 @@ class Run:
 
 
 def runs_of(size: str) -> list[Run]:
-    """None, half and all of the layers recomputed; for one size in other shapes too."""
+    """No, half and all layers recomputed; for one size with other micro-batches too."""
     layers = SHAPES[size]["num_hidden_layers"]
-    found = [Run(size, recompute) for recompute in (0, layers // 2, layers)]
+    runs = [Run(size, recompute) for recompute in (0, layers // 2, layers)]
     if size == "100M":
-        found += [Run(size, recompute, rows, 2048 // rows) for rows in (1, 8) for recompute in (0, layers)]
-    return found
+        runs += [Run(size, recompute, rows, 2048 // rows) for rows in (1, 8) for recompute in (0, layers)]
+    return runs
 
 
 def measured(folder: Path, run: Run, scratch: Path) -> dict[str, Any]:
-    """Planned and measured bytes of one run; its base and rows are made in `folder` if they are not there."""
+    """Planned and measured bytes of one run; base and data are created in `folder` if they are missing."""
     base = folder / run.size
-    rows, out = base / f"rows-{run.length}.jsonl", scratch / f"{run.size}-{run.recompute}-{run.rows}"
-    if not rows.exists():  # in a process of its own: a child may count its parent's memory as its own
+    data, out = base / f"rows-{run.length}.jsonl", scratch / f"{run.size}-{run.recompute}-{run.rows}"
+    if not data.exists():  # in a new process: a child's peak may include its parent's memory
         base.mkdir(parents=True, exist_ok=True)
-        python("-c", MAKE, str(base), run.size, str(ROWS), str(run.length))
+        python("-c", MAKE, str(base), run.size, str(EXAMPLES), str(run.length))
     recipe = out.with_suffix(".yaml")
     recipe.write_text(json.dumps({  # JSON is YAML
         "model": str(base),
-        "data": {"train": str(rows), "max_length": run.length, "eval_fraction": 0.0},
+        "data": {"train": str(data), "max_length": run.length, "eval_fraction": 0.0},
         "train": {"output": str(out), "micro_batch": run.rows, "global_batch": run.rows, "max_steps": STEPS},
         "memory": {"recompute": run.recompute},
     }))  # fmt: skip
     python("-m", "qlora", "train", str(recipe))
-    found: dict[str, Any] = json.loads((out / "run.json").read_text())["memory"]
-    return asdict(run) | found
+    memory: dict[str, Any] = json.loads((out / "run.json").read_text())["memory"]
+    return asdict(run) | memory
 
 
-def python(*words: str) -> None:
-    """One thread, this repository first on the path; SystemExit with what it said if it fails."""
+def python(*arguments: str) -> None:
+    """Run Python with one thread and this repository first on its path; SystemExit with its stderr if it fails."""
     path = f"{ROOT}{os.pathsep}{HERE}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *words], check=False, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    process = subprocess.run([sys.executable, *arguments], check=False, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run, and write results/cpu_peaks.json."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all runs and write results/cpu_peaks.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=SIZES)
-    parser.add_argument("--keep", type=Path, help="where bases stay; a temporary folder if not said")
-    options = parser.parse_args(words)
-    found: list[dict[str, Any]] = []
+    parser.add_argument("--keep", type=Path, help="folder that keeps the bases; default: a temporary folder")
+    options = parser.parse_args(arguments)
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for run in (run for size in options.sizes for run in runs_of(size)):
-            found.append(measured(options.keep or Path(scratch), run, Path(scratch)))
-            planned, peak = found[-1]["planned_bytes"], found[-1]["peak_bytes"]
+            results.append(measured(options.keep or Path(scratch), run, Path(scratch)))
+            planned, peak = results[-1]["planned_bytes"], results[-1]["peak_bytes"]
             print(f"{run}: planned {planned / 2**20:,.0f} MiB, measured {peak / 2**20:,.0f} MiB, "
                   f"{100 * (planned / peak - 1):+.1f} %", flush=True)  # fmt: skip
-    print(write("cpu_peaks", {"steps": STEPS, "runs": found}))
+    print(write("cpu_peaks", {"steps": STEPS, "runs": results}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The scoreboard of faults in the README, drawn from results/faults.json and results/fault_peers.json."""
+"""The README's table of injected faults, drawn from results/faults.json and results/fault_peers.json."""
 
 import json
 from collections.abc import Mapping
@@ -8,29 +8,54 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 START, END = "<!-- faults -->", "<!-- /faults -->"
-# What is written in the first column, the part it comes from, what was done to it, and what must be 0.
+# The first column, the part of the results, the count of injected faults, and the counts that must be 0.
 ROWS = (
     ("`kill -9` at every file-system call of a save", "kills at calls", "kills", ("lost", "half_read", "litter")),
     ("`kill -9` at random moments of a run", "kills at moments", "kills", ("lost", "half_read", "litter")),
     ("NaN or infinity in loss, gradient, activation", "poison, 1 process", "runs", ("non_finite_values", "moved")),
-    ("the same in 2 processes", "poison, 2 processes", "runs", ("non_finite_values", "moved")),
+    ("the same with 2 processes", "poison, 2 processes", "runs", ("non_finite_values", "moved")),
     ("SIGTERM, SIGINT in every phase", "signals, 1 process", "signals", ("wrong", "orphans")),
-    ("the same in 2 processes", "signals, 2 processes", "signals", ("wrong", "orphans")),
+    ("the same with 2 processes", "signals, 2 processes", "signals", ("wrong", "orphans")),
     ("the same under `accelerate launch`", "signals, launcher", "signals", ("wrong", "orphans")),
     ("a rank killed or failing, DDP and FSDP", "ranks that die", "ranks", ("hangs", "unpunished", "orphans", "unsaid")),
-    ("resumed instead of never stopped", "resumes", "resumes", ("max_difference", "other_lines", "failed")),
-    ("bits flipped", "flips and cuts", "flips", ("undetected",)),
-    ("files cut", "flips and cuts", "cuts", ("undetected",)),
-    ("malicious files placed", "placements", "placements", ("canaries", "traces")),
+    ("runs resumed from a checkpoint", "resumes", "resumes", ("max_difference", "other_lines", "failed")),
+    ("flipped bits", "flips and cuts", "flips", ("undetected",)),
+    ("truncated files", "flips and cuts", "cuts", ("undetected",)),
+    ("malicious files", "placements", "placements", ("canaries", "traces")),
     ("hostile path names", "path names", "names", ("outside", "believed")),
     ("hostile chat templates", "templates", "templates", ("escaped", "not_stopped")),
-    ("secrets planted", "secrets", "secrets", ("hits",)),
-    ("adapters, checkpoints, configurations mutated", "mutants", "mutants", ("crashes", "hangs", "traces")),
+    ("planted secrets", "secrets", "secrets", ("hits",)),
+    ("mutated adapters, checkpoints, configurations", "mutants", "mutants", ("crashes", "hangs", "traces")),
 )
+LABELS = {  # key in the results -> text in the table
+    "lost": "checkpoints lost",
+    "half_read": "damaged checkpoints accepted",
+    "litter": "temporary files left",
+    "non_finite_values": "non-finite values written",
+    "moved": "weights changed by a skipped step",
+    "wrong": "without an exact checkpoint",
+    "orphans": "orphan processes",
+    "hangs": "hangs",
+    "unpunished": "surviving ranks",
+    "unsaid": "failures without a message",
+    "max_difference": "difference from the uninterrupted run",
+    "other_lines": "different metrics",
+    "failed": "failures",
+    "undetected": "undetected",
+    "canaries": "executed",
+    "traces": "stack traces",
+    "outside": "files opened outside the folder",
+    "believed": "accepted",
+    "escaped": "sandbox escapes",
+    "not_stopped": "over the time limit",
+    "hits": "found in files or output",
+    "crashes": "crashes",
+}
+KEYS = {"survivors": "unpunished", "unreported": "unsaid"}  # count in tests/support/faults/ -> key in the results
 
 
 def draw(parts: Mapping[str, Any]) -> None:
-    """Put the table between the README's markers, if they are there."""
+    """Write the table between the README's markers, if they are there."""
     text = README.read_text(encoding="utf-8")
     if START not in text or END not in text:
         return
@@ -39,25 +64,25 @@ def draw(parts: Mapping[str, Any]) -> None:
 
 
 def table(parts: Mapping[str, Any]) -> str:
-    """A row for each part that has run: what was done, how often, and what came of it."""
-    peers = HERE / "results" / "fault_peers.json"
-    theirs = of_peers(json.loads(peers.read_text())) if peers.exists() else {}
-    lines = ["| what was done | times | here | others |", "|---|---|---|---|"]
+    """A row for each part that has run: the fault, how often it was injected, and the result."""
+    path = HERE / "results" / "fault_peers.json"
+    peers = peer_results(json.loads(path.read_text())) if path.exists() else {}
+    lines = ["| injected fault | times | qlora | Trainer, accelerate, PEFT |", "|---|---|---|---|"]
     for label, part, times, zeros in ROWS:
         if part in parts:
-            found = parts[part]
-            ours = ", ".join(f"{found[zero]:g} {zero.replace('_', ' ')}" for zero in zeros)
-            lines.append(f"| {label} | {found[times]:,} | {ours} | {theirs.pop(part, '')} |")
+            counts = parts[part]
+            result = ", ".join(f"{counts[key]:g} {LABELS[key]}" for key in zeros)
+            lines.append(f"| {label} | {counts[times]:,} | {result} | {peers.pop(part, '')} |")
     return "\n".join(lines) + "\n"
 
 
-def of_peers(found: Mapping[str, Any]) -> dict[str, str]:
-    """What became of the others, by part: the same faults, a smaller number of them."""
-    trainer, state, poison, flips = (found[name] for name in ("trainer", "accelerate", "poison", "flips"))
+def peer_results(results: Mapping[str, Any]) -> dict[str, str]:
+    """The results of the other libraries, by part: the same faults, a smaller number of them."""
+    trainer, state, poison, flips = (results[name] for name in ("trainer", "accelerate", "poison", "flips"))
     return {
-        "kills at moments": f"Trainer: newest unusable in {trainer['unusable']} of {trainer['kills']}; "
+        "kills at moments": f"Trainer: newest checkpoint unusable in {trainer['unusable']} of {trainer['kills']}; "
         f"accelerate's save_state: {state['unusable']} of {state['kills']}",
         "poison, 1 process": f"Trainer after one NaN: exit code {poison['exit_code']}, "
         f"{poison['non_finite_values']:,} of {poison['values']:,} saved values not finite",
-        "flips and cuts": f"PEFT: {flips['undetected']} of {flips['flips']} load unnoticed",
+        "flips and cuts": f"PEFT: {flips['undetected']} of {flips['flips']} damaged files loaded without an error",
     }

@@ -1,6 +1,6 @@
-"""All that only a card can show, in parts of under nine minutes: make gpu. A part whose results are there is skipped.
+"""All measurements that need a GPU, in parts of under nine minutes: `make gpu`. Parts that have results are skipped.
 
-Each part is a process of its own and writes its JSON as it goes, so that a short loan of a card is never wasted.
+Each part is a separate process and writes its JSON as it goes, so that an interrupted session keeps its results.
 """
 
 import argparse
@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import RESULTS
+from harness import RESULTS
 
 HERE = Path(__file__).parent
-BASE = Path("/tmp/qlora-random-8B")  # 16 GB, made once
+BASE = Path("/tmp/qlora-random-8B")  # 16 GB, created once
 PART_SECONDS = 9 * 60
 SPEED = ("speed.py", "--device", "cuda", "--shape", "8B", "--base", str(BASE), "--batch", "1", "--rounds", "10",
          "--warm-up", "3", "--name")  # fmt: skip
@@ -28,15 +28,15 @@ def main() -> None:
     """Run the parts that have no results yet, or those named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    chosen = parser.parse_args().parts or [name for name in PARTS if not (RESULTS / f"{name}.json").exists()]
-    for name in chosen:
+    names = parser.parse_args().parts or [name for name in PARTS if not (RESULTS / f"{name}.json").exists()]
+    for name in names:
         print(f"== {name}", flush=True)
         script, *options = PARTS[name]
         try:
-            done = subprocess.run([sys.executable, str(HERE / script), *options], timeout=PART_SECONDS, check=False)
-            print(f"== {name}: exit code {done.returncode}", flush=True)
+            process = subprocess.run([sys.executable, str(HERE / script), *options], timeout=PART_SECONDS, check=False)
+            print(f"== {name}: exit code {process.returncode}", flush=True)
         except subprocess.TimeoutExpired:
-            print(f"== {name}: stopped after {PART_SECONDS} s; what it wrote is kept", flush=True)
+            print(f"== {name}: stopped after {PART_SECONDS} s; its results so far are kept", flush=True)
 
 
 if __name__ == "__main__":

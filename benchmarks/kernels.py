@@ -1,47 +1,50 @@
-"""Dequantisation on a card: our fused kernel against bitsandbytes', bits and GB/s: python benchmarks/kernels.py."""
+"""4-bit dequantization on a GPU: the fused Triton kernel against bitsandbytes', in bits and GB/s."""
 
 import time
 from typing import Any
 
 import torch
-from bench import write
+from harness import write
 
-from qlora.quant.bitsandbytes_ops import _dequantize
-from qlora.quant.cuda_dequantize import Form, _ours, random_matrix
+from qlora.quant.bitsandbytes_ops import dequantize_unfused
+from qlora.quant.cuda_dequantize import Spec, dequantize_fused, random_matrix
 
 MATRICES = {"8B query": (4096, 4096), "8B up": (14336, 4096), "70B up": (28672, 8192)}
 RUNS = 50
-BYTES_A_WEIGHT = 0.5 + 1 / 64 + 2  # codes and absmax codes read, bfloat16 written
+BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 2  # codes and absmax codes read, bfloat16 written
 
 
-def seconds_of(rebuild: Any, stored: list[torch.Tensor], shape: tuple[int, int], form: Form) -> float:
-    """One rebuilding, over RUNS of them."""
+def seconds_of(dequantize: Any, stored: list[torch.Tensor], shape: tuple[int, int], spec: Spec) -> float:
+    """Seconds of one dequantization, the mean of RUNS."""
     for _ in range(5):
-        rebuild(stored, shape, form)
+        dequantize(stored, shape, spec)
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(RUNS):
-        rebuild(stored, shape, form)
+        dequantize(stored, shape, spec)
     torch.cuda.synchronize()
     return (time.perf_counter() - started) / RUNS
 
 
 def main() -> None:
-    """Every matrix, both kernels, results/gpu-kernels.json."""
-    device, found = torch.device("cuda"), {}
+    """Measure every matrix with both kernels; write results/gpu-kernels.json."""
+    device, results = torch.device("cuda"), {}
     for name, shape in MATRICES.items():
         for kind in ("nf4", "fp4"):
-            form = Form(kind, 64, torch.bfloat16)
+            spec = Spec(kind, 64, torch.bfloat16)
             stored = random_matrix(shape, 64, device)[:4]
-            seconds = {who: seconds_of(f, stored, shape, form) for who, f in (("ours", _ours), ("theirs", _dequantize))}
-            moved = BYTES_A_WEIGHT * shape[0] * shape[1]
-            found[f"{name}, {kind}"] = {
-                "equal_bits": torch.equal(_ours(stored, shape, form), _dequantize(stored, shape, form)),
-                **{f"{who}_seconds": each for who, each in seconds.items()},
-                **{f"{who}_gb_per_second": moved / each / 1e9 for who, each in seconds.items()},
+            kernels = {"ours": dequantize_fused, "theirs": dequantize_unfused}  # the keys of the results file
+            seconds = {kernel: seconds_of(run, stored, shape, spec) for kernel, run in kernels.items()}
+            moved_bytes = BYTES_PER_WEIGHT * shape[0] * shape[1]
+            results[f"{name}, {kind}"] = {
+                "equal_bits": torch.equal(
+                    dequantize_fused(stored, shape, spec), dequantize_unfused(stored, shape, spec)
+                ),
+                **{f"{kernel}_seconds": value for kernel, value in seconds.items()},
+                **{f"{kernel}_gb_per_second": moved_bytes / value / 1e9 for kernel, value in seconds.items()},
             }
-            print(name, kind, found[f"{name}, {kind}"], flush=True)
-    print(write("gpu-kernels", {"matrices": found}))
+            print(name, kind, results[f"{name}, {kind}"], flush=True)
+    print(write("gpu-kernels", {"matrices": results}))
 
 
 if __name__ == "__main__":

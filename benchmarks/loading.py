@@ -1,7 +1,7 @@
-"""Loading a base: seconds and peak memory of the first start, of the second, and of transformers' own, side by side.
+"""Loading a base model: seconds and peak memory of a first start, a second start, and transformers' loader.
 
-A random Llama in one bfloat16 file of `--gigabytes`, each contender in a process of its own, in turn, twice; the pages
-of the file are in the cache for all. `python benchmarks/loading.py` writes results/loading.json.
+A random Llama in one bfloat16 file of `--gigabytes`, each contender in a new process, in turn; the file is in the page
+cache for all of them. `python benchmarks/loading.py` writes results/loading.json.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import write
+from harness import write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -29,32 +29,32 @@ folder = sys.argv[1]
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-before, started, spent = resident(), time.monotonic(), time.process_time()
+before, started, cpu_started = resident(), time.monotonic(), time.process_time()
 {load}
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-used = time.process_time() - spent
-found = {{"seconds": time.monotonic() - started, "cpu_seconds": used, "peak_bytes": peak, "imports_bytes": before}}
-print(json.dumps(found))
+cpu = time.process_time() - cpu_started
+result = {{"seconds": time.monotonic() - started, "cpu_seconds": cpu, "peak_bytes": peak, "imports_bytes": before}}
+print(json.dumps(result))
 """
-OURS = {
+QLORA = {
     "imports": "from qlora.model import Model\nfrom qlora.model.load_base import load\n"
-    "from qlora.quant.nf4 import Nf4\n"
+    "from qlora.quant import Quant, build_quantizer\n"
     "import qlora.quant.bitsandbytes_ops, transformers.models.llama.modeling_llama\n"
     "from qlora.memory.malloc import return_freed_memory",
-    "load": "return_freed_memory()\nbase = load(Model(name=folder), Nf4(), torch.device('cpu'))",
+    "load": "return_freed_memory()\nbase = load(Model(name=folder), build_quantizer(Quant()), torch.device('cpu'))",
 }
-THEIRS = {
+TRANSFORMERS = {
     "imports": "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\nimport bitsandbytes\n"
     "import transformers.models.llama.modeling_llama",
-    "load": "how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
+    "load": "config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
     "bnb_4bit_compute_dtype=torch.bfloat16)\n"
-    "model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16, "
+    "model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16, "
     "device_map={'': 'cpu'})",
 }
 
 
 def make(folder: Path, gigabytes: float, vocabulary: int = 32000) -> int:
-    """A random Llama whose one file has about so many GB; returns its bytes."""
+    """Save a random Llama in one file of about `gigabytes`; returns the file's bytes."""
     width, middle = 2048, 5632
     layer = 2 * (4 * width * width + 3 * width * middle)
     layers = max(1, int((gigabytes * 1e9 - 4 * vocabulary * width) // layer))
@@ -77,18 +77,18 @@ def make(folder: Path, gigabytes: float, vocabulary: int = 32000) -> int:
 
 
 def measured(contender: dict[str, str], folder: Path, cache: Path) -> dict[str, Any]:
-    """Seconds and bytes of one load in a process of its own."""
+    """Seconds and bytes of one load in a new process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "QLORA_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", CHILD.format(**contender), str(folder)],
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
-    """Run the race and write its results."""
+    """Run the race and write results/loading.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.5)
     parser.add_argument("--rounds", type=int, default=2)
@@ -96,23 +96,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "base"
         folder.mkdir()
-        context = subprocess.run(
+        maker = subprocess.run(
             [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'benchmarks')!r}]; "
              f"from pathlib import Path; import loading; print(loading.make(Path({str(folder)!r}), "
              f"{options.gigabytes}))"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        file_bytes = int(context.stdout)
-        found: dict[str, list[dict[str, Any]]] = {"first start": [], "second start": [], "transformers": []}
+        file_bytes = int(maker.stdout)
+        contenders = {"first start": QLORA, "second start": QLORA, "transformers": TRANSFORMERS}
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
         for number in range(options.rounds):
             cache = Path(scratch) / f"cache-{number}"
-            for name, contender in (("first start", OURS), ("second start", OURS), ("transformers", THEIRS)):
-                found[name].append(measured(contender, folder, cache))
-                last = found[name][-1]
-                taken = f"{last['seconds']:.1f} s, {last['cpu_seconds']:.1f} s of a core"
-                print(f"{name}: {taken}, {last['peak_bytes'] / 1e9:.2f} GB", flush=True)
+            for name, contender in contenders.items():
+                last = measured(contender, folder, cache)
+                results[name].append(last)
+                timings = f"{last['seconds']:.1f} s, {last['cpu_seconds']:.1f} s of a core"
+                print(f"{name}: {timings}, {last['peak_bytes'] / 1e9:.2f} GB", flush=True)
             shutil.rmtree(cache)
-    print(write("loading", {"file_bytes": file_bytes, "loads": {name: summary(runs) for name, runs in found.items()}}))
+    loads = {name: summary(runs) for name, runs in results.items()}
+    print(write("loading", {"file_bytes": file_bytes, "loads": loads}))
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

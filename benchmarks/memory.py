@@ -1,7 +1,7 @@
-"""Peaks and largest contexts by card: predicted by the planner, and with `--gpu` measured against it on a card.
+"""Peak memory and longest sequences by GPU size: predicted by the planner, or with `--gpu` measured against it.
 
-`python memory.py` writes results/memory.json, every row marked predicted. `--gpu` builds random models of true shapes,
-quantised layer by layer, takes a training step in each configuration and writes results/memory-gpu.json as it goes.
+`python benchmarks/memory.py` writes results/memory.json, every entry marked predicted. `--gpu` builds random models of
+real shapes, quantized layer by layer, takes training steps in each configuration and writes results/memory-gpu.json.
 """
 
 import argparse
@@ -9,11 +9,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, write
+from harness import RESULTS, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -22,53 +22,54 @@ from support.published_models import CONFIGS, work_of
 from qlora.memory.planner.memory_plan import Budget, Plan, plan
 from qlora.memory.planner.search import choose
 from qlora.memory.planner.workload import Workload
+from qlora.quant import Quant
 
 GIB = 2**30
-CARDS = (8, 12, 16, 24, 48, 80)  # GiB
+GPUS = (8, 12, 16, 24, 48, 80)  # GiB
 HOST = 64 * GIB
 RANK, LENGTH, CONTEXT_STEP, LONGEST = 16, 2048, 128, 2**21
 SECONDS = 8.5 * 60  # of a call with --gpu
 
 
 def peaks() -> list[dict[str, Any]]:
-    """What the planner chooses for rows of LENGTH tokens on every card, and what that takes."""
-    rows = []
+    """The planner's choice for sequences of LENGTH tokens on every GPU size, and its peak."""
+    entries = []
     for name in CONFIGS:
-        for card in CARDS:
-            found = choose(work_of(name, max_length=LENGTH), Budget(card * GIB, HOST))
-            row = {"kind": "predicted", "model": name, "card_gib": card, "fits": found.fits}
-            rows.append(row | {"peak_bytes": found.peak_bytes, "host_bytes": found.host_bytes, **chosen(found.work)})
-            print(rows[-1], flush=True)
-    return rows
+        for gpu_gib in GPUS:
+            best = choose(work_of(name, max_length=LENGTH), Budget(gpu_gib * GIB, HOST))
+            entry = {"kind": "predicted", "model": name, "card_gib": gpu_gib, "fits": best.fits}
+            entries.append(entry | {"peak_bytes": best.peak_bytes, "host_bytes": best.host_bytes, **choice(best.work)})
+            print(entries[-1], flush=True)
+    return entries
 
 
-def chosen(work: Workload) -> dict[str, int]:
-    """Layers that recompute, park and stream, and whether the embedding waits in main memory."""
-    away = work.embeds_on_host
-    return {"recomputed": work.recomputed, "parked": work.parked, "streamed": work.streamed, "embedding_on_host": away}
+def choice(work: Workload) -> dict[str, int]:
+    """Layers that recompute, offload activations and stream weights, and whether the embedding is in host memory."""
+    layers = {"recomputed": work.recomputed, "parked": work.offloaded, "streamed": work.streamed}
+    return layers | {"embedding_on_host": work.embedding_on_host}
 
 
 def contexts() -> list[dict[str, Any]]:
-    """The longest row that trains on every card: with nothing but the card, and with HOST bytes of main memory."""
-    rows = []
+    """The longest sequence that fits every GPU size: GPU memory only, and with HOST bytes for offloading."""
+    entries = []
     for name in CONFIGS:
         work = work_of(name)
-        for card in CARDS:
-            budget = Budget(card * GIB, HOST)
-            on_card = longest(lambda length, b=budget, w=work: plan(replace(w, max_length=length), b).fits)
-            helped = longest(lambda length, b=budget, w=work: any(fit(replace(w, max_length=length), b)))
-            found = {"on_card_tokens": on_card, "with_host_tokens": max(on_card, helped)}
-            rows.append({"kind": "predicted", "model": name, "card_gib": card, **found})
-    return rows
+        for gpu_gib in GPUS:
+            budget = Budget(gpu_gib * GIB, HOST)
+            gpu_only = longest(lambda length, b=budget, w=work: plan(replace(w, max_length=length), b).fits)
+            with_host = longest(lambda length, b=budget, w=work: any(fits_offloading(replace(w, max_length=length), b)))
+            tokens = {"on_card_tokens": gpu_only, "with_host_tokens": max(gpu_only, with_host)}
+            entries.append({"kind": "predicted", "model": name, "card_gib": gpu_gib, **tokens})
+    return entries
 
 
-def fit(work: Workload, budget: Budget) -> Iterator[bool]:
-    """Whether it fits with all layers recomputed and parked, for every number of resident layers."""
-    parked = replace(work, offloaded=work.shapes.layers - 1)
-    yield plan(parked, budget).fits
-    yield plan(replace(parked, gathers=True), budget).fits
+def fits_offloading(work: Workload, budget: Budget) -> Iterator[bool]:
+    """Whether it fits with all layers recomputed and offloaded, for every number of resident layers."""
+    offloaded = replace(work, offload=work.shapes.layers - 1)
+    yield plan(offloaded, budget).fits
+    yield plan(replace(offloaded, host_embedding=True), budget).fits
     for resident in range(work.shapes.layers):
-        yield plan(replace(parked, weights="stream", resident_layers=resident), budget).fits
+        yield plan(replace(offloaded, weights="stream", resident_layers=resident), budget).fits
 
 
 def longest(fits: Callable[[int], bool]) -> int:
@@ -81,18 +82,18 @@ def longest(fits: Callable[[int], bool]) -> int:
 
 
 def configurations(work: Workload) -> Iterator[Workload]:
-    """What is measured of a model, gathering and streaming last: embedding and layers leave the card for them."""
+    """The configurations to measure; a host embedding and streaming last, since they move weights off the GPU."""
     layers = work.shapes.layers
     for length in (1024, 2048, 4096):
-        for recompute, offloaded in ((layers, 0), (layers // 2, 0), (layers, layers - 1)):
-            yield replace(work, max_length=length, recompute=recompute, offloaded=offloaded)
+        for recompute, offload in ((layers, 0), (layers // 2, 0), (layers, layers - 1)):
+            yield replace(work, max_length=length, recompute=recompute, offload=offload)
     if not work.shapes.tied:
-        yield replace(work, max_length=LENGTH, recompute=layers, gathers=True)
+        yield replace(work, max_length=LENGTH, recompute=layers, host_embedding=True)
     yield replace(work, max_length=4096, recompute=layers, weights="stream")
 
 
-class Rig:
-    """A random model of some shape, quantised on the device, that takes training steps as a Work says."""
+class RandomModel:
+    """A random model, quantized on the device, that takes training steps as a Workload describes."""
 
     def __init__(self, work: Workload, config: dict[str, Any], device: str) -> None:
         import torch
@@ -100,12 +101,12 @@ class Rig:
         from qlora.adapters.inject import inject
         from qlora.adapters.lora import Lora
 
-        self.device, self.streaming, self.gathering = torch.device(device), False, False
+        self.device, self.streaming, self.host_embedding = torch.device(device), False, False
         self.model = random_base(config, self.device)
         inject(self.model, Lora(rank=work.adapters.rank, alpha=32, dropout=0.0), "all-linear", 0)
 
     def step(self, work: Workload) -> int:
-        """Peak bytes allocated in two training steps as `work` says: the first makes the moments."""
+        """Peak bytes allocated in two training steps of `work`: the first one creates the optimizer state."""
         import torch
 
         from qlora.memory.copy_stream import CopyStream
@@ -118,17 +119,17 @@ class Rig:
         if work.weights == "stream" and not self.streaming:
             self.streaming = True
             WeightStreamer(self.model, work.resident_layers, CopyStream(self.device))
-        if work.embeds_on_host and not self.gathering:
-            self.gathering = True
+        if work.embedding_on_host and not self.host_embedding:
+            self.host_embedding = True
             embed_on_host(self.model, self.device)
         MemoryFallback(self.model, work, UserChoices(), self.device)
         loss = TokenLoss(self.model).train()
-        trained = [each for each in self.model.parameters() if each.requires_grad]
-        optimizer = Adamw.build([{"params": trained, "lr": 1e-4}], (0.9, 0.999), 0.0)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = Adamw.build([{"params": trainable, "lr": 1e-4}], (0.9, 0.999), 0.0)
         shape = (work.micro_batch, work.max_length)
         ids = torch.randint(3, work.shapes.vocabulary, shape, device=self.device)
         positions = torch.arange(work.max_length, device=self.device).expand(shape)
-        forget_peak(self.device)
+        reset_peak(self.device)
         for _ in range(2):
             (loss(ids, ids, positions) / ids.numel()).backward()
             optimizer.step()
@@ -136,8 +137,8 @@ class Rig:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
-def forget_peak(device: Any) -> None:
-    """Give cached memory back and count the peak from here."""
+def reset_peak(device: Any) -> None:
+    """Release cached memory and count the peak from here."""
     import torch
 
     if device.type == "cuda":
@@ -146,85 +147,85 @@ def forget_peak(device: Any) -> None:
 
 
 def random_base(config: dict[str, Any], device: Any) -> Any:
-    """A Llama or Qwen of random bfloat16 weights, one matrix at a time, its decoder's linear layers in NF4."""
+    """A Llama or Qwen of random bfloat16 weights, created one matrix at a time; the decoder's linear layers in NF4."""
     import torch
     from transformers import AutoConfig
 
-    from qlora.model.lean_modules import lean
-    from qlora.model.meta_model import build, linear_paths
-    from qlora.model.module_tree import put
-    from qlora.quant.nf4 import Nf4
+    from qlora.model.lean_modules import replace_with_lean
+    from qlora.model.meta_model import build_meta_model, linear_paths
+    from qlora.model.module_tree import set_by_path
+    from qlora.quant import Quant, build_quantizer
 
-    model = build(AutoConfig.for_model(**config), torch.bfloat16, "auto", device)
+    model = build_meta_model(AutoConfig.for_model(**config), torch.bfloat16, "auto", device)
 
     def noise(like: Any) -> Any:
         return torch.randn(like.shape, dtype=torch.bfloat16, device=device).mul_(0.02)
 
     for path in linear_paths(model):
-        put(model, path, Nf4().quantize(noise(model.get_submodule(path).weight), None))
+        set_by_path(model, path, build_quantizer(Quant()).quantize(noise(model.get_submodule(path).weight), None))
     for name, value in list(model.named_parameters()):
         if value.is_meta:
-            put(model, name, torch.nn.Parameter(noise(value), requires_grad=False))
-    lean(model)
+            set_by_path(model, name, torch.nn.Parameter(noise(value), requires_grad=False))
+    replace_with_lean(model)
     return model
 
 
 def measure_on_gpu() -> None:
-    """Every configuration that has no row yet, each under the cap of its own plan, until the time is up."""
+    """Measure every configuration that has no result yet, each limited to its planned peak, until the time is up."""
     import torch
 
     path = RESULTS / "memory-gpu.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    done = {key(row) for row in rows}
+    entries: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    done = {key(entry) for entry in entries}
     started, total = time.monotonic(), torch.cuda.mem_get_info()[1]
     for name, config in CONFIGS.items():
         work = replace(work_of(name, rank=RANK), optimizer="adamw", packing=False)
-        left = [each for each in configurations(work) if key(row_of(each)) not in done]
-        rig = None
-        for each in left:
+        missing = [variant for variant in configurations(work) if key(entry_of(variant)) not in done]
+        model = None
+        for variant in missing:
             if time.monotonic() - started > SECONDS:
                 return
             torch.cuda.set_per_process_memory_fraction(1.0)
-            rig = rig or Rig(work, config, "cuda")
-            found = plan(each, Budget(total))
-            rows.append(row_of(each) | measured(rig, found, total))
-            print(rows[-1], flush=True)
-            write("memory-gpu", {"rows": rows})
-        del rig
+            model = model or RandomModel(work, config, "cuda")
+            entries.append(entry_of(variant) | measured(model, plan(variant, Budget(total)), total))
+            print(entries[-1], flush=True)
+            write("memory-gpu", {"rows": entries})
+        del model
         torch.cuda.empty_cache()
 
 
-def measured(rig: Rig, found: Plan, total: int) -> dict[str, Any]:
-    """Planned and measured bytes; under a cap of the plan's whole peak, which is what a smaller card would have."""
+def measured(model: RandomModel, prediction: Plan, total: int) -> dict[str, Any]:
+    """Planned and measured bytes, with GPU memory limited to the planned peak, as on a smaller GPU."""
     import torch
 
-    torch.cuda.set_per_process_memory_fraction(min(1.0, found.peak_bytes / total))
-    row = {"kind": "measured", "planned_bytes": found.allocated_bytes, "cap_bytes": found.peak_bytes}
+    torch.cuda.set_per_process_memory_fraction(min(1.0, prediction.peak_bytes / total))
+    entry = {"kind": "measured", "planned_bytes": prediction.allocated_bytes, "cap_bytes": prediction.peak_bytes}
     try:
-        return row | {"allocated_bytes": rig.step(found.work)}
+        return entry | {"allocated_bytes": model.step(prediction.work)}
     except torch.OutOfMemoryError as error:
-        return row | {"allocated_bytes": None, "error": str(error).splitlines()[0]}
+        return entry | {"allocated_bytes": None, "error": str(error).splitlines()[0]}
 
 
-def row_of(work: Workload) -> dict[str, Any]:
-    """What tells a configuration from another."""
-    return {"model": work.shapes.name, "length": work.max_length, **chosen(work)}
+def entry_of(work: Workload) -> dict[str, Any]:
+    """What distinguishes a configuration from the others."""
+    return {"model": work.shapes.name, "length": work.max_length, **choice(work)}
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """The same, to be looked up."""
-    return tuple(row[name] for name in ("model", "length", "recomputed", "parked", "streamed", "embedding_on_host"))
+def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """The same values as a tuple, for lookup."""
+    return tuple(entry[name] for name in ("model", "length", "recomputed", "parked", "streamed", "embedding_on_host"))
 
 
 def main() -> None:
     """Predict, or measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="measure on the card that is here")
+    parser.add_argument("--gpu", action="store_true", help="measure on this machine's GPU")
     if parser.parse_args().gpu:
         measure_on_gpu()
         return
-    said = {"rank": RANK, "length": LENGTH, "host_bytes": HOST, "storage": asdict(work_of("Llama-2-7B").storage)}
-    print(write("memory", {**said, "peaks": peaks(), "contexts": contexts()}))
+    storage = Quant().model_dump(include={"kind", "double", "block"})
+    settings = {"rank": RANK, "length": LENGTH, "host_bytes": HOST, "storage": storage}
+    print(write("memory", {**settings, "peaks": peaks(), "contexts": contexts()}))
 
 
 if __name__ == "__main__":

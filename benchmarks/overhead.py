@@ -1,6 +1,6 @@
-"""What the loop itself costs: a run's seconds outside forward, backward and update, as a share: python overhead.py.
+"""Overhead of the training loop: the fraction of a run outside forward, backward and update: python overhead.py.
 
-The whole of `qlora train` on a random base: rows chosen and collated, norms clipped, guards, metrics, memory read.
+Everything else in a step of `qlora train` counts: sampling, collating, clipping, guards, metrics, memory readings.
 """
 
 import argparse
@@ -12,25 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import write
+from harness import write
 from workloads import make_base
 
 from qlora.recipe.recipe import from_mapping
-from qlora.runs.strategy import open_processes
-from qlora.runs.train import assemble, gather
+from qlora.runs.resources import unplanned
+from qlora.runs.setup import build_job, set_up
 from qlora.training.checkpoint import Position
-from qlora.training.loop import Job, fit
+from qlora.training.job import Job
+from qlora.training.loop import fit
 from qlora.training.run_log import Log
 from qlora.training.signals import StopSignal
 
 
-class Clock:
-    """Seconds spent inside the functions it has been put around."""
+class Stopwatch:
+    """Total seconds spent inside the functions it wraps."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, timed."""
 
         def timed(*args: Any, **options: Any) -> Any:
@@ -44,12 +45,12 @@ class Clock:
 
 
 def job_of(folder: Path, steps: int) -> Job:
-    """A run of short rows, packed to 512 tokens, one metrics line a step."""
+    """A run on short examples, packed to 512 tokens, with one line of metrics a step."""
     make_base(folder / "base", "100M", "cpu")
-    draw = random.Random(0)
+    rng = random.Random(0)
     with (folder / "rows.jsonl").open("w") as file:
         for _ in range(400):
-            ids = [draw.randint(3, 31_000) for _ in range(draw.randint(20, 120))]
+            ids = [rng.randint(3, 31_000) for _ in range(rng.randint(20, 120))]
             file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
     sections = {
         "model": str(folder / "base"),
@@ -58,8 +59,8 @@ def job_of(folder: Path, steps: int) -> Job:
     }
     recipe = from_mapping(sections)[0]
     log = Log(folder / "run", quiet=True)
-    log.restart(0)
-    return assemble(gather(recipe, open_processes(recipe), None, log), log, StopSignal())
+    log.truncate(0)
+    return build_job(set_up(recipe, unplanned(recipe), log), log, StopSignal())
 
 
 def main() -> None:
@@ -69,16 +70,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         job = job_of(Path(scratch), options.steps)
-        clock = Clock()
-        job.model.forward = clock.around(job.model.forward)  # type: ignore[method-assign]
-        job.processes.backward = clock.around(job.processes.backward)  # type: ignore[method-assign]
-        job.optimizer.step = clock.around(job.optimizer.step)  # type: ignore[method-assign]
+        watch = Stopwatch()
+        job.model.forward = watch.wrap(job.model.forward)  # type: ignore[method-assign]
+        job.processes.backward = watch.wrap(job.processes.backward)  # type: ignore[method-assign]
+        job.optimizer.step = watch.wrap(job.optimizer.step)  # type: ignore[method-assign]
         started = time.perf_counter()
         fit(job, Position())
         seconds = time.perf_counter() - started
-    share = 1 - clock.seconds / seconds
-    print(f"{options.steps} steps, {seconds:.2f} s, {100 * share:.2f} % outside forward, backward and update")
-    print(write("overhead", {"steps": options.steps, "seconds": seconds, "share_outside": share}))
+    outside = 1 - watch.seconds / seconds
+    print(f"{options.steps} steps, {seconds:.2f} s, {100 * outside:.2f} % outside forward, backward and update")
+    print(write("overhead", {"steps": options.steps, "seconds": seconds, "share_outside": outside}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trained tokens per second of packing against padding, on the same rows, interleaved: python benchmarks/packing.py.
+"""Trained tokens per second of packing against padding on the same examples: python benchmarks/packing.py.
 
-A small random Llama with LoRA, stepped as our loop steps it. Padding is what trainers do without packing: shuffled rows
-in micro-batches, each padded to its longest, or all to max_length. Writes results/packing.json.
+A small random Llama whose query projections train, with the loss of the training loop. Padding is what trainers do
+without packing: shuffled micro-batches, padded to the longest example or to max_length. Writes results/packing.json.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import write
+from harness import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.data.batching.collate import Batch, collate
 from qlora.data.batching.packing import pack
 from qlora.data.batching.sampler import Sampler
 from qlora.data.types import IGNORED, Example, trained_tokens
-from qlora.model.attention import NAME
+from qlora.model.attention import DOCUMENT_ATTENTION
 from qlora.training.loss import TokenLoss
 
 SHAPE = {
@@ -28,54 +28,54 @@ SHAPE = {
 }  # fmt: skip
 MAX_LENGTH, MEDIAN = 2_048, 100
 PACKED = "packed, 1 x 2048"
-SPREADS = {"narrow": 0.6, "broad": 1.0}  # sigma of the lognormal lengths: an Alpaca and a Dolly
+SPREADS = {"narrow": 0.6, "broad": 1.0}  # sigma of the lognormal lengths: as in Alpaca, as in Dolly
 
 
-def rows_of(count: int, sigma: float) -> list[Example]:
-    """Rows with an instruction set's lengths; the second half of each is trained."""
-    draw = np.random.default_rng(0)
-    made = []
-    for length in np.clip(draw.lognormal(np.log(MEDIAN), sigma, count).astype(int), 8, MAX_LENGTH):
-        ids = draw.integers(3, SHAPE["vocab_size"], length).astype(np.int32)
-        made.append(Example("", ids, np.where(np.arange(length) < length // 2, IGNORED, ids)))
-    return made
+def random_examples(count: int, sigma: float) -> list[Example]:
+    """Examples with an instruction data set's lengths; the second half of each is trained."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for length in np.clip(rng.lognormal(np.log(MEDIAN), sigma, count).astype(int), 8, MAX_LENGTH):
+        ids = rng.integers(3, SHAPE["vocab_size"], length).astype(np.int32)
+        examples.append(Example("", ids, np.where(np.arange(length) < length // 2, IGNORED, ids)))
+    return examples
 
 
-def padded(rows: Sequence[Example], micro_batch: int, length: int | None = None) -> list[Batch]:
-    """Shuffled rows in micro-batches, padded to the longest of each, or to `length`."""
-    order = Sampler("shuffle", len(rows), 0).rows(rows, 0)
+def padded(examples: Sequence[Example], micro_batch: int, length: int | None = None) -> list[Batch]:
+    """Shuffled examples in micro-batches, padded to the longest of each, or to `length`."""
+    order = Sampler("shuffle", len(examples), 0).indices(examples, 0)
     groups = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
-    made = []
+    batches = []
     for group in groups:
-        batch = collate([rows[i] for i in group], 0)
+        batch = collate([examples[i] for i in group], 0)
         extra = (0, (length or batch.input_ids.shape[1]) - batch.input_ids.shape[1])
         ids, positions = (torch.nn.functional.pad(t, extra) for t in (batch.input_ids, batch.position_ids))
         labels = torch.nn.functional.pad(batch.labels, extra, value=IGNORED)
-        made.append(Batch(ids, labels, positions, batch.tokens, batch.starts))
-    return made
+        batches.append(Batch(ids, labels, positions, batch.tokens, batch.document_starts))
+    return batches
 
 
-def packed(rows: Sequence[Example]) -> list[Batch]:
-    """Full rows, one in a micro-batch."""
-    return [collate([row], 0) for row in pack(rows, MAX_LENGTH)]
+def packed(examples: Sequence[Example]) -> list[Batch]:
+    """Packed sequences, one in a micro-batch."""
+    return [collate([sequence], 0) for sequence in pack(examples, MAX_LENGTH)]
 
 
 def seconds_of(loss: TokenLoss, batches: Sequence[Batch]) -> tuple[float, float]:
-    """One optimizer step's forwards and backwards: by the clock, and of the processor, which others' load leaves be."""
-    started, spent = time.perf_counter(), time.process_time()
+    """Forward and backward of one optimizer step: wall-clock and processor seconds."""
+    started, processor = time.perf_counter(), time.process_time()
     for batch in batches:
-        loss(batch.input_ids, batch.labels, batch.position_ids, batch.starts).backward()
-    seconds = time.perf_counter() - started, time.process_time() - spent
+        loss(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts).backward()
+    seconds = time.perf_counter() - started, time.process_time() - processor
     loss.zero_grad(set_to_none=True)
     return seconds
 
 
-def race(loss: TokenLoss, rows: Sequence[Example], rounds: int) -> dict[str, Any]:
+def race(loss: TokenLoss, examples: Sequence[Example], rounds: int) -> dict[str, Any]:
     """Every way of batching, in turn; medians of seconds and of the ratio to packing in the same round."""
-    few = rows[: max(1, len(rows) // 16)]  # all rows at full length would take a minute
+    few = examples[: max(1, len(examples) // 16)]  # all of them at full length would take a minute
     ways = {
-        PACKED: (packed(rows), rows),
-        **{f"padded to the longest, micro-batch {n}": (padded(rows, n), rows) for n in (8, 16, 32)},
+        PACKED: (packed(examples), examples),
+        **{f"padded to the longest, micro-batch {n}": (padded(examples, n), examples) for n in (8, 16, 32)},
         "padded to 2048, micro-batch 1": (padded(few, 1, MAX_LENGTH), few),
     }
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
@@ -83,27 +83,27 @@ def race(loss: TokenLoss, rows: Sequence[Example], rounds: int) -> dict[str, Any
         seconds_of(loss, batches[:1])
     for number in range(rounds):
         for name in list(ways) if number % 2 else reversed(list(ways)):
-            batches, held = ways[name]
+            batches, subset = ways[name]
             clock, processor = seconds_of(loss, batches)
-            rates[name].append((trained_tokens(held) / clock, trained_tokens(held) / processor))
-        print(f"  round {number + 1}: " + ", ".join(f"{found[-1][1]:.0f}" for found in rates.values()), flush=True)
+            rates[name].append((trained_tokens(subset) / clock, trained_tokens(subset) / processor))
+        print(f"  round {number + 1}: " + ", ".join(f"{rate[-1][1]:.0f}" for rate in rates.values()), flush=True)
     return {
         name: {
             "trained_tokens_per_second": [clock for clock, _ in rates[name]],
             "trained_tokens_per_processor_second": [processor for _, processor in rates[name]],
             "median_per_processor_second": statistics.median(processor for _, processor in rates[name]),
-            "share_of_pads": 1 - sum(map(len, held)) / sum(batch.input_ids.numel() for batch in batches),
+            "share_of_pads": 1 - sum(map(len, subset)) / sum(batch.input_ids.numel() for batch in batches),
             "packing_is_faster_by": {
                 way: statistics.median(a[i] / b[i] for a, b in zip(rates[PACKED], rates[name], strict=True))
                 for i, way in enumerate(("clock", "processor"))
             },
         }
-        for name, (batches, held) in ways.items()
+        for name, (batches, subset) in ways.items()
     }
 
 
 def main() -> None:
-    """Race on both sets and write results/packing.json."""
+    """Run the race on both data sets and write results/packing.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
@@ -112,26 +112,26 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    model.set_attn_implementation(NAME)
-    for name, parameter in model.named_parameters():  # gradients reach every layer, as they do with adapters
+    model.set_attn_implementation(DOCUMENT_ATTENTION)
+    for name, parameter in model.named_parameters():  # gradients reach every layer, as with adapters
         parameter.requires_grad_(name.endswith("q_proj.weight"))
-    loss, found = TokenLoss(model).train(), {}
+    loss, results = TokenLoss(model).train(), {}
     for spread, sigma in SPREADS.items():
-        rows = rows_of(options.rows, sigma)
-        lengths = [len(row) for row in rows]
-        print(f"{spread}: {len(rows)} rows, median {statistics.median(lengths)}, longest {max(lengths)} tokens")
-        found[spread] = {
-            "sigma": sigma, "rows": len(rows), "median_tokens": statistics.median(lengths),
+        examples = random_examples(options.rows, sigma)
+        lengths = [len(example) for example in examples]
+        print(f"{spread}: {len(examples)} examples, median {statistics.median(lengths)}, longest {max(lengths)} tokens")
+        results[spread] = {
+            "sigma": sigma, "rows": len(examples), "median_tokens": statistics.median(lengths),
             "mean_tokens": statistics.mean(lengths), "longest_tokens": max(lengths),
-            "ways": race(loss, rows, options.rounds),
+            "ways": race(loss, examples, options.rounds),
         }  # fmt: skip
-        for name, way in found[spread]["ways"].items():
-            by = way["packing_is_faster_by"]
+        for name, way in results[spread]["ways"].items():
+            ratio = way["packing_is_faster_by"]
             print(f"  {name:38} {way['median_per_processor_second']:7.0f} trained tokens per processor second, "
-                  f"packing x{by['processor']:.2f} (clock x{by['clock']:.2f})")  # fmt: skip
+                  f"packing x{ratio['processor']:.2f} (clock x{ratio['clock']:.2f})")  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = {"shape": SHAPE, "parameters": parameters, "threads": options.threads, "max_length": MAX_LENGTH}
-    print(write("packing", {**settings, "sets": found}))
+    print(write("packing", {**settings, "sets": results}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the contenders train on: bases of random weights, saved once, and the same rows for everybody."""
+"""Workloads of the benchmarks: random base models, saved once, and random examples that are the same for everyone."""
 
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
-WORDS = 32_000  # token ids used, whatever the vocabulary
-MEDIAN_TOKENS, SPREAD = 100, 1.0  # of short rows: an instruction set's lengths, lognormal
+WORDS = 32_000  # token ids used, for every vocabulary
+MEDIAN_TOKENS, SPREAD = 100, 1.0  # of short examples: lognormal, as in an instruction data set
 
 
 def make_base(folder: Path, shape: str, device: str) -> None:
-    """A random Llama in bfloat16, with a tokenizer that TRL can load; made on `device`."""
+    """Save a random bfloat16 Llama, created on `device`, with a tokenizer that TRL can load."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,13 +48,13 @@ def make_base(folder: Path, shape: str, device: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2").save_pretrained(folder)
 
 
-def rows_of(count: int, length: int, short: bool) -> list[list[int]]:
-    """`count` rows of random tokens: all `length` long, or as long as an instruction set's, at most `length`."""
+def token_lists(count: int, length: int, short: bool) -> list[list[int]]:
+    """`count` lists of random tokens: `length` each, or with an instruction data set's lengths, `length` at most."""
     import numpy as np
 
-    draw = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     lengths = [length] * count
     if short:
-        drawn = draw.lognormal(np.log(MEDIAN_TOKENS), SPREAD, count).astype(int)
-        lengths = np.clip(drawn, 8, length).tolist()
-    return [draw.integers(3, WORDS, each).tolist() for each in lengths]
+        lognormal = rng.lognormal(np.log(MEDIAN_TOKENS), SPREAD, count).astype(int)
+        lengths = np.clip(lognormal, 8, length).tolist()
+    return [rng.integers(3, WORDS, tokens).tolist() for tokens in lengths]

@@ -1,12 +1,12 @@
-"""qlora: fine-tune large language models on a frozen 4-bit base model, with every promise measured.
+"""qlora: fine-tunes large language models on a frozen 4-bit base model.
 
-In three lines (docs/api.md has the rest; nothing heavy is imported before it is called):
+The Python interface (docs/api.md has the rest); nothing heavy is imported before it is called:
 
     import qlora
     run = qlora.train(qlora.load_recipe("my.yaml"))
     print(qlora.generate(run, "What is a llama?"))
 
-Letters of tensor shapes in the whole package:
+Letters of tensor shapes in all modules:
     B sequences of a micro-batch   T tokens of a sequence   V vocabulary   I in-features   O out-features
     R rank                         N blocks                 K weights per block
 """
@@ -25,7 +25,7 @@ __all__ = ["Exported", "Run", "__version__", "errors", "export", "generate", "lo
 
 
 def __getattr__(name: str) -> Any:
-    """The public interface, imported when it is first used."""
+    """A name of the public interface, imported on first use."""
     if name in __all__:
         return getattr(import_module("qlora.api"), name)
     raise AttributeError(f"module 'qlora' has no attribute {name!r}; it has {', '.join(__all__)}")

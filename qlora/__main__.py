@@ -1,4 +1,4 @@
-"""`python -m qlora` and `accelerate launch -m qlora`."""
+"""Entry point of `python -m qlora` and `accelerate launch -m qlora`."""
 
 from qlora.cli import main
 

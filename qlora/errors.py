@@ -1,15 +1,14 @@
-"""The error tree: what can go wrong, and the exit code each kind of trouble ends with.
+"""The error tree, and the exit code of each error.
 
-QloraError                 1   the run failed
-├── InputError             2   what the user gave is wrong; the message says where, what was found, what to do
-│   ├── RecipeError            a recipe or an override
-│   ├── DataError              a data file or its rows
-│   ├── BaseModelError         the folder or hub repository of the base model
-│   ├── AdapterError           an adapter's settings or files
-│   └── NotBuiltYet            a part that is promised but not there yet
-├── DoesNotFit             3   the memory plan exceeds the budget
-├── Stopped          130/143   SIGINT or SIGTERM, after an exact checkpoint was written
-└── SaidElsewhere      as it   another process of the run has said what is wrong
+QloraError                    1   the run failed
+├── InputError                2   the input is wrong; the message says where, what was found, what to do
+│   ├── RecipeError               a recipe or an override
+│   ├── DataError                 a data file or its records
+│   ├── BaseModelError            the folder or hub repository of the base model
+│   └── AdapterError              an adapter's settings or files
+├── DoesNotFit                3   the memory plan exceeds the budget
+├── Stopped             130/143   SIGINT or SIGTERM, after an exact checkpoint was written
+└── ReportedByOtherRank  its own  another rank has already printed the error; this one exits silently with its code
 """
 
 from collections.abc import Iterable
@@ -17,45 +16,41 @@ from difflib import get_close_matches
 
 
 class QloraError(Exception):
-    """Anything the user should read as one clear message rather than as a stack trace."""
+    """An error that the user reads as one clear message, not as a stack trace."""
 
     exit_code = 1
 
 
 class InputError(QloraError):
-    """What the user gave is wrong: recipe, data, base, adapter or arguments."""
+    """The input is wrong: recipe, data, base model, adapter or arguments."""
 
     exit_code = 2
 
 
 class RecipeError(InputError):
-    """A recipe or an override says something that can't be meant."""
+    """A recipe or an override is not valid."""
 
 
 class DataError(InputError):
-    """A data file, or a row of it, can't be trained on."""
+    """A data file, or a record of it, can't be trained on."""
 
 
 class BaseModelError(InputError):
-    """The base model's folder or repository is not what is needed."""
+    """The base model's folder or repository can't be used."""
 
 
 class AdapterError(InputError):
-    """An adapter's settings or files don't fit."""
-
-
-class NotBuiltYet(InputError):
-    """A promised part that does not exist yet."""
+    """An adapter's settings or files are not valid."""
 
 
 class DoesNotFit(QloraError):
-    """The plan needs more memory than there is."""
+    """The memory plan exceeds the budget."""
 
     exit_code = 3
 
 
 class Stopped(QloraError):
-    """The run ended on a signal after writing an exact checkpoint."""
+    """The run ended on a signal, after it wrote an exact checkpoint."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -63,16 +58,16 @@ class Stopped(QloraError):
 
 
 class ReportedByOtherRank(QloraError):
-    """Another process of the run says what went wrong; this one ends with the same exit code and no word."""
+    """Another rank has already printed the error; this one exits silently with its code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("")
         self.exit_code = exit_code
 
 
-def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """End an error message: ` Did you mean 'nf4'? Known: fp4, nf4.` (only the second half when nothing is near)."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """End of an error message: ` Did you mean 'nf4'? Known: fp4, nf4.` The question only if a known name is near."""
     names = sorted(known)
-    near = get_close_matches(found, names, n=1, cutoff=0.6)
+    near = get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{hint} Known: {', '.join(names)}."

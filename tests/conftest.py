@@ -1,6 +1,7 @@
-"""What all tests share: no network, no unpickling, one thread a worker, tiny models, each written once."""
+"""Fixtures and rules of all tests: no network, no unpickling, one thread, tiny models that are written once."""
 
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["QLORA_CACHE"] = ""  # no test reads or leaves prepared data of another
+os.environ["QLORA_CACHE"] = ""  # tests do not share prepared data
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -22,42 +23,50 @@ MakeModel = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """`zoo("gemma2", dtype=...)`: the folder of a tiny random model, made when first asked for. Never write into it."""
+    """`zoo("gemma2", dtype=...)`: the folder of a tiny random model, saved at its first use. Never write into it."""
     from support.tiny_models import save_model
 
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def folder_of(family: str, **options: object) -> Path:
         key = f"{family}-{sorted((name, str(value)) for name, value in options.items())}"
-        if key not in made:
-            made[key] = save_model(tmp_path_factory.mktemp(family), family, **options)  # type: ignore[arg-type]
-        return made[key]
+        if key not in folders:
+            folders[key] = save_model(tmp_path_factory.mktemp(family), family, **options)  # type: ignore[arg-type]
+        return folders[key]
 
     return folder_of
 
 
-# Pickle is spoken over pipes between a process and its own children (data/workers.py), and by torch.compile with its
-# own cache; files of a user's or of the world's are never unpickled.
-_PIPES = ("multiprocessing", "concurrent", "_inductor", "_functorch", "_dynamo")
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A new random seed; pytest prints it if the test fails, and QLORA_TEST_SEED=N sets it again."""
+    value = int(os.environ.get("QLORA_TEST_SEED") or random.SystemRandom().randrange(10**6))
+    request.node.add_report_section("setup", "seed", f"QLORA_TEST_SEED={value}")
+    return value
+
+
+# Pickle is used over pipes between a process and its own children (data/conversations/worker_pool.py), and by
+# torch.compile for its cache; downloaded files and user files are never unpickled.
+_ALLOWED_PICKLE = ("multiprocessing", "concurrent", "_inductor", "_functorch", "_dynamo")
 _unpickled: list[str] = []
 
 
-def _no_pickle(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook: whatever looks up a class or a function for a pickle fails the test that it happened in."""
+def _forbid_pickle(event: str, arguments: tuple[object, ...]) -> None:
+    """An audit hook: looking up a class or function for a pickle fails the test in which it happens."""
     if event != "pickle.find_class" or os.environ.get("QLORA_MAY_UNPICKLE"):
         return
     frames = traceback.extract_stack()
-    if not any(part in frame.filename.split(os.sep) for frame in frames for part in _PIPES):
+    if not any(name in frame.filename.split(os.sep) for frame in frames for name in _ALLOWED_PICKLE):
         _unpickled.append(f"{arguments[0]}.{arguments[1]} at {frames[-2].filename}:{frames[-2].lineno}")
         raise RuntimeError(f"unpickled {_unpickled[-1]}")
 
 
-sys.addaudithook(_no_pickle)
+sys.addaudithook(_forbid_pickle)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_was_unpickled() -> Iterator[None]:
-    """Also where the error that the hook raised was caught."""
+    """Fails the test even if the error that the hook raised was caught."""
     _unpickled.clear()
     yield
     assert _unpickled == []
@@ -65,20 +74,20 @@ def _nothing_was_unpickled() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """A library that sets the thread count for itself must not slow the other workers down."""
+    """Every test starts with one thread, even if a library has set another number."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def sessions(zoo: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """`sessions("adamw")`: an uninterrupted run of that optimizer, trained when first asked for."""
-    from support.stopped_runs import Session
+def reference_runs(zoo: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """`reference_runs("adamw")`: an uninterrupted run of that optimizer, trained at its first use."""
+    from support.stopped_runs import ReferenceRun
 
-    runs: dict[str, Session] = {}
+    runs: dict[str, ReferenceRun] = {}
 
-    def session(kind: str) -> Session:
+    def reference_run(kind: str) -> ReferenceRun:
         if kind not in runs:
-            runs[kind] = Session(zoo("llama"), tmp_path_factory.mktemp(kind), kind)
+            runs[kind] = ReferenceRun(zoo("llama"), tmp_path_factory.mktemp(kind), kind)
         return runs[kind]
 
-    return session
+    return reference_run

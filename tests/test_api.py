@@ -1,4 +1,4 @@
-"""The Python face: what docs/api.md shows runs as it stands, and importing it costs nothing."""
+"""The Python interface: the code blocks of docs/api.md run unchanged, and importing it loads nothing heavy."""
 
 import inspect
 import subprocess
@@ -22,32 +22,34 @@ train: {{output: runs/my, micro_batch: 4, global_batch: 4}}
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each block of the document prints, all run in turn in one folder, each in fresh names."""
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The output of each block of the page; the blocks run in order in one folder, each with its own globals."""
     folder = tmp_path_factory.mktemp("notebook")
     (folder / "my.yaml").write_text(RECIPE)
-    found = {}
+    outputs = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for block in BLOCKS:
             lines: list[str] = []
             exec(block.text, {"print": lambda *values, lines=lines: lines.append(" ".join(map(str, values)))})
-            found[block.where] = "\n".join(lines)
-        found["folder"] = str(folder)
-    return found
+            outputs[block.where] = "\n".join(lines)
+        outputs["folder"] = str(folder)
+    return outputs
 
 
-def test_every_block_of_the_document_runs_and_says_something(said: dict[str, str]) -> None:
-    assert len(BLOCKS) == 4 and all(said[block.where] for block in BLOCKS)
-    trained, planned, asked, exported = (said[block.where] for block in BLOCKS)
+def test_every_block_of_the_page_runs_and_prints_something(outputs: dict[str, str]) -> None:
+    assert len(BLOCKS) == 4 and all(outputs[block.where] for block in BLOCKS)
+    trained, planned, generated, exported = (outputs[block.where] for block in BLOCKS)
     loss, eval_loss, report = trained.split()
-    assert float(loss) > 0 and float(eval_loss) > 0 and Path(said["folder"], report).is_file()
+    assert float(loss) > 0 and float(eval_loss) > 0 and Path(outputs["folder"], report).is_file()
     assert "24.00 GiB" in planned and "fits (predicted)" in planned
-    assert asked.count("\n") >= 1 and asked.splitlines()[-1].startswith("[")
-    assert float(exported.split()[0]) < 1e-6  # nats a token: float32 was merged from the very matrices trained on
+    assert generated.count("\n") >= 1 and generated.splitlines()[-1].startswith("[")
+    assert (
+        float(exported.split()[0]) < 1e-6
+    )  # nats per token: merged in float32 from the dequantized weights of training
 
 
-def test_the_readmes_block_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_of_the_readme_runs_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = (fence.text for fence in fences(ROOT / "README.md") if fence.words == ("python",))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(RECIPE.replace("train: {output", "train: {max_steps: 2, output"))
@@ -56,15 +58,15 @@ def test_the_readmes_block_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
     assert len(lines) == 1 and isinstance(lines[0], str)
 
 
-def test_a_block_takes_three_lines_at_the_most_beside_the_import() -> None:
+def test_a_block_has_at_most_three_lines_after_the_import() -> None:
     for block in BLOCKS:
         assert len([line for line in block.text.splitlines() if line and not line.startswith("import")]) <= 3
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
     code = "import sys, qlora; print({'torch', 'transformers', 'numpy', 'yaml'} & {*sys.modules}, qlora.__all__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.startswith("set()")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.startswith("set()")
 
 
 def test_the_functions_are_not_shadowed_by_packages() -> None:
@@ -76,17 +78,17 @@ def test_the_functions_are_not_shadowed_by_packages() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in qlora.__all__ if name[0].islower() and name != "errors"])
-def test_every_function_says_what_it_takes_gives_and_raises(name: str) -> None:
+def test_every_function_is_documented_with_its_errors_and_typed(name: str) -> None:
     from qlora import api
 
     function = getattr(api, name)
     assert callable(getattr(qlora, name)) and name in dir(qlora)
     assert "Error" in function.__doc__ or "DoesNotFit" in function.__doc__
     parameters = inspect.signature(function).parameters.values()
-    assert all(each.annotation is not inspect.Parameter.empty for each in parameters)
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in parameters)
 
 
-def test_mistakes_are_the_errors_of_the_command_line(tmp_path: Path) -> None:
+def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
     assert issubclass(qlora.errors.RecipeError, InputError)
     with pytest.raises(RecipeError, match="Did you mean"):
         qlora.load_recipe({"model": "a/b", "data": {"train": "x.jsonl"}}, "adapter.rnak=3")
@@ -98,10 +100,10 @@ def test_mistakes_are_the_errors_of_the_command_line(tmp_path: Path) -> None:
         qlora.load_receipt  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_a_plan_is_the_one_of_the_command_line_on_several_cards_too(tmp_path: Path) -> None:
-    from support.command_line import qlora as line
+def test_a_plan_is_the_one_of_the_command_line_on_several_gpus_too(tmp_path: Path) -> None:
+    from support.command_line import qlora as command
 
     (tmp_path / "my.yaml").write_text(RECIPE)
     for gpus in (1, 2):
-        said = line("plan", tmp_path / "my.yaml", "--gpu", "8GiB", "--gpus", gpus, "--ram", "64GiB", "--json").json
-        assert qlora.plan(tmp_path / "my.yaml", gpu="8GiB", gpus=gpus, ram="64GiB").peak_bytes == said["peak_bytes"]
+        result = command("plan", tmp_path / "my.yaml", "--gpu", "8GiB", "--gpus", gpus, "--ram", "64GiB", "--json").json
+        assert qlora.plan(tmp_path / "my.yaml", gpu="8GiB", gpus=gpus, ram="64GiB").peak_bytes == result["peak_bytes"]

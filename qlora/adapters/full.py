@@ -1,41 +1,42 @@
-"""Every weight trains: the baseline that low-rank updates are compared with. Float32 masters, the base's arithmetic."""
+"""Full fine-tuning: every weight trains, as float32 master weights. The baseline for low-rank updates."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from qlora.adapters.inject import Injection, replace
-from qlora.adapters.master_weights import MasterNorm, master_of, trainable_modules
+from qlora.adapters.inject import Injection
+from qlora.adapters.master_weights import MasterNorm, trainable_copy, trainable_modules
 from qlora.errors import AdapterError
+from qlora.model.module_tree import set_by_path
 
 
 @dataclass(frozen=True)
 class Full:
-    """Settings of full fine-tuning: there are none of its own."""
+    """Full fine-tuning has no settings; `dropout` is what run.json records."""
 
     dropout: float = 0.0
 
     def train_all(self, model: nn.Module) -> Injection:
-        """Put a master in the place of every matrix, norm and embedding of the decoder, and of the head.
+        """Replace every matrix, norm and embedding of the decoder, and the head, by a trainable copy.
 
-        AdapterError if a matrix is stored in 4 bits, or some weight of the decoder is in no module known here.
+        AdapterError if a matrix is stored in 4 bits, or a weight of the decoder belongs to no trainable module.
         """
         paths, shared = [], dict[int, nn.Parameter]()
         for path, module in list(trainable_modules(model)):
-            master = master_of(path, module, shared)
-            if isinstance(master, MasterNorm):
-                module._parameters.update(master._parameters)  # its arithmetic stays in use, its own weights go
-            replace(model, path, master)
+            trainable = trainable_copy(path, module, shared)
+            if isinstance(trainable, MasterNorm):
+                module._parameters.update(trainable._parameters)  # its forward stays in use, its own weights are freed
+            set_by_path(model, path, trainable)
             paths.append(path)
-        self._refuse_left(model)
-        trainable = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        whole = sum(value.numel() for value in model.parameters())
-        return Injection((), len(paths), trainable, whole, tuple(paths))
+        self._refuse_frozen(model)
+        trainable_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        parameters = sum(value.numel() for value in model.parameters())
+        return Injection((), len(paths), trainable_parameters, parameters, tuple(paths))
 
-    def _refuse_left(self, model: nn.Module) -> None:
+    def _refuse_frozen(self, model: nn.Module) -> None:
         decoder = model.get_decoder()  # type: ignore[operator]
-        left = [name for name, value in decoder.named_parameters() if not value.requires_grad]
-        if left:
+        frozen = [name for name, value in decoder.named_parameters() if not value.requires_grad]
+        if frozen:
             raise AdapterError(
-                f"adapter.kind: full can't train {', '.join(left[:3])} of this architecture. Use lora, rslora or dora."
+                f"adapter.kind: full can't train {', '.join(frozen[:3])} of this architecture. Use another kind."
             )

@@ -1,4 +1,4 @@
-"""Which frozen matrices get an adapter: find the targets, wrap them, report the count."""
+"""Injection: find the target matrices of a frozen model, wrap each in an adapter, count the parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,26 +7,28 @@ import torch
 from torch import nn
 
 from qlora.adapters.lora import Lora, LoraLinear
-from qlora.adapters.patterns import refuse_idle
+from qlora.adapters.patterns import refuse_unused
 from qlora.adapters.target_modules import select
+from qlora.model.module_tree import set_by_path
 from qlora.quant.linear import FrozenLinear
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What was adapted: module paths in order, and how many weights train of how many."""
+    """What was adapted: module paths in order, and how many parameters train of how many."""
 
     paths: tuple[str, ...]
     linear_layers: int  # frozen matrices of the decoder, adapted or not
     trainable_parameters: int
-    parameters: int  # of the whole model, adapters left out; a packed matrix counts its weights, not its bytes
-    whole: tuple[str, ...] = ()  # paths of modules that train whole, or some of whose rows do
+    parameters: int  # of the model without adapters; a packed matrix counts its weights, not its bytes
+    trained_modules: tuple[str, ...] = ()  # paths of modules whose own weights train, or some of their rows
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.parameters
         if not self.paths:
             return f"all {self.trainable_parameters:,} parameters of the decoder and the head train ({share:.2f} %)"
-        more = f" and in {', '.join(self.whole[:3])}{' ...' * (len(self.whole) > 3)}" if self.whole else ""
+        modules = self.trained_modules
+        more = f" and in {', '.join(modules[:3])}{' ...' * (len(modules) > 3)}" if modules else ""
         return (
             f"{self.trainable_parameters:,} trainable parameters, {share:.2f} % of the base's {self.parameters:,}, "
             f"in {len(self.paths)} of {self.linear_layers} linear layers{more}"
@@ -34,26 +36,26 @@ class Injection:
 
 
 def inject(model: nn.Module, adapter: Lora, targets: str | Sequence[str], seed: int) -> Injection:
-    """Wrap every target of `model` and initialise the adapters from `seed`, in the order of the layers.
+    """Wrap every target of `model` and initialize the adapters from `seed`, in the order of the layers.
 
     AdapterError, with the nearest names, if one of the patterns matches no frozen linear layer.
     """
     frozen = frozen_linears(model)
     paths = select(frozen, targets)
-    refuse_idle("adapter.rank_pattern", adapter.rank_pattern, paths)
-    refuse_idle("adapter.alpha_pattern", adapter.alpha_pattern, paths)
+    refuse_unused("adapter.rank_pattern", adapter.rank_pattern, paths)
+    refuse_unused("adapter.alpha_pattern", adapter.alpha_pattern, paths)
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
-        layer = adapter.at(path).wrap(frozen[path])
+        layer = adapter.for_module(path).wrap(frozen[path])
         layer.reset(generator)
-        replace(model, path, layer)
+        set_by_path(model, path, layer)
     return count(model, len(frozen))
 
 
 def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
-    """Path -> frozen matrix, in the model's order; a wrapped one is found under its wrapper's path."""
-    found = ((path, module) for path, module in model.named_modules() if isinstance(module, FrozenLinear))
-    return {path.removesuffix(".base"): module for path, module in found}
+    """Path -> frozen matrix, in the model's order; a wrapped one has its wrapper's path."""
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, FrozenLinear))
+    return {path.removesuffix(".base"): module for path, module in layers}
 
 
 def adapted(model: nn.Module) -> dict[str, LoraLinear]:
@@ -62,7 +64,7 @@ def adapted(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def count(model: nn.Module, linear_layers: int | None = None) -> Injection:
-    """Count trainable and frozen weights of an adapted model."""
+    """Count trainable and frozen parameters of an adapted model."""
     paths = tuple(adapted(model))
     frozen = frozen_linears(model)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -74,9 +76,3 @@ def count(model: nn.Module, linear_layers: int | None = None) -> Injection:
     )
     packed = sum(layer.out_features * (layer.in_features + (layer.bias is not None)) for layer in frozen.values())
     return Injection(paths, linear_layers or len(frozen), trainable, plain + packed)
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` points."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

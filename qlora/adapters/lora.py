@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): a low-rank update beside each frozen matrix."""
+"""LoRA (arXiv:2106.09685): a low-rank update added to each frozen matrix."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.lora_autograd import Accumulate, Branch, LoraScale
+from qlora.adapters.lora_autograd import AddFrozenMatmul, LoraBranch, LoraScale
 from qlora.adapters.patterns import by_pattern
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.rematerialize import origin_of
@@ -16,10 +16,10 @@ from qlora.utils.rematerialize import origin_of
 class LoraLinear(nn.Module):
     """y = base(x) + s (x A^T) B^T, s = alpha / rank; A [R, I], B [O, R]. B = 0: training starts at the base's output.
 
-    A and B are float32 whatever the base computes in. `active = False` leaves the base alone.
+    A and B are float32 whatever dtype the base computes in. `active = False` switches the update off.
 
-    A start elsewhere than at B = 0 may keep A0 [R, I] and B0 [O, R], which never train: the update is then
-    s (B A - B0 A0), which any reader knows as a LoRA of rank 2 R beside the same base.
+    An initialization with B != 0 may keep A0 [R, I] and B0 [O, R], which never train: the update is then
+    s (B A - B0 A0), which any reader can load as a LoRA of rank 2 R on the same base.
     """
 
     A0: Tensor | None
@@ -36,7 +36,7 @@ class LoraLinear(nn.Module):
             self.register_buffer(name, None, persistent=False)
 
     def reset(self, generator: torch.Generator) -> None:
-        """A uniform in +-1/sqrt(I), as PEFT starts it; B zero. `generator` lives on the CPU, so cards start alike."""
+        """A uniform in +-1/sqrt(I), as in PEFT; B zero. `generator` is on the CPU, so all devices start alike."""
         bound = 1 / math.sqrt(self.base.in_features)
         with torch.no_grad():
             self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
@@ -46,19 +46,19 @@ class LoraLinear(nn.Module):
         """X [..., I] -> [..., O], both in the base's compute dtype."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
-        strength = LoraScale(self.scaling, self.dropout if self.training else 0.0)
-        update, passed_on = Branch.apply(x, *self.pair(), strength, origin_of(x))
-        return Accumulate.apply(update, passed_on if x.requires_grad else x, self.base)  # type: ignore[no-any-return]
+        scale = LoraScale(self.scaling, self.dropout if self.training else 0.0)
+        update, x_out = LoraBranch.apply(x, *self.pair(), scale, origin_of(x))
+        return AddFrozenMatmul.apply(update, x_out if x.requires_grad else x, self.base)  # type: ignore[no-any-return]
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B as they act: [A; A0] and [B, -B0] where A0 and B0 are kept."""
+        """A and B of the whole update: [A; A0] and [B, -B0] where A0 and B0 are kept."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
         return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
 
     @torch.no_grad()
-    def fill(self, a: Tensor, b: Tensor) -> None:
-        """Overwrite, in place, what `pair` gives."""
+    def load_pair(self, a: Tensor, b: Tensor) -> None:
+        """Overwrite A and B, and A0 and B0 where they are kept, in place, by what `pair` returned."""
         self.A.copy_(a[: self.rank])
         self.B.copy_(b[:, : self.rank])
         if self.A0 is not None and self.B0 is not None:
@@ -71,7 +71,7 @@ class LoraLinear(nn.Module):
         return self.scaling * (b.detach() @ a.detach())
 
     def merged_weight(self) -> Tensor:
-        """The frozen matrix as it is stored, plus the update, [O, I] in float32."""
+        """The dequantized frozen matrix plus the update, [O, I] in float32."""
         return self.base.weight(torch.float32) + self.delta()
 
 
@@ -79,36 +79,36 @@ class LoraLinear(nn.Module):
 class Lora:
     """Settings of plain LoRA; builds one LoraLinear per frozen matrix.
 
-    The patterns give some modules a rank or an alpha of their own: `at(path)` is what counts for one.
+    The patterns give some modules another rank or alpha: `for_module(path)` returns the settings of one.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: int
+    alpha: float
+    dropout: float
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
-        """Strength of the update: alpha / rank."""
+        """The update's factor s: alpha / rank."""
         return self.alpha / self.rank
 
-    def at(self, path: str) -> "Lora":
-        """The settings of one module, the patterns followed."""
+    def for_module(self, path: str) -> "Lora":
+        """The settings of one module, with the patterns applied."""
         rank, alpha = by_pattern(self.rank_pattern, path, self.rank), by_pattern(self.alpha_pattern, path, self.alpha)
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-    def widened(self, times: int) -> "Lora":
-        """The same strengths at so many times the ranks."""
-        stronger = replace(self, rank=self.rank * times).scaling / self.scaling
+    def with_rank_times(self, factor: int) -> "Lora":
+        """The same scaling at `factor` times the rank."""
+        change = replace(self, rank=self.rank * factor).scaling / self.scaling
         return replace(
             self,
-            rank=self.rank * times,
-            alpha=self.alpha / stronger,
-            rank_pattern={key: rank * times for key, rank in self.rank_pattern.items()},
-            alpha_pattern={key: alpha / stronger for key, alpha in self.alpha_pattern.items()},
+            rank=self.rank * factor,
+            alpha=self.alpha / change,
+            rank_pattern={key: rank * factor for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: alpha / change for key, alpha in self.alpha_pattern.items()},
         )
 
     def wrap(self, base: FrozenLinear) -> LoraLinear:
-        """`base` with an untrained update beside it."""
+        """`base` with an untrained update."""
         return LoraLinear(base, self.rank, self.scaling, self.dropout)

@@ -1,7 +1,7 @@
-"""The arithmetic of one adapted matrix: a low-rank branch and a frozen product as two functions that keep x, A and B.
+"""Autograd functions of one adapted matrix: the low-rank branch, and the frozen product added to it.
 
-They are two so that a recomputed block can stop between them: autograd keeps a function's tensors when its forward
-ends, so what the branch keeps is there before the frozen product, the dear one, has begun.
+They are two functions so that activation checkpointing can stop between them: autograd stores a function's tensors
+when its forward ends, so what the branch saves exists before the expensive frozen product starts.
 """
 
 from typing import Any, NamedTuple
@@ -15,55 +15,56 @@ from qlora.utils.rematerialize import Origin
 
 
 class LoraScale(NamedTuple):
-    """How much of the update there is: its factor, and the share of x that training leaves out."""
+    """The update's factor s, and the dropout probability on x."""
 
     scaling: float
     dropout: float
 
 
-class Branch(torch.autograd.Function):
-    """(x, A, B) -> (s B A dropout(x), x): the update, and x passed on so that both gradients meet here in one product.
+class LoraBranch(torch.autograd.Function):
+    """(x, A, B) -> (s B A dropout(x), x): the update, and x again, so that both gradients of x meet in one product.
 
-    Keeps A, B and x, or what x is made again from. A x and the dropout mask are made again in backward. Gradients of A
-    and B are float32.
+    Saves A, B and x, or what x is rematerialized from. A x and the dropout mask are recomputed in backward. Gradients
+    of A and B are float32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, strength: LoraScale, origin: Origin | None
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: LoraScale, origin: Origin | None
     ) -> tuple[Tensor, Tensor]:
         """X [..., I], a [R, I], b [O, R] -> [..., O] and x."""
-        scaling, dropout = ctx.scaling, ctx.dropout = strength
-        ctx.replay = origin.replay if origin else None
+        scaling, dropout = ctx.scaling, ctx.dropout = scale
+        ctx.rematerialization = origin.rematerialization if origin else None
         ctx.set_materialize_grads(False)
         ctx.seed = int(torch.randint(2**62, ()).item()) if dropout else 0
         ctx.save_for_backward(a, b, *(origin.sources if origin else (x,)))
-        reduced = F.linear(_dropped(x, dropout, ctx.seed), a.to(x.dtype))
+        reduced = F.linear(_dropout(x, dropout, ctx.seed), a.to(x.dtype))
         return F.linear(reduced, b.to(x.dtype) * scaling), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, a and b from those of the update [..., O] and of the passed-on x [..., I]."""
+        """Gradients of x, a and b from those of the update [..., O] and of the returned x [..., I]."""
         a, b, *sources = ctx.saved_tensors
-        x = ctx.replay.again(sources) if ctx.replay else sources[0]
-        of_update = grads[0].reshape(-1, grads[0].shape[-1])
+        x = ctx.rematerialization.run(sources) if ctx.rematerialization else sources[0]
+        grad_update = grads[0].reshape(-1, grads[0].shape[-1])
         rows = x.reshape(-1, x.shape[-1])
         # Every product below has its long side first and [R, ...] second, which is what matmuls are fast at.
-        scaled, narrow = (b.to(x.dtype) * ctx.scaling).t().contiguous(), a.to(x.dtype)
-        of_reduced = F.linear(of_update, scaled)  # [N, R]
-        dropped = _dropped(rows, ctx.dropout, ctx.seed)
-        of_a = (of_reduced.t() @ dropped).float()
-        of_b = (F.linear(dropped, narrow).t() @ of_update).float().t() * ctx.scaling
+        scaled_b, narrow_a = (b.to(x.dtype) * ctx.scaling).t().contiguous(), a.to(x.dtype)
+        grad_reduced = F.linear(grad_update, scaled_b)  # [N, R]
+        dropped = _dropout(rows, ctx.dropout, ctx.seed)
+        grad_a = (grad_reduced.t() @ dropped).float()
+        grad_b = (F.linear(dropped, narrow_a).t() @ grad_update).float().t() * ctx.scaling
         if not ctx.needs_input_grad[0]:
-            return None, of_a, of_b, None, None
-        of_x = grads[1].reshape(rows.shape)
+            return None, grad_a, grad_b, None, None
+        grad_x = grads[1].reshape(rows.shape)
         if not ctx.dropout:
-            return torch.addmm(of_x, of_reduced, narrow).view_as(x), of_a, of_b, None, None
-        return (of_x + _dropped(of_reduced @ narrow, ctx.dropout, ctx.seed)).view_as(x), of_a, of_b, None, None
+            return torch.addmm(grad_x, grad_reduced, narrow_a).view_as(x), grad_a, grad_b, None, None
+        grad_x = grad_x + _dropout(grad_reduced @ narrow_a, ctx.dropout, ctx.seed)
+        return grad_x.view_as(x), grad_a, grad_b, None, None
 
 
-class Accumulate(torch.autograd.Function):
-    """(update, x) -> update + x W^T + bias, in the update's own memory; keeps no tensor, asks for W again later."""
+class AddFrozenMatmul(torch.autograd.Function):
+    """(update, x) -> update + x W^T + bias, in the update's memory; saves no tensor, backward dequantizes W again."""
 
     @staticmethod
     def forward(ctx: Any, update: Tensor, x: Tensor, layer: FrozenLinear) -> Tensor:
@@ -78,14 +79,14 @@ class Accumulate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """The gradient goes to the update as it is, and to x through W."""
+        """The update's gradient is the output's; x's is its product with W."""
         (grad,) = grads
-        of_x = grad @ ctx.layer.weight(grad.dtype, after=grad.detach()) if ctx.needs_input_grad[1] else None
-        return grad, of_x, None
+        grad_x = grad @ ctx.layer.weight(grad.dtype, after=grad.detach()) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, None
 
 
-def _dropped(x: Tensor, probability: float, seed: int) -> Tensor:
-    """X with dropout of a given seed: the same mask whenever it is asked for."""
+def _dropout(x: Tensor, probability: float, seed: int) -> Tensor:
+    """Dropout of x with a mask that depends on the seed alone."""
     if not probability:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)

@@ -1,41 +1,42 @@
-"""Adapters that train on one base in turn: each keeps its layers, and one of them stands in the model at a time.
+"""Several adapters trained in turn on one base: each keeps its layers, and one of them is active at a time.
 
-Whose turn it is is which modules stand in the layers' places: nothing is copied, the frozen matrices are shared, and an
-adapter in place is named as if it were alone.
+The active adapter is the one whose layers are modules of the model: nothing is copied, the frozen matrices are shared,
+and an active adapter's parameters have the same names as if it were the only one.
 """
 
 from collections.abc import Mapping
 
 from torch import nn
 
-from qlora.adapters.inject import adapted, replace
+from qlora.adapters.inject import adapted
 from qlora.adapters.lora import LoraLinear
+from qlora.model.module_tree import set_by_path
 
 
 class RoundRobin:
-    """The adapters of one base by name; None is the base alone."""
+    """The adapters of one base by name; None is the base without an adapter."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._held: dict[str, Mapping[str, LoraLinear]] = {}
-        self._here: str | None = None
+        self._layers: dict[str, Mapping[str, LoraLinear]] = {}
+        self._active: str | None = None
 
-    def keep(self, name: str) -> None:
-        """What was put on the bare base is the adapter `name`, and has its turn."""
-        self._held[name], self._here = adapted(self.model), name
+    def add(self, name: str) -> None:
+        """Register the adapter that was just injected as `name`; it is active."""
+        self._layers[name], self._active = adapted(self.model), name
 
-    def use(self, name: str | None) -> None:
-        """Give `name` its turn; what stood in the model waits as it is."""
-        if name == self._here:
+    def activate(self, name: str | None) -> None:
+        """Put the layers of `name` into the model instead of those of the active adapter."""
+        if name == self._active:
             return
         for path, layer in adapted(self.model).items():
-            replace(self.model, path, layer.base)
-        for path, layer in (self._held[name] if name is not None else {}).items():
-            replace(self.model, path, layer)
-        self._here = name
+            set_by_path(self.model, path, layer.base)
+        for path, layer in (self._layers[name] if name is not None else {}).items():
+            set_by_path(self.model, path, layer)
+        self._active = name
 
-    def drop(self, name: str) -> None:
-        """Forget an adapter; the base is bare if it was its turn."""
-        if name == self._here:
-            self.use(None)
-        self._held.pop(name, None)
+    def remove(self, name: str) -> None:
+        """Forget an adapter; if it was active, none is."""
+        if name == self._active:
+            self.activate(None)
+        self._layers.pop(name, None)

@@ -8,9 +8,9 @@ from qlora.adapters.lora import Lora
 
 @dataclass(frozen=True)
 class RsLora(Lora):
-    """Settings of rank-stabilised LoRA."""
+    """Settings of rank-stabilized LoRA."""
 
     @property
     def scaling(self) -> float:
-        """Strength of the update: alpha / sqrt(rank)."""
+        """The update's factor s: alpha / sqrt(rank)."""
         return self.alpha / math.sqrt(self.rank)

@@ -1,6 +1,6 @@
-"""What an update uses of its rank: the singular values of s B A, from A and B alone, never the matrix they make.
+"""Spectrum of an update: the singular values of s B A, computed from A and B without forming the product.
 
-B = Q_B R_B and A^T = Q_A R_A, so s B A = Q_B (s R_B R_A^T) Q_A^T: one SVD of [R, R] gives all of it. In float64.
+B = Q_B R_B and A^T = Q_A R_A, so s B A = Q_B (s R_B R_A^T) Q_A^T: one SVD of [R, R] gives all of them. In float64.
 """
 
 import math
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DEAD = 0.01  # a direction shorter than this share of the longest holds less than 0.01 % of its energy
-ENERGY = 0.90  # share of an update's energy by which its rank is judged
-LAYERS = 0.90  # share of the layers that the suggested rank holds so much of
-ROOMY, FULL = 0.5, 0.75  # share of the rank that is used: up to here too much room, above there too little
-RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # what is suggested
+DEAD = 0.01  # singular value relative to the largest, up to which a direction holds at most 0.01 % of its energy
+ENERGY_SHARE = 0.90  # share of an update's energy by which its rank is judged
+LAYER_SHARE = 0.90  # share of the layers in which the suggested rank holds ENERGY_SHARE
+MAX_TOO_HIGH, MAX_FITS = 0.5, 0.75  # share of the rank that is used: up to these the rank is too high, or fits
+SUGGESTED_RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TOO_HIGH, FITS, SATURATED, UNTRAINED = "too high", "fits", "saturated", "untrained"
 
 
@@ -26,7 +26,7 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """R: how many directions there is room for."""
+        """R: the number of directions."""
         return len(self.values)
 
     @property
@@ -36,23 +36,23 @@ class Spectrum:
 
     @property
     def stable_rank(self) -> float:
-        """|s B A|^2 over the largest singular value squared: how many directions are long. 0 if untrained."""
+        """|s B A|^2 over the largest singular value squared: the effective number of directions. 0 if untrained."""
         return (self.norm / self.values[0]) ** 2 if self.values[0] else 0.0
 
     @property
     def dead(self) -> int:
-        """Directions that hold next to nothing."""
+        """The number of directions with almost no energy."""
         return sum(value <= DEAD * self.values[0] for value in self.values)
 
     def energy(self, rank: int) -> float:
         """The share of the squared norm that the first `rank` directions hold; 1 for an untrained update."""
-        whole = math.fsum(value**2 for value in self.values)
-        return math.fsum(value**2 for value in self.values[:rank]) / whole if whole else 1.0
+        total = math.fsum(value**2 for value in self.values)
+        return math.fsum(value**2 for value in self.values[:rank]) / total if total else 1.0
 
     def energy_rank(self, share: float) -> int:
         """The fewest directions that hold `share` of the energy; 0 if untrained."""
-        held = (rank for rank in range(self.rank + 1) if self.energy(rank) >= share - 1e-12)
-        return next(held) if self.values[0] else 0
+        ranks = (rank for rank in range(self.rank + 1) if self.energy(rank) >= share - 1e-12)
+        return next(ranks) if self.values[0] else 0
 
     def error(self, rank: int) -> float:
         """|D - D_rank| / |D| for the best approximation of that rank."""
@@ -68,7 +68,7 @@ class Factors:
     v: Tensor
 
     def pair(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A [rank, I] and B [O, rank] in float32 with B A the best approximation; zeros where there is no direction."""
+        """A [rank, I] and B [O, rank] in float32 with B A the best approximation; zeros beyond K directions."""
         root = self.values[:rank].sqrt()
         a, b = root[:, None] * self.v[:, :rank].t(), self.u[:, :rank] * root
         missing = rank - root.numel()
@@ -78,7 +78,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Advice:
-    """Whether the rank was right: too high, fits, saturated (or untrained), and which rank to take."""
+    """The verdict on a rank: too high, fits, saturated (or untrained), and the rank to use."""
 
     verdict: str
     suggested_rank: int
@@ -86,7 +86,7 @@ class Advice:
 
 
 def factors(a: Tensor, b: Tensor, scaling: float) -> Factors:
-    """Take s B A apart, A [R, I], B [O, R]; costs O(R^2 (I + O)) and no memory beyond both."""
+    """The SVD of s B A, A [R, I], B [O, R]; costs O(R^2 (I + O)) and no memory beyond both."""
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().t())
     u, values, vt = torch.linalg.svd(scaling * (r_b @ r_a.t()), full_matrices=False)
@@ -94,28 +94,28 @@ def factors(a: Tensor, b: Tensor, scaling: float) -> Factors:
 
 
 def spectrum(a: Tensor, b: Tensor, scaling: float) -> Spectrum:
-    """The singular values of s B A, A [R, I], B [O, R]; R of them, the last ones 0 where a side is smaller than R."""
+    """The R singular values of s B A, A [R, I], B [O, R]; the last ones are 0 where I or O is smaller than R."""
     r_b, r_a = torch.linalg.qr(b.double(), mode="r").R, torch.linalg.qr(a.double().t(), mode="r").R
     values = torch.linalg.svdvals(scaling * (r_b @ r_a.t())).tolist()
     return Spectrum((*values, *[0.0] * (a.shape[0] - len(values))))
 
 
 def advise(spectra: Sequence[Spectrum]) -> Advice:
-    """Judge the rank of an adapter by all its layers that were trained."""
-    rank = max(each.rank for each in spectra)
-    used = sorted(each.energy_rank(ENERGY) for each in spectra if each.values[0])
+    """Judge the rank of an adapter by the spectra of its trained layers."""
+    rank = max(layer.rank for layer in spectra)
+    used = sorted(layer.energy_rank(ENERGY_SHARE) for layer in spectra if layer.values[0])
     if not used:
         return Advice(UNTRAINED, rank, "every update is zero")
-    needed = used[math.ceil(LAYERS * len(used)) - 1]
-    reason = f"{LAYERS:.0%} of the layers hold {ENERGY:.0%} of their energy in {needed} of {rank} directions"
-    if needed > FULL * rank:
+    needed = used[math.ceil(LAYER_SHARE * len(used)) - 1]
+    reason = f"{LAYER_SHARE:.0%} of the layers hold {ENERGY_SHARE:.0%} of their energy in {needed} of {rank} directions"
+    if needed > MAX_FITS * rank:
         return Advice(SATURATED, _round_up(2 * rank), reason)
     suggested = min(rank, _round_up(needed))
-    if suggested > ROOMY * rank:
+    if suggested > MAX_TOO_HIGH * rank:
         return Advice(FITS, rank, reason)
     return Advice(TOO_HIGH, suggested, reason)
 
 
 def _round_up(rank: int) -> int:
-    """The next rank that people and servers use."""
-    return next((each for each in RANKS if each >= rank), rank)
+    """The next rank that is commonly used and that servers support."""
+    return next((suggested for suggested in SUGGESTED_RANKS if suggested >= rank), rank)

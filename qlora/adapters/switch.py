@@ -1,7 +1,7 @@
-"""Several adapters on one base: held, switched, mixed by weight, one for each row of a batch; and all of them off.
+"""Several adapters on one base: switched, mixed by weight, or one per row of a batch; and all of them disabled.
 
-Which adapter acts is which module stands in a layer's place, so a switch moves no number: the base is never touched,
-and a layer that no adapter names is the frozen one itself.
+The active adapter is the one whose layers are modules of the model, so a switch changes no tensor: the base is never
+touched, and a layer without an adapter is the frozen one itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +13,19 @@ from torch.nn import functional as F
 
 from qlora.adapters.inject import adapted, frozen_linears
 from qlora.adapters.lora import LoraLinear
-from qlora.adapters.modules_to_save import SavedModule, saved_modules
+from qlora.adapters.modules_to_save import ModuleToSave, modules_to_save
 from qlora.errors import AdapterError, did_you_mean
+from qlora.model.module_tree import set_by_path
 from qlora.quant.linear import FrozenLinear
 
-Layers = Mapping[str, nn.Module]  # path -> the adapted layer that goes there
+Layers = Mapping[str, nn.Module]  # path -> adapted layer
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` is its base."""
-    both: list[LoraLinear | SavedModule] = [*adapted(model).values(), *saved_modules(model).values()]
-    layers = [layer for layer in both if layer.active]
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the block `model` computes what its base does."""
+    switchable: list[LoraLinear | ModuleToSave] = [*adapted(model).values(), *modules_to_save(model).values()]
+    layers = [layer for layer in switchable if layer.active]
     for layer in layers:
         layer.active = False
     try:
@@ -35,74 +36,73 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 class AdapterSwitch:
-    """The adapters that one resident base knows by name. None is the base alone; that is also how it starts.
+    """The adapters of one base by name, one of them active. None is the base without an adapter: the initial state.
 
-    For answering, not for training: held layers are in evaluation mode and take no gradient.
+    For inference, not for training: the layers are in evaluation mode and take no gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._frozen: dict[str, nn.Module] = {**frozen_linears(model)}
-        self._places = {path: _place(model, path) for path in self._frozen}
-        self._held: dict[str, Layers] = {}
-        self.name: str | None = None
-        self.use(None)
+        self._adapters: dict[str, Layers] = {}
+        self.active: str | None = None
+        self.activate(None)
 
     @property
     def names(self) -> list[str]:
-        """The adapters that are held, in the order they came."""
-        return list(self._held)
+        """The adapters, in the order in which they were added."""
+        return list(self._adapters)
 
-    def hold(self, name: str, layers: Layers) -> None:
-        """Keep an adapter's layers, made for this base, under `name`; which adapter acts does not change."""
-        if name in self._held:
-            raise AdapterError(f"adapter {name!r} is held already. Give each adapter a name of its own.")
+    def add(self, name: str, layers: Layers) -> None:
+        """Register an adapter's layers, built for this base, as `name`; the active adapter does not change."""
+        if name in self._adapters:
+            raise AdapterError(f"adapter {name!r} is loaded already. Give each adapter a different name.")
         for layer in layers.values():
             layer.eval().requires_grad_(False)
         for path, layer in layers.items():
-            if isinstance(layer, SavedModule) and path not in self._frozen:
-                self._frozen[path], self._places[path] = layer.base, _place(self._model, path)
-        self._held[name] = layers
+            if isinstance(layer, ModuleToSave) and path not in self._frozen:
+                self._frozen[path] = layer.base
+        self._adapters[name] = layers
 
-    def use(self, name: str | None) -> None:
-        """Let one adapter act, or the base alone. AdapterError, with the nearest name, if there is no such adapter."""
+    def activate(self, name: str | None) -> None:
+        """Activate one adapter, or the base alone. AdapterError, with the nearest name, for an unknown one."""
         layers = self._layers(name)
         self._mount({path: layers.get(path, frozen) for path, frozen in self._frozen.items()})
-        self.name = name
+        self.active = name
 
     def mix(self, weights: Mapping[str, float]) -> None:
-        """Let several LoRA adapters act at once, each update times its weight: their directions side by side."""
+        """Activate the weighted sum of several LoRA adapters: their A and B concatenated along the rank."""
         chosen = [(self._layers(name), weight) for name, weight in weights.items()]
         mixed: dict[str, nn.Module] = {}
         for path, frozen in self._frozen.items():
-            parts = [(_lora(layers[path], path), weight) for layers, weight in chosen if path in layers]
-            mixed[path] = _side_by_side(frozen, parts) if parts else frozen
+            weighted = [(_require_lora(layers[path], path), weight) for layers, weight in chosen if path in layers]
+            mixed[path] = _weighted_sum(frozen, weighted) if weighted else frozen
         self._mount(mixed)
-        self.name = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+        self.active = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
 
     @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside the block row n of every batch goes through adapter `names[n]`; the base's product is made once."""
+    def per_row(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside the block row n of every batch uses adapter `names[n]`; the base's product is computed once."""
         groups = [
             (self._layers(name), torch.tensor([row for row, other in enumerate(names) if other == name]))
             for name in dict.fromkeys(names)
         ]
-        rows: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         for path, frozen in self._frozen.items():
             members = [(layers[path], index) for layers, index in groups if path in layers]
-            rows[path] = ByRow(frozen, members, len(names)) if members else frozen
-        with self._mounted(rows):
+            modules[path] = PerRowAdapters(frozen, members, len(names)) if members else frozen
+        with self._mounted(modules):
             yield
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Inside the block the base answers alone; afterwards what acted before."""
+    def disable(self) -> Iterator[None]:
+        """Inside the block only the base is active; afterwards what was active before."""
         with self._mounted(self._frozen):
             yield
 
     @contextmanager
     def _mounted(self, modules: Layers) -> Iterator[None]:
-        before = {path: getattr(parent, leaf) for path, (parent, leaf) in self._places.items()}
+        before = {path: self._model.get_submodule(path) for path in self._frozen}
         self._mount(modules)
         try:
             yield
@@ -112,37 +112,36 @@ class AdapterSwitch:
     def _layers(self, name: str | None) -> Layers:
         if name is None:
             return {}
-        if name not in self._held:
-            raise AdapterError(f"no adapter is called {name!r}.{did_you_mean(name, self._held)}")
-        return self._held[name]
+        if name not in self._adapters:
+            raise AdapterError(f"no adapter is called {name!r}.{did_you_mean(name, self._adapters)}")
+        return self._adapters[name]
 
     def _mount(self, modules: Layers) -> None:
         for path, module in modules.items():
-            parent, leaf = self._places[path]
-            setattr(parent, leaf, module)
+            set_by_path(self._model, path, module)
 
 
-class ByRow(nn.Module):
-    """y = base(x), and to the rows of each adapter its own update. Replaces a layer inside `AdapterSwitch.rows`."""
+class PerRowAdapters(nn.Module):
+    """y = base(x), plus its own adapter's update for each row. Replaces a layer inside `AdapterSwitch.per_row`."""
 
     def __init__(self, base: nn.Module, members: Sequence[tuple[nn.Module, Tensor]], rows: int) -> None:
         super().__init__()
         self.base = base
         device = next(base.parameters()).device
-        self._members = tuple((layer, index.to(device)) for layer, index in members)  # no submodules: they only visit
+        self._members = tuple((layer, index.to(device)) for layer, index in members)  # a tuple: not submodules
         self._rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [N, ..., I] -> [N, ..., O], N the number of rows that were named."""
+        """X [N, ..., I] -> [N, ..., O], N the number of rows that have a name."""
         if x.shape[0] != self._rows:
             raise AdapterError(f"a batch of {x.shape[0]} rows, but adapters are named for {self._rows}.")
         y: Tensor = self.base(x)
         for layer, index in self._members:
-            y = y.index_add(0, index, update(layer, x[index]))
+            y = y.index_add(0, index, layer_update(layer, x[index]))
         return y
 
 
-def update(layer: nn.Module, x: Tensor) -> Tensor:
+def layer_update(layer: nn.Module, x: Tensor) -> Tensor:
     """What an adapted layer adds to its base's output for x [..., I], in x's dtype."""
     if type(layer) is LoraLinear:
         a, b = layer.A.to(x.dtype), layer.B.to(x.dtype) * layer.scaling
@@ -150,22 +149,17 @@ def update(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x) - layer.base(x)  # type: ignore[operator,no-any-return]
 
 
-def _side_by_side(frozen: nn.Module, parts: Sequence[tuple[LoraLinear, float]]) -> LoraLinear:
+def _weighted_sum(frozen: nn.Module, weighted: Sequence[tuple[LoraLinear, float]]) -> LoraLinear:
     """One LoRA layer whose update is the weighted sum of several."""
-    rank = sum(layer.rank for layer, _ in parts)
-    assert isinstance(frozen, FrozenLinear)  # whatever else an adapter may train, `_lora` refuses
+    rank = sum(layer.rank for layer, _ in weighted)
+    assert isinstance(frozen, FrozenLinear)  # `_require_lora` refuses every other adapted module
     mixed = LoraLinear(frozen, rank, 1.0, 0.0).requires_grad_(False).eval()
-    mixed.A.copy_(torch.cat([layer.A for layer, _ in parts]))
-    mixed.B.copy_(torch.cat([layer.B * (weight * layer.scaling) for layer, weight in parts], dim=1))
+    mixed.A.copy_(torch.cat([layer.A for layer, _ in weighted]))
+    mixed.B.copy_(torch.cat([layer.B * (weight * layer.scaling) for layer, weight in weighted], dim=1))
     return mixed
 
 
-def _lora(layer: nn.Module, path: str) -> LoraLinear:
+def _require_lora(layer: nn.Module, path: str) -> LoraLinear:
     if type(layer) is not LoraLinear:
-        raise AdapterError(f"{path}: only LoRA updates can be mixed by weight, this one is a {type(layer).__name__}.")
+        raise AdapterError(f"{path}: only LoRA updates can be mixed by weight, this is a {type(layer).__name__}.")
     return layer
-
-
-def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    parent, _, leaf = path.rpartition(".")
-    return model.get_submodule(parent), leaf

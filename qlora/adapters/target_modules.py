@@ -1,4 +1,4 @@
-"""Which paths a recipe's `adapter.targets` means: names, ends of names, or one pattern."""
+"""Resolve a recipe's `adapter.targets` (names, ends of paths, or one regular expression) to module paths."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,44 +9,44 @@ from qlora.errors import AdapterError
 
 
 def select(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """The paths that `targets` means: `all-linear`, a list of names (paths or their ends), or one pattern."""
-    known = list(paths)
+    """The paths that `targets` matches: `all-linear`, a list of names (paths or their ends), or one pattern."""
+    candidates = list(paths)
     if targets == "all-linear":
-        return known
+        return candidates
     if isinstance(targets, str):
-        return _matching(known, targets, _pattern(targets).fullmatch)
+        return _matching_paths(candidates, targets, _compile(targets).fullmatch)
     if not targets:
         raise AdapterError(
             "adapter.targets: an empty list adapts nothing. Allowed: all-linear, or names such as q_proj."
         )
-    chosen = {path for name in targets for path in _matching(known, name, _ends_with(name))}
-    return [path for path in known if path in chosen]
+    chosen = {path for name in targets for path in _matching_paths(candidates, name, _ends_with(name))}
+    return [path for path in candidates if path in chosen]
 
 
-def named_nearest(name: str, paths: Iterable[str]) -> tuple[str, str]:
+def nearest_names(name: str, paths: Iterable[str]) -> tuple[str, str]:
     """For an error about `name`: ` Did you mean [q_proj]?` (empty if nothing is near), and the paths' last names."""
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     near = get_close_matches(name, leaves, n=1)
     return f" Did you mean [{near[0]}]?" if near else "", ", ".join(leaves)
 
 
-def _matching(known: list[str], name: str, matches: Any) -> list[str]:
-    found = [path for path in known if matches(path)]
-    if found:
-        return found
-    hint, leaves = named_nearest(name, known)
+def _matching_paths(candidates: list[str], name: str, matches: Any) -> list[str]:
+    paths = [path for path in candidates if matches(path)]
+    if paths:
+        return paths
+    hint, leaves = nearest_names(name, candidates)
     raise AdapterError(
         f"adapter.targets: {name!r} matches no linear layer of the decoder.{hint} "
-        f"Layers: {leaves}. Allowed: all-linear, a list of names, or one regular expression for whole paths "
-        f"such as {known[0] if known else 'model.layers.0.mlp.up_proj'}."
+        f"Layers: {leaves}. Allowed: all-linear, a list of names, or one regular expression for full paths "
+        f"such as {candidates[0] if candidates else 'model.layers.0.mlp.up_proj'}."
     )
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def _compile(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise AdapterError(f"adapter.targets: {text!r} is no regular expression: {error}.") from error
+        raise AdapterError(f"adapter.targets: {text!r} is not a regular expression: {error}.") from error
 
 
 def _ends_with(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The door: one small file per verb, which parses, calls and prints."""
+"""The command line: one small module per command, which parses, calls and prints."""
 
 from qlora.cli import (
     advise,

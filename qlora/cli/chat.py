@@ -1,4 +1,4 @@
-"""`qlora chat`: talk to a run at the terminal, or through a pipe."""
+"""`qlora chat`: a conversation with a run, at a terminal or through a pipe."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.app import app, say
+from qlora.cli.app import app, log
 
 if TYPE_CHECKING:
     from qlora.runs.conversation import ChatSession
@@ -20,50 +20,50 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.7,
 ) -> None:
-    """Talk to a run: answers as they come, /adapter to switch, /compare to see the base beside it, /help for more.
+    """Chat with a run: streamed answers, /adapter to switch, /compare with the base model, /help for more.
 
     Example: qlora chat runs/example --adapter brief=runs/brief
     """
     from qlora.runs.adapter_names import named_adapters
-    from qlora.runs.chat import converse
+    from qlora.runs.chat import run_chat
     from qlora.runs.conversation import ChatSession
-    from qlora.runs.load_run import load_with_adapters, own_adapter
+    from qlora.runs.load_run import find_adapter_folder, load_with_adapters
 
-    opened, switch = load_with_adapters(run, named_adapters(adapter or [], own_adapter(run)), say)
-    talk = ChatSession(opened, switch, max_new_tokens, temperature, say)
-    typed = sys.stdin.isatty()
-    if typed:
-        say(f"{run}: {switch.name or 'the base alone'} answers. /help lists the commands, Ctrl-D leaves.")
-    converse(talk, Terminal(talk, typed), _typed() if typed else sys.stdin)
+    loaded, switch = load_with_adapters(run, named_adapters(adapter or [], find_adapter_folder(run)), log)
+    session = ChatSession(loaded, switch, max_new_tokens, temperature, log)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        log(f"{run}: {switch.active or 'the base model'} answers. /help lists the commands, Ctrl-D exits.")
+    run_chat(session, Terminal(session, interactive), _input_lines() if interactive else sys.stdin)
 
 
 class Terminal:
-    """Answers on stdout as they come; for a person, their speed on stderr."""
+    """Prints streamed answers on stdout; if interactive, their speed on stderr."""
 
-    def __init__(self, talk: "ChatSession", typed: bool) -> None:
-        self.talk, self.typed = talk, typed
+    def __init__(self, session: "ChatSession", interactive: bool) -> None:
+        self.session, self.interactive = session, interactive
 
-    def answer(self, who: str, pieces: Iterator[str]) -> None:
-        """Print an answer piece by piece, and end its line whatever happens."""
+    def answer(self, name: str, pieces: Iterator[str]) -> None:
+        """Print an answer piece by piece after the adapter's name; end the line even if an error occurs."""
         started = time.monotonic()
         try:
-            if who:
-                typer.echo(f"{who}: ", nl=False)
+            if name:
+                typer.echo(f"{name}: ", nl=False)
             for piece in pieces:
                 typer.echo(piece, nl=False)
         finally:
             typer.echo()
-        if self.typed:
-            rate = self.talk.tokens / max(1e-9, time.monotonic() - started)
-            say(f"({self.talk.tokens} tokens, {rate:.1f} tokens/s)")
+        if self.interactive:
+            rate = self.session.answer_tokens / max(1e-9, time.monotonic() - started)
+            log(f"({self.session.answer_tokens} tokens, {rate:.1f} tokens/s)")
 
-    def notice(self, text: str) -> None:
-        """A line for people."""
-        say(text)
+    def info(self, text: str) -> None:
+        """Print a line about the conversation."""
+        log(text)
 
 
-def _typed() -> Iterator[str]:
-    """Lines as a person types them; Ctrl-C drops a line, Ctrl-D ends."""
+def _input_lines() -> Iterator[str]:
+    """Lines as they are typed; Ctrl-C drops a line, Ctrl-D ends."""
     import readline
 
     readline.set_auto_history(True)
@@ -71,7 +71,7 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ")
         except KeyboardInterrupt:
-            say("\n(Ctrl-D or /exit leaves)")
+            log("\n(Ctrl-D or /exit exits)")
         except EOFError:
-            say("")
+            log("")
             return

@@ -1,10 +1,10 @@
-"""`qlora check`: everything that can be known about a recipe without loading weights."""
+"""`qlora check`: all problems of a recipe that can be found without loading weights."""
 
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import WITH_OVERRIDES, answer, app, say
+from qlora.cli.app import WITH_OVERRIDES, app, log, print_json
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -17,18 +17,18 @@ def check(
 
     Example: qlora check recipe.yaml
     """
-    from qlora.recipe.check import check_recipe, shortened
+    from qlora.recipe.check import check_recipe, summarize_findings
     from qlora.utils.redact import redacted_values
 
-    found = check_recipe(recipe, context.args)
+    result = check_recipe(recipe, context.args)
     if as_json:
-        answer(redacted_values(found))  # findings quote rows
+        print_json(redacted_values(result))  # findings quote records
     else:
-        for line in (*found["data"]["notes"], *found["data"]["summary"]) if found["data"] else ():
-            say(line)
+        for line in (*result["data"]["notes"], *result["data"]["summary"]) if result["data"] else ():
+            log(line)
         for kind in ("warnings", "problems"):
-            for line in shortened(found[kind]):
-                say(f"{kind[:-1]}: {line}")
-        say("ok" if found["ok"] else "not ok: the problems above stop a run")
-    if not found["ok"]:
-        raise typer.Exit(3 if [problem["where"] for problem in found["problems"]] == ["memory"] else 2)
+            for line in summarize_findings(result[kind]):
+                log(f"{kind[:-1]}: {line}")
+        log("ok" if result["ok"] else "not ok: the problems above would stop a run")
+    if not result["ok"]:
+        raise typer.Exit(3 if [problem["where"] for problem in result["problems"]] == ["memory"] else 2)

@@ -1,37 +1,37 @@
-"""`qlora convert`: another trainer's file as a recipe."""
+"""`qlora convert`: a recipe from another trainer's file."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app, say
+from qlora.cli.app import app, log
 
 
 @app.command()
 def convert(
     file: Annotated[str, typer.Argument(metavar="FILE", help="a YAML file of Axolotl, TRL or LLaMA-Factory")],
-    out: Annotated[str | None, typer.Argument(metavar="OUT", help="where to; default: stdout")] = None,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="file to write; default: stdout")] = None,
 ) -> None:
-    """Turn an Axolotl, TRL or LLaMA-Factory file into a recipe, with a line for what could not be carried over.
+    """Convert an Axolotl, TRL or LLaMA-Factory file to a recipe, with a line for each key that was not converted.
 
     Example: qlora convert axolotl.yml recipe.yaml
     """
     from qlora.errors import InputError
-    from qlora.recipe.convert import convert as converted
+    from qlora.recipe.convert import convert as convert_file
     from qlora.utils.atomic_files import write_text
 
     if out and Path(out).exists():
-        raise InputError(f"{out} is there already. Name another file.")
-    found = converted(file)
-    for line in found.notes:
-        say(line)
-    if found.anyway:
-        say(f"need no carrying: {'; '.join(found.anyway)}")
-    for line in found.left:
-        say(f"not carried over: {line}")
+        raise InputError(f"{out} exists already. Name another file.")
+    result = convert_file(file)
+    for line in result.notes:
+        log(line)
+    if result.no_setting_needed:
+        log(f"no setting needed: {'; '.join(result.no_setting_needed)}")
+    for line in result.not_converted:
+        log(f"not converted: {line}")
     if out:
-        write_text(Path(out), found.text)
-        say(f"{found.tool}'s {file} -> {out}. Next: qlora check {out}")
+        write_text(Path(out), result.text)
+        log(f"{result.tool}'s {file} -> {out}. Next: qlora check {out}")
     else:
-        typer.echo(found.text, nl=False)
+        typer.echo(result.text, nl=False)

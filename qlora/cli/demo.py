@@ -1,18 +1,18 @@
-"""`qlora demo`: the main job on the embedded base, in about a minute."""
+"""`qlora demo`: the main job on the embedded model, in about a minute."""
 
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app, say
+from qlora.cli.app import app, log
 
 
 @app.command()
 def demo(out: Annotated[str, typer.Option("--out", help="folder of the run")] = "demo-run") -> None:
-    """Train, evaluate, merge and certify on a tiny model that comes with the program; no download.
+    """Train, evaluate, merge and certify on the embedded tiny model; no download.
 
     Example: qlora demo --out demo-run
     """
-    from qlora.demo.walkthrough import demonstrate
+    from qlora.demo.walkthrough import run_demo
 
-    demonstrate(out, say)
+    run_demo(out, log)

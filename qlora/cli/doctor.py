@@ -1,23 +1,23 @@
-"""`qlora doctor`: what this machine can do."""
+"""`qlora doctor`: the capabilities and problems of this machine."""
 
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import answer, app, say
+from qlora.cli.app import app, log, print_json
 
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False) -> None:
-    """What works here and what does not, with the remedy for each, and a block to paste into an issue.
+    """List what works on this machine, what does not with its remedy, and a block to paste into an issue.
 
     Example: qlora doctor
     """
-    from qlora.runs.doctor import as_lines, examine
+    from qlora.runs.doctor import examine_machine, report_lines
 
-    found = examine()
+    result = examine_machine()
     if as_json:
-        return answer(found)
-    for line in as_lines(found):
-        say(line)
+        return print_json(result)
+    for line in report_lines(result):
+        log(line)
     return None

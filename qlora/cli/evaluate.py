@@ -1,42 +1,42 @@
-"""`qlora eval`: how good a run or a model is, measured."""
+"""`qlora eval`: loss or accuracy of a run or a model."""
 
 from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.app import answer, app, say
+from qlora.cli.app import app, log, print_json
 
 
 @app.command(name="eval")
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run's folder, a checkpoint, or a model")],
-    adapter: Annotated[str | None, typer.Option(help="an adapter folder to put on it instead of its own")] = None,
+    adapter: Annotated[str | None, typer.Option(help="folder of the adapter to use instead of the run's")] = None,
     data: Annotated[str | None, typer.Option(help="rows to measure on; default: the run's held-out ones")] = None,
     task: Annotated[str, typer.Option(help="loss | exact-match | choice")] = "loss",
     beside_base: Annotated[
-        bool, typer.Option("--beside-base", help="the base alone as well, and what was forgotten of a general text")
+        bool, typer.Option("--beside-base", help="evaluate the base model too, and both on a general text")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Measure loss and perplexity, or the share of right answers, on held-out rows.
+    """Measure loss and perplexity, or the fraction of correct answers, on held-out rows.
 
     Example: qlora eval runs/example --task exact-match --data test.jsonl
     """
-    from qlora.runs.evaluate_and_generate import measure
+    from qlora.runs.evaluate import evaluate_run
     from qlora.runs.load_run import load_run
 
-    found = measure(load_run(run, adapter, say), data, task, beside_base, say)
+    result = evaluate_run(load_run(run, adapter, log), data, task, beside_base, log)
     if as_json:
-        return answer(found)
-    say(_line(found) + f" on {found['rows']} rows")
+        return print_json(result)
+    log(_line(result) + f" on {result['rows']} rows")
     if beside_base:
-        said = found["forgetting"]
-        say(f"the base alone: {_line(found['base'])}")
-        say(f"general text ({said['tokens']} tokens): loss {said['base_loss']:.4f} -> {said['loss']:.4f}")
+        general = result["forgetting"]
+        log(f"base model: {_line(result['base'])}")
+        log(f"general text ({general['tokens']} tokens): loss {general['base_loss']:.4f} -> {general['loss']:.4f}")
     return None
 
 
-def _line(found: dict[str, Any]) -> str:
-    perplexity = "beyond all numbers" if found["perplexity"] is None else f"{found['perplexity']:.3f}"
-    score = "" if found["score"] is None else f", score {100 * found['score']:.1f} %"
-    return f"loss {found['loss']:.4f}, perplexity {perplexity}{score}"
+def _line(result: dict[str, Any]) -> str:
+    perplexity = "too large for a number" if result["perplexity"] is None else f"{result['perplexity']:.3f}"
+    score = "" if result["score"] is None else f", score {100 * result['score']:.1f} %"
+    return f"loss {result['loss']:.4f}, perplexity {perplexity}{score}"

@@ -1,10 +1,11 @@
-"""`qlora export`: a run in the form that other programs load, with a certificate of what changed."""
+"""`qlora export`: a run in a form that other programs load, with a certificate of how close it is."""
 
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import answer, app, say
+from qlora.cli.app import app, log, print_json
+from qlora.exporters import MAX_KL, MAX_LOST, MERGE_BASE, ExportRequest
 
 
 @app.command()
@@ -12,32 +13,34 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or a checkpoint")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="a folder that does not exist yet")],
     to: Annotated[str, typer.Option("--to", help="merged | adapter | portable | ollama")],
-    base: Annotated[str, typer.Option(help="dequantized (what was trained on) | original (16-bit)")] = "dequantized",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 | float16 | float32; default: the run's own")] = None,
-    data: Annotated[str | None, typer.Option(help="rows of the certificate; default: the run's held-out ones")] = None,
-    rows: Annotated[int | None, typer.Option(min=0, help="how many rows; 0 leaves the certificate out")] = None,
+    base: Annotated[str, typer.Option(help="dequantized (as in training) | original (16-bit)")] = MERGE_BASE,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 | float16 | float32; default: the run's")] = None,
+    data: Annotated[str | None, typer.Option(help="rows for the certificate; default: the run's held-out rows")] = None,
+    rows: Annotated[int | None, typer.Option(min=0, help="number of rows; 0: no certificate")] = None,
     max_kl: Annotated[
-        float | None, typer.Option(min=0.0, help="fail above this mean KL; default 0.05, none onto the original base")
+        float | None,
+        typer.Option(min=0.0, help=f"fail above this mean KL; default {MAX_KL}, no limit with --base original"),
     ] = None,
     max_lost: Annotated[
-        float, typer.Option(min=0.0, help="fail if rounding takes more than this share of the update")
-    ] = 1.0,
+        float, typer.Option(min=0.0, help="fail if rounding loses more than this fraction of the update")
+    ] = MAX_LOST,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="portable DoRA: of the nearest LoRA; default: the adapter's own")
+        int | None,
+        typer.Option(min=1, help="of the LoRA for a portable DoRA; default: the adapter's rank"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Write a merged model, an adapter or an Ollama folder, certify merged ones, and say which servers take it.
+    """Write a merged model, an adapter or an Ollama folder; certify a merged model and list the servers that load it.
 
     Example: qlora export runs/example merged --to merged --dtype bfloat16
     """
-    from qlora.exporters.export_run import ExportRequest, export_run
+    from qlora.exporters.export_run import export_run
     from qlora.runs.load_run import load_run
 
-    found = export_run(
-        load_run(run, None, say), ExportRequest(to, base, dtype, data, rows, max_kl, max_lost, rank), out, say
+    result = export_run(
+        load_run(run, None, log), ExportRequest(to, base, dtype, data, rows, max_kl, max_lost, rank), out, log
     )
     if as_json:
-        return answer(found)
-    say(f"{found['bytes'] / 2**20:,.1f} MiB -> {found['path']}")
+        return print_json(result)
+    log(f"{result['bytes'] / 2**20:,.1f} MiB -> {result['path']}")
     return None

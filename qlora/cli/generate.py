@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.app import answer, app, say
+from qlora.cli.app import app, log, print_json
 
 
 @app.command()
@@ -15,7 +15,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="instead of the run's own; several answer side by side"),
+        typer.Option(metavar="NAME=PATH", help="instead of the run's adapter; several: one answer from each"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -24,16 +24,16 @@ def generate(
     Example: qlora generate runs/example "Write a haiku about memory."
     """
     from qlora.runs.adapter_names import named_adapters
-    from qlora.runs.evaluate_and_generate import answer_prompts, answer_with_each
+    from qlora.runs.generate import generate_from_prompts, generate_with_adapters
     from qlora.runs.load_run import load_run, load_with_adapters
 
     if adapter:
-        opened, switch = load_with_adapters(run, named_adapters(adapter), say)
-        rows = answer_with_each(opened, switch, prompt, max_new_tokens, temperature)
+        loaded, switch = load_with_adapters(run, named_adapters(adapter), log)
+        rows = generate_with_adapters(loaded, switch, prompt, max_new_tokens, temperature)
     else:
-        rows = answer_prompts(load_run(run, None, say), prompt, max_new_tokens, temperature)
+        rows = generate_from_prompts(load_run(run, None, log), prompt, max_new_tokens, temperature)
     if as_json:
-        return answer({"rows": rows})
+        return print_json({"rows": rows})
     for row in rows:
         typer.echo(f"{row['adapter']}: {row['text']}" if adapter and len(adapter) > 1 else row["text"])
     return None

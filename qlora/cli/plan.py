@@ -1,31 +1,31 @@
-"""`qlora plan`: will it fit, and what takes the room."""
+"""`qlora plan`: whether a recipe fits, and memory by component."""
 
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import WITH_OVERRIDES, answer, app, say
+from qlora.cli.app import WITH_OVERRIDES, app, log, print_json
 
 
 @app.command(context_settings=WITH_OVERRIDES)
 def plan(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="a recipe, or a model with the defaults")],
-    gpu: Annotated[str | None, typer.Option(help="memory of one card, such as 24GiB; default: the card here")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="cards in this machine")] = 1,
-    ram: Annotated[str | None, typer.Option(help="main memory, such as 64GiB; default: what is here")] = None,
+    gpu: Annotated[str | None, typer.Option(help="memory of one GPU, such as 24GiB; default: this machine's")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in the machine")] = 1,
+    ram: Annotated[str | None, typer.Option(help="host memory, such as 64GiB; default: this machine's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Bytes by owner from config.json alone, and the settings that fit.
+    """Predict memory by component from config.json alone, and the settings that fit.
 
     Example: qlora plan recipe.yaml --gpu 24GiB
     """
-    from qlora.recipe.check import plan_recipe
+    from qlora.recipe.plan_recipe import plan_recipe
 
-    found, table = plan_recipe(recipe, context.args, gpu, gpus, ram)
+    result, table = plan_recipe(recipe, context.args, gpu, gpus, ram)
     if as_json:
-        answer(found)
+        print_json(result)
     else:
-        say(table)
-    if not found["fits"]:
+        log(table)
+    if not result["fits"]:
         raise typer.Exit(3)

@@ -4,25 +4,25 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.app import answer, app, say
+from qlora.cli.app import app, log, print_json
 
 
 @app.command()
 def push(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="a finished run, or the folder of an export")],
-    repository: Annotated[str, typer.Argument(metavar="USER/REPO", help="made if it is not there")],
-    public: Annotated[bool, typer.Option("--public", help="everybody can read it; else it is private")] = False,
-    base: Annotated[str | None, typer.Option(help="what the hub calls the base, if it was a folder here")] = None,
+    repository: Annotated[str, typer.Argument(metavar="USER/REPO", help="created if it does not exist")],
+    public: Annotated[bool, typer.Option("--public", help="readable by everyone; default: private")] = False,
+    base: Annotated[str | None, typer.Option(help="hub name of the base model, if the recipe names a folder")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Send an adapter or a model to the hub, private unless you say --public; nothing else ever sends anything.
+    """Upload an adapter or a model to the hub, private unless --public. No other command uploads anything.
 
     Example: qlora push runs/example me/my-adapter
     """
     from qlora.exporters.push import push
 
-    found = push(folder, repository, public, base, say)
+    result = push(folder, repository, public, base, log)
     if as_json:
-        return answer(found)
-    say(f"-> {found['url']}")
+        return print_json(result)
+    log(f"-> {result['url']}")
     return None

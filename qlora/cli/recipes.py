@@ -1,19 +1,19 @@
-"""`qlora recipes`: the recipes that come with the program."""
+"""`qlora recipes`: the included recipes."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app, say
+from qlora.cli.app import app, log
 
-group = typer.Typer(no_args_is_help=True, help="List, show and copy the recipes that come with qlora.")
+group = typer.Typer(no_args_is_help=True, help="List, show and copy the included recipes.")
 app.add_typer(group, name="recipes")
 
 
 @group.command(name="list")
 def listing() -> None:
-    """One line per recipe.
+    """List the recipes, one line each.
 
     Example: qlora recipes list
     """
@@ -36,9 +36,9 @@ def show(name: Annotated[str, typer.Argument(help="a name from `qlora recipes li
 @group.command()
 def copy(
     name: Annotated[str, typer.Argument(help="a name from `qlora recipes list`")],
-    file: Annotated[str | None, typer.Argument(help="where to; default: NAME.yaml here")] = None,
+    file: Annotated[str | None, typer.Argument(help="file to write; default: NAME.yaml in this folder")] = None,
 ) -> None:
-    """Copy a recipe, to change it. An existing file is never overwritten.
+    """Copy a recipe to edit it. An existing file is never overwritten.
 
     Example: qlora recipes copy 24gb-llama3.1-8b my.yaml
     """
@@ -48,9 +48,9 @@ def copy(
     source = _file(name)
     target = Path(file or source.name)
     if target.exists():
-        raise InputError(f"{target} is there already. Name another file.")
+        raise InputError(f"{target} exists already. Name another file.")
     write_text(target, source.read_text(encoding="utf-8"))
-    say(f"{source.stem} -> {target}")
+    log(f"{source.stem} -> {target}")
 
 
 def _file(name: str) -> Path:

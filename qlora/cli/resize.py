@@ -1,10 +1,10 @@
-"""`qlora resize`: the same adapter in a lower rank."""
+"""`qlora resize`: an adapter truncated to a lower rank."""
 
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import answer, app, say
+from qlora.cli.app import app, log, print_json
 
 
 @app.command()
@@ -14,14 +14,14 @@ def resize(
     rank: Annotated[int, typer.Option(min=1, help="the new rank, lower than the adapter's")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Truncate an adapter to a lower rank, by the singular values of its updates, and state the energy lost.
+    """Truncate an adapter to a lower rank by SVD of its updates, and print the energy lost.
 
     Example: qlora resize runs/example small --rank 4
     """
     from qlora.exporters.resize_combine import resize
 
-    found = resize(adapter, out, rank, say)
+    result = resize(adapter, out, rank, log)
     if as_json:
-        return answer(found)
-    say(f"-> {found['path']}")
+        return print_json(result)
+    log(f"-> {result['path']}")
     return None

@@ -1,6 +1,6 @@
-"""`qlora schema`: what an editor needs to complete and check a recipe."""
+"""`qlora schema`: the JSON schema of a recipe, for completion and checks in an editor."""
 
-from qlora.cli.app import answer, app
+from qlora.cli.app import app, print_json
 
 
 @app.command()
@@ -11,4 +11,4 @@ def schema() -> None:
     """
     from qlora.recipe.recipe import schema as recipe_schema
 
-    answer(recipe_schema())
+    print_json(recipe_schema())

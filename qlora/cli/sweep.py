@@ -1,11 +1,12 @@
-"""`qlora sweep`: several variants of a recipe at once."""
+"""`qlora sweep`: training of several variants of a recipe at once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.app import WITH_OVERRIDES, answer, app, say
+from qlora.cli.app import WITH_OVERRIDES, app, log, print_json
 
 if TYPE_CHECKING:
     from qlora.runs.sweep.variants import Variant
@@ -19,51 +20,54 @@ def sweep(
         str | None, typer.Option(metavar="FILE.yaml", help="named variants, each `name: {key: value, ...}`")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="folder of the runs' folders; default: train.output")
+        str | None, typer.Option(metavar="DIR", help="folder for the runs' folders; default: train.output")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="only the memory that all take together")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="only predict the memory of all variants together")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Train several variants of a recipe at once, on one base that is loaded and held once.
+    """Train several variants of a recipe at once, on one base model that is loaded once.
 
-    A comma list sweeps a setting, several lists make a grid; commas in brackets or quotes are part of a value. Each
-    variant steps in turn and leaves in DIR/NAME what `qlora train` of its recipe leaves; on a CPU, bit for bit. Started
-    again, it keeps what is finished and resumes the rest.
+    A comma list sweeps a setting, several lists make a grid; commas in brackets or quotes are part of a value. The
+    variants step in turn. Each writes to DIR/NAME what `qlora train` of its recipe writes, on a CPU bit for bit. The
+    same command again keeps finished variants and resumes the others.
 
-    --json answers {output, best, seconds, planned_bytes, peak_bytes, page, notes, variants: [{name, output, settings,
-    steps, loss, eval_loss, trainable_parameters, seconds, kept, error}]}; with --plan what `qlora plan` answers, and
+    --json prints {output, best, seconds, planned_bytes, peak_bytes, page, notes, variants: [{name, output, settings,
+    steps, loss, eval_loss, trainable_parameters, seconds, kept, error}]}; with --plan the keys of `qlora plan`, and
     {alone_bytes, variants: [{name, trainable_parameters, peak_bytes, alone_bytes, fits}]}.
 
     Example: qlora sweep recipe.yaml adapter.rank=8,16,32 optim.learning_rate=1e-4,2e-4 --out runs/ranks
     """
-    from pathlib import Path
-
     from qlora.runs.sweep.variants import variants_of
 
-    found = variants_of(recipe, context.args, variants, out)
+    runs = variants_of(recipe, context.args, variants, out)
     if plan:
-        return _plan(found, as_json)
+        _plan(runs, as_json)
+    else:
+        _train(runs, as_json)
+
+
+def _train(variants: "Sequence[Variant]", as_json: bool) -> None:
+    """Train all variants; print a table, or the JSON object."""
     from qlora.runs.sweep.train_together import train_together
 
-    outcome = train_together(found, Path(found[0].recipe.train.output).parent)
-    say(outcome.table())
+    result = train_together(variants, Path(variants[0].recipe.train.output).parent)
+    log(result.table())
     if as_json:
-        answer(outcome.found)
-    outcome.refuse_failures()
-    said = outcome.found
-    say(f"done: {len(found)} variants, best {said['best'] or 'not known'} -> {said['output']}")
-    return None
+        print_json(result.summary)
+    result.refuse_failures()
+    best = result.summary["best"] or "not known"
+    log(f"done: {len(variants)} variants, best {best} -> {result.summary['output']}")
 
 
 def _plan(variants: "Sequence[Variant]", as_json: bool) -> None:
-    """The memory of all at once; exit code 3 if it is not there."""
-    from qlora.recipe.planning import here
-    from qlora.runs.sweep.sweep_plan import plan_sweep, table
+    """Print the memory plan of all variants together; exit code 3 if it does not fit."""
+    from qlora.recipe.planning import Machine
+    from qlora.runs.sweep.sweep_plan import format_plan, plan_sweep
 
-    found = plan_sweep({variant.name: variant.recipe for variant in variants}, here())
+    sweep_plan = plan_sweep({variant.name: variant.recipe for variant in variants}, Machine.local())
     if as_json:
-        answer(found.as_json())
+        print_json(sweep_plan.as_json())
     else:
-        say(table(found))
-    if not found.most.fits:
+        log(format_plan(sweep_plan))
+    if not sweep_plan.largest.fits:
         raise typer.Exit(3)

@@ -1,10 +1,10 @@
-"""`qlora train`: the main job."""
+"""`qlora train`: fine-tuning."""
 
 from typing import Annotated
 
 import typer
 
-from qlora.cli.app import WITH_OVERRIDES, app, say
+from qlora.cli.app import WITH_OVERRIDES, app, log
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -12,17 +12,17 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="a recipe's YAML file; key=value after it overrides its settings")],
 ) -> None:
-    """Train a recipe: a 4-bit base, adapters on it, and a folder that proves what happened.
+    """Train a recipe: adapters on a frozen 4-bit base model; writes a folder with the adapter and a full record.
 
     Example: qlora train recipe.yaml adapter.rank=32 train.output=runs/rank32
     """
-    from qlora.distributed.watchdog import one_voice
+    from qlora.distributed.watchdog import report_once
     from qlora.recipe.recipe import read
-    from qlora.runs.train import train as walk
+    from qlora.runs.train import train as train_recipe
 
-    settings, notes = one_voice(lambda: read(recipe, context.args))
-    manifest = walk(settings, notes)
+    settings, notes = report_once(lambda: read(recipe, context.args))
+    manifest = train_recipe(settings, notes)
     if manifest:
         result = manifest["result"]
         held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
-        say(f"done: {result['steps']} steps{held_out} -> {settings.train.output}")
+        log(f"done: {result['steps']} steps{held_out} -> {settings.train.output}")

@@ -1,12 +1,12 @@
-"""Strict reading: YAML and overrides -> frozen typed sections, every error at the line of its setting.
+"""Strict configuration: YAML and overrides -> frozen typed sections, every error at the line of its setting.
 
-A room declares its settings as a Section beside its table: `setting` gives each its default, its one line of
-documentation and its limits, in one place. Nothing else in the house reads YAML or validates settings.
+A package declares its settings as a Section next to its table of kinds: `setting` gives each setting its default, one
+line of documentation and its limits. No other package reads YAML or validates settings.
 """
 
-from qlora.config.locations import Path, Place, Problem, complain, dotted
+from qlora.config.locations import Location, Path, Problem, dotted, raise_problems
 from qlora.config.read_text import decode, read_text
-from qlora.config.sections import REQUIRED, Between, KindOf, OneOrMany, Rule, Section, Short, setting, validate
+from qlora.config.sections import REQUIRED, Between, KindOf, OneOrMany, Section, Shorthand, Validator, setting, validate
 from qlora.config.yaml_document import Document, parse, write
 
 __all__ = [
@@ -14,17 +14,17 @@ __all__ = [
     "Between",
     "Document",
     "KindOf",
+    "Location",
     "OneOrMany",
     "Path",
-    "Place",
     "Problem",
-    "Rule",
     "Section",
-    "Short",
-    "complain",
+    "Shorthand",
+    "Validator",
     "decode",
     "dotted",
     "parse",
+    "raise_problems",
     "read_text",
     "setting",
     "validate",

@@ -1,4 +1,4 @@
-"""A wrong value in plain words: what was found, what is allowed, where; from the JSON schema of the section."""
+"""Error messages for wrong values: where, what was found, what is allowed; from the JSON schema of the section."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ TYPES = {
     "object": "a group of settings",
 }
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-UNSAID: Schema = {"type": "null", "title": "not said"}  # null where a setting may be left out, rather than a value
-LONGEST = 60  # letters of a found text that are shown
+UNSET: Schema = {"type": "null", "title": "not set"}  # null that means "not set", not a value of the setting
+MAX_TEXT_CHARS = 60  # of a text that are shown
 
 
 def shown(value: Any) -> str:
     """A value as an error shows it: `'four' (text)`, `2.5`, `null`, `a list`."""
     if isinstance(value, str):
-        text = value if len(value) <= LONGEST else value[:LONGEST] + "..."
+        text = value if len(value) <= MAX_TEXT_CHARS else value[:MAX_TEXT_CHARS] + "..."
         return f"{text!r} (text)"
     if value is None or isinstance(value, (bool, int, float)):
         return json.dumps(value)
@@ -34,16 +34,17 @@ def shown(value: Any) -> str:
     return "a group of settings" if isinstance(value, Mapping) else f"a {type(value).__name__}"
 
 
-def allowed(schema: Schema, named: Mapping[str, Schema]) -> str:
+def allowed(schema: Schema, definitions: Mapping[str, Schema]) -> str:
     """What a JSON schema allows: `auto or a whole number >= 0`."""
     if "anyOf" in schema:
-        return _either(way for each in schema["anyOf"] if each != UNSAID for way in allowed(each, named).split(" or "))
+        options = [option for option in schema["anyOf"] if option != UNSET]
+        return _either(text for option in options for text in allowed(option, definitions).split(" or "))
     if "$ref" in schema:
-        return f"a group of {', '.join(_target(schema, named)['properties'])}"
+        return f"a group of {', '.join(_resolve(schema, definitions)['properties'])}"
     if "const" in schema or "enum" in schema:
         return _either(str(word) for word in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
-        return _list(schema, named)
+        return _list(schema, definitions)
     if schema.get("type") == "string" and "examples" in schema:
         return f"a text such as {', '.join(schema['examples'])}"
     limits = [f" {sign} {schema[name]:.12g}" for name, sign in LIMITS.items() if name in schema]
@@ -51,61 +52,61 @@ def allowed(schema: Schema, named: Mapping[str, Schema]) -> str:
 
 
 def problems(error: Mapping[str, Any], schema: Schema) -> list[tuple[Path, str]]:
-    """One of pydantic's errors as `(path, text)`; a clash has one for each setting of it."""
-    loc, trouble = error["loc"], error["type"]
-    if trouble == "missing" and isinstance(loc[-1], int):
-        loc, trouble = loc[:-1], "too_short"
-    path, here, beside = _walk(loc, schema)
+    """One of pydantic's errors as `(path, text)`; a conflict has one for each of its settings."""
+    loc, kind = error["loc"], error["type"]
+    if kind == "missing" and isinstance(loc[-1], int):
+        loc, kind = loc[:-1], "too_short"
+    path, inner, siblings = _follow(loc, schema)
     name = str(loc[-1]) if loc else ""
-    match trouble:
-        case "clash":
-            return [((*path, *key.split(".")), text) for key, text in error["ctx"]["clashes"].items()]
+    match kind:
+        case "conflict":
+            return [((*path, *key.split(".")), text) for key, text in error["ctx"]["conflicts"].items()]
         case "missing":
-            such = f", for example {here['examples'][0]}" if "examples" in here else ""
-            return [(path, f"missing: {here['description']}{such}.")]
+            example = f", for example {inner['examples'][0]}" if "examples" in inner else ""
+            return [(path, f"missing: {inner['description']}{example}.")]
         case "extra_forbidden":
-            return [((*path, name), f"not a setting.{did_you_mean(name, beside)}")]
+            return [((*path, name), f"not a setting.{did_you_mean(name, siblings)}")]
         case "value_error":
             return [(path, str(error["ctx"]["error"]))]
         case "too_long" | "too_short":
-            return [(path, f"a list of the wrong length, allowed: {allowed(here, schema.get('$defs', {}))}.")]
-    return [(path, f"found {shown(error['input'])}, allowed: {allowed(here, schema.get('$defs', {}))}.")]
+            return [(path, f"a list of the wrong length, allowed: {allowed(inner, schema.get('$defs', {}))}.")]
+    return [(path, f"found {shown(error['input'])}, allowed: {allowed(inner, schema.get('$defs', {}))}.")]
 
 
-def _walk(loc: Iterable[str | int], schema: Schema) -> tuple[Path, Schema, list[str]]:
-    """Follow pydantic's `loc` as far as it names settings: the path, its schema, the settings beside it."""
-    named: Mapping[str, Schema] = schema.get("$defs", {})
+def _follow(loc: Iterable[str | int], schema: Schema) -> tuple[Path, Schema, list[str]]:
+    """Follow pydantic's `loc` as far as it names settings: the path, its schema, the settings of the same group."""
+    definitions: Mapping[str, Schema] = schema.get("$defs", {})
     path: Path = ()
-    here, beside = schema, [*schema.get("properties", {})]
+    inner, siblings = schema, [*schema.get("properties", {})]
     for step in loc:
-        ways = [_target(way, named) for way in here.get("anyOf", [here])]
-        beside = [name for way in ways for name in way.get("properties", {})]
-        inner = [found for way in ways if (found := _step(way, step)) is not None]
-        if not inner:
+        options = [_resolve(option, definitions) for option in inner.get("anyOf", [inner])]
+        siblings = [name for option in options for name in option.get("properties", {})]
+        children = [child for option in options if (child := _child(option, step)) is not None]
+        if not children:
             break
-        here, path = inner[0], (*path, step)
-    return path, here, beside
+        inner, path = children[0], (*path, step)
+    return path, inner, siblings
 
 
-def _step(schema: Schema, step: str | int) -> Schema | None:
+def _child(schema: Schema, step: str | int) -> Schema | None:
     if isinstance(step, int):
-        among = schema.get("prefixItems", [])
-        return among[step] if 0 <= step < len(among) else schema.get("items")
-    found = schema.get("properties", {}).get(step)
-    others = schema.get("additionalProperties")
-    return others if found is None and isinstance(others, dict) else found
+        items = schema.get("prefixItems", [])
+        return items[step] if 0 <= step < len(items) else schema.get("items")
+    child = schema.get("properties", {}).get(step)
+    additional = schema.get("additionalProperties")
+    return additional if child is None and isinstance(additional, dict) else child
 
 
-def _target(schema: Schema, named: Mapping[str, Schema]) -> Schema:
-    return named[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
+def _resolve(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
+    return definitions[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
 
 
-def _either(ways: Iterable[str]) -> str:
-    *first, last = dict.fromkeys(ways)
+def _either(options: Iterable[str]) -> str:
+    *first, last = dict.fromkeys(options)
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _list(schema: Schema, named: Mapping[str, Schema]) -> str:
+def _list(schema: Schema, definitions: Mapping[str, Schema]) -> str:
     if "prefixItems" in schema:
-        return f"a list of {len(schema['prefixItems'])}, each {allowed(schema['prefixItems'][0], named)}"
-    return "a list of such" if "anyOf" in schema["items"] else f"a list, each {allowed(schema['items'], named)}"
+        return f"a list of {len(schema['prefixItems'])}, each {allowed(schema['prefixItems'][0], definitions)}"
+    return "a list of these" if "anyOf" in schema["items"] else f"a list, each {allowed(schema['items'], definitions)}"

@@ -3,53 +3,53 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qlora.config.locations import Path, Place, Problem
+from qlora.config.locations import Location, Path, Problem
 from qlora.config.yaml_document import parse
 from qlora.errors import RecipeError
 
 SOURCE = "command line"
 
-Override = tuple[Path, Any, dict[Path, Place]]  # ("adapter", "rank"), 32, the places of everything inside
+Override = tuple[Path, Any, dict[Path, Location]]  # ("adapter", "rank"), 32, the locations of all nested keys
 
 
 def read_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Problem]]:
-    """The overrides in the order given, and what can't be read among them."""
-    found: list[Override] = []
+    """The overrides in order, and the problems of those that can't be read."""
+    overrides: list[Override] = []
     problems: list[Problem] = []
-    for key, text in pairs(arguments):
+    for key, text in split_overrides(arguments):
         path: Path = tuple(key.replace("-", "_").split("."))
-        place = Place(SOURCE, 0, ".".join(map(str, path)))
+        location = Location(SOURCE, 0, ".".join(map(str, path)))
         try:
             if text is None:
-                raise RecipeError(f"{place}: no value. Write it as key=value, --key value or --key=value.")
+                raise RecipeError(f"{location}: no value. Write it as key=value, --key value or --key=value.")
             if not all(path):
-                raise RecipeError(f"{place}: not a key. Write section.key=value.")
+                raise RecipeError(f"{location}: not a key. Write section.key=value.")
             document = parse(text, SOURCE, path)
         except RecipeError as error:
-            problems.append((place, str(error).removeprefix(f"{place}: ")))
+            problems.append((location, str(error).removeprefix(f"{location}: ")))
             continue
         problems += document.problems
-        found.append((path, document.value, document.places))
-    return found, problems
+        overrides.append((path, document.value, document.locations))
+    return overrides, problems
 
 
-def pairs(arguments: Iterable[str]) -> Iterable[tuple[str, str | None]]:
-    """`(key, text)` of each override; no text where there is no value."""
-    waiting: str | None = None
+def split_overrides(arguments: Iterable[str]) -> Iterable[tuple[str, str | None]]:
+    """`(key, text)` of each override; text None if there is no value."""
+    pending: str | None = None  # a `--key` whose value is the next argument
     for argument in arguments:
-        if waiting is not None and not argument.startswith("--"):
-            yield waiting, argument
-            waiting = None
+        if pending is not None and not argument.startswith("--"):
+            yield pending, argument
+            pending = None
             continue
-        if waiting is not None:
-            yield waiting, None
+        if pending is not None:
+            yield pending, None
         key, equals, text = argument.partition("=")
-        waiting = None
+        pending = None
         if equals:
             yield key.removeprefix("--"), text
         elif argument.startswith("--"):
-            waiting = key[2:]
+            pending = key[2:]
         else:
             yield argument, None
-    if waiting is not None:
-        yield waiting, None
+    if pending is not None:
+        yield pending, None

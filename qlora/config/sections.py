@@ -1,4 +1,4 @@
-"""What a section of a recipe is: typed, frozen, and strict.  Door: pydantic.
+"""A section of a recipe: a typed, frozen, strict group of settings.  The only module that imports pydantic.
 
 Types, JSON schema and error messages all come from one declaration, `setting`.
 """
@@ -11,72 +11,75 @@ from typing import Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from qlora.config.error_messages import UNSAID, Schema, problems, shown
-from qlora.config.locations import Path, Place, Problem
+from qlora.config.error_messages import UNSET, Schema, problems, shown
+from qlora.config.locations import Location, Path, Problem
 from qlora.errors import did_you_mean
 
-Between = Field  # Annotated[float, Between(ge=0, lt=1)]: limits of a type inside another
-Rule = AfterValidator  # Annotated[str, Rule(function)]: the function gives the value back, or raises ValueError
+Between = Field  # Annotated[float, Between(ge=0, lt=1)]: limits of a type nested in another
+Validator = AfterValidator  # Annotated[str, Validator(function)]: the function returns the value or raises ValueError
 REQUIRED: Any = ...
 S = TypeVar("S", bound="Section")
 
 
-def setting(default: Any, documentation: str, *, unsaid: bool = False, **limits: Any) -> Any:
-    """One setting: its default (REQUIRED: none), its documentation, its limits as pydantic's Field takes them.
+def setting(default: Any, documentation: str, *, nullable: bool = False, **limits: Any) -> Any:
+    """One setting: its default (REQUIRED: none), its documentation, its limits as arguments of pydantic's Field.
 
-    `unsaid`: the setting can be idle beside others; there it reads null as "not said", and is written as null.
+    `nullable`: other settings can leave it without effect. It reads null as "not set", and is then written as null.
     """
-    return Field(default, description=documentation, json_schema_extra=_or_null if unsaid else None, **limits)
+    return Field(default, description=documentation, json_schema_extra=_allow_null if nullable else None, **limits)
 
 
 class Section(BaseModel):
-    """A frozen group of settings: no unknown keys, no conversions but whole numbers where any number will do."""
+    """A frozen group of settings. Unknown keys are errors; no type is converted, except whole numbers to floats."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
-    def idle(self) -> Mapping[str, str]:
-        """The settings that have no effect beside the others, each with the reason."""
+    def without_effect(self) -> Mapping[str, str]:
+        """Settings that have no effect given the others: `key: reason`."""
         return {}
 
-    def clashes(self) -> Mapping[str, str]:
-        """What is wrong with settings that are right one by one: `key: message`. Idle settings that were written."""
-        return {key: f"has no effect: {why}. Remove it." for key, why in self.idle().items() if self.wrote(key)}
+    def conflicts(self) -> Mapping[str, str]:
+        """Conflicts between valid settings: `key: message`. By default, settings without effect that were set."""
+        unused = self.without_effect().items()
+        return {key: f"has no effect: {reason}. Remove it." for key, reason in unused if self.is_set(key)}
 
-    def wrote(self, key: str) -> bool:
-        """Whether the setting was given, rather than left at its default."""
+    def is_set(self, key: str) -> bool:
+        """Whether the setting was written, not left at its default."""
         return key in self.model_fields_set
 
     @model_validator(mode="before")
     @classmethod
-    def _as_written(cls, value: Any) -> Any:
+    def _normalized(cls, value: Any) -> Any:
+        """Without nulls that mean "not set", and with tuples for lists."""
         if not isinstance(value, Mapping):
             return value
         fields = cls.model_fields
-        unsaid = {key for key in value if key in fields and fields[key].json_schema_extra is _or_null}
-        said = {key: each for key, each in value.items() if each is not None or key not in unsaid}
-        return {key: tuple(each) if isinstance(each, list) else each for key, each in said.items()}
+        nullable = {key for key in value if key in fields and fields[key].json_schema_extra is _allow_null}
+        settings = {key: item for key, item in value.items() if item is not None or key not in nullable}
+        return {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
 
     @model_validator(mode="after")
-    def _without_clashes(self) -> "Section":
-        clashes = self.clashes()
-        if clashes:
-            text = "; ".join(f"{key}: {message}" for key, message in clashes.items())
-            raise PydanticCustomError("clash", "{text}", {"text": text, "clashes": clashes})
+    def _refuse_conflicts(self) -> "Section":
+        conflicts = self.conflicts()
+        if conflicts:
+            text = "; ".join(f"{key}: {message}" for key, message in conflicts.items())
+            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": conflicts})
         return self
 
     @model_serializer(mode="wrap")
-    def _as_read(self, plain: Callable[["Section"], dict[str, Any]]) -> dict[str, Any]:
-        return plain(self) | dict.fromkeys(self.idle())
+    def _serialized(self, serialize: Callable[["Section"], dict[str, Any]]) -> dict[str, Any]:
+        """Settings without effect are written as null."""
+        return serialize(self) | dict.fromkeys(self.without_effect())
 
 
 class KindOf:
-    """Annotated[str, KindOf(TABLE, "auto")]: a word of the table, or one of the others."""
+    """Annotated[str, KindOf(TABLE, "auto")]: a kind of the table, or one of the other words."""
 
     def __init__(self, table: Iterable[str], *others: str) -> None:
         self.words = (*others, *table)
 
     def check(self, word: str) -> str:
-        """The word itself, if it is known."""
+        """The word, if it is known, else ValueError."""
         if word not in self.words:
             raise ValueError(f"no {shown(word)}.{did_you_mean(word, self.words)}")
         return word
@@ -89,30 +92,30 @@ class KindOf:
 
 
 @dataclass(frozen=True)
-class Short:
-    """Annotated[Model, Short("name")]: a text is short for {name: text}."""
+class Shorthand:
+    """Annotated[Model, Shorthand("name")]: a text is shorthand for {name: text}."""
 
     key: str
 
-    def long(self, value: Any) -> Any:
-        """The long form of what was written."""
+    def expand(self, value: Any) -> Any:
+        """The long form of a value."""
         return {self.key: value} if isinstance(value, str) else value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self.long, handler(source))
+        return core_schema.no_info_before_validator_function(self.expand, handler(source))
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Schema:
         return {"anyOf": [{"type": "string"}, handler(core)]}
 
 
-class OneOrMany(Short):
-    """Annotated[tuple[Source, ...], OneOrMany("path")]: one or a list of them, each perhaps in its short form."""
+class OneOrMany(Shorthand):
+    """Annotated[tuple[Source, ...], OneOrMany("path")]: one value or a list, each in long form or shorthand."""
 
-    def long(self, value: Any) -> Any:
+    def expand(self, value: Any) -> Any:
         """The tuple of long forms."""
         if isinstance(value, (list, tuple)):
-            return tuple(super(OneOrMany, self).long(each) for each in value)
-        return (super().long(value),) if isinstance(value, (str, Mapping, Section)) else value
+            return tuple(super(OneOrMany, self).expand(item) for item in value)
+        return (super().expand(value),) if isinstance(value, (str, Mapping, Section)) else value
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Schema:
         many = handler(core)
@@ -120,15 +123,15 @@ class OneOrMany(Short):
         return {"anyOf": [*one, many | {"items": {"anyOf": one}}]}
 
 
-def validate(section: type[S], value: Any, place: Callable[[Path], Place]) -> tuple[S | None, list[Problem]]:
-    """The section that `value` says, or else what is wrong with it, each problem at the place of its setting."""
+def validate(section: type[S], value: Any, locate: Callable[[Path], Location]) -> tuple[S | None, list[Problem]]:
+    """The section made from `value`, or its problems, each at the location of its setting."""
     try:
         return section.model_validate(value), []
     except ValidationError as error:
         schema = _schema(section)
-        wrong = [problem for each in error.errors() for problem in problems(dict(each), schema)]
-    around = {path[:size] for path, _ in wrong for size in range(len(path))}  # these only repeat what is wrong inside
-    return None, [(place(path), text) for path, text in wrong if path not in around]
+        messages = [message for details in error.errors() for message in problems(dict(details), schema)]
+    parents = {path[:size] for path, _ in messages for size in range(len(path))}  # they repeat the problem inside
+    return None, [(locate(path), text) for path, text in messages if path not in parents]
 
 
 @cache
@@ -136,7 +139,7 @@ def _schema(section: type[Section]) -> Schema:
     return section.model_json_schema()
 
 
-def _or_null(schema: Schema) -> None:
-    """Let a setting's JSON schema take null too."""
+def _allow_null(schema: Schema) -> None:
+    """Allow null in a setting's JSON schema."""
     kept = {key: schema.pop(key) for key in [*schema] if key not in ("default", "description", "title", "examples")}
-    schema["anyOf"] = [*kept.get("anyOf", [kept]), UNSAID]
+    schema["anyOf"] = [*kept.get("anyOf", [kept]), UNSET]

@@ -1,7 +1,7 @@
-"""Strict YAML: text -> plain values and the place of every key; and back to text.  Door: yaml.
+"""Strict YAML: text -> plain values and the location of every key; and back.  The only module that imports yaml.
 
 Scalars are typed as in YAML 1.2: `2e-4` is a number, `no` and `12:30` are text, `012` is twelve. Duplicate keys,
-anchors, aliases, tags and further documents are problems with their line. Nothing is ever constructed or called.
+anchors, aliases, tags and further documents are problems with their line. No object is ever constructed.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qlora.config.locations import Path, Place, Problem, dotted
+from qlora.config.locations import Location, Path, Problem, dotted
 from qlora.config.yaml_scalars import MAX_DIGITS, NOT_TEXT, TYPES, number
 from qlora.errors import RecipeError
 
@@ -20,29 +20,29 @@ MAX_VALUES = 10_000
 
 @dataclass
 class Document:
-    """A text as plain values, the place of every key, and what is wrong with it as YAML."""
+    """Plain values, the location of every key, and the problems of a text as YAML."""
 
     value: Any
-    places: dict[Path, Place] = field(default_factory=dict)
+    locations: dict[Path, Location] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
 def parse(text: str, source: str, root: Path = ()) -> Document:
-    """Read one YAML document; with a `root` it is the value of that key, and lines don't count.
+    """Read one YAML document; with a `root` it is the value of that key, and has no line numbers.
 
-    RecipeError if it can't be read at all; what can be read but not meant is in the document's problems.
+    RecipeError if it can't be read at all; other problems are listed in the document.
     """
     try:
         return _Builder(text, source, root).document()
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        found = f"the character U+{ord(text[error.position]):04X} can't stand in a recipe."
-        raise RecipeError(f"{Place(source, 0 if root else line, dotted(root))}: {found}") from None
+        problem = f"the character U+{ord(text[error.position]):04X} is not allowed in a recipe."
+        raise RecipeError(f"{Location(source, 0 if root else line, dotted(root))}: {problem}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark and not root else 0
-        raise RecipeError(f"{Place(source, line, dotted(root))}: not YAML: {_plain(error)}.") from None
+        raise RecipeError(f"{Location(source, line, dotted(root))}: not YAML: {_describe(error)}.") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise RecipeError(f"{Place(source, 0, dotted(root))}: not YAML: {error}.") from None
+        raise RecipeError(f"{Location(source, 0, dotted(root))}: not YAML: {error}.") from None
 
 
 def write(value: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def write(value: Mapping[str, Any]) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _plain(error: yaml.MarkedYAMLError) -> str:
+def _describe(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "it can't be read"
     if "'\\t'" in problem:
         return "a tab can't start a value or indent a line; use spaces"
@@ -63,13 +63,13 @@ _RESOLVERS = {None: TYPES}
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's scanner and parser, with YAML 1.2's idea of what is a number."""
+    """PyYAML's scanner and parser, with the numbers of YAML 1.2."""
 
     yaml_implicit_resolvers = _RESOLVERS  # type: ignore[assignment]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that `_Loader` would take for something else."""
+    """Quotes exactly the text that `_Loader` would not read as text."""
 
     yaml_implicit_resolvers = _RESOLVERS  # type: ignore[assignment]
 
@@ -87,56 +87,58 @@ _Dumper.add_representer(tuple, _sequence)
 
 
 class _Builder:
-    """Turns the parser's events into plain values, one at a time, so that depth and size are bounded from the start."""
+    """Builds plain values from the parser's events, one at a time, so that depth and size are always bounded."""
 
     def __init__(self, text: str, source: str, root: Path) -> None:
         self.loader = _Loader(text)
         self.source = source
         self.root = root
-        self.found = Document(None)
-        self.values = 0
+        self.result = Document(None)
+        self.event_count = 0
 
     def document(self) -> Document:
         """The first document; a second one is an error."""
         self.loader.get_event()  # start of the stream
         if self.loader.check_event(yaml.StreamEndEvent):
-            return self.found
+            return self.result
         self.loader.get_event()  # start of the document
-        self.found.value = self.value(self.root, 0)
+        self.result.value = self.value(self.root, 0)
         self.loader.get_event()
         if not self.loader.check_event(yaml.StreamEndEvent):
-            raise RecipeError(f"{self.place((), self.loader.peek_event())}: a second document; a recipe is one.")
-        return self.found
+            raise RecipeError(
+                f"{self.locate((), self.loader.peek_event())}: a second document; a recipe is one document."
+            )
+        return self.result
 
-    def place(self, path: Path, event: yaml.Event) -> Place:
-        """Where `event` stands, as the place of `path`."""
+    def locate(self, path: Path, event: yaml.Event) -> Location:
+        """The location of `path`, at the line of `event`."""
         line = 0 if self.root or event.start_mark is None else event.start_mark.line + 1
-        return Place(self.source, line, dotted(path))
+        return Location(self.source, line, dotted(path))
 
     def problem(self, path: Path, event: yaml.Event, text: str) -> None:
-        """Note what is wrong, and read on."""
-        self.found.problems.append((self.place(path, event), text))
+        """Record a problem and read on."""
+        self.result.problems.append((self.locate(path, event), text))
 
     def next(self, path: Path, depth: int) -> Any:
-        """The next event. RecipeError where the document is deeper or longer than any recipe."""
+        """The next event. RecipeError if the document is deeper or longer than any recipe."""
         event = self.loader.get_event()
-        self.values += 1
-        if depth > MAX_DEPTH or self.values > MAX_VALUES:
+        self.event_count += 1
+        if depth > MAX_DEPTH or self.event_count > MAX_VALUES:
             limit = f"more than {MAX_DEPTH} levels deep" if depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
-            raise RecipeError(f"{self.place(path[:2], event)}: {limit}; that is no recipe.")
+            raise RecipeError(f"{self.locate(path[:2], event)}: {limit}; a recipe has fewer.")
         return event
 
     def value(self, path: Path, depth: int) -> Any:
         """The plain value of the next node."""
         event = self.next(path, depth)
-        self.found.places.setdefault(path, self.place(path, event))
+        self.result.locations.setdefault(path, self.locate(path, event))
         if isinstance(event, yaml.AliasEvent):
-            self.problem(path, event, f"an alias (*{event.anchor}) is not read. Write the value out.")
+            self.problem(path, event, f"an alias (*{event.anchor}) is not allowed. Write the value itself.")
             return ""
         if event.anchor is not None:
-            self.problem(path, event, f"an anchor (&{event.anchor}) is not read. Remove it.")
+            self.problem(path, event, f"an anchor (&{event.anchor}) is not allowed. Remove it.")
         if event.tag is not None:
-            self.problem(path, event, f"a tag ({event.tag}) is not read; a recipe is plain data. Remove it.")
+            self.problem(path, event, f"a tag ({event.tag}) is not allowed; a recipe is plain data. Remove it.")
         if isinstance(event, yaml.ScalarEvent):
             return self.scalar(path, event)
         return self.sequence(path, depth) if isinstance(event, yaml.SequenceStartEvent) else self.mapping(path, depth)
@@ -150,27 +152,27 @@ class _Builder:
         return items
 
     def mapping(self, path: Path, depth: int) -> dict[str, Any]:
-        """The settings up to the end of the group; of duplicate keys the first one's value."""
+        """The settings up to the end of the group; the first value of duplicate keys."""
         group: dict[str, Any] = {}
         while not self.loader.check_event(yaml.MappingEndEvent):
             start = self.loader.peek_event()
             key = self.value((*path, ""), depth + 1)
-            self.found.places.pop((*path, ""), None)
+            self.result.locations.pop((*path, ""), None)
             inner = (*path, key)
             if not isinstance(key, str):
-                self.problem(path, start, "a key must be text. Put it in quotes if it is meant.")
+                self.problem(path, start, "a key must be text. Put quotes around it if this key is intended.")
                 self.skip()
             elif key in group:
-                self.problem(inner, start, self.twice(inner))
+                self.problem(inner, start, self.duplicate(inner))
                 self.skip()
             else:
-                self.found.places[inner] = self.place(inner, start)
+                self.result.locations[inner] = self.locate(inner, start)
                 group[key] = self.value(inner, depth + 1)
         self.loader.get_event()
         return group
 
     def skip(self) -> None:
-        """Read past a value that is not taken."""
+        """Read past a value."""
         depth = 0
         while True:
             event = self.next((), depth)
@@ -178,9 +180,9 @@ class _Builder:
             if not depth:
                 return
 
-    def twice(self, path: Path) -> str:
-        """What to say about a key that was there before."""
-        line = self.found.places[path].line
+    def duplicate(self, path: Path) -> str:
+        """The message for a key that occurred before."""
+        line = self.result.locations[path].line
         return f"written twice{f', first on line {line}' if line else ''}. Keep one."
 
     def scalar(self, path: Path, event: yaml.ScalarEvent) -> Any:
@@ -188,7 +190,7 @@ class _Builder:
         text = event.value
         tag = self.loader.resolve(yaml.ScalarNode, text, event.implicit) if event.tag is None else ""
         if NOT_TEXT.search(text):
-            self.problem(path, event, "a control character can't stand in a recipe. Remove it.")
+            self.problem(path, event, "a control character is not allowed in a recipe. Remove it.")
             return ""
         if tag.endswith((":int", ":float")):
             if len(text) <= MAX_DIGITS:

@@ -1,8 +1,8 @@
-"""Which plain text is a number, a boolean or null: YAML 1.2's core schema, where PyYAML knows only 1.1's."""
+"""Types of plain YAML text: number, boolean or null as in the core schema of YAML 1.2, where PyYAML follows 1.1."""
 
 import re
 
-MAX_DIGITS = 40  # letters of a number
+MAX_DIGITS = 40  # characters of a number
 NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 _RULES = {
@@ -15,7 +15,7 @@ TYPES = [(f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{rule})\Z")) for name, r
 
 
 def number(text: str, tag: str) -> int | float:
-    """The number that a text of at most MAX_DIGITS letters is; `012` is twelve."""
+    """The number that a text of at most MAX_DIGITS characters is; `012` is twelve."""
     if tag.endswith(":int"):
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     return float(text.replace(".", "") if text.lstrip("-+.").isalpha() else text)

@@ -1,7 +1,7 @@
-"""Rows -> messages -> tokens -> batches.
+"""Training data: record -> messages -> conversation -> loss mask -> tokens -> example -> sequence -> micro-batch.
 
-A format turns a row into messages and has no other effect; which tokens are trained is decided in one place (tokens.py)
-and proved by rendering prefixes; the order of rows is a pure function of (seed, epoch, step).
+A format reads the messages of a record and has no other effect. Which tokens are trained is decided in one place
+(conversations/loss_mask.py) and verified. The order of the sequences is a pure function of (seed, epoch, step).
 """
 
 from collections.abc import Mapping
@@ -22,20 +22,22 @@ FORMATS = Registry(
 
 
 class Source(Section):
-    """One data set among several."""
+    """One data set of data.train or data.eval."""
 
     path: str = setting(REQUIRED, "file, folder, glob or hub name", min_length=1, examples=["data/train.jsonl"])
-    format: Annotated[str, KindOf(FORMATS, "auto")] | None = setting(
-        None, "as data.format, for this one; null: that one"
+    format: Annotated[str, KindOf(FORMATS, "auto")] | None = setting(None, "format of this data set; null: data.format")
+    split: str | None = setting(
+        None, "split of a folder or hub data set; null: all of a folder, train of a hub data set"
     )
-    split: str | None = setting(None, "split of a folder or hub data set; null: train on the hub, all of a folder")
-    columns: dict[str, str] | None = setting(None, "our column name: theirs, as in {prompt: question}")
-    weight: float = setting(1.0, "how often each row is seen in an epoch, on average", gt=0)
-    max_samples: int | None = setting(None, "only the first so many rows", ge=1)
+    columns: dict[str, str] | None = setting(
+        None, "renamed columns, {new name: name in the file}, as in {prompt: question}"
+    )
+    weight: float = setting(1.0, "copies of each record in an epoch, on average", gt=0)
+    max_samples: int | None = setting(None, "use only the first N records", ge=1)
 
 
 class Data(Section):
-    """What is learnt from."""
+    """Training and evaluation data."""
 
     train: Annotated[tuple[Source, ...], OneOrMany("path")] = setting(
         REQUIRED,
@@ -44,29 +46,31 @@ class Data(Section):
         examples=["data/train.jsonl"],
     )
     eval: Annotated[tuple[Source, ...], OneOrMany("path")] | None = setting(
-        None, "held-out rows, written as in train; null: eval_fraction takes some of train's"
+        None, "evaluation data, in the form of train; null: eval_fraction of the training data"
     )
-    eval_fraction: float = setting(0.02, "share of the rows held out; 0: no evaluation", ge=0, lt=1, unsaid=True)
+    eval_fraction: float = setting(
+        0.02, "fraction of the examples held out; 0: no evaluation", ge=0, lt=1, nullable=True
+    )
     format: Annotated[str, KindOf(FORMATS, "auto")] = setting(
         "auto", "auto (by columns) | alpaca | sharegpt | messages | completion | text | tokens"
     )
-    max_length: int = setting(2048, "tokens of a row, at most", ge=1)
-    overlong: Literal["drop", "truncate", "error"] = setting("drop", "rows longer than that; counted in every case")
-    packing: bool = setting(True, "put short rows together into full ones")
+    max_length: int = setting(2048, "maximum tokens of a sequence", ge=1)
+    overlong: Literal["drop", "truncate", "error"] = setting("drop", "examples above max_length; counted in every case")
+    packing: bool = setting(True, "pack short examples into sequences of up to max_length")
     order: Literal["shuffle", "length", "sequential"] = setting(
-        "shuffle", "of an epoch: shuffle | length (like lengths in a step) | sequential; packing off for the last two"
+        "shuffle", "of an epoch: shuffle | length (similar ones in a step) | sequential; last two: packing off"
     )
     train_on: Literal["assistant", "last", "all"] = setting(
-        "assistant", "whose words are learnt: assistant | last | all"
+        "assistant", "tokens that bear loss: every answer (assistant) | last answer | all"
     )
 
-    def idle(self) -> Mapping[str, str]:
-        """Rows are held out of the training set only where there is no evaluation set."""
-        return {"eval_fraction": "data.eval names the held-out rows"} if self.eval is not None else {}
+    def without_effect(self) -> Mapping[str, str]:
+        """Examples are held out of the training data only where there is no evaluation data."""
+        return {"eval_fraction": "data.eval names the evaluation data"} if self.eval is not None else {}
 
-    def clashes(self) -> Mapping[str, str]:
-        """A packed row holds rows from everywhere in the files, and all packed rows are about as long."""
+    def conflicts(self) -> Mapping[str, str]:
+        """A packed sequence holds examples from all over the files, and all packed sequences have similar lengths."""
         if self.order == "shuffle" or not self.packing:
-            return super().clashes()
-        why = f"{self.order} has no effect while rows are packed. Set data.packing: false, or leave data.order out."
-        return {**super().clashes(), "order": why}
+            return super().conflicts()
+        why = f"{self.order} has no effect on packed sequences. Set data.packing: false, or remove data.order."
+        return {**super().conflicts(), "order": why}

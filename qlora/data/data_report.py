@@ -1,4 +1,4 @@
-"""The report: what was read, kept and dropped and why, what is trained of it, and what to know before step 0."""
+"""The data report: records read, kept and dropped, trained tokens, and what to know before training."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.types import SHOWN, Finding, counted
+from qlora.data.types import MAX_LISTED, Finding, count_of
 from qlora.errors import DataError
 
 Keys = npt.NDArray[np.uint64]
@@ -15,13 +15,13 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows. `problems` stop a run; everything else is for the user to judge.
+    """Counts and findings of prepared data. `problems` stop a run, `warnings` and `notes` do not.
 
-    Counts are of the rows of data.train, held-out ones included, each counted once whatever its weight. Every dropped
-    row of data.train and data.eval is named in `problems` (lines that can't be read) or in `warnings` (the others).
+    Counts are of the records of data.train, held-out ones included, each counted once whatever its weight. Every
+    dropped record of data.train and data.eval is named in `problems` (lines that can't be read) or in `warnings`.
     """
 
-    rows: int
+    rows: int  # records read
     kept: int
     dropped: dict[str, int]
     tokens: int
@@ -29,39 +29,39 @@ class DataReport:
     problems: list[Finding]
     warnings: list[Finding]
     sha256: str
-    notes: list[str]  # how conversations are written, and whether the rows were prepared before
-    eval_rows: int = 0  # of data.eval, or held out of data.train
+    notes: list[str]  # the chat template, and whether the data was read from the cache
+    eval_rows: int = 0  # examples of data.eval, or held out of data.train
     truncated: int = 0
-    end_trained: float = 1.0  # share of kept rows whose last trained token is an end token
-    control_rows: int = 0  # rows with control strings in their text
-    duplicates: int = 0  # rows that say the same as an earlier one
-    overlap: int = 0  # held-out rows that stand in the training set as well
-    lengths: dict[str, int] = field(default_factory=dict)  # rows by tokens, in powers of two
-    packed_rows: int = 0  # rows of max_length that the training set makes
+    end_trained: float = 1.0  # fraction of the kept records whose last trained token is an end token
+    control_rows: int = 0  # records with control strings in their text
+    duplicates: int = 0  # records with the same tokens and labels as an earlier one
+    overlap: int = 0  # held-out examples that are in the training set too
+    lengths: dict[str, int] = field(default_factory=dict)  # records by number of tokens, in powers of two
+    packed_rows: int = 0  # sequences of the training set
 
-    def refuse(self) -> None:
+    def raise_for_problems(self) -> None:
         """DataError with the problems, if there are any."""
         if self.problems:
-            shown = [f"{finding.where}: {finding.message}" for finding in self.problems[:SHOWN]]
+            shown = [f"{finding.where}: {finding.message}" for finding in self.problems[:MAX_LISTED]]
             more = len(self.problems) - len(shown)
             tail = [f"and {more} more; `qlora check --json` names each"] if more else []
-            tail += ["Nothing was trained. Mend these, or take them out, and start again."]
+            tail += ["Nothing was trained. Fix or remove these records and run again."]
             raise DataError("\n".join([*shown, *tail]))
 
     def counts(self) -> dict[str, Any]:
-        """The figures without the findings: what run.json keeps."""
+        """The report without the findings, for run.json."""
         return {name: value for name, value in asdict(self).items() if name not in ("problems", "warnings", "notes")}
 
     def summary(self) -> list[str]:
-        """The figures for people, in a few lines."""
-        share = self.trained_tokens / self.tokens if self.tokens else 0.0
-        found = [
-            f"{self.kept:,} of {self.rows:,} rows kept, {self.trained_tokens:,} of {self.tokens:,} tokens trained "
-            f"({share:.1%}), the end token in {self.end_trained:.1%} of the rows",
-            "tokens a row: " + ", ".join(f"{size} {rows:,}" for size, rows in self.lengths.items()),
-            f"{counted(self.packed_rows)} to train on, {self.eval_rows:,} held out",
+        """The counts as text, in a few lines."""
+        fraction = self.trained_tokens / self.tokens if self.tokens else 0.0
+        lines = [
+            f"{self.kept:,} of {self.rows:,} records kept, {self.trained_tokens:,} of {self.tokens:,} tokens trained "
+            f"({fraction:.1%}), the end token trained in {self.end_trained:.1%} of the records",
+            "tokens per record: " + ", ".join(f"{size} {count:,}" for size, count in self.lengths.items()),
+            f"{count_of(self.packed_rows, 'sequence')} to train on, {self.eval_rows:,} held out",
         ]
-        return found if self.kept else found[:1]
+        return lines if self.kept else lines[:1]
 
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON object."""
@@ -69,26 +69,29 @@ class DataReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "DataReport":
-        """The report that `as_json` wrote. TypeError or KeyError for anything else."""
-        found = {name: [Finding(**one) for one in value[name]] for name in ("problems", "warnings")}
-        return cls(**{**value, **found})
+        """The report that `as_json` returned. TypeError or KeyError for anything else."""
+        findings = {name: [Finding(**item) for item in value[name]] for name in ("problems", "warnings")}
+        return cls(**{**value, **findings})
 
 
-def repeats(keys: Keys, where: Callable[[int], str]) -> tuple[int, list[Finding]]:
-    """How many rows say the same as an earlier one, and a finding that names some; `where` gives a row's place."""
-    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    later = np.flatnonzero(first[which] != np.arange(len(keys)))
-    pairs = ((where(int(row)), where(int(first[which[row]]))) for row in later)
-    again = [f"{place} = {earlier}" for place, earlier in pairs if place != earlier]
-    if not again:
+def find_duplicates(keys: Keys, where: Callable[[int], str]) -> tuple[int, list[Finding]]:
+    """The number of records whose key equals an earlier one's, and a finding that lists some. where: index -> location.
+
+    A record of a file that is listed twice is not a duplicate of itself.
+    """
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    later = np.flatnonzero(first[group] != np.arange(len(keys)))
+    pairs = ((where(int(index)), where(int(first[group[index]]))) for index in later)
+    duplicates = [f"{location} = {earlier}" for location, earlier in pairs if location != earlier]
+    if not duplicates:
         return 0, []
-    some = ", ".join([*again[:SHOWN], *(["..."] if again[SHOWN:] else [])])
-    found = Finding(again[0].split(" = ")[0], f"{counted(len(again))} the same as an earlier one ({some})")
-    return len(again), [found]
+    listed = ", ".join([*duplicates[:MAX_LISTED], *(["..."] if duplicates[MAX_LISTED:] else [])])
+    message = f"{count_of(len(duplicates))} the same as an earlier one ({listed})"
+    return len(duplicates), [Finding(duplicates[0].split(" = ")[0], message)]
 
 
-def histogram(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Rows by their tokens: `<=64` counts those of 33 to 64 tokens."""
+def length_histogram(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
+    """Records by number of tokens: `<=64` counts those of 33 to 64 tokens."""
     if not len(lengths):
         return {}
     exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)

@@ -1,4 +1,7 @@
-"""Section in, examples out: rows read, formatted, encoded, gated, split and packed. The room's walk."""
+"""Data preparation: the `data` section of a recipe -> training sequences, evaluation examples and a report.
+
+The steps: read records, encode them, filter, store, split off the evaluation examples, pack. The result is cached.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,29 +13,32 @@ import numpy as np
 from qlora.data import data_report
 from qlora.data.batching import cache
 from qlora.data.batching.column_store import Array, Columns
-from qlora.data.batching.dataset import DOCUMENTS, ExampleStore, ExampleWriter, SequenceDataset
-from qlora.data.batching.eval_split import held_out
-from qlora.data.batching.filter import ExampleFilter, admit
-from qlora.data.batching.packing import Indices, arrange
+from qlora.data.batching.dataset import EXAMPLE_COLUMNS, ExampleStore, ExampleWriter, SequenceDataset
+from qlora.data.batching.eval_split import eval_mask
+from qlora.data.batching.filter import ExampleFilter, filter_example
+from qlora.data.batching.packing import Indices, best_fit
 from qlora.data.conversations import worker_pool
-from qlora.data.conversations.encode_records import encoded_rows
+from qlora.data.conversations.encode_records import encode_records
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
 from qlora.data.reading import source
-from qlora.data.reading.resolve_paths import Located, locate
+from qlora.data.reading.resolve_paths import ResolvedSource, resolve_source
 from qlora.data.types import Example, Finding
-from qlora.data.warnings import advice
+from qlora.data.warnings import data_set_warnings
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
     from qlora.data import Data, Source
 
-Progress = Callable[[int], None]  # told how many rows have been read so far
+Progress = Callable[[int], None]  # called with the number of records read so far
+
+_SEQUENCE_COLUMNS = ("train_order", "train_ends", "eval_order", "eval_ends")
+_PROGRESS_RECORDS = 256  # records between two calls of Progress
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training rows (packed if asked for), held-out rows (never packed), and what became of the data."""
+    """Training sequences (packed if the recipe says so), evaluation examples (never packed), and the report."""
 
     train: Sequence[Example]
     eval: Sequence[Example]
@@ -40,144 +46,149 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Set:
-    """The sources of one key of the recipe, found; `digests` of what each holds."""
+class _DataSet:
+    """The sources of one recipe key, with the files of each and a digest of their content."""
 
-    name: str
+    key: str
     sources: "Sequence[Source]"
-    located: list[Located]
+    resolved: list[ResolvedSource]
     digests: list[str]
 
 
-def prepare(section: "Data", encoder: Encoder, seed: int, progress: Progress = lambda rows: None) -> Prepared:
-    """Read, encode and gate all rows, or find them prepared. DataError for missing or empty sources.
+def prepare(section: "Data", encoder: Encoder, seed: int, progress: Progress = lambda records: None) -> Prepared:
+    """Prepare data, or read it from the cache. DataError for a missing or empty source; the report has the rest.
 
-    Anything else is in the report. Memory does not grow with the rows: they are read through the memory map.
+    Memory stays bounded: examples are written to files and read through a memory map.
     """
-    sets = _sets(section)
-    report_sha256 = hashlib.sha256(" ".join(" ".join(one.digests) for one in sets).encode()).hexdigest()
+    data_sets = _data_sets(section)
+    sha256 = hashlib.sha256(" ".join(" ".join(data_set.digests) for data_set in data_sets).encode()).hexdigest()
 
     def build(columns: Columns) -> tuple[Mapping[str, Array], Mapping[str, object]]:
-        walk = _Walk(section, encoder, seed, progress)
-        found, report = walk.run(sets, columns)
-        _refuse_changes(sets)
-        return found, replace(report, sha256=report_sha256).as_json()
+        arrays, report = _Preparation(section, encoder, seed, progress).run(data_sets, columns)
+        _require_unchanged(data_sets)
+        return arrays, replace(report, sha256=sha256).as_json()
 
-    known = cache.entry(_key(section, encoder, seed, sets), build)
-    documents = ExampleStore(known.columns)
+    entry = cache.get_or_build(_cache_key(section, encoder, seed, data_sets), build)
+    examples = ExampleStore(entry.columns)
     train, evaluation = (
-        SequenceDataset(documents, known.columns[f"{name}_order"], known.columns[f"{name}_ends"])
+        SequenceDataset(examples, entry.columns[f"{name}_order"], entry.columns[f"{name}_ends"])
         for name in ("train", "eval")
     )
-    report = DataReport.from_json(known.report)
-    return Prepared(train, evaluation, replace(report, notes=[*encoder.notes, known.note]))
+    report = DataReport.from_json(entry.report)
+    return Prepared(train, evaluation, replace(report, notes=[*encoder.notes, entry.note]))
 
 
-def _sets(section: "Data") -> tuple[_Set, _Set]:
-    found = []
-    for name, sources in (("data.train", section.train), ("data.eval", section.eval or ())):
-        located = [locate(one) for one in sources]
-        digests = [source.sha256(one, place) for one, place in zip(sources, located, strict=True)]
-        found.append(_Set(name, sources, located, digests))
-    return found[0], found[1]
+def _data_sets(section: "Data") -> tuple[_DataSet, _DataSet]:
+    data_sets = []
+    for key, sources in (("data.train", section.train), ("data.eval", section.eval or ())):
+        resolved = [resolve_source(item) for item in sources]
+        digests = [source.sha256(item, location) for item, location in zip(sources, resolved, strict=True)]
+        data_sets.append(_DataSet(key, sources, resolved, digests))
+    return data_sets[0], data_sets[1]
 
 
-def _key(section: "Data", encoder: Encoder, seed: int, sets: Sequence[_Set]) -> str:
-    """What names this data in the cache: everything that the result depends on."""
-    return cache.key_of(
+def _cache_key(section: "Data", encoder: Encoder, seed: int, data_sets: Sequence[_DataSet]) -> str:
+    """The cache key: a digest of everything that the result depends on."""
+    return cache.cache_key(
         section=section.model_dump(mode="json"),
         encoder=encoder.sha256,
         seed=seed,
-        content=[one.digests for one in sets],
-        files=[[place.files for place in one.located] for one in sets],
-        found=[[[f.where, f.message] for f in place.findings] for one in sets for place in one.located],
+        content=[data_set.digests for data_set in data_sets],
+        files=[[location.files for location in data_set.resolved] for data_set in data_sets],
+        found=[
+            [[f.where, f.message] for f in location.findings]
+            for data_set in data_sets
+            for location in data_set.resolved
+        ],
     )
 
 
-def _refuse_changes(sets: Sequence[_Set]) -> None:
-    """DataError if a file is not the one any more that `sets` has the digest of."""
-    for one in sets:
-        for src, place, digest in zip(one.sources, one.located, one.digests, strict=True):
-            if place.files and source.sha256(src, place) != digest:
-                raise DataError(f"{src.path}: changed while it was read. Start again when nothing writes to it.")
+def _require_unchanged(data_sets: Sequence[_DataSet]) -> None:
+    """DataError if the content of a file differs from its digest in `data_sets`."""
+    for data_set in data_sets:
+        for item, resolved, digest in zip(data_set.sources, data_set.resolved, data_set.digests, strict=True):
+            if resolved.files and source.sha256(item, resolved) != digest:
+                raise DataError(f"{item.path}: changed while it was read. Start again when nothing writes to it.")
 
 
-class _Walk:
-    """All rows of all sources through two gates into one store of documents, then split and packed."""
+class _Preparation:
+    """All records of data.train and data.eval, filtered into one store of examples, then split and packed."""
 
     def __init__(self, section: "Data", encoder: Encoder, seed: int, progress: Progress) -> None:
         self._section, self._encoder, self._seed, self._progress = section, encoder, seed, progress
-        self._rows = 0
-        self._crew = worker_pool.available()
+        self._records = 0
+        self._workers = worker_pool.available_workers()
 
-    def run(self, sets: tuple[_Set, _Set], columns: Columns) -> tuple[dict[str, Array], DataReport]:
-        """Fill `columns`; returns them for reading, with the report."""
+    def run(self, data_sets: tuple[_DataSet, _DataSet], columns: Columns) -> tuple[dict[str, Array], DataReport]:
+        """Fill `columns`; returns them as arrays, with the report."""
         writer = ExampleWriter(columns)
-        gate, held = (self._gathered(one, ExampleFilter(one.name, writer)) for one in sets)
-        found = columns.finish(DOCUMENTS)
-        documents = ExampleStore(found)
-        keys = np.asarray(gate.keys, dtype=np.uint64)
-        picked = np.zeros(gate.kept, dtype=bool)
+        training, evaluation = (self._filter(data_set, ExampleFilter(data_set.key, writer)) for data_set in data_sets)
+        arrays = columns.finish(EXAMPLE_COLUMNS)
+        examples = ExampleStore(arrays)
+        keys = np.asarray(training.keys, dtype=np.uint64)
+        held_out = np.zeros(training.kept, dtype=bool)
         if self._section.eval is None:
-            picked = held_out(keys, self._section.eval_fraction, self._seed)
-        train = np.repeat(np.flatnonzero(~picked), np.asarray(gate.copies)[~picked])
-        evaluation = np.flatnonzero(picked) if self._section.eval is None else gate.kept + np.arange(held.kept)
-        order, ends = self._packed(train, documents)
-        for name, values in zip(_PLAN, (order, ends, evaluation, 1 + np.arange(len(evaluation))), strict=True):
-            columns.append(name, values)
-        report = _report(gate, held, picked, documents)
-        report = replace(report, eval_rows=len(evaluation), packed_rows=len(ends))
-        return found | columns.finish(_PLAN), report
+            held_out = eval_mask(keys, self._section.eval_fraction, self._seed)
+        train_order = np.repeat(np.flatnonzero(~held_out), np.asarray(training.copies)[~held_out])
+        eval_order = np.flatnonzero(held_out)
+        if self._section.eval is not None:
+            eval_order = training.kept + np.arange(evaluation.kept)
+        train_order, train_ends = self._pack(train_order, examples)
+        values = (train_order, train_ends, eval_order, 1 + np.arange(len(eval_order)))
+        for name, column in zip(_SEQUENCE_COLUMNS, values, strict=True):
+            columns.append(name, column)
+        report = _report(training, evaluation, held_out, examples)
+        report = replace(report, eval_rows=len(eval_order), packed_rows=len(train_ends))
+        return arrays | columns.finish(_SEQUENCE_COLUMNS), report
 
-    def _packed(self, train: Indices, documents: ExampleStore) -> tuple[Indices, Indices]:
+    def _pack(self, order: Indices, examples: ExampleStore) -> tuple[Indices, Indices]:
         if not self._section.packing:
-            return train, 1 + np.arange(len(train))
-        order, ends = arrange(documents.lengths[train], self._section.max_length)
-        return train[order], ends
+            return order, 1 + np.arange(len(order))
+        packed, ends = best_fit(examples.lengths[order], self._section.max_length)
+        return order[packed], ends
 
-    def _gathered(self, one: _Set, gate: ExampleFilter) -> ExampleFilter:
-        """The sources of one key, row by row."""
-        for index, (src, place) in enumerate(zip(one.sources, one.located, strict=True)):
-            gate.warnings.extend(place.findings)
-            before = gate.rows
-            rows = source.read(src, place, (self._seed, index))
-            for row, made in encoded_rows(rows, src.format or self._section.format, self._encoder, self._crew):
-                admit(gate, row, made, self._section)
+    def _filter(self, data_set: _DataSet, examples: ExampleFilter) -> ExampleFilter:
+        """Encode and filter every record of a data set."""
+        for index, (item, resolved) in enumerate(zip(data_set.sources, data_set.resolved, strict=True)):
+            examples.warnings.extend(resolved.findings)
+            before = examples.records
+            records = source.read_records(item, resolved, (self._seed, index))
+            kind = item.format or self._section.format
+            for record, result in encode_records(records, kind, self._encoder, self._workers):
+                filter_example(examples, record, result, self._section)
                 self._count()
-            if gate.rows == before:
-                raise DataError(f"{src.path}: no rows in this data set. {one.name} needs at least one.")
-        return gate
+            if examples.records == before:
+                raise DataError(f"{item.path}: no records in this data set. {data_set.key} needs at least one.")
+        return examples
 
     def _count(self) -> None:
-        self._rows += 1
-        if self._rows % _REPORT_ROWS == 0:
-            self._progress(self._rows)
+        self._records += 1
+        if self._records % _PROGRESS_RECORDS == 0:
+            self._progress(self._records)
 
 
-_PLAN = ("train_order", "train_ends", "eval_order", "eval_ends")
-_REPORT_ROWS = 256
-
-
-def _report(gate: ExampleFilter, held: ExampleFilter, picked: Array, documents: ExampleStore) -> DataReport:
-    keys, held_keys = np.asarray(gate.keys, dtype=np.uint64), np.asarray(held.keys, dtype=np.uint64)
-    duplicates, repeated = data_report.repeats(keys, documents.where)
-    overlap = int(np.isin(np.concatenate([held_keys, keys[picked]]), keys[~picked]).sum())
-    told = [Finding("data.eval", f"{overlap} held-out rows stand in the training set as well")] if overlap else []
-    needed = [*gate.fatal(), *(held.fatal() if held.rows else [])]
+def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array, examples: ExampleStore) -> DataReport:
+    keys, eval_keys = np.asarray(training.keys, dtype=np.uint64), np.asarray(evaluation.keys, dtype=np.uint64)
+    duplicates, repeated = data_report.find_duplicates(keys, examples.where)
+    overlap = int(np.isin(np.concatenate([eval_keys, keys[held_out]]), keys[~held_out]).sum())
+    leaked = [Finding("data.eval", f"{overlap} held-out examples are in the training set too")] if overlap else []
+    blocking = [*training.blocking_problems(), *(evaluation.blocking_problems() if evaluation.records else [])]
+    lengths = examples.lengths[: training.kept]
+    warnings = data_set_warnings(training, lengths)
     return DataReport(
-        rows=gate.rows,
-        kept=gate.kept,
-        dropped=dict(gate.dropped),
-        tokens=gate.tokens,
-        trained_tokens=gate.trained_tokens,
-        problems=[*gate.problems, *held.problems, *needed],
-        warnings=[*gate.warnings, *held.warnings, *advice(gate, documents.lengths[: gate.kept]), *repeated, *told],
+        rows=training.records,
+        kept=training.kept,
+        dropped=dict(training.dropped),
+        tokens=training.tokens,
+        trained_tokens=training.trained_tokens,
+        problems=[*training.problems, *evaluation.problems, *blocking],
+        warnings=[*training.warnings, *evaluation.warnings, *warnings, *repeated, *leaked],
         sha256="",
         notes=[],
-        truncated=gate.truncated,
-        end_trained=gate.end_trained,
-        control_rows=gate.control_rows,
+        truncated=training.truncated,
+        end_trained=training.end_trained,
+        control_rows=training.control_records,
         duplicates=duplicates,
         overlap=overlap,
-        lengths=data_report.histogram(documents.lengths[: gate.kept]),
+        lengths=data_report.length_histogram(lengths),
     )

@@ -1,4 +1,4 @@
-"""The nouns of this room: a row, a message, an example, a finding, and the reason why a row can't be used."""
+"""The types of this package: record, message, example, finding, and the reason why a record can't be used."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,18 +9,18 @@ import numpy.typing as npt
 
 from qlora.errors import DataError
 
-IGNORED = -100  # the label that bears no loss; torch's own convention for cross entropy
+IGNORED = -100  # the label of a token without loss: torch's default for cross entropy
 
-# Messages that are no chat turns. A format gives them, the encoder knows what they mean.
-TEXT = "text"  # one document, trained whole
-TOKENS = "tokens"  # extra: input_ids and labels, as they came
-TOOLS = "tools"  # extra: tools, the JSON schemas handed to the chat template
+# Roles of messages that are not turns of a conversation. A format returns them, the encoder handles them.
+TEXT = "text"  # a plain text, all of it trained
+TOKENS = "tokens"  # extra: input_ids and labels of a record that is tokenized already
+TOOLS = "tools"  # extra: tools, the JSON schemas passed to the chat template
 
 Ints = npt.NDArray[np.int32]
 
 
 class RecordError(DataError):
-    """One row can't be used. `reason` is short and countable; `detail` says what was found in this row."""
+    """A record can't be used. `reason` is short and countable, `detail` describes this record."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -30,7 +30,7 @@ class RecordError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a data set. `where` is file:line as the user wrote the file; `copies` is its share of an epoch."""
+    """One raw entry of a data set. where: file:line, with the path as the user wrote it. copies: in each epoch."""
 
     where: str
     fields: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A line that could not be read as a record."""
+    """A line that can't be read as a record."""
 
     where: str
     reason: str
@@ -47,13 +47,13 @@ class BadRecord:
 
     @property
     def message(self) -> str:
-        """The reason with what was found."""
+        """The reason and the detail."""
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to tell the user, and the file:line or key it is about."""
+    """A message to the user about a file:line or a recipe key."""
 
     where: str
     message: str
@@ -61,9 +61,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `train` None leaves it to data.train_on; `extra` (tool_calls, name, ...) reaches the template as is.
+    """One message of a conversation. `extra` (tool_calls, name, ...) is passed to the chat template unchanged.
 
-    `train: true` has no effect on a turn that is not the assistant's: only its words are ever asked of the model.
+    train: whether the message bears loss; None: data.train_on decides. `train: true` has no effect on a message that is
+    not the assistant's.
     """
 
     role: str
@@ -74,58 +75,58 @@ class Message:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One row of tokens. labels: -100 or the token itself, before the shift.
+    """Token ids and labels of one conversation, or of a packed sequence. labels: -100 or the token itself, unshifted.
 
-    A packed row holds several documents: `boundaries` are the indices where the second and later ones begin, `parts`
-    the place each document came from. Positions restart at every boundary.
+    A packed sequence holds several documents: `boundaries` are the indices where the second and later ones start,
+    `origins` the file:line of each. Position ids restart at every boundary.
     """
 
     where: str
     input_ids: Ints  # [T]
     labels: Ints  # [T]
     boundaries: tuple[int, ...] = ()
-    parts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def starts(self) -> tuple[int, ...]:
-        """The index at which each document of this row begins."""
+    def document_starts(self) -> tuple[int, ...]:
+        """The index of the first token of each document."""
         return (0, *self.boundaries)
 
     def trained_tokens(self) -> int:
-        """How many tokens bear loss: a document's first token has nothing before it to be predicted from."""
+        """Number of tokens that bear loss. A document's first token is not predicted, so it is not counted."""
         targets = self.labels != IGNORED
-        return int(targets.sum()) - int(targets[list(self.starts())].sum() if len(self) else 0)
+        return int(targets.sum()) - int(targets[list(self.document_starts())].sum() if len(self) else 0)
 
 
-def counted(rows: int) -> str:
-    """`1 row`, `1,234 rows`."""
-    return f"{rows:,} row" + "s" * (rows != 1)
+def count_of(count: int, noun: str = "record") -> str:
+    """`1 record`, `1,234 records`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def trained_tokens(examples: Iterable[Example]) -> int:
-    """Loss terms of all `examples` together."""
+    """Number of tokens of all `examples` that bear loss."""
     return sum(example.trained_tokens() for example in examples)
 
 
-SHOWN = 5  # places named in a finding about many rows
+MAX_LISTED = 5  # locations listed in a finding about many records
 
 
 class Occurrences:
-    """How many rows something was seen in, and the first few of them."""
+    """A count of records, and the locations of the first few."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._first: list[str] = []
+        self._locations: list[str] = []
 
     def add(self, where: str) -> None:
-        """One more row."""
+        """Count one more record."""
         self.count += 1
-        if len(self._first) <= SHOWN:
-            self._first.append(where)
+        if len(self._locations) <= MAX_LISTED:
+            self._locations.append(where)
 
-    def told(self, text: str) -> str:
-        """`text` with the count before it and the first places behind it."""
-        more = ", ..." if self.count > SHOWN else ""
-        return f"{counted(self.count)} {text} ({', '.join(self._first[:SHOWN])}{more})"
+    def describe(self, text: str) -> str:
+        """`text` between the count and the first locations."""
+        more = ", ..." if self.count > MAX_LISTED else ""
+        return f"{count_of(self.count)} {text} ({', '.join(self._locations[:MAX_LISTED])}{more})"

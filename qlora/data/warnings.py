@@ -1,66 +1,73 @@
-"""What concerns many rows at once: nothing that stops a run, all that a user would want to know before it."""
+"""Warnings about the data set as a whole. They do not stop a run."""
 
 import numpy as np
 import numpy.typing as npt
 
 from qlora.data.batching.filter import ExampleFilter
-from qlora.data.types import Finding, counted
+from qlora.data.types import Finding, count_of
 
-FEW_ROWS = 100  # below, a LoRA learns the rows by heart within an epoch or two
-LITTLE_TRAINED = 0.02  # of the tokens
-MANY_CUT = 0.05  # of the rows, above data.max_length
-ONE_ANSWER = 0.5  # of the rows
-
-
-def advice(gate: ExampleFilter, lengths: npt.NDArray[np.int64]) -> list[Finding]:
-    """What to know about the rows that passed `gate`; `lengths` are the tokens of each."""
-    told = [*_endings(gate), *_control(gate), *_amount(gate), *_cut(gate, lengths), *_sameness(gate)]
-    return [Finding(gate.where, text) for text in told]
+FEW_RECORDS = 100  # with fewer, a LoRA memorizes the records within an epoch or two
+LOW_TRAINED = 0.02  # fraction of the tokens
+MANY_OVERLONG = 0.05  # fraction of the records above data.max_length
+SAME_ANSWER = 0.5  # fraction of the records
 
 
-def _endings(gate: ExampleFilter) -> list[str]:
-    found = []
-    if gate.open_ended.count:
-        found.append(gate.open_ended.told("without a trained end token: the model may not stop"))
-    if gate.skipped.count:
-        text = f"with answers ({gate.skipped_answers} in all) that are not trained: "
-        found.append(gate.skipped.told(text + "the template rewrites them later on"))
-    return found
+def data_set_warnings(examples: ExampleFilter, lengths: npt.NDArray[np.int64]) -> list[Finding]:
+    """Warnings about the kept examples. lengths: tokens of each."""
+    texts = [
+        *_answers(examples),
+        *_control_strings(examples),
+        *_amount(examples),
+        *_overlong(examples, lengths),
+        *_same_answer(examples),
+    ]
+    return [Finding(examples.where, text) for text in texts]
 
 
-def _control(gate: ExampleFilter) -> list[str]:
-    if 2 * gate.control_rows <= gate.kept:
+def _answers(examples: ExampleFilter) -> list[str]:
+    texts = []
+    if examples.without_end_token.count:
+        texts.append(examples.without_end_token.describe("without a trained end token: the model may not stop"))
+    if examples.with_untrained_answers.count:
+        text = f"with answers ({examples.untrained_answers} in all) that are not trained: "
+        texts.append(examples.with_untrained_answers.describe(text + "the template rewrites them in later turns"))
+    return texts
+
+
+def _control_strings(examples: ExampleFilter) -> list[str]:
+    if 2 * examples.control_records <= examples.kept:
         return []
-    text = "of the rows hold control strings; are they conversations written out already? Give them as messages"
-    return [f"{gate.control_rows} {text}"]
+    text = "records have control strings in their text. If they are rendered conversations, give them as messages"
+    return [f"{examples.control_records} {text}"]
 
 
-def _amount(gate: ExampleFilter) -> list[str]:
-    found = []
-    if 0 < gate.kept < FEW_ROWS:
-        found.append(f"{counted(gate.kept)}: will overfit; {FEW_ROWS} or more, or fewer epochs")
-    share = gate.trained_tokens / gate.tokens if gate.tokens else 1.0
-    if 0 < share < LITTLE_TRAINED:
-        found.append(f"only {share:.1%} of the tokens are trained: long prompts, short answers. Is train_on as meant?")
-    return found
+def _amount(examples: ExampleFilter) -> list[str]:
+    texts = []
+    if 0 < examples.kept < FEW_RECORDS:
+        texts.append(f"{count_of(examples.kept)}: will overfit; use {FEW_RECORDS} or more, or fewer epochs")
+    fraction = examples.trained_tokens / examples.tokens if examples.tokens else 1.0
+    if 0 < fraction < LOW_TRAINED:
+        texts.append(f"only {fraction:.1%} of the tokens are trained: long prompts, short answers. Check data.train_on")
+    return texts
 
 
-def _cut(gate: ExampleFilter, lengths: npt.NDArray[np.int64]) -> list[str]:
-    """How long rows would have to be for nearly all of them to be trained whole."""
-    rows = len(lengths) - gate.truncated + len(gate.too_long)
-    if len(gate.too_long) <= MANY_CUT * rows:
+def _overlong(examples: ExampleFilter, lengths: npt.NDArray[np.int64]) -> list[str]:
+    """The max_length at which 99 % of the examples fit."""
+    count = len(lengths) - examples.truncated + len(examples.overlong_lengths)
+    if len(examples.overlong_lengths) <= MANY_OVERLONG * count:
         return []
-    fitting = np.sort(lengths)[: len(lengths) - gate.truncated]
-    enough = int(np.quantile(np.concatenate([fitting, np.asarray(gate.too_long)]), 0.99, method="higher"))
-    share = len(gate.too_long) / rows
-    return [f"{share:.0%} of the rows are above data.max_length; {enough} would hold 99 % of them whole"]
+    fitting = np.sort(lengths)[: len(lengths) - examples.truncated]
+    all_lengths = np.concatenate([fitting, np.asarray(examples.overlong_lengths)])
+    enough = int(np.quantile(all_lengths, 0.99, method="higher"))
+    fraction = len(examples.overlong_lengths) / count
+    return [f"{fraction:.0%} of the records are above data.max_length; {enough} would hold 99 % of them"]
 
 
-def _sameness(gate: ExampleFilter) -> list[str]:
-    """An answer that most rows share is soon the only one the model gives."""
-    if gate.kept < FEW_ROWS:
+def _same_answer(examples: ExampleFilter) -> list[str]:
+    """A model soon gives no other answer than the one that most records share."""
+    if examples.kept < FEW_RECORDS:
         return []
-    _, counts = np.unique(np.asarray(gate.answers, dtype=np.uint64), return_counts=True)
-    share = counts.max() / gate.kept
-    text = "of the rows have the very same answer: the model may learn to say nothing else"
-    return [f"{share:.0%} {text}"] if share > ONE_ANSWER else []
+    _, counts = np.unique(np.asarray(examples.answer_keys, dtype=np.uint64), return_counts=True)
+    fraction = counts.max() / examples.kept
+    text = "of the records have the same answer: the model may learn to give no other"
+    return [f"{fraction:.0%} {text}"] if fraction > SAME_ANSWER else []

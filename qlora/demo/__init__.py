@@ -1,1 +1,1 @@
-"""The embedded base, its instruction set and its recipe, and the scripts that made them: what `qlora demo` works on."""
+"""The embedded demo of `qlora demo`: a small base model, its data set and its recipe (made by scripts/demo/)."""

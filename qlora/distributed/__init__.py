@@ -1,4 +1,4 @@
-"""Who holds which part, on Accelerate's engines: every strategy gives the loss curve of one process."""
+"""Training strategies on Accelerate's engines; every one gives the loss curve of a single process."""
 
 from typing import Annotated
 
@@ -8,13 +8,13 @@ from qlora.utils.registry import Registry
 STRATEGIES = Registry(
     "distributed.kind",
     single="qlora.distributed.single:Single",  # one process
-    ddp="qlora.distributed.ddp:Ddp",  # every process holds the whole model
-    fsdp="qlora.distributed.fsdp:Fsdp",  # FSDP2: every process holds a share, base included
+    ddp="qlora.distributed.ddp:Ddp",  # every rank holds the whole model
+    fsdp="qlora.distributed.fsdp:Fsdp",  # FSDP2: every rank holds a shard of the frozen base model
 )
 
 
 class Distributed(Section):
-    """How the processes share the work."""
+    """How the model is distributed over the processes."""
 
     kind: Annotated[str, KindOf(STRATEGIES, "auto")] = setting(
         "auto", "auto (by the launcher's process count and the plan) | single | ddp | fsdp"

@@ -1,6 +1,6 @@
-"""Parcels: named tensors and a JSON note that one process sends to all others; every byte arrives as it left.
+"""Broadcast of named tensors with JSON metadata from one rank to all others, byte for byte.
 
-A parcel travels as Accelerate's broadcasts: what is in it, then all tensors one after the other.  Door: accelerate.
+A payload takes three broadcasts of Accelerate: the size of a JSON header, the header, one buffer with all tensors.
 """
 
 import json
@@ -9,99 +9,100 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast as broadcast_tensor
 from torch import Tensor
 
-ALIGNMENT = 64  # bytes: where a tensor may begin, so that it can be viewed in its own type
+ALIGNMENT = 64  # bytes: the start of a tensor in the buffer, so that it can be viewed in its own type
 Unit = TypeVar("Unit")
+Slot = tuple[int, str, Sequence[int]]  # of a tensor in the buffer: start, type, shape
 
 
 @dataclass(frozen=True)
 class Payload:
-    """Tensors by name, and anything that JSON can say about them."""
+    """Tensors by name, and JSON metadata."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    note: Any = None
+    metadata: Any = None
 
 
 class ProcessGroup(Protocol):
-    """Several processes, seen from one of them."""
+    """The ranks of a run, seen from one of them."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
 
-def send(company: ProcessGroup, sender: int, parcel: Payload | None) -> Payload:
-    """The parcel of process `sender` on every process; the others give None, and get tensors on their own device."""
-    if company.world == 1 and parcel is not None:
-        return parcel
-    header, places, size = _packing(parcel) if parcel is not None else (b"", {}, 0)
-    header = _send_bytes(company, sender, header)
-    if parcel is None:
-        said = json.loads(header)
-        places, size = {name: tuple(place) for name, place in said["places"].items()}, said["size"]
-        parcel = Payload({}, said["note"])
-    body = torch.empty(size, dtype=torch.uint8, device=company.device)
-    for name, tensor in parcel.tensors.items():
-        start = places[name][0]
-        flat = tensor.detach().to(company.device).contiguous().reshape(-1)
-        body[start : start + tensor.nbytes] = flat.view(torch.uint8)
+def broadcast(group: ProcessGroup, source: int, payload: Payload | None) -> Payload:
+    """The payload of rank `source` on every rank, on its own device; the other ranks pass None."""
+    if group.world_size == 1 and payload is not None:
+        return payload
+    header, slots, size = _layout(payload) if payload is not None else (b"", {}, 0)
+    header = _broadcast_bytes(group, source, header)
+    if payload is None:
+        fields = json.loads(header)
+        slots, size = {name: tuple(slot) for name, slot in fields["slots"].items()}, fields["size"]
+        payload = Payload({}, fields["metadata"])
+    buffer = torch.empty(size, dtype=torch.uint8, device=group.device)
+    for name, tensor in payload.tensors.items():
+        start = slots[name][0]
+        flat = tensor.detach().to(group.device).contiguous().reshape(-1)
+        buffer[start : start + tensor.nbytes] = flat.view(torch.uint8)
     if size:
-        broadcast(body, from_process=sender)
-    return Payload({name: _view(body, *place) for name, place in places.items()}, parcel.note)
+        broadcast_tensor(buffer, from_process=source)
+    return Payload({name: _view(buffer, *slot) for name, slot in slots.items()}, payload.metadata)
 
 
-def deal(
-    company: ProcessGroup,
+def broadcast_in_turns(
+    group: ProcessGroup,
     units: Sequence[Unit],
-    make: Callable[[Unit], Payload],
+    prepare: Callable[[Unit], Payload],
     error: type[Exception],
 ) -> Iterator[tuple[Unit, Payload]]:
-    """Each unit with its parcel on every process; they take turns in making one, and work side by side.
+    """Each unit with its payload, on every rank. The ranks prepare in parallel: rank r units r, r + world size, ...
 
-    An `error` that `make` raises on one process is raised on all.
+    An `error` that `prepare` raises on one rank is raised on all.
     """
-    for first in range(0, len(units), company.world):
-        turn = units[first : first + company.world]
-        mine = _made(make, turn[company.rank], error) if company.rank < len(turn) else None
-        for maker, unit in enumerate(turn):
-            found = send(company, maker, mine if maker == company.rank else None)
-            if maker == company.rank:
-                mine = None  # its tensors are in the body that was sent
-            if isinstance(found.note, dict) and "failed" in found.note:
-                raise error(found.note["failed"])
-            yield unit, found
+    for first in range(0, len(units), group.world_size):
+        batch = units[first : first + group.world_size]
+        prepared = _prepared(prepare, batch[group.rank], error) if group.rank < len(batch) else None
+        for source, unit in enumerate(batch):
+            payload = broadcast(group, source, prepared if source == group.rank else None)
+            if source == group.rank:
+                prepared = None  # frees its tensors: the broadcast buffer holds them
+            if isinstance(payload.metadata, dict) and "failed" in payload.metadata:
+                raise error(payload.metadata["failed"])
+            yield unit, payload
 
 
-def _made(make: Callable[[Unit], Payload], unit: Unit, error: type[Exception]) -> Payload:
+def _prepared(prepare: Callable[[Unit], Payload], unit: Unit, error: type[Exception]) -> Payload:
     try:
-        return make(unit)
-    except error as failed:
-        return Payload({}, {"failed": str(failed)})
+        return prepare(unit)
+    except error as failure:
+        return Payload({}, {"failed": str(failure)})
 
 
-def _packing(parcel: Payload) -> tuple[bytes, dict[str, tuple[Any, ...]], int]:
-    """The header, each tensor's place (start, type, shape), and the body's size."""
-    places: dict[str, tuple[Any, ...]] = {}
+def _layout(payload: Payload) -> tuple[bytes, dict[str, Slot], int]:
+    """The header, the slot of each tensor, and the size of the buffer."""
+    slots: dict[str, Slot] = {}
     end = 0
-    for name, tensor in parcel.tensors.items():
-        places[name] = (end, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+    for name, tensor in payload.tensors.items():
+        slots[name] = (end, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return json.dumps({"places": places, "size": end, "note": parcel.note}).encode(), places, end
+    return json.dumps({"slots": slots, "size": end, "metadata": payload.metadata}).encode(), slots, end
 
 
-def _send_bytes(company: ProcessGroup, sender: int, text: bytes) -> bytes:
-    size = torch.tensor([len(text)], device=company.device)
-    broadcast(size, from_process=sender)
-    body = torch.empty(int(size), dtype=torch.uint8, device=company.device)
+def _broadcast_bytes(group: ProcessGroup, source: int, text: bytes) -> bytes:
+    size = torch.tensor([len(text)], device=group.device)
+    broadcast_tensor(size, from_process=source)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=group.device)
     if text:
-        body.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    broadcast(body, from_process=sender)
-    return bytes(body.cpu().numpy())
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    broadcast_tensor(buffer, from_process=source)
+    return bytes(buffer.cpu().numpy())
 
 
-def _view(body: Tensor, start: int, dtype: str, shape: Sequence[int]) -> Tensor:
-    kind: torch.dtype = getattr(torch, dtype)
-    size = kind.itemsize * torch.Size(shape).numel()
-    return body[start : start + size].view(kind).view(torch.Size(shape))
+def _view(buffer: Tensor, start: int, dtype: str, shape: Sequence[int]) -> Tensor:
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    size = torch_dtype.itemsize * torch.Size(shape).numel()
+    return buffer[start : start + size].view(torch_dtype).view(torch.Size(shape))

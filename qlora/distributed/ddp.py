@@ -1,4 +1,4 @@
-"""DDP: every process holds the whole model and its share of the rows; adapters' gradients are summed."""
+"""DDP: every rank holds the whole model and trains on its part of each batch; gradients of the adapters are summed."""
 
 from torch import nn
 
@@ -9,5 +9,5 @@ class Ddp(Processes):
     """PyTorch's DistributedDataParallel under Accelerate."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients exchanged in backward."""
+        """The module with a gradient all-reduce in backward."""
         return self.accelerator.prepare_model(module)  # type: ignore[no-any-return]

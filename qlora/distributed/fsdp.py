@@ -1,11 +1,11 @@
-"""FSDP2: every process holds a share of the frozen base, packed bytes included; adapters are held whole by each.
+"""FSDP2: every rank holds a shard of the frozen base model, packed bytes included; adapters are replicated.
 
-The rule: what is frozen is sharded by `fully_shard`, what trains is replicated and its gradients are summed by DDP,
-once a step. Adapters are a few thousandths of the base, so their shards would save nothing and cost a gather a layer.
+Frozen parameters are sharded by `fully_shard`; trained parameters are replicated, and DDP sums their gradients once a
+step. Adapters are a few thousandths of the base, so sharding them would save nothing and cost an all-gather per layer.
 
-`fully_shard` is called here, not by Accelerate (1.15), whose prepare_model wants the whole model in memory on every
-process first, shards adapters as well, and leaves integer parameters whole. No policy casts anything: MixedPrecision is
-empty, so every byte that is gathered is the byte that was stored.
+`fully_shard` is called here, not by Accelerate (1.15): its prepare_model needs the whole model in memory on every rank
+first, shards adapters too, and does not shard integer parameters. MixedPrecisionPolicy is empty, so nothing is cast:
+the gathered bytes are the stored bytes.
 """
 
 from collections.abc import Sequence
@@ -23,69 +23,73 @@ from qlora.distributed.processes import Processes
 
 
 class Fsdp(Processes):
-    """PyTorch's fully_shard over the base as it loads, DDP over the adapters."""
+    """PyTorch's fully_shard over the base model while it loads, DDP over the adapters."""
 
     shards = True
 
     def __init__(self, report_to: Sequence[str] = (), project_dir: Path | None = None) -> None:
         super().__init__(report_to, project_dir)
-        if not dist.is_initialized():  # one process: a mesh needs a group all the same
+        if not dist.is_initialized():  # a device mesh needs a process group, also for a single process
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        self._mesh = init_device_mesh(self.device.type, (self.world,))
-        self._brought: FSDPModule | None = None
+        self._mesh = init_device_mesh(self.device.type, (self.world_size,))
+        self._unsharded: FSDPModule | None = None
 
     def shard(
-        self, module: nn.Module, lasting: bool = False, whole: Sequence[nn.Parameter] = (), host: bool = False
+        self,
+        module: nn.Module,
+        keep_unsharded: bool = False,
+        ignored: Sequence[nn.Parameter] = (),
+        offload: bool = False,
     ) -> None:
-        """Keep this process's share of `module` and give the rest back; forward and backward gather it for themselves.
+        """Keep this rank's shard of `module`; its forward and backward all-gather it.
 
-        `lasting`: whoever gathers it returns it. `whole`: parameters that stay as they are. `host`: the share waits in
-        pinned main memory, where the device is not that.
+        `keep_unsharded`: its forward does not reshard it, the caller does. `ignored`: parameters that are not sharded.
+        `offload`: on a GPU, the shard is kept in pinned host memory.
         """
-        away = host and self.device.type != "cpu"
+        on_host = offload and self.device.type != "cpu"
         fully_shard(
             module,
             mesh=self._mesh,
-            reshard_after_forward=not lasting,
+            reshard_after_forward=not keep_unsharded,
             mp_policy=MixedPrecisionPolicy(),
-            offload_policy=CPUOffloadPolicy() if away else OffloadPolicy(),
-            ignored_params=set(whole),
+            offload_policy=CPUOffloadPolicy() if on_host else OffloadPolicy(),
+            ignored_params=set(ignored),
         )
 
-    def bring(self, module: nn.Module, part: nn.Module) -> None:
-        """Have `part` of a sharded `module` whole outside of its forward and backward, until another one is brought."""
-        sharded = next(part.parameters(recurse=False), None)
-        if isinstance(module, FSDPModule) and hasattr(sharded, "to_local"):
-            self.settle()
+    def unshard(self, module: nn.Module, submodule: nn.Module) -> None:
+        """All-gather a sharded `module` outside of its forward and backward, for a `submodule`, until the next call."""
+        parameter = next(submodule.parameters(recurse=False), None)
+        if isinstance(module, FSDPModule) and hasattr(parameter, "to_local"):
+            self.reshard()
             module.unshard()
-            self._brought = module
+            self._unsharded = module
 
-    def settle(self) -> None:
-        """Return what was brought."""
-        if self._brought is not None:
-            self._brought.reshard()
-        self._brought = None
+    def reshard(self) -> None:
+        """Free what `unshard` gathered."""
+        if self._unsharded is not None:
+            self._unsharded.reshard()
+        self._unsharded = None
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with the gradients of what trains summed in backward; its base was sharded when it was loaded."""
-        self.settle()
-        if self.world == 1:
+        """The module with a gradient all-reduce in backward; its base was sharded when it was loaded."""
+        self.reshard()
+        if self.world_size == 1:
             return module
         frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
         buffers = [name for name, _ in module.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen + buffers)
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
-    def bare(self, module: nn.Module) -> nn.Module:
+    def unwrap(self, module: nn.Module) -> nn.Module:
         """The module without DDP; its base stays sharded."""
         return module.module if isinstance(module, DistributedDataParallel) else module
 
     def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Around one micro-batch: gradients are exchanged on the last one only."""
-        joined = isinstance(module, DistributedDataParallel) and not last
-        return module.no_sync() if joined else nullcontext()  # type: ignore[union-attr, operator]
+        """Around one micro-batch: gradients are reduced on the last one only."""
+        skip = isinstance(module, DistributedDataParallel) and not last
+        return module.no_sync() if skip else nullcontext()  # type: ignore[union-attr, operator]
 
-    def agreed(self, flag: bool) -> bool:
-        """Whether any process raises the flag: a forward takes all processes, so that none may stop alone."""
+    def any_if_sharded(self, flag: bool) -> bool:
+        """Whether any rank raises the flag: every rank takes part in a forward, so that none may stop alone."""
         return self.any(flag)

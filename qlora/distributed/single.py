@@ -4,4 +4,4 @@ from qlora.distributed.processes import Processes
 
 
 class Single(Processes):
-    """Nothing to exchange."""
+    """No communication."""

@@ -1,4 +1,4 @@
-"""A module whose parameters other processes hold shares of, whole for a while."""
+"""Temporary all-gather of one module's sharded parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from torch import nn
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Inside the block every parameter of `module` itself is there; one that is not sharded always is."""
-    sharded: Any = module if hasattr(module, "unshard") else None
-    if sharded is not None:
-        sharded.unshard()
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Inside the block, all values of the module's own parameters are on this rank; no effect if it is not sharded."""
+    fsdp_module: Any = module if hasattr(module, "unshard") else None
+    if fsdp_module is not None:
+        fsdp_module.unshard()
     try:
         yield
     finally:
-        if sharded is not None:
-            sharded.reshard()
+        if fsdp_module is not None:
+            fsdp_module.reshard()

@@ -1,8 +1,8 @@
-"""One fails, all end: a process that fails tells the others why, once; none waits for one that is gone.
+"""Fail-fast watchdog: when one rank fails, the others exit with the same error instead of blocking in a collective.
 
-Each process watches the note board that the launcher's rendezvous holds anyway (a TCPStore), and whether the others on
-its machine are alive. Whoever finds itself left alone has GRACE_SECONDS to end by itself, then it is ended: a
-collective on a card would wait for minutes.
+Every rank polls the TCPStore of the launcher's rendezvous for a reported failure, and checks that the other ranks on
+its machine are alive. After a failure the main thread has GRACE_SECONDS to end, then the process is terminated: a
+collective on a GPU would block for minutes.
 """
 
 import os
@@ -18,168 +18,169 @@ from typing import Any
 from qlora.errors import QloraError, ReportedByOtherRank
 from qlora.utils.redact import redacted
 
-LOOK_SECONDS = 0.5  # between two looks
-GRACE_SECONDS = 5.0  # for the computation to notice by itself
-HEAR_SECONDS = 2.0  # a failed collective waits for the reason of whoever caused it
-MEET_SECONDS = 600.0  # for the slowest process to come
-BOARD_SECONDS = 5.0  # for an answer of the note board
+POLL_SECONDS = 0.5  # between two polls
+GRACE_SECONDS = 5.0  # for the main thread to notice the failure
+REPORT_SECONDS = 2.0  # that a rank whose collective failed waits for the report of the rank that caused it
+RENDEZVOUS_SECONDS = 600.0  # for the slowest rank to join
+STORE_SECONDS = 5.0  # for an answer of the store
 
 
 class Watchdog:
-    """Around a run: `begin` when the processes know each other, `done` when none needs another any more."""
+    """Wraps a run: `start` when the process group exists, `stop` when no rank needs another one any more."""
 
     def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self._board: Any = None
-        self._beside: dict[int, tuple[int, str]] = {}  # rank -> pid and start of the others on this machine
-        self._over = threading.Event()
-        self._heard = False  # why: somebody has said it
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self._store: Any = None
+        self._local_peers: dict[int, tuple[int, str]] = {}  # rank -> pid and start time, of the others on this machine
+        self._stopped = threading.Event()
+        self._reported_elsewhere = False  # another rank has reported the failure
 
-    def begin(self) -> None:
-        """From here on this process sees the others. Called by all, once their process group is there."""
-        if self.world < 2:
+    def start(self) -> None:
+        """Watch the other ranks from now on. Every rank calls it, once the process group exists."""
+        if self.world_size < 2:
             return
-        self._board = _board()
-        self._board.set(f"process/{self.rank}", f"{_machine()} {os.getpid()} {_started(os.getpid())}")
-        self._board.wait([f"process/{rank}" for rank in range(self.world)], timedelta(seconds=MEET_SECONDS))
-        for rank in range(self.world):
-            machine, pid, started = self._board.get(f"process/{rank}").decode().split(" ")
+        self._store = _connect()
+        self._store.set(f"process/{self.rank}", f"{_machine()} {os.getpid()} {_start_time(os.getpid())}")
+        ranks = range(self.world_size)
+        self._store.wait([f"process/{rank}" for rank in ranks], timedelta(seconds=RENDEZVOUS_SECONDS))
+        for rank in ranks:
+            machine, pid, start_time = self._store.get(f"process/{rank}").decode().split(" ")
             if machine == _machine() and rank != self.rank:
-                self._beside[rank] = int(pid), started
-        threading.Thread(target=self._look, args=(_board(),), daemon=True, name="watch").start()
+                self._local_peers[rank] = int(pid), start_time
+        threading.Thread(target=self._watch, args=(_connect(),), daemon=True, name="watchdog").start()
 
-    def done(self) -> None:
-        """Stop watching; called by all after they have waited for each other."""
-        self._over.set()
+    def stop(self) -> None:
+        """Stop watching. Every rank calls it, after a barrier."""
+        self._stopped.set()
 
     def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """One process says what went wrong. SaidElsewhere if it is another one, QloraError for one that just died."""
-        self._over.set()  # from here on it is this thread that listens
-        if error is None or self.world < 2 or isinstance(error, ReportedByOtherRank | SystemExit):
+        """One rank reports an error: ReportedByOtherRank on the others, QloraError if a rank died without a report."""
+        self._stopped.set()  # from here on the main thread reads the store
+        if error is None or self.world_size < 2 or isinstance(error, ReportedByOtherRank | SystemExit):
             return
         code = getattr(error, "exit_code", 1)
-        if self._board is None:  # they do not know each other yet: the first of each machine speaks
+        if self._store is None:  # the rendezvous is not complete: only local rank 0 reports
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 raise ReportedByOtherRank(code) from None
             return
-        gone = self._gone(HEAR_SECONDS if isinstance(error, RuntimeError) else 0.0)
-        if not self._speaks(gone or str(error)):
+        failure = self._failure(REPORT_SECONDS if isinstance(error, RuntimeError) else 0.0)
+        if not self._claims_report(failure or str(error)):
             raise ReportedByOtherRank(code) from None
-        if gone:
-            raise QloraError(gone) from None
+        if failure:
+            raise QloraError(failure) from None
 
-    def _look(self, board: Any) -> None:
-        """The watching thread."""
-        while not self._over.wait(LOOK_SECONDS):
-            gone = self._reason(board)
-            if gone is None:
+    def _watch(self, store: Any) -> None:
+        """The watching thread: polls the store until a rank fails or the run ends."""
+        while not self._stopped.wait(POLL_SECONDS):
+            failure = self._current_failure(store)
+            if failure is None:
                 continue
-            if self._over.wait(GRACE_SECONDS):
+            if self._stopped.wait(GRACE_SECONDS):
                 return
-            if self._speaks(gone):
-                os.write(2, redacted(f"error: {gone}\n").encode())
+            if self._claims_report(failure):
+                os.write(2, redacted(f"error: {failure}\n").encode())
             os._exit(1)
 
-    def _gone(self, patience: float) -> str | None:
-        """Who has ended before this process and made it fail, in words; None if nobody."""
-        _until(lambda: self._reason(self._board) is not None, patience)
-        return self._reason(self._board)
+    def _failure(self, timeout: float) -> str | None:
+        """The failure of another rank that made this one fail; None if there is none after `timeout` seconds."""
+        _wait_until(lambda: self._current_failure(self._store) is not None, timeout)
+        return self._current_failure(self._store)
 
-    def _reason(self, board: Any) -> str | None:
-        """Why this process is to end: what one that failed has noted, or that another one is dead."""
-        dead = self._dead()
+    def _current_failure(self, store: Any) -> str | None:
+        """The failure that a rank has reported, or that a rank on this machine is dead; None if there is none."""
+        dead = self._dead_peer()
         try:
-            if self._lives(0) and board.check(["failed"]):
-                self._heard = True
-                board.set(f"heard/{self.rank}", "")
-                return str(board.get("failed").decode())
-        except RuntimeError:  # the board went with its process
+            if self._is_alive(0) and store.check(["failed"]):
+                self._reported_elsewhere = True
+                store.set(f"read/{self.rank}", "")
+                return str(store.get("failed").decode())
+        except RuntimeError:  # the process that serves the store has ended
             pass
         return dead
 
-    def _dead(self) -> str | None:
-        """The first other process on this machine that is no more."""
-        for rank in self._beside:
-            if not self._lives(rank):
+    def _dead_peer(self) -> str | None:
+        """A message about the first other rank on this machine that has ended; None if all are alive."""
+        for rank in self._local_peers:
+            if not self._is_alive(rank):
                 return (
-                    f"process {rank} of {self.world} is gone without a word; was it killed, perhaps for memory? "
-                    "The same command goes on from the newest checkpoint."
+                    f"rank {rank} of {self.world_size} ended without an error message; it may have been killed for "
+                    "lack of memory. Run the same command again: it resumes from the newest checkpoint."
                 )
         return None
 
-    def _speaks(self, reason: str) -> bool:
-        """Whether this process is the one that says it; the others are told the reason."""
-        if self._heard:
+    def _claims_report(self, message: str) -> bool:
+        """Whether this rank is the one that prints the error; the other ranks receive the message."""
+        if self._reported_elsewhere:
             return False
         try:
-            if self._lives(0):
-                return self._first(reason)
+            if self._is_alive(0):
+                return self._publish(message)
         except RuntimeError:
             pass
-        # The board went with its process: the first that is left on this machine speaks, and outlives the others.
-        if any(self._lives(rank) for rank in self._beside if rank < self.rank):
+        # The store ended with rank 0: the lowest rank left on this machine reports, after the others have ended.
+        if any(self._is_alive(rank) for rank in self._local_peers if rank < self.rank):
             return False
-        _until(lambda: not any(self._lives(rank) for rank in self._beside), GRACE_SECONDS)
+        _wait_until(lambda: not any(self._is_alive(rank) for rank in self._local_peers), GRACE_SECONDS)
         return True
 
-    def _first(self, reason: str) -> bool:
-        """Whether none has spoken before; then the others have read the reason when this returns."""
-        if self._board.add("said", 1) > 1:
+    def _publish(self, message: str) -> bool:
+        """Whether this is the first failure; then the other ranks have read the message when this returns."""
+        if self._store.add("reports", 1) > 1:
             return False
-        self._board.set("failed", f"process {self.rank} of {self.world}: {reason}")
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        _until(lambda: all(self._has_heard(rank) for rank in others), HEAR_SECONDS)
+        self._store.set("failed", f"rank {self.rank} of {self.world_size}: {message}")
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        _wait_until(lambda: all(self._has_read(rank) for rank in others), REPORT_SECONDS)
         return True
 
-    def _has_heard(self, rank: int) -> bool:
-        """Whether another process has read the reason, or is dead."""
-        return not self._lives(rank) or bool(self._board.check([f"heard/{rank}"]))
+    def _has_read(self, rank: int) -> bool:
+        """Whether another rank has read the message, or is dead."""
+        return not self._is_alive(rank) or bool(self._store.check([f"read/{rank}"]))
 
-    def _lives(self, rank: int) -> bool:
-        """Whether another process is there, as far as can be seen from this machine."""
-        pid, started = self._beside.get(rank, (0, ""))
-        return not pid or _started(pid) == started
+    def _is_alive(self, rank: int) -> bool:
+        """Whether another rank is alive; true for ranks on other machines, whose processes can't be seen."""
+        pid, start_time = self._local_peers.get(rank, (0, ""))
+        return not pid or _start_time(pid) == start_time
 
 
-def one_voice(work: Callable[[], Any]) -> Any:
-    """What `work` gives; where it fails for every process of a launch, the first of each machine says so."""
+def report_once(work: Callable[[], Any]) -> Any:
+    """The result of `work`. If it fails on every rank of a launch, only local rank 0 reports the error."""
     with Watchdog():
         return work()
 
 
-def _board() -> Any:
-    """Another line to the store at which the launcher's processes met."""
+def _connect() -> Any:
+    """A new connection to the TCPStore of the launcher's rendezvous."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    patience = timedelta(seconds=BOARD_SECONDS)
-    store = TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
+    timeout = timedelta(seconds=STORE_SECONDS)
+    store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return PrefixStore("qlora", store)
 
 
-def _until(holds: Callable[[], bool], patience: float) -> bool:
-    """Wait until it holds, or `patience` seconds have passed; whether it does."""
-    give_up = time.monotonic() + patience
-    while not holds():
-        if time.monotonic() >= give_up:
+def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    """Wait until `condition` holds, at most `timeout` seconds; whether it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() >= deadline:
             return False
         time.sleep(0.05)
     return True
 
 
 def _machine() -> str:
-    """A name for this machine, as far as pids go."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    known = boot.read_text().strip() if boot.exists() else socket.gethostname()
-    space = Path("/proc/self/ns/pid")
-    return f"{known}/{os.readlink(space) if space.exists() else ''}"
+    """An id of this machine and its pid namespace: two processes with the same id can see each other's pids."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
+    namespace = Path("/proc/self/ns/pid")
+    return f"{machine}/{os.readlink(namespace) if namespace.exists() else ''}"
 
 
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; empty for one that is gone or only waits to be buried."""
+def _start_time(pid: int) -> str:
+    """The start time of a process in kernel ticks; empty if the process has exited or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

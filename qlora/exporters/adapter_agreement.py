@@ -1,4 +1,4 @@
-"""How a LoRA that stands for another adapter answers beside it: both on the one base that they were trained on."""
+"""KL between a trained adapter and the LoRA that approximates it, both on the base they were trained on."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,47 +6,49 @@ from typing import Any
 
 from torch import nn
 
-from qlora.adapters.peft_files import fitted, read
+from qlora.adapters.attach import build_layers
+from qlora.adapters.peft_files import read
 from qlora.adapters.switch import AdapterSwitch
 from qlora.data.types import Example
 from qlora.exporters.certificate import Agreement, compare
 from qlora.runs.load_run import LoadedRun
 
 
-def as_lora(opened: LoadedRun, folder: Path, examples: Sequence[Example]) -> Agreement:
-    """The trained adapter against the one in `folder`, row by row; afterwards neither acts."""
-    assert opened.adapter is not None
-    model, device = opened.base.model, opened.base.device
+def compare_adapters(run: LoadedRun, folder: Path, examples: Sequence[Example]) -> Agreement:
+    """Compare the trained adapter with the one in `folder`, example by example."""
+    assert run.adapter is not None
+    model, device = run.base.model, run.base.device
     switch = AdapterSwitch(model)
-    for name, file in (("trained", opened.adapter), ("written", read(folder))):
-        switch.hold(name, fitted(model, file, opened.base.manifest.sha256, allow_other_base=True)[0])
-    return compare(Acting(model, switch, "trained"), Acting(model, switch, "written"), examples, device)
+    for name, file in (("trained", run.adapter), ("written", read(folder))):
+        switch.add(name, build_layers(model, file, run.base.manifest.sha256, allow_other_base=True)[0])
+    trained, written = (ModelWithAdapter(model, switch, name) for name in ("trained", "written"))
+    return compare(trained, written, examples, device)
 
 
-class Acting(nn.Module):
-    """A model whose decoder runs with one of its adapters switched on, whatever acted before."""
+class ModelWithAdapter(nn.Module):
+    """A view of a model in which one adapter is active, for `compare`."""
 
     def __init__(self, model: nn.Module, switch: AdapterSwitch, name: str) -> None:
         super().__init__()
-        self._parts = (model, switch, name)  # in a tuple: the model belongs to somebody else
+        self._shared = (model, switch, name)  # a tuple: the model is not a submodule
         self.config = model.config
 
     def get_decoder(self) -> Callable[..., Any]:
-        """The decoder; the adapter acts from its call on, until the other one's."""
-        return _Decoder(*self._parts)
+        """The decoder; a call of it activates the adapter."""
+        return _DecoderWithAdapter(*self._shared)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, which no LoRA changes."""
-        return self._parts[0].get_output_embeddings()  # type: ignore[no-any-return, operator]
+        return self._shared[0].get_output_embeddings()  # type: ignore[no-any-return, operator]
 
 
-class _Decoder:
-    """The decoder as one adapter makes it."""
+class _DecoderWithAdapter:
+    """The decoder of a model, with one adapter active."""
 
     def __init__(self, model: Any, switch: AdapterSwitch, name: str) -> None:
         self._decoder, self._switch, self._name = model.get_decoder(), switch, name
         self.config = self._decoder.config
 
     def __call__(self, **inputs: Any) -> Any:
-        self._switch.use(self._name)
+        self._switch.activate(self._name)
         return self._decoder(**inputs)

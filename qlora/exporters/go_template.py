@@ -1,7 +1,7 @@
-"""A chat template said in the language of Ollama's Modelfile (Go's text/template), proved on conversations.
+"""A chat template translated to Ollama's template language (Go's text/template), verified on conversations.
 
-A Jinja template is a program; what Ollama needs is what stands around each message. Probe conversations tell it, and
-the template made of it must then write every probe exactly as the Jinja template does.
+A Jinja template is a program; Ollama needs the text before and after each message. Probe conversations reveal it, and
+the translation must then render every probe exactly as the Jinja template does.
 """
 
 from collections.abc import Sequence
@@ -10,30 +10,33 @@ from dataclasses import dataclass
 from qlora.data.conversations.chat_template import Template, Turn
 from qlora.data.types import RecordError
 
-S, U, A, V, B, W = "sentinelsys", "sentinelone", "sentinelans", "sentineltwo", "sentinelrep", "sentinelend"
+# Contents of the probes' messages, which are searched in the rendered text: system, then user and assistant in turn.
+SYSTEM, USER_1, ANSWER_1, USER_2, ANSWER_2, USER_3 = (
+    "sentinelsys", "sentinelone", "sentinelans", "sentineltwo", "sentinelrep", "sentinelend",
+)  # fmt: skip
 
 
 class Untranslatable(Exception):
-    """The template does more than put something around each message."""
+    """The template does more than put text around each message."""
 
 
 @dataclass(frozen=True)
-class Around:
-    """What stands before and after the words of each role, and what asks for the next answer."""
+class MessageAffixes:
+    """The text before and after a message of each role, and the generation prompt."""
 
     system: tuple[str, str] | None
     user: tuple[str, str]
     assistant: tuple[str, str]
-    asks: str
+    generation_prompt: str
     default_system: str
 
-    def write(self, turns: Sequence[Turn]) -> str:
-        """A conversation as the Modelfile's template writes it."""
+    def render(self, turns: Sequence[Turn]) -> str:
+        """A conversation as the Modelfile's template renders it."""
         roles = {"system": self.system or ("", ""), "user": self.user, "assistant": self.assistant}
         if self.default_system and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": self.default_system}, *turns]
-        parts = [f"{roles[turn['role']][0]}{turn['content']}{roles[turn['role']][1]}" for turn in turns]
-        return "".join(parts) + self.asks
+        messages = [f"{roles[turn['role']][0]}{turn['content']}{roles[turn['role']][1]}" for turn in turns]
+        return "".join(messages) + self.generation_prompt
 
 
 @dataclass(frozen=True)
@@ -45,71 +48,72 @@ class GoTemplate:
 
 
 def translate(template: Template) -> GoTemplate:
-    """The template in Ollama's language; the beginning-of-text token is left out, since Ollama puts it.
+    """The template in Ollama's language, without the beginning-of-text token, which Ollama adds.
 
-    Untranslatable, with the reason, if the two would write one of the probes differently.
+    Untranslatable, with the reason, if the two would render one of the probes differently.
     """
-    around = _around(template)
-    for turns in _probes(around.system is not None):
-        wanted, found = _rendered(template, turns, True), around.write(turns)
-        if wanted != found:
+    affixes = _find_affixes(template)
+    for turns in _probes(affixes.system is not None):
+        expected, rendered = _render(template, turns, True), affixes.render(turns)
+        if expected != rendered:
             raise Untranslatable(
-                f"the chat template does more than put words around messages ({_apart(wanted, found)})"
+                f"the chat template does more than put text around messages ({_first_difference(expected, rendered)})"
             )
-    texts = [*(around.system or ()), *around.user, *around.assistant, around.asks, around.default_system]
-    if any('"""' in text for text in texts):
+    texts = [*(affixes.system or ()), *affixes.user, *affixes.assistant]
+    if any('"""' in text for text in (*texts, affixes.generation_prompt, affixes.default_system)):
         raise Untranslatable('the chat template has """ in it')
-    roles = {"system": around.system, "user": around.user, "assistant": around.assistant}
+    roles = {"system": affixes.system, "user": affixes.user, "assistant": affixes.assistant}
     branches = [
-        f'if eq .Role "{role}" }}}}{_literal(sides[0])}{{{{ .Content }}}}{_literal(sides[1])}'
+        f'if eq .Role "{role}" }}}}{_escape(sides[0])}{{{{ .Content }}}}{_escape(sides[1])}'
         for role, sides in roles.items()
         if sides
     ]
     chain = "{{ " + "{{ else ".join(branches) + "{{ end }}"
-    return GoTemplate("{{ range .Messages }}" + chain + "{{ end }}" + _literal(around.asks), around.default_system)
+    text = "{{ range .Messages }}" + chain + "{{ end }}" + _escape(affixes.generation_prompt)
+    return GoTemplate(text, affixes.default_system)
 
 
-def _around(template: Template) -> Around:
-    """What the probes show; each message's words are a sentinel that is found again in the text."""
-    one = _rendered(template, [_turn("user", U)], False)
-    asked = _rendered(template, [_turn("user", U)], True)
-    if not asked.startswith(one):
-        raise Untranslatable("the chat template writes a question otherwise when an answer is asked for")
-    head, user_after = _split(one, U)
-    asks = asked[len(one) :]
-    longer = _rendered(template, [_turn("user", U), _turn("assistant", A), _turn("user", V)], False)
-    _, between, again, _ = _split(longer, U, A, V)
-    # Where a question may stand first or later, what always stands before it is its own; the rest closes the answer.
-    user_before = _common_end(head, again)
-    assistant = (between.removeprefix(user_after), again.removesuffix(user_before))
-    opening = head.removesuffix(user_before)
-    system = _system(template, user_before)
-    default = ""
+def _find_affixes(template: Template) -> MessageAffixes:
+    """The affixes that the rendered probes reveal."""
+    question = _render(template, [_turn("user", USER_1)], False)
+    prompt = _render(template, [_turn("user", USER_1)], True)
+    if not prompt.startswith(question):
+        raise Untranslatable("the chat template renders a question differently when an answer is to be generated")
+    start, user_after = _split(question, USER_1)
+    conversation = [_turn("user", USER_1), _turn("assistant", ANSWER_1), _turn("user", USER_2)]
+    _, between, before_user_2, _ = _split(_render(template, conversation, False), USER_1, ANSWER_1, USER_2)
+    # The texts before a first and a later question both end in the user's prefix; the rest of the latter ends an answer.
+    user_before = _common_end(start, before_user_2)
+    assistant = (between.removeprefix(user_after), before_user_2.removesuffix(user_before))
+    opening = start.removesuffix(user_before)
+    system = _system_affixes(template, user_before)
+    default_system = ""
     if opening:
         if system is None or not (opening.startswith(system[0]) and opening.endswith(system[1])):
             raise Untranslatable(f"the chat template begins with {opening[:40]!r}")
-        default = opening[len(system[0]) : len(opening) - len(system[1])]
-    return Around(system, (user_before, user_after), assistant, asks, default)
+        default_system = opening[len(system[0]) : len(opening) - len(system[1])]
+    return MessageAffixes(system, (user_before, user_after), assistant, prompt[len(question) :], default_system)
 
 
-def _system(template: Template, user_before: str) -> tuple[str, str] | None:
+def _system_affixes(template: Template, user_before: str) -> tuple[str, str] | None:
     try:
-        told = _rendered(template, [_turn("system", S), _turn("user", U)], False)
+        text = _render(template, [_turn("system", SYSTEM), _turn("user", USER_1)], False)
     except (RecordError, Untranslatable):
         return None
-    if S not in told:
+    if SYSTEM not in text:
         return None
-    before, after, _ = _split(told, S, U)
+    before, after, _ = _split(text, SYSTEM, USER_1)
     return before, after.removesuffix(user_before)
 
 
 def _probes(with_system: bool) -> list[list[Turn]]:
-    talk = [_turn("user", U), _turn("assistant", A), _turn("user", V), _turn("assistant", B), _turn("user", W)]
-    plain = [talk[:1], talk[:3], talk]
-    return [*plain, *([[_turn("system", S), *turns] for turns in plain] if with_system else [])]
+    contents = (USER_1, ANSWER_1, USER_2, ANSWER_2, USER_3)
+    turns = [_turn("assistant" if number % 2 else "user", content) for number, content in enumerate(contents)]
+    probes = [turns[:1], turns[:3], turns]
+    return [*probes, *([[_turn("system", SYSTEM), *probe] for probe in probes] if with_system else [])]
 
 
-def _rendered(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
+def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
     try:
         return template.render(turns, prompt=prompt).removeprefix(template.bos)
     except RecordError as error:
@@ -117,14 +121,14 @@ def _rendered(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
 
 
 def _split(text: str, *sentinels: str) -> list[str]:
-    """The text between the sentinels, which must each be there once, in order."""
-    parts = []
+    """The text between the sentinels, which must each occur once, in order."""
+    texts = []
     for sentinel in sentinels:
-        before, found, text = text.partition(sentinel)
-        if not found:
-            raise Untranslatable("the chat template changes what a message says")
-        parts.append(before)
-    return [*parts, text]
+        before, separator, text = text.partition(sentinel)
+        if not separator:
+            raise Untranslatable("the chat template changes the content of a message")
+        texts.append(before)
+    return [*texts, text]
 
 
 def _common_end(one: str, other: str) -> str:
@@ -136,11 +140,11 @@ def _turn(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
 
 
-def _literal(text: str) -> str:
-    """Text that Go's template engine prints as it is."""
+def _escape(text: str) -> str:
+    """Text that Go's template engine prints unchanged."""
     return text.replace("{{", '{{ "{{" }}')
 
 
-def _apart(one: str, other: str) -> str:
+def _first_difference(one: str, other: str) -> str:
     same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return f"{one[same:][:30]!r} against {other[same:][:30]!r}"

@@ -1,7 +1,7 @@
-"""The merged model: what was trained on, plus the update, as one plain transformers folder, written tensor by tensor.
+"""Export target `merged`: the base that was trained on plus the update, as one transformers folder, tensor by tensor.
 
-The default base is the dequantised one that training saw. Sums are float32 and rounded once. Only tensors that the run
-quantised are round-tripped; embeddings, norms and the head are copied.
+The default base is the dequantized one that training used. Sums are float32 and rounded once. Only tensors that the run
+quantized are dequantized; embeddings, norms and the head are copied.
 """
 
 from collections.abc import Iterator
@@ -12,156 +12,166 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.adapters.dora import magnified
-from qlora.adapters.peft_files import settings
+from qlora.adapters.dora import scale_rows
+from qlora.adapters.peft_config import module_settings
 from qlora.errors import InputError
-from qlora.exporters.export_source import ExportOptions, ExportSource, write_tokenizer
-from qlora.model.bnb_checkpoint import companions, is_prequantized, read
-from qlora.model.hf_config import grown, merged_config, untied
-from qlora.model.meta_model import build, read_config, renamer
-from qlora.model.safetensors_reader import Shards
-from qlora.model.safetensors_writer import Planned, write_model
+from qlora.exporters import MERGE_BASE
+from qlora.exporters.export_source import ExportOptions, ExportSource
+from qlora.memory.planner.export_and_disk import MERGE_CHUNK_VALUES
+from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
+from qlora.model.hf_config import merged_config, with_untied_head, with_vocab_size
+from qlora.model.meta_model import build_meta_model, key_renamer, read_config
+from qlora.model.safetensors_reader import SafetensorsReader
+from qlora.model.safetensors_writer import PlannedTensor, write_model
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.atomic_files import write_bytes, write_json
 
-CHUNK = 2**22  # values of a matrix that are summed and rounded at a time: 16 MiB each of update, sum and error
-
 
 class MergedExporter:
-    """Export target `merged`."""
+    """Writes one model."""
 
-    def write(self, trained: ExportSource, folder: Path, choice: ExportOptions) -> int:
+    def write(self, source: ExportSource, folder: Path, options: ExportOptions) -> int:
         """Write the folder that transformers and the servers load; returns the bytes of its tensors.
 
-        InputError if the original 16-bit weights are asked for and the base was stored in 4 bits.
+        InputError if the original 16-bit weights are requested and the base is stored in 4 bits.
         """
-        merge = _Merge(trained, choice)
-        tensors = list(merge.planned())
-        size = write_model(folder, tensors, report=choice.report, notes=choice.rounding)
-        write_tokenizer(trained, folder)
-        generation = trained.base / "generation_config.json"
+        merge = _Merge(source, options)
+        tensors = list(merge.plan())
+        size = write_model(folder, tensors, report=options.report, notes=options.rounding)
+        source.write_tokenizer(folder)
+        generation = source.base_folder / "generation_config.json"
         if generation.is_file():
             write_bytes(folder / generation.name, generation.read_bytes())
-        config = merged_config(trained.base / "config.json", choice.dtype)
-        rows = max((int(index.max()) + 1 for index, _ in trained.rows.values()), default=0)
-        write_json(folder / "config.json", grown(untied(config) if merge.heads else config, rows))
+        config = merged_config(source.base_folder / "config.json", options.dtype)
+        rows = max((int(index.max()) + 1 for index, _ in source.rows.values()), default=0)
+        write_json(
+            folder / "config.json", with_vocab_size(with_untied_head(config) if merge.untied_heads else config, rows)
+        )
         return size
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """One pass over the base's keys: which are copied, which are merged, and how."""
+    """Decides for every key of the base's files whether it is copied or merged, and how."""
 
-    trained: ExportSource
-    choice: ExportOptions
-    heads: list[str] = field(default_factory=list)  # tied in the base, and no longer one tensor
+    source: ExportSource
+    options: ExportOptions
+    untied_heads: list[str] = field(default_factory=list)  # tied in the base, but trained to differ
 
-    def planned(self) -> Iterator[Planned]:
+    def plan(self) -> Iterator[PlannedTensor]:
         """Every tensor of the merged model, in the order of the base's files."""
-        trained, onto = self.trained, self.choice.onto
-        made = trained.adapter.pairs.keys() | (trained.quantized.keys() if onto == "dequantized" else set())
-        shards = Shards(trained.base)
-        skeleton = build(read_config(trained.base), trained.compute, "auto", torch.device("cpu"))
-        rename, modules = renamer(skeleton, trained.base), trained.adapter.modules
+        source = self.source
+        reader = SafetensorsReader(source.base_folder)
+        skeleton = build_meta_model(read_config(source.base_folder), source.compute_dtype, "auto", torch.device("cpu"))
+        rename, modules = key_renamer(skeleton, source.base_folder), source.adapter.modules
         tied: dict[str, str] = dict(skeleton.all_tied_weights_keys)  # type: ignore[arg-type]
-        packed = {key for key in shards if is_prequantized(key, shards)}
-        parts = {part for key in packed for part in companions(key)}
-        if packed and onto == "original":
+        packed = {key for key in reader if is_prequantized(key, reader)}
+        companions = {companion for key in packed for companion in companion_keys(key)}
+        if packed and self.options.base != MERGE_BASE:
             raise InputError(
-                "--base original: this base is stored in 4 bits, there are no 16-bit weights. Use dequantized."
+                "--base original: this base is stored in 4 bits and has no 16-bit weights. Use --base dequantized."
             )
-        for key in shards:
+        merged_paths = self._merged_paths()
+        for key in reader:
             name = rename(key)
-            if key in parts or name in tied:
+            if key in companions or name in tied:
                 continue
             path = name.removesuffix(".weight")
             if name in modules:
-                yield self._trained(key, modules[name])
-            elif path in trained.rows:
-                yield self._with_rows(shards, key, path)
-            elif key in packed or path in made:
-                yield self._matrix(shards, key, path, _shape_of(skeleton, path))
+                yield self._trained_tensor(key, modules[name])
+            elif path in source.rows:
+                yield self._tensor_with_rows(reader, key, path)
+            elif key in packed or path in merged_paths:
+                yield self._merged_matrix(reader, key, path, _shape_of(skeleton, path))
             else:
-                yield self._copied(shards, key)
-            for head in (head for head, source in tied.items() if source == name):
-                yield from self._untied(shards, key, head, name)
+                yield self._copied_tensor(reader, key)
+            for head in (head for head, embedding in tied.items() if embedding == name):
+                yield from self._untied_head(reader, key, head, name)
 
-    def _untied(self, shards: Shards, key: str, head: str, source: str) -> Iterator[Planned]:
-        """A head that was the embedding, where training has made them two."""
-        modules = self.trained.adapter.modules
-        if not modules.keys() & {head, source}:
+    def _merged_paths(self) -> set[str]:
+        """Paths of matrices that are not copied: those with an update, and those that are dequantized."""
+        adapted = set(self.source.adapter.pairs)
+        return adapted | set(self.source.quantized) if self.options.base == MERGE_BASE else adapted
+
+    def _untied_head(self, reader: SafetensorsReader, key: str, head: str, embedding: str) -> Iterator[PlannedTensor]:
+        """A head that was tied to the embedding, if training has made them differ."""
+        modules = self.source.adapter.modules
+        if not modules.keys() & {head, embedding}:
             return
-        values = [modules.get(name, None) for name in (head, source)]
-        known = [shards[key].float() if value is None else value.float() for value in values]
-        if not torch.equal(*known):
-            self.heads.append(head)
-            yield self._copied(shards, key, head) if values[0] is None else self._trained(head, values[0])
+        trained = [modules.get(name, None) for name in (head, embedding)]
+        values = [reader[key].float() if value is None else value.float() for value in trained]
+        if not torch.equal(*values):
+            self.untied_heads.append(head)
+            yield (
+                self._copied_tensor(reader, key, head) if trained[0] is None else self._trained_tensor(head, trained[0])
+            )
 
-    def _with_rows(self, shards: Shards, key: str, path: str) -> Planned:
-        """An embedding or a head with the rows that trained in their places."""
-        index, rows = self.trained.rows[path]
+    def _tensor_with_rows(self, reader: SafetensorsReader, key: str, path: str) -> PlannedTensor:
+        """An embedding or a head with its trained rows."""
+        index, rows = self.source.rows[path]
+        height, width = reader.shape(key)
+        shape = (max(height, int(index.max()) + 1), width)
 
         def make() -> Tensor:
-            found = self._rounded(shards[key])
-            added = found.new_zeros(shape[0] - len(found), shape[1])  # every one of them is among the rows that trained
-            return torch.cat([found, added]).index_copy_(0, index, rows.to(self.trained.compute))
+            weight = self._in_compute_dtype(reader[key])
+            added = weight.new_zeros(shape[0] - len(weight), shape[1])  # all of them are among the trained rows
+            return torch.cat([weight, added]).index_copy_(0, index, rows.to(self.source.compute_dtype))
 
-        height, width = shards.shape(key)
-        shape = (max(height, int(index.max()) + 1), width)
-        return Planned(key, shape, self.choice.dtype, make)
+        return PlannedTensor(key, shape, self.options.dtype, make)
 
-    def _trained(self, key: str, values: Tensor) -> Planned:
-        """A module that trained whole, as the trained model read it."""
-        return Planned(key, tuple(values.shape), self.choice.dtype, lambda: self._rounded(values))
+    def _trained_tensor(self, key: str, values: Tensor) -> PlannedTensor:
+        """A weight of a module to save, as the trained model used it."""
+        return PlannedTensor(key, tuple(values.shape), self.options.dtype, lambda: self._in_compute_dtype(values))
 
-    def _copied(self, shards: Shards, key: str, name: str | None = None) -> Planned:
-        dtype = self.choice.dtype if shards.is_float(key) else shards[key].dtype
-        # Through the compute dtype first: that is what the trained model read.
-        return Planned(name or key, shards.shape(key), dtype, lambda: self._rounded(shards[key]))
+    def _copied_tensor(self, reader: SafetensorsReader, key: str, name: str | None = None) -> PlannedTensor:
+        dtype = self.options.dtype if reader.is_float(key) else reader[key].dtype
+        # Through the compute dtype first: that is what the trained model used.
+        return PlannedTensor(name or key, reader.shape(key), dtype, lambda: self._in_compute_dtype(reader[key]))
 
-    def _rounded(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.trained.compute) if tensor.is_floating_point() else tensor
+    def _in_compute_dtype(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.source.compute_dtype) if tensor.is_floating_point() else tensor
 
-    def _matrix(self, shards: Shards, key: str, path: str, shape: tuple[int, ...]) -> Planned:
-        return Planned(key, shape, self.choice.dtype, lambda: self._summed(self._base_weight(shards, key), path))
+    def _merged_matrix(self, reader: SafetensorsReader, key: str, path: str, shape: tuple[int, ...]) -> PlannedTensor:
+        return PlannedTensor(key, shape, self.options.dtype, lambda: self._merge(self._base_weight(reader, key), path))
 
-    def _summed(self, weight: Tensor, path: str) -> Tensor:
-        """W + s B A [O, I], summed in float32 a few rows at a time and rounded once; what rounding took is noted.
+    def _merge(self, weight: Tensor, path: str) -> Tensor:
+        """W + s B A [O, I], summed in float32 a few rows at a time and rounded once; records the rounding error.
 
-        DoRA's rows are then brought to their length.
+        For DoRA the rows of the sum are scaled to their magnitudes.
         """
-        adapter, device = self.trained.adapter, self.trained.device
+        adapter, device = self.source.adapter, self.source.device
         if path not in adapter.pairs:
             return weight
         a, b = (side.to(device, torch.float32) for side in adapter.pairs[path])
         magnitude = adapter.magnitudes[path].to(device, torch.float32) if path in adapter.magnitudes else None
-        scaling = settings(adapter, path, a.shape[0]).scaling
-        written = torch.empty(weight.shape, dtype=self.choice.dtype, device=weight.device)
+        scaling = module_settings(adapter.config, path, a.shape[0]).scaling
+        written = torch.empty(weight.shape, dtype=self.options.dtype, device=weight.device)
         error, size = 0.0, 0.0
-        for rows in torch.arange(len(weight), device=weight.device).split(max(1, CHUNK // a.shape[1])):
-            here = slice(int(rows[0]), int(rows[-1]) + 1)
-            update = scaling * (b[here] @ a)
+        for rows in torch.arange(len(weight), device=weight.device).split(max(1, MERGE_CHUNK_VALUES // a.shape[1])):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            update = scaling * (b[part] @ a)
             if magnitude is not None:
-                update = magnified(weight[here] + update, magnitude[here]) - weight[here]
-            exact = weight[here].add_(update)
-            written[here] = exact
-            error += float(exact.sub_(written[here]).square().sum(dtype=torch.float64))
+                update = scale_rows(weight[part] + update, magnitude[part]) - weight[part]
+            exact = weight[part].add_(update)
+            written[part] = exact
+            error += float(exact.sub_(written[part]).square().sum(dtype=torch.float64))
             size += float(update.square_().sum(dtype=torch.float64))
-        self.choice.rounding[path] = {"error": error**0.5, "update": size**0.5}
+        self.options.rounding[path] = {"error": error**0.5, "update": size**0.5}
         return written
 
-    def _base_weight(self, shards: Shards, key: str) -> Tensor:
-        """The matrix that the update is added to, [O, I] in float32, not shared with anything."""
-        if is_prequantized(key, shards):
-            return read(key, shards.__getitem__, shards, None).to(self.trained.device).weight(torch.float32)
-        weight = shards[key].to(self.trained.device, self.trained.compute)
-        if self.choice.onto == "original":
+    def _base_weight(self, reader: SafetensorsReader, key: str) -> Tensor:
+        """The matrix that the update is added to, [O, I] in float32, in memory of its own."""
+        if is_prequantized(key, reader):
+            layer = read_4bit_layer(key, reader.__getitem__, reader, None)
+            return layer.to(self.source.device).weight(torch.float32)
+        weight = reader[key].to(self.source.device, self.source.compute_dtype)
+        if self.options.base != MERGE_BASE:
             return weight.to(torch.float32, copy=True)
-        layer: FrozenLinear = self.trained.quantizer.quantize(weight, None)
-        rebuilt = layer.weight(torch.float32)
-        # A dense layer gives its own tensor; a copy of any other would double the peak.
-        own = any(rebuilt.data_ptr() == stored.data_ptr() for stored in layer.parameters())
-        return rebuilt.clone() if own else rebuilt
+        frozen: FrozenLinear = self.source.quantizer.quantize(weight, None)
+        dequantized = frozen.weight(torch.float32)
+        # A dense layer returns its stored tensor, which must not change; a copy of any other would double the peak.
+        shared = any(dequantized.data_ptr() == stored.data_ptr() for stored in frozen.parameters())
+        return dequantized.clone() if shared else dequantized
 
 
 def _shape_of(skeleton: Any, path: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A merged model for Ollama: the folder and a Modelfile with the chat template of training and its stop tokens."""
+"""Export target `ollama`: a merged model, and a Modelfile with the chat template of training and its stop tokens."""
 
 from pathlib import Path
 
@@ -11,32 +11,34 @@ MODELFILE = "Modelfile"
 
 
 class OllamaExporter:
-    """Export target `ollama`."""
+    """Writes a merged model and its Modelfile."""
 
-    def write(self, trained: ExportSource, folder: Path, choice: ExportOptions) -> int:
+    def write(self, source: ExportSource, folder: Path, options: ExportOptions) -> int:
         """Write the merged model and its Modelfile; returns the bytes of the tensors."""
-        size = MergedExporter().write(trained, folder, choice)
-        write_text(folder / MODELFILE, modelfile(trained))
+        size = MergedExporter().write(source, folder, options)
+        write_text(folder / MODELFILE, build_modelfile(source))
         return size
 
 
-def modelfile(trained: ExportSource) -> str:
-    """The Modelfile: FROM this folder, TEMPLATE where Ollama's language can say it, a stop for each end token."""
+def build_modelfile(source: ExportSource) -> str:
+    """The Modelfile: FROM this folder, TEMPLATE if it can be translated, a stop for each end token."""
     lines = ["FROM ."]
     try:
-        found: GoTemplate = translate(trained.template) if trained.template else _none()
-        lines.append(f'TEMPLATE """{found.text}"""')
-        if found.system:
-            lines.append(f'SYSTEM """{found.system}"""')
+        template = _translate(source)
+        lines.append(f'TEMPLATE """{template.text}"""')
+        if template.system:
+            lines.append(f'SYSTEM """{template.system}"""')
     except Untranslatable as error:
-        lines.append(f"# No TEMPLATE: {error}. Ollama falls back on the one it finds in the model.")
-    lines += [f'PARAMETER stop "{_quoted(stop)}"' for stop in trained.stops]
+        lines.append(f"# No TEMPLATE: {error}. Ollama uses the one it finds in the model.")
+    lines += [f'PARAMETER stop "{_escape(token)}"' for token in source.stop_tokens]
     return "\n".join([*lines, ""])
 
 
-def _none() -> GoTemplate:
-    raise Untranslatable("the run has no chat template")
+def _translate(source: ExportSource) -> GoTemplate:
+    if source.template is None:
+        raise Untranslatable("the run has no chat template")
+    return translate(source.template)
 
 
-def _quoted(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

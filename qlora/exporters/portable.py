@@ -1,6 +1,6 @@
-"""The adapter so that every reader means the same by it: the scale folded into B, one rank, no rsLoRA, no patterns.
+"""Export target `portable`: a plain LoRA that every reader understands; scaling folded into B, one rank, no patterns.
 
-What DoRA does to a matrix has full rank: it is written as the nearest LoRA, and how far that is away is told.
+What DoRA does to a matrix has full rank: it is written as the nearest LoRA, and the error is reported.
 """
 
 from collections.abc import Mapping
@@ -11,74 +11,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.adapters.init import principal
+from qlora.adapters.init import principal_directions
 from qlora.adapters.inject import adapted
 from qlora.adapters.peft_files import WEIGHTS
-from qlora.adapters.plain_lora import Pairs, folded, largest_rank, padded, refuse_whole, targets_of, write_plain
+from qlora.adapters.plain_lora import (
+    Pairs,
+    fold_scaling,
+    joint_target_names,
+    largest_rank,
+    pad,
+    refuse_base_weights,
+    write_plain_lora,
+)
 from qlora.adapters.spectrum import factors
 from qlora.errors import InputError
-from qlora.exporters.export_source import ExportOptions, ExportSource, write_tokenizer
+from qlora.exporters.export_source import ExportOptions, ExportSource
 
 
 class PortableExporter:
-    """Export target `portable`."""
+    """Writes a plain LoRA, alpha = rank."""
 
-    def write(self, trained: ExportSource, folder: Path, choice: ExportOptions) -> int:
-        """Write the adapter's two files, alpha = rank, and copy the base's tokenizer; returns the tensors' bytes.
+    def write(self, source: ExportSource, folder: Path, options: ExportOptions) -> int:
+        """Write the adapter's two files and copy the base's tokenizer; returns the bytes of the tensors' file.
 
-        InputError for a rank where there is nothing to approximate, or one that is none.
+        InputError for --rank where nothing is approximated; AdapterError for weights that no LoRA can represent.
         """
-        pairs = nearest(trained, choice) if trained.adapter.magnitudes else _exact(trained, choice)
-        write_plain(folder, padded(pairs, largest_rank(pairs)), trained.adapter, targets_of([trained.adapter]))
-        write_tokenizer(trained, folder)
+        pairs = nearest_lora(source, options) if source.adapter.magnitudes else _exact_lora(source, options)
+        write_plain_lora(folder, pad(pairs, largest_rank(pairs)), source.adapter, joint_target_names([source.adapter]))
+        source.write_tokenizer(folder)
         return (folder / WEIGHTS).stat().st_size
 
 
 @dataclass(frozen=True)
-class Shortened:
-    """How far LoRA matrices are from the updates they stand for: |D - B A| / |D|, Frobenius."""
+class LowRankApproximation:
+    """How far LoRA matrices are from the updates they approximate: |D - B A| / |D|, Frobenius."""
 
     rank: int
     error: float  # of the whole adapter
-    worst: str  # the layer that is furthest away
+    worst: str  # the layer with the largest error
     worst_error: float
 
     def __str__(self) -> str:
         return (
             f"DoRA written as the nearest LoRA of rank {self.rank}: {self.error:.2%} of the updates' norm is missing, "
-            f"at most {self.worst_error:.2%} ({self.worst}); --rank takes more"
+            f"at most {self.worst_error:.2%} ({self.worst}); a higher --rank loses less"
         )
 
 
-def shortened(noted: Mapping[str, Mapping[str, Any]]) -> Shortened | None:
-    """Sum up what `nearest` noted, path -> {rank, error, update} (norms); None if nothing was approximated."""
-    if not noted:
+def summarize_approximation(layers: Mapping[str, Mapping[str, Any]]) -> LowRankApproximation | None:
+    """Sum up what `nearest_lora` measured, path -> {rank, error, update} (norms); None if nothing was approximated."""
+    if not layers:
         return None
-    shares = {path: each["error"] / each["update"] if each["update"] else 0.0 for path, each in noted.items()}
-    error, update = (sum(each[key] ** 2 for each in noted.values()) ** 0.5 for key in ("error", "update"))
+    shares = {path: norms["error"] / norms["update"] if norms["update"] else 0.0 for path, norms in layers.items()}
+    error, update = (sum(norms[key] ** 2 for norms in layers.values()) ** 0.5 for key in ("error", "update"))
     worst = max(shares, key=lambda path: shares[path])
-    rank = max(each["rank"] for each in noted.values())
-    return Shortened(rank, error / update if update else 0.0, worst, shares[worst])
+    rank = max(norms["rank"] for norms in layers.values())
+    return LowRankApproximation(rank, error / update if update else 0.0, worst, shares[worst])
 
 
-def nearest(trained: ExportSource, choice: ExportOptions) -> dict[str, tuple[Tensor, Tensor]]:
-    """A [R, I] and B [O, R] nearest to each update as it acts on the base that was trained on."""
-    refuse_whole(trained.adapter)
-    layers, pairs = adapted(trained.model), trained.adapter.pairs
-    wanted = choice.rank or largest_rank(pairs)
-    found = {}
-    for number, path in enumerate(pairs):
+def nearest_lora(source: ExportSource, options: ExportOptions) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [R, I] and B [O, R] nearest to the update of each layer on the base it was trained on."""
+    refuse_base_weights(source.adapter)
+    layers, adapter_pairs = adapted(source.model), source.adapter.pairs
+    requested = options.rank or largest_rank(adapter_pairs)
+    pairs = {}
+    for number, path in enumerate(adapter_pairs):
         delta = layers[path].delta()
-        rank = min(wanted, *delta.shape)
-        right = principal(delta, rank, torch.Generator().manual_seed(number))
+        rank = min(requested, *delta.shape)
+        right = principal_directions(delta, rank, torch.Generator().manual_seed(number))
         left = delta @ right
-        found[path] = factors(right.t().cpu(), left.cpu(), 1.0).pair(rank)
-        whole, held = (float(each.square().sum(dtype=torch.float64)) for each in (delta, left))
-        choice.shortened[path] = {"rank": rank, "error": max(0.0, whole - held) ** 0.5, "update": whole**0.5}
-    return found
+        pairs[path] = factors(right.t().cpu(), left.cpu(), 1.0).pair(rank)
+        total, kept = (float(matrix.square().sum(dtype=torch.float64)) for matrix in (delta, left))
+        norms = {"rank": rank, "error": max(0.0, total - kept) ** 0.5, "update": total**0.5}
+        options.approximation[path] = norms
+    return pairs
 
 
-def _exact(trained: ExportSource, choice: ExportOptions) -> Pairs:
-    if choice.rank is not None:
+def _exact_lora(source: ExportSource, options: ExportOptions) -> Pairs:
+    if options.rank is not None:
         raise InputError("--rank: this adapter is written exactly, whatever its rank. `qlora resize` makes it smaller.")
-    return folded(trained.adapter)
+    return fold_scaling(source.adapter)

@@ -1,4 +1,4 @@
-"""What lives where, and when: planned from shapes alone, chosen to fit a budget, and measured beside the plan."""
+"""Memory of a run: activation checkpointing, offload and streaming; planner/ predicts it from shapes alone."""
 
 import re
 from typing import Annotated, Literal
@@ -14,27 +14,27 @@ Layers = Annotated[int, Between(ge=0)]
 
 
 def size_bytes(text: str) -> int:
-    """The bytes of `24GiB` (2**30), `24GB` (10**9), `512MiB` ... InputError if it is no such size."""
+    """The bytes of `24GiB` (2**30), `24GB` (10**9), `512MiB` ... InputError for any other text."""
     if not re.match(SIZE, text) or len(text) > 30:
-        raise InputError(f"{text[:60]!r} is no size. Allowed: a number and {', '.join(UNITS)}, such as 24GiB.")
+        raise InputError(f"size: found {text[:60]!r}, allowed: a number with {', '.join(UNITS)}, such as 24GiB.")
     number, unit = re.split(r" ?(?=[KMGT])", text, maxsplit=1)
     return int(float(number) * UNITS[unit])
 
 
 class Memory(Section):
-    """What may be used, and how it is saved; auto leaves it to the plan."""
+    """The memory budget, and what saves memory; auto leaves it to the plan."""
 
     budget: Literal["auto"] | Size = setting(
-        "auto", "auto: the card's own; or 24GiB: plan and run as if it had so much"
+        "auto", "auto: the GPU's own memory; or a size such as 24GiB: plan and run as if the GPU had that much"
     )
     recompute: Literal["auto", "all", "none"] | Layers = setting(
         "auto", "layers that recompute their activations in backward: auto | all | none | a number"
     )
     offload_activations: Literal["auto"] | bool = setting(
-        "auto", "park kept activations in host memory: auto | true | false"
+        "auto", "offload saved activations to host memory: auto | true | false"
     )
     weights: Literal["auto", "resident", "stream"] = setting(
-        "auto", "auto | resident | stream (frozen layers come from pinned host memory)"
+        "auto", "auto | resident | stream (frozen layers stay in pinned host memory and are copied when used)"
     )
 
     def budget_bytes(self) -> int | None:

@@ -1,7 +1,8 @@
-"""The lane: copies between the device and host memory beside the computation; on a CPU the same calls copy at once.
+"""A side CUDA stream for copies between host and device; on a CPU the same calls copy at once.
 
-The rules that make it safe: a copy starts after what the computation was given before `follow`, and is over for the
-computation after `wait` for a mark set behind it. Until then its source stays as it is and its target is left alone.
+Two rules keep it correct. A queued copy starts after the work that the compute stream had been given before
+`wait_for_compute`. It is complete for the compute stream after `make_compute_wait` on an event recorded behind it. In
+between, its source must not change and its target must not be used.
 """
 
 import weakref
@@ -12,14 +13,14 @@ from torch import Tensor
 
 
 class CopyStream:
-    """One queue of copies beside the computation on `device`: a CUDA stream of its own."""
+    """A queue of copies that runs in parallel with the compute stream of `device`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def follow(self) -> None:
-        """What is queued from here on waits for everything the computation was given so far."""
+    def wait_for_compute(self) -> None:
+        """Copies queued from here on start after everything that the compute stream has been given so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
@@ -31,31 +32,31 @@ class CopyStream:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
-    def mark(self) -> Any:
-        """A mark behind everything queued so far."""
+    def record(self) -> Any:
+        """An event behind everything queued so far."""
         return None if self._stream is None else self._stream.record_event()
 
-    def wait(self, mark: Any) -> None:
-        """What the computation is given from here on comes after the mark; the host does not wait."""
+    def make_compute_wait(self, event: Any) -> None:
+        """Work given to the compute stream from here on starts after the event; the host does not wait."""
         if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(mark)
+            torch.cuda.current_stream(self.device).wait_event(event)
 
-    def finish(self) -> None:
-        """Wait here, on the host, until everything queued is copied."""
+    def synchronize(self) -> None:
+        """Block the host until every queued copy is complete."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 def host_bytes(size: int, device: torch.device) -> Tensor:
-    """`size` bytes of main memory, uint8 [size], that `device` copies from and to without the host's help.
+    """`size` bytes of host memory, uint8 [size]; pinned where `device` is a GPU, so that it copies asynchronously.
 
-    Registered rather than taken from torch's pinned pool, which rounds every size up to a power of two.
+    Registered with the driver instead of taken from torch's pinned pool, which rounds sizes up to a power of two.
     """
     memory = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size:
         driver: Any = torch.cuda.cudart()
         status = driver.cudaHostRegister(memory.data_ptr(), size, 0)
         if int(status) != 0:
-            raise MemoryError(f"the driver pins no {size / 2**20:,.0f} MiB of main memory: {status}")
+            raise MemoryError(f"the driver can't pin {size / 2**20:,.0f} MiB of host memory: {status}")
         weakref.finalize(memory, driver.cudaHostUnregister, memory.data_ptr())
     return memory

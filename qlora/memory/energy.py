@@ -1,7 +1,7 @@
-"""What a run costs in energy: the counter of the card, asked before and after, where the driver tells it.
+"""Energy used by a GPU: the driver's counter, read before and after a run.
 
-NVML is the driver's own library, so nothing has to be installed: nvmlDeviceGetTotalEnergyConsumption, in millijoules
-since the driver was loaded, for the whole card (Volta and later).  docs.nvidia.com/deploy/nvml-api
+NVML is part of the driver, so nothing has to be installed: nvmlDeviceGetTotalEnergyConsumption gives millijoules since
+the driver was loaded, for the whole GPU (Volta and later). Source: docs.nvidia.com/deploy/nvml-api
 """
 
 import ctypes
@@ -13,7 +13,7 @@ LIBRARY = "libnvidia-ml.so.1"
 
 
 def energy_joules(device: torch.device) -> float | None:
-    """The card's energy counter in joules; None for a CPU, and for a card or driver that does not tell."""
+    """The GPU's energy counter in joules; None on a CPU, and for a GPU or driver without a counter."""
     if device.type != "cuda":
         return None
     try:
@@ -28,8 +28,10 @@ def _counter(library: Any, uuid: str) -> float | None:
     if library.nvmlInit_v2():
         return None
     try:
-        found = library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) == 0
-        told = found and library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)) == 0
-        return millijoules.value / 1000 if told else None
+        if library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
+            return None
+        if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)) != 0:
+            return None
+        return millijoules.value / 1000
     finally:
         library.nvmlShutdown()

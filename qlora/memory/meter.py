@@ -1,4 +1,4 @@
-"""Measured peaks: what a run really took, beside what was planned."""
+"""Measured peak memory."""
 
 import resource
 
@@ -6,7 +6,7 @@ import torch
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: allocated on a CUDA device, else the process's resident set."""
+    """Peak memory so far: allocated on a CUDA device, else the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,8 +1,8 @@
-"""Streaming: frozen layers that live packed in host memory and are on the device only while they are used.
+"""Weight streaming: frozen layers are packed in host memory, and on the device only while they are used.
 
-Each streamed decoder layer is one flat buffer on the host; two slots on the device take turns, so that the next layer
-comes while this one computes, forward and backward. Layers that stay are spread evenly between them. Nothing is ever
-copied back: the host's bytes are the base. A layer asks for its tensors whenever it rebuilds W (FrozenLinear.stored).
+Each streamed decoder layer is one flat buffer on the host. Two slots on the device alternate, so that the next layer is
+copied while this one computes, in forward and in backward. Resident layers are spread evenly between the streamed ones.
+Nothing is copied back to the host. A layer fetches its tensors whenever it rebuilds W (FrozenLinear.stored).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,37 +16,37 @@ from qlora.memory.activation_recompute import decoder_layers
 from qlora.memory.copy_stream import CopyStream, host_bytes
 from qlora.quant.linear import FrozenLinear, frozen
 
-SLOTS = 2  # one in use, one on its way
-ALIGNMENT = 256  # bytes: where a tensor may begin in a buffer, as CUDA's allocator has it
-Place = tuple[FrozenLinear, str, int]  # a stored tensor and where it begins in its layer's buffer
+SLOTS = 2  # one in use, one being copied
+ALIGNMENT = 256  # bytes: the start of a tensor in a buffer, as in CUDA's allocator
+TensorSlot = tuple[FrozenLinear, str, int]  # a stored tensor, and its start in the layer's buffer
 
 
 def streamed_layers(layers: int, resident: int) -> list[int]:
-    """Which of `layers` decoder layers come from the host when `resident` stay: spread evenly, as many as are left."""
+    """The indices of the streamed decoder layers when `resident` of `layers` stay on the device: spread evenly."""
     streamed = max(0, layers - resident)
     return [layer for layer in range(layers) if (layer + 1) * streamed // layers > layer * streamed // layers]
 
 
 class WeightStreamer:
-    """The layers of a model that come and go; owns their bytes on the host and the slots on the device."""
+    """The streamed layers of a model: their host buffers, and the slots on the device."""
 
-    def __init__(self, model: nn.Module, resident: int, lane: CopyStream) -> None:
-        """Move all but `resident` decoder layers' matrices to the host, wherever they are now, and begin streaming."""
-        self.lane = lane
+    def __init__(self, model: nn.Module, resident: int, copy_stream: CopyStream) -> None:
+        """Move the matrices of all but `resident` decoder layers to the host, and stream them from now on."""
+        self.copy_stream = copy_stream
         layers = decoder_layers(model)
         self.layers = streamed_layers(len(layers), resident)
-        sizes = [_laid_out(_matrices(layers[layer]))[1] for layer in self.layers]
+        sizes = [_layout(_matrices(layers[layer]))[1] for layer in self.layers]
         slots = min(SLOTS, len(sizes))
-        device = lane.device
+        device = copy_stream.device
         self._slots = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._holds: list[int | None] = [None] * slots  # which streamed layer is, or will be, in each slot
-        self._marks: list[Any] = [None] * slots
+        self._slot_layers: list[int | None] = [None] * slots  # which streamed layer each slot holds, or will hold
+        self._slot_events: list[Any] = [None] * slots
         self._current: int | None = None
-        self._host = [self._take(layers[layer], number) for number, layer in enumerate(self.layers)]
+        self._host = [self._move_to_host(layers[layer], number) for number, layer in enumerate(self.layers)]
 
     @property
     def host_bytes(self) -> int:
-        """Main memory of all streamed layers."""
+        """Host memory of all streamed layers."""
         return sum(buffer.numel() for buffer in self._host)
 
     @property
@@ -55,32 +55,32 @@ class WeightStreamer:
         return sum(slot.numel() for slot in self._slots)
 
     def fetch(self, number: int) -> None:
-        """Have streamed layer `number` in its slot for the computation, and the next one in this direction set out."""
+        """Make the compute stream wait for streamed layer `number`; start to copy the next one in this direction."""
         if number == self._current:
             return
-        ahead = self._current is None or number == 0 or number > self._current
+        forward = self._current is None or number == 0 or number > self._current
         slot = number % SLOTS
-        self._send(number)
-        self.lane.wait(self._marks[slot])
+        self._copy(number)
+        self.copy_stream.make_compute_wait(self._slot_events[slot])
         self._current = number
-        following = number + (1 if ahead else -1)
+        following = number + (1 if forward else -1)
         if 0 <= following < len(self._host) and following % SLOTS != slot:
-            self._send(following)
+            self._copy(following)
 
-    def _send(self, number: int) -> None:
-        """Queue the copy of a layer into its slot, unless it is there or under way."""
+    def _copy(self, number: int) -> None:
+        """Queue the copy of a layer into its slot, unless the slot holds it already."""
         slot, buffer = number % SLOTS, self._host[number]
-        if self._holds[slot] == number:
+        if self._slot_layers[slot] == number:
             return
-        self.lane.follow()  # the slot may still be in use
-        self.lane.copy(self._slots[slot][: buffer.numel()], buffer)
-        self._holds[slot], self._marks[slot] = number, self.lane.mark()
+        self.copy_stream.wait_for_compute()  # the slot may still be in use
+        self.copy_stream.copy(self._slots[slot][: buffer.numel()], buffer)
+        self._slot_layers[slot], self._slot_events[slot] = number, self.copy_stream.record()
 
-    def _take(self, layer: nn.Module, number: int) -> Tensor:
-        """The buffer of a layer on the host; its tensors become views of its slot."""
-        places, size = _laid_out(_matrices(layer))
-        buffer, slot = host_bytes(size, self.lane.device), self._slots[number % SLOTS]
-        for matrix, name, start in places:
+    def _move_to_host(self, layer: nn.Module, number: int) -> Tensor:
+        """The host buffer of a layer; the layer's tensors become views of its slot."""
+        tensor_slots, size = _layout(_matrices(layer))
+        buffer, slot = host_bytes(size, self.copy_stream.device), self._slots[number % SLOTS]
+        for matrix, name, start in tensor_slots:
             stored: Tensor = getattr(matrix, name)
             span = slice(start, start + stored.nbytes)
             buffer[span].copy_(stored.detach().reshape(-1).view(torch.uint8))
@@ -93,20 +93,20 @@ def _matrices(layer: nn.Module) -> list[FrozenLinear]:
     return [module for module in layer.modules() if isinstance(module, FrozenLinear)]
 
 
-def _laid_out(matrices: Sequence[FrozenLinear]) -> tuple[list[Place], int]:
-    """Where each stored tensor of a layer begins in its buffer, and the buffer's size."""
-    places: list[Place] = []
+def _layout(matrices: Sequence[FrozenLinear]) -> tuple[list[TensorSlot], int]:
+    """Where each stored tensor of a layer starts in its buffer, and the size of the buffer."""
+    tensor_slots: list[TensorSlot] = []
     end = 0
     for matrix in matrices:
         stored: Mapping[str, Tensor] = matrix.stored()
         for name, tensor in stored.items():
-            places.append((matrix, name, end))
+            tensor_slots.append((matrix, name, end))
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return places, end
+    return tensor_slots, end
 
 
 def embed_on_host(model: nn.Module, device: torch.device) -> None:
-    """Keep the token embedding in main memory and send the rows of each batch; a tied one has to stay on the device."""
+    """Keep the token embedding in host memory and copy only the rows of each batch; not if it is tied to the head."""
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is embedding.weight:

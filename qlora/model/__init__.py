@@ -1,4 +1,4 @@
-"""The model that is not trained: found on disk or on the hub, streamed into frozen layers, known by its fingerprint."""
+"""The frozen base model: download, loading into quantized layers, attention, LM head, fingerprint."""
 
 from typing import Literal
 
@@ -9,11 +9,11 @@ class Model(Section):
     """The base model."""
 
     name: str = setting(REQUIRED, "hub name or folder", min_length=1, examples=["meta-llama/Llama-3.1-8B"])
-    revision: str | None = setting(None, "commit, tag or branch on the hub; null: the newest", min_length=1)
+    revision: str | None = setting(None, "commit, tag or branch on the hub; null: the latest", min_length=1)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "what the model computes in; auto: the base's own, bfloat16 where the device has it"
+        "auto", "compute dtype; auto: bfloat16 for a 16-bit base where the device has it, else float32"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = setting(
-        "auto", "attention kernel; auto: what transformers picks"
+        "auto", "attention kernel; auto: SDPA within documents, eager where the model has no SDPA"
     )
-    chat_template: str = setting("auto", "auto: the tokenizer's own; or a Jinja file", min_length=1)
+    chat_template: str = setting("auto", "auto: the tokenizer's; or a Jinja file", min_length=1)

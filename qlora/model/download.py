@@ -1,4 +1,4 @@
-"""Where the base model's files are: a local folder, or a hub repository brought to one.  Door: huggingface_hub."""
+"""The base model's folder: a local one, or a Hub repository downloaded to the cache of huggingface_hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,23 +8,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from qlora.errors import BaseModelError
 
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MODEL_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A base model on disk: what the user called it, where it is, and the commit it was taken from (None if local)."""
+    """A base model on disk: the name in the recipe, its folder, and the commit of the Hub (None if local)."""
 
     name: str
     path: Path
     revision: str | None
 
 
-def find(name: str, revision: str | None = None) -> ModelFolder:
-    """The folder of a base model, downloaded first when `name` is a hub repository; nothing is fetched if it is cached.
+def find_model(name: str, revision: str | None = None) -> ModelFolder:
+    """The folder of a base model; a Hub repository is downloaded unless it is cached.
 
-    BaseModelError if the folder does not hold a model in safetensors, or the repository can't be had.
+    BaseModelError if the folder holds no model in safetensors, or the repository can't be downloaded.
     """
     path = Path(name).expanduser()
     if path.exists() or _looks_local(name):
@@ -33,12 +33,14 @@ def find(name: str, revision: str | None = None) -> ModelFolder:
     return ModelFolder(name, _checked(path), path.name)
 
 
-def find_here(name: str, revision: str | None = None) -> ModelFolder | None:
-    """`find` for a base that is on this machine already; None, and nothing is fetched, if it is not."""
+def find_local(name: str, revision: str | None = None) -> ModelFolder | None:
+    """`find_model` without a download: None if the base is not on this machine."""
     path = Path(name).expanduser()
     if not path.exists() and not _looks_local(name):
         try:
-            path = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=True))
+            path = Path(
+                snapshot_download(name, revision=revision, allow_patterns=MODEL_PATTERNS, local_files_only=True)
+            )
         except (LocalEntryNotFoundError, HFValidationError):
             return None
     try:
@@ -48,7 +50,7 @@ def find_here(name: str, revision: str | None = None) -> ModelFolder | None:
 
 
 def find_config(name: str, revision: str | None = None) -> Path:
-    """The config.json of a model, which is all that planning needs: in a folder, the file itself, or from the hub."""
+    """The config.json of a model, which is all that planning needs: a local file, or downloaded alone."""
     path = Path(name).expanduser()
     if path.is_file() or (path / "config.json").is_file():
         return path if path.is_file() else path / "config.json"
@@ -58,7 +60,7 @@ def find_config(name: str, revision: str | None = None) -> Path:
 
 
 def find_tokenizer(name: str, revision: str | None = None) -> Path:
-    """The folder of a model's tokenizer, for what needs no weight: of the hub only these few files are fetched."""
+    """The folder of a model's tokenizer; from the Hub only its files and config.json are downloaded."""
     path = Path(name).expanduser()
     if path.exists() or _looks_local(name):
         return _checked(path)
@@ -69,31 +71,31 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
-def _download(name: str, revision: str | None, wanted: list[str] = WANTED) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str] = MODEL_PATTERNS) -> Path:
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
-            f"model: {name!r} is no folder here, and the hub did not give it ({type(error).__name__}). "
+            f"model: {name!r} is not a local folder, and the download from the hub failed ({type(error).__name__}). "
             "Check the name, the network, and HF_TOKEN if the repository is gated; a local folder works too."
         ) from error
 
 
 def _checked(path: Path) -> Path:
     if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise BaseModelError(f"model: {path} is {found}; a folder with config.json and *.safetensors is needed.")
+        kind = "a file" if path.exists() else "missing"
+        raise BaseModelError(f"model: {path} is {kind}; allowed: a folder with config.json and *.safetensors.")
     if not (path / "config.json").is_file():
         raise BaseModelError(f"model: {path} has no config.json, so it is not a model folder.")
     if not any(path.glob("*.safetensors")):
-        pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
         advice = (
-            f" It has {pickled[0]}, which is pickle and could run code: convert it with transformers in a sandbox."
-            if pickled
+            f" It has {pickles[0]}, which is pickle and could run code: convert it with transformers in a sandbox."
+            if pickles
             else ""
         )
         raise BaseModelError(f"model: {path} has no *.safetensors file.{advice}")
@@ -107,5 +109,5 @@ TOKENIZER_FILES = (
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files that are there: copied byte for byte, servers read rewritten ones differently."""
+    """The tokenizer's files in `folder`; copied byte for byte, since servers read rewritten ones differently."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]

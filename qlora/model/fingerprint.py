@@ -1,8 +1,8 @@
-"""Which base this is: sha256 over the values of every tensor and the arithmetic, and what was quantised how.
+"""Fingerprint of a base model: sha256 over its tensors and numeric settings, and the manifest of what was quantized.
 
 The fingerprint does not depend on the file layout, the shard order or the stored dtype, only on names, shapes, values
-and what config.json says about the arithmetic: each tensor is hashed in the smallest of bfloat16, float16 and float32
-that holds it exactly.
+and the numeric settings of config.json (numerics.py): each tensor is hashed in the smallest of bfloat16, float16 and
+float32 that holds it exactly.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ CHUNK = 1 << 22  # values hashed at a time: bounds the copy that hashing needs
 
 @dataclass(frozen=True)
 class BaseManifest:
-    """What resume, merge and serving check: the base's name, commit, fingerprint, dtype and quantised tensors."""
+    """What resume, merge and serving check: the base's name, commit, fingerprint, dtype and quantized tensors."""
 
     name: str
     revision: str | None
     sha256: str
     dtype: str
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module path -> FrozenLinear.describe()
-    ignored: tuple[str, ...] = ()  # keys of the files that the model has no place for
+    ignored: tuple[str, ...] = ()  # checkpoint keys that match no parameter of the model
 
     def as_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -33,13 +33,13 @@ class BaseManifest:
 
 
 class Fingerprint:
-    """Gathers tensors in any order; `hexdigest()` names them all."""
+    """Collects a digest per tensor, in any order; `hexdigest()` combines them."""
 
     def __init__(self) -> None:
-        self.digests: dict[str, str] = {}  # by name; those that another process made may be put in
+        self.digests: dict[str, str] = {}  # by name; digests from other ranks may be added
 
     def add(self, name: str, tensors: Iterable[Tensor]) -> None:
-        """Hash what is stored under `name` (one tensor, or the parts of a quantised one)."""
+        """Hash what is stored under `name`: one tensor, or all tensors of a quantized layer."""
         digest = hashlib.sha256()
         for tensor in tensors:
             _update(digest, tensor)

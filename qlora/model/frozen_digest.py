@@ -1,4 +1,4 @@
-"""Did the frozen base stay as it was loaded? A digest of every frozen byte in memory, before and after."""
+"""Digest of every frozen byte in memory: compared before and after training, it proves that the base did not change."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,17 +8,16 @@ from torch import Tensor, nn
 
 from qlora.quant.linear import FrozenLinear
 
-# Looked at at a time. A CPU widens them to eight times as many to sum them, in a heap that keeps what it ever held.
+# Summed at a time. A CPU widens bytes to int64 (8x) to sum them, and its heap keeps the largest size it ever had.
 CHUNK_BYTES = {"cuda": 1 << 21, "cpu": 1 << 18}
-LINE = 1 << 10  # columns of the table that a chunk is summed as
+COLUMNS = 1 << 10  # of the table that a chunk is summed as
 
 
 def frozen_sha256(model: nn.Module) -> str:
-    """A digest over the bytes of all parameters that are frozen, and of all buffers, where they lie.
+    """A digest over the bytes of all frozen parameters and all buffers, computed on their devices.
 
-    Of what is sharded, over this process's share: the shares are all that there is of it.
-
-    Each chunk is summed along the rows and the columns of a table, on its device: a changed byte changes a sum of each.
+    Each chunk is viewed as a table and summed along rows and columns: a changed byte changes a sum of each. Of sharded
+    parameters every rank hashes its own shard.
     """
     digest = hashlib.sha256()
     for name, tensor in _frozen(model):
@@ -29,11 +28,11 @@ def frozen_sha256(model: nn.Module) -> str:
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Frozen tensors by name; a matrix is asked for its own, since it may be somewhere else at the moment."""
+    """Frozen tensors by name. `stored()` fetches those of a frozen layer that are streamed from host memory."""
     for path, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        shared = any(hasattr(value, "to_local") for value in own.values())
-        values = own | (module.stored() if isinstance(module, FrozenLinear) and not shared else {})
+        parameters = dict(module.named_parameters(recurse=False))
+        sharded = any(hasattr(value, "to_local") for value in parameters.values())
+        values = parameters | (module.stored() if isinstance(module, FrozenLinear) and not sharded else {})
         yield from ((f"{path}.{name}", value) for name, value in values.items() if not value.requires_grad)
         yield from ((f"{path}.{name}", value) for name, value in module.named_buffers(recurse=False))
 
@@ -45,7 +44,7 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
     step = CHUNK_BYTES["cuda" if flat.is_cuda else "cpu"]
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
-        whole = chunk[: chunk.numel() // LINE * LINE].view(-1, LINE)
-        yield whole.sum(0, dtype=torch.int64)
-        yield whole.sum(1, dtype=torch.int64)
-        yield chunk[whole.numel() :].long()
+        table = chunk[: chunk.numel() // COLUMNS * COLUMNS].view(-1, COLUMNS)
+        yield table.sum(0, dtype=torch.int64)
+        yield table.sum(1, dtype=torch.int64)
+        yield chunk[table.numel() :].long()

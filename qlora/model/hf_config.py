@@ -1,4 +1,4 @@
-"""A base model's config.json as an export writes it: dtype, tied head and vocabulary size changed, the rest kept."""
+"""config.json of an exported model: dtype, tied head and vocabulary size changed, the rest kept."""
 
 import json
 from pathlib import Path
@@ -6,27 +6,27 @@ from typing import Any
 
 import torch
 
-from qlora.model.dtypes import name_of
+from qlora.model.dtypes import dtype_name
 
 
 def merged_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The base's config.json without its quantisation, its dtype as written; nothing else is touched."""
+    """The base's config.json with `dtype` and without its quantization; nothing else changes."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = name_of(dtype)
+    config[key] = dtype_name(dtype)
     return config
 
 
-def untied(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json that says that the head is a tensor of its own."""
-    parts = {key: value | {"tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
-    return config | parts | {"tie_word_embeddings": False}
+def with_untied_head(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose head is a tensor separate from the embedding."""
+    text = {key: value | {"tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
+    return config | text | {"tie_word_embeddings": False}
 
 
-def grown(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A config.json for a vocabulary of at least so many rows."""
+def with_vocab_size(config: dict[str, Any], minimum: int) -> dict[str, Any]:
+    """A config.json whose vocabulary has at least `minimum` tokens."""
     inner = config.get("text_config")
-    text = {"text_config": grown(inner, rows)} if isinstance(inner, dict) else {}
-    known = config.get("vocab_size")
-    return config | text | ({"vocab_size": rows} if isinstance(known, int) and known < rows else {})
+    text = {"text_config": with_vocab_size(inner, minimum)} if isinstance(inner, dict) else {}
+    size = config.get("vocab_size")
+    return config | text | ({"vocab_size": minimum} if isinstance(size, int) and size < minimum else {})

@@ -1,7 +1,7 @@
-"""Modules that keep less for backward than transformers' own, put in their place where they give the same numbers.
+"""Norms and MLPs that save less for backward than transformers' own, where they give the same bits.
 
-A frozen norm keeps its input in the base's dtype, not float32 copies of it; a gated MLP keeps gate and up, not their
-product: half of what transformers and PEFT keep, for some arithmetic on rows that is made again.
+A frozen norm saves its input in the base's dtype, not float32 copies of it. A gated MLP saves gate(x) and up(x), not
+their product. That is half of what transformers and PEFT save; row-wise arithmetic is recomputed in backward.
 """
 
 from collections.abc import Callable
@@ -9,29 +9,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from qlora.model.module_tree import set_by_path
 from qlora.utils.rematerialize import rowwise_checkpoint
 
-PROOF_ROWS = 3  # of random numbers, on which a module and its lean stand-in must agree in every bit
+CHECK_ROWS = 3  # of random numbers, on which a module and its lean version must agree in every bit
 
 
 class LeanNorm(nn.Module):
-    """A frozen norm over the last dimension: the original's own arithmetic, made again in backward."""
+    """A frozen norm over the last dimension: the original's forward, recomputed in backward."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        # One dictionary of parameters for both: whoever moves or shards them here does so there.
+        # One dictionary of parameters for both modules: a move or a shard of them acts on both.
         self._parameters = norm._parameters
-        self._original = [norm]  # in a list, so that it is no second module of the model
+        self._original = [norm]  # in a list, so that it is not registered as a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., I] -> [..., I]."""
         norm = self._original[0]
-        trains = any(each is not None and each.requires_grad for each in self._parameters.values())
+        trains = any(parameter is not None and parameter.requires_grad for parameter in self._parameters.values())
         return norm(x) if trains else rowwise_checkpoint(norm.forward, x)  # type: ignore[no-any-return]
 
 
 class LeanGatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)), of which gate(x) and up(x) are kept."""
+    """down(act(gate(x)) * up(x)); saves gate(x) and up(x)."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -62,14 +63,14 @@ class LeanFusedMlp(LeanGatedMlp):
         """X [..., I] -> [..., I]."""
         return self.down_proj(rowwise_checkpoint(self.product_of_halves, self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
-    def product_of_halves(self, both: Tensor) -> Tensor:
+    def product_of_halves(self, gate_and_up: Tensor) -> Tensor:
         """act(first half) * second half."""
-        gate, up = both.chunk(2, dim=-1)
+        gate, up = gate_and_up.chunk(2, dim=-1)
         return up * self.activation_fn(gate)  # type: ignore[no-any-return]
 
 
 class LeanPlainMlp(LeanGatedMlp):
-    """down(act(up(x))), of which up(x) is kept."""
+    """down(act(up(x))); saves up(x)."""
 
     dense_h_to_4h: nn.Module
     dense_4h_to_h: nn.Module
@@ -80,44 +81,43 @@ class LeanPlainMlp(LeanGatedMlp):
         return self.dense_4h_to_h(rowwise_checkpoint(self.act, self.dense_h_to_4h(x)))  # type: ignore[no-any-return]
 
 
-MLPS: dict[frozenset[str], Callable[[nn.Module], nn.Module]] = {
+MLPS: dict[frozenset[str], Callable[[nn.Module], nn.Module]] = {  # names of the children -> lean version
     frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"}): LeanGatedMlp,
     frozenset({"gate_up_proj", "down_proj", "activation_fn"}): LeanFusedMlp,
     frozenset({"dense_h_to_4h", "dense_4h_to_h", "act"}): LeanPlainMlp,
 }
 
 
-def lean(model: nn.Module, agreeing: dict[type, bool] | None = None) -> int:
-    """Swap norms and MLPs of a filled, frozen model for lean ones; one that doesn't agree in every bit stays.
+def replace_with_lean(model: nn.Module, checked: dict[type, bool] | None = None) -> int:
+    """Replace norms and MLPs of a loaded, frozen model by lean versions that agree in every bit; returns how many.
 
-    Returns how many were swapped. Numbers don't change: forward and backward run the very operations of the original.
-    `agreeing`: the proofs so far, one for each class, where a model comes in parts.
+    Forward and backward run the operations of the originals, so that no number changes. `checked` caches the result of
+    the check by class, for a model that is loaded layer by layer.
     """
-    agreeing = {} if agreeing is None else agreeing
+    results: dict[type, bool] = {} if checked is None else checked
 
-    def agree(module: nn.Module, stand_in: nn.Module) -> bool:
-        if type(module) not in agreeing:
-            agreeing[type(module)] = _agree(module, stand_in)
-        return agreeing[type(module)]
+    def agrees(module: nn.Module, lean: nn.Module) -> bool:
+        if type(module) not in results:
+            results[type(module)] = _same_bits(module, lean)
+        return results[type(module)]
 
-    return swap(model, agree)
+    return replace_modules(model, agrees)
 
 
-def swap(model: nn.Module, agree: Callable[[nn.Module, nn.Module], bool]) -> int:
-    """Swap every norm and MLP whose stand-in `agree` accepts; returns how many."""
-    found = [(path, module, stand_in_of(module)) for path, module in model.named_modules()]
-    swapped = 0
-    for path, module, stand_in in found:
-        if stand_in is None or not agree(module, stand_in):
+def replace_modules(model: nn.Module, accept: Callable[[nn.Module, nn.Module], bool]) -> int:
+    """Replace every norm and MLP for which `accept(module, lean version)` is true; returns how many."""
+    candidates = [(path, module, lean_version_of(module)) for path, module in model.named_modules()]
+    replaced = 0
+    for path, module, lean in candidates:
+        if lean is None or not accept(module, lean):
             continue
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, stand_in.train(module.training))
-        swapped += 1
-    return swapped
+        set_by_path(model, path, lean.train(module.training))
+        replaced += 1
+    return replaced
 
 
-def stand_in_of(module: nn.Module) -> nn.Module | None:
-    """The lean module of the same parameters, for a norm or an MLP of a known build that is not lean yet."""
+def lean_version_of(module: nn.Module) -> nn.Module | None:
+    """The lean module with the same parameters; None unless `module` is a norm or MLP of a known form, not yet lean."""
     if type(module) in (LeanNorm, LeanGatedMlp, LeanFusedMlp, LeanPlainMlp):
         return None
     children = frozenset(name for name, _ in module.named_children())
@@ -128,21 +128,22 @@ def stand_in_of(module: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _agree(module: nn.Module, stand_in: nn.Module) -> bool:
-    """Whether both give the same bits for random rows, all at once and one by one; False if one can't take them."""
+def _same_bits(module: nn.Module, lean: nn.Module) -> bool:
+    """Whether both give the same bits for random rows, in one call and row by row; False if one of them fails."""
     first = next(module.parameters())
-    floats = [each.dtype for each in module.parameters() if each.is_floating_point()]
-    width = first.shape[-1] if isinstance(stand_in, LeanNorm) else _input_width(module)
+    dtypes = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
+    width = first.shape[-1] if isinstance(lean, LeanNorm) else _input_width(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROOF_ROWS, width, generator=generator).to(first.device, floats[0] if floats else torch.float32)
+    x = torch.randn(1, CHECK_ROWS, width, generator=generator).to(first.device, dtypes[0] if dtypes else torch.float32)
     try:
-        whole, lean_whole = module(x), stand_in(x)
-        alone = torch.cat([stand_in(row) for row in x.split(1, dim=1)], dim=1)
+        expected, in_one_call = module(x), lean(x)
+        row_by_row = torch.cat([lean(row) for row in x.split(1, dim=1)], dim=1)
     except (RuntimeError, TypeError, AttributeError):
         return False
-    return torch.equal(whole, lean_whole) and (isinstance(stand_in, LeanGatedMlp) or torch.equal(whole, alone))
+    rows_agree = isinstance(lean, LeanGatedMlp) or torch.equal(expected, row_by_row)
+    return torch.equal(expected, in_one_call) and rows_agree
 
 
 def _input_width(mlp: nn.Module) -> int:
-    """Features that the first matrix of an MLP takes."""
+    """Input features of the first matrix of an MLP."""
     return int(next(child for child in mlp.children() if hasattr(child, "in_features")).in_features)  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""Sizes that no model has: refused before a line of model code runs, so that a spoilt config.json stalls nothing."""
+"""Upper limits on model sizes: a corrupt config.json is refused before any model code runs."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora.errors import BaseModelError
 
-if TYPE_CHECKING:  # the planner, which is to answer at once, reads these limits too
+if TYPE_CHECKING:  # the memory planner imports these limits too, and must start without torch
     from torch import nn
 
 LAYERS = 1_000
@@ -20,17 +20,17 @@ LIMITS = {
 BUFFER_BYTES = 2**30  # rotary frequencies and masks of a real model take megabytes
 
 
-def refuse_giants(config: Mapping[str, Any], where: str = "config.json") -> None:
-    """BaseModelError for a size beyond any model's, at any depth of the configuration."""
+def check_config_sizes(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """BaseModelError for a size above LIMITS, at any depth of the configuration."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            refuse_giants(value, f"{where}: {key}")
+            check_config_sizes(value, f"{where}: {key}")
         elif key in LIMITS and isinstance(value, int | float) and not -1 <= value <= LIMITS[key]:
             raise BaseModelError(f"model: {where}: {key}: found {value!r}, allowed: at most {LIMITS[key]:,}.")
 
 
-def refuse_giant_buffers(model: "nn.Module") -> None:
-    """BaseModelError if the buffers of a skeleton on `meta` would take more memory than any model's."""
+def check_buffer_sizes(model: "nn.Module") -> None:
+    """BaseModelError if the buffers of a model on `meta` would take more than BUFFER_BYTES."""
     total = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if total > BUFFER_BYTES:
         raise BaseModelError(f"model: config.json makes buffers of {total:,} bytes, allowed: at most {BUFFER_BYTES:,}.")

@@ -1,4 +1,4 @@
-"""The frozen base, ready to be adapted: its skeleton on meta, its weights streamed tensor by tensor into layers."""
+"""Loading the frozen base model: built on `meta`, its weights streamed tensor by tensor into quantized layers."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,20 +11,21 @@ from torch import nn
 
 from qlora.distributed.processes import Processes
 from qlora.model import Model
-from qlora.model.download import ModelFolder, find
-from qlora.model.dtypes import choose, has_bfloat16, name_of
+from qlora.model.download import ModelFolder, find_model
+from qlora.model.dtypes import choose_dtype, dtype_name, has_bfloat16
 from qlora.model.fingerprint import BaseManifest
-from qlora.model.lean_modules import lean
-from qlora.model.meta_model import build, read_config, read_tokenizer, stop_ids
-from qlora.model.module_tree import LayerSharder
-from qlora.model.quantized_cache import Damaged, QuantizedCache
-from qlora.model.weight_loader import LoadResult, LoadTarget, Quantizer, Report, WeightLoader
+from qlora.model.layer_sharder import LayerSharder
+from qlora.model.lean_modules import replace_with_lean
+from qlora.model.meta_model import build_meta_model, read_config, read_tokenizer, stop_ids
+from qlora.model.quantized_cache import DamagedEntry, QuantizedCache
+from qlora.model.weight_loader import LoadResult, LoadTarget, Report, WeightLoader
+from qlora.quant import Quantizer
 from qlora.quant.linear import FrozenLinear
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model ready to be adapted, with its tokenizer and the manifest of what it is."""
+    """A frozen base model ready for adapters, with its tokenizer and its manifest."""
 
     model: nn.Module
     tokenizer: Any
@@ -33,8 +34,8 @@ class Base:
     manifest: BaseManifest
     dtype: torch.dtype
     device: torch.device
-    stops: tuple[int, ...]  # token ids that end an answer
-    notes: tuple[str, ...] = ()  # where it was read from, and where it is kept
+    stop_token_ids: tuple[int, ...]  # that end an answer
+    notes: tuple[str, ...] = ()  # lines about the cache: read from it, written to it, or why not
 
 
 def load(
@@ -45,57 +46,60 @@ def load(
     report: Report = lambda done, total: None,
     processes: Processes | None = None,
 ) -> Base:
-    """The base of a recipe, its decoder's linear layers stored by `quantizer`, everything frozen on `device`.
+    """The base model of a recipe: linear layers of the decoder stored by `quantizer`, everything frozen on `device`.
 
-    `on_host`: whether the linear layer at a path stays in main memory, once it was quantised on the device.
-    `processes`: several read together, each tensor once, and keep what their strategy has them hold.
+    `on_host`: whether the linear layer at a path stays in host memory after it was quantized on the device.
+    `processes`: ranks that load together; each tensor is read by one of them, and each keeps what its strategy needs.
 
-    BaseModelError if the folder, its configuration or one of its tensors is not what is needed.
+    BaseModelError if the folder, its configuration or a tensor is missing or invalid.
     """
-    folder = find(section.name, section.revision)
+    folder = find_model(section.name, section.revision)
     config = read_config(folder.path)
-    dtype = choose(section.dtype, config.get_text_config().dtype or config.dtype, has_bfloat16(device))
+    dtype = choose_dtype(section.dtype, config.get_text_config().dtype or config.dtype, has_bfloat16(device))
     tokenizer = read_tokenizer(folder.path)
-    aim = LoadTarget(quantizer, dtype, device, on_host, processes if processes and processes.together else None)
-    model, known, notes = _filled(folder.path, aim, lambda: build(config, dtype, section.attention, device), report)
+    together = processes if processes and processes.loads_together else None
+    target = LoadTarget(quantizer, dtype, device, on_host, together)
+    model, result, notes = _load_weights(
+        folder.path, target, lambda: build_meta_model(config, dtype, section.attention, device), report
+    )
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
-    manifest = BaseManifest(folder.name, folder.revision, known.sha256, name_of(dtype), quantized, known.ignored)
-    stops = stop_ids(config, _generation_config(folder.path), tokenizer)
-    return Base(model, tokenizer, config, folder, manifest, dtype, device, stops, notes)
+    manifest = BaseManifest(folder.name, folder.revision, result.sha256, dtype_name(dtype), quantized, result.ignored)
+    stop_token_ids = stop_ids(config, _generation_config(folder.path), tokenizer)
+    return Base(model, tokenizer, config, folder, manifest, dtype, device, stop_token_ids, notes)
 
 
-def _filled(
-    folder: Path, aim: LoadTarget, build: Callable[[], nn.Module], report: Report
+def _load_weights(
+    folder: Path, target: LoadTarget, build: Callable[[], nn.Module], report: Report
 ) -> tuple[nn.Module, LoadResult, tuple[str, ...]]:
-    """The model with its weights: kept ones where there are any that verify, else from the original files."""
+    """The model with its weights, from a valid cache entry or else from the checkpoint, with notes on the cache."""
     notes, model = list[str](), build()
-    sharing = LayerSharder(model, aim.processes, aim.on_host) if aim.processes else None
-    packed = QuantizedCache(folder, aim, sharing)
+    sharder = LayerSharder(model, target.processes, target.on_host) if target.processes else None
+    cache = QuantizedCache(folder, target, sharder)
     try:
-        known = packed.recall(model, report)
-        if known:
-            return _finished(model, sharing), known, ("read quantised, as an earlier start kept it",)
-    except Damaged as error:
-        notes.append(f"the kept base does not verify ({error}); reading the original")
-        packed.forget()
+        cached = cache.load(model, report)
+        if cached:
+            return _finish(model, sharder), cached, ("read quantized from the cache of an earlier start",)
+    except DamagedEntry as error:
+        notes.append(f"the cached base does not verify ({error}); reading the checkpoint")
+        cache.remove()
         model = build()
-        sharing = LayerSharder(model, aim.processes, aim.on_host) if aim.processes else None
-    known = WeightLoader(model, folder, aim, sharing).run(report)
-    kept = packed.keep(model, known)
-    return _finished(model, sharing), known, (*notes, *([kept] if kept else []))
+        sharder = LayerSharder(model, target.processes, target.on_host) if target.processes else None
+    result = WeightLoader(model, folder, target, sharder).run(report)
+    note = cache.save(model, result)
+    return _finish(model, sharder), result, (*notes, *([note] if note else []))
 
 
-def _finished(model: nn.Module, sharing: LayerSharder | None) -> nn.Module:
-    """The filled model with lean modules, and what stands outside its layers shared out too."""
-    lean(model)
-    if sharing:
-        sharing.finish_rest()
+def _finish(model: nn.Module, sharder: LayerSharder | None) -> nn.Module:
+    """The loaded model with lean modules, and sharded outside its layers too."""
+    replace_with_lean(model)
+    if sharder:
+        sharder.shard_rest()
     return model
 
 
 def _generation_config(folder: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}

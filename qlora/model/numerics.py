@@ -1,7 +1,7 @@
-"""What config.json says about the arithmetic: two bases with the same weights but another rope are two bases.
+"""Numeric settings of config.json for the fingerprint: the same weights with another rope are another base.
 
-Only settings that change what a forward pass computes count, as transformers resolves them, so that a file that spells
-its defaults out, or comes from another version, is still the same base.
+Only settings that change a forward pass count, as transformers resolves them. A file that lists its defaults, or that
+another version wrote, is still the same base.
 """
 
 import json
@@ -21,37 +21,37 @@ ROPE = (
     "attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim",
     "partial_rotary_factor",
 )  # fmt: skip
-PLAIN = (None, False, "default", 1.0)  # what a setting is where it changes nothing
+NEUTRAL = (None, False, "default", 1.0)  # values of a setting that change nothing
 
 
-def arithmetic_of(config: Mapping[str, Any]) -> str:
-    """The settings that change the arithmetic, as canonical JSON; `config` is the text model's, resolved."""
-    said = {key: config[key] for key in SETTINGS if not _is_plain(config.get(key))}
-    said |= dict(_rope(config))
-    return json.dumps(_canonical(said), sort_keys=True)
+def canonical_numerics(config: Mapping[str, Any]) -> str:
+    """The settings that change a forward pass, as canonical JSON; `config` is the text model's, resolved."""
+    settings = {key: config[key] for key in SETTINGS if not _is_neutral(config.get(key))}
+    settings |= dict(_rope(config))
+    return json.dumps(_canonical(settings), sort_keys=True)
 
 
 def _rope(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Rotary settings, wherever they stand: at the top, in one group, or in a group a kind of layer."""
+    """Rotary settings from the top level, from one group, or from a group per kind of layer."""
     groups: dict[str, Mapping[str, Any]] = {"rope": config}
     for key in ("rope_scaling", "rope_parameters"):
-        found = config.get(key)
-        if isinstance(found, Mapping):
-            nested = {f"rope.{name}": each for name, each in found.items() if isinstance(each, Mapping)}
-            groups |= nested or {"rope": {**config, **found}}
+        settings = config.get(key)
+        if isinstance(settings, Mapping):
+            nested = {f"rope.{name}": values for name, values in settings.items() if isinstance(values, Mapping)}
+            groups |= nested or {"rope": {**config, **settings}}
     for group, values in groups.items():
-        yield from ((f"{group}.{key}", values[key]) for key in ROPE if not _is_plain(values.get(key)))
+        yield from ((f"{group}.{key}", values[key]) for key in ROPE if not _is_neutral(values.get(key)))
 
 
-def _is_plain(value: Any) -> bool:
+def _is_neutral(value: Any) -> bool:
     uniform = isinstance(value, list) and set(map(str, value)) == {"full_attention"}
-    return uniform or (not isinstance(value, list | dict) and value in PLAIN)
+    return uniform or (not isinstance(value, list | dict) and value in NEUTRAL)
 
 
 def _canonical(value: Any) -> Any:
-    """Numbers as floats, so that 10000 and 10000.0 are the same."""
+    """Numbers as floats, so that 10000 and 10000.0 are equal."""
     if isinstance(value, Mapping):
-        return {str(key): _canonical(each) for key, each in value.items()}
+        return {str(key): _canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_canonical(each) for each in value]
+        return [_canonical(item) for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,7 +1,6 @@
-"""Reading ahead: tensors are read and hashed by other threads while the one at hand is quantised.
+"""Prefetching: other threads read and hash the next tensors while the current one is quantized.
 
-Bounded: what has been read and waits is at most AHEAD_BYTES, or one item. Order and errors are those of reading one by
-one.
+At most PREFETCH_BYTES of read tensors wait, or one item. Order and errors are those of reading one by one.
 """
 
 import os
@@ -11,36 +10,39 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-AHEAD_BYTES = 256 * 2**20
+PREFETCH_BYTES = 256 * 2**20
 READERS = min(4, os.cpu_count() or 1)
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def ahead(
-    items: Sequence[Item], size: Callable[[Item], int], read: Callable[[Item], Found], budget_bytes: int = AHEAD_BYTES
-) -> Iterator[tuple[Item, Found]]:
-    """Each item with what `read` gives for it, in order; `size` is its bytes. Several threads call `read` at once."""
-    waiting: deque[tuple[Item, int, Future[Found]]] = deque()
-    coming, held = iter(items), 0
-    following = next(coming, None)
+def prefetch(
+    items: Sequence[Item],
+    size: Callable[[Item], int],
+    read: Callable[[Item], Result],
+    budget_bytes: int = PREFETCH_BYTES,
+) -> Iterator[tuple[Item, Result]]:
+    """Items with their `read(item)`, in order; `size(item)` is in bytes. Several threads call `read` at once."""
+    queue: deque[tuple[Item, int, Future[Result]]] = deque()
+    remaining, queued_bytes = iter(items), 0
+    upcoming = next(remaining, None)
     with ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="reader") as readers:
         try:
-            while following is not None or waiting:
-                while following is not None and (not waiting or held + size(following) <= budget_bytes):
-                    waiting.append((following, size(following), readers.submit(read, following)))
-                    held += waiting[-1][1]
-                    following = next(coming, None)
-                item, taken, future = waiting.popleft()
+            while upcoming is not None or queue:
+                while upcoming is not None and (not queue or queued_bytes + size(upcoming) <= budget_bytes):
+                    queue.append((upcoming, size(upcoming), readers.submit(read, upcoming)))
+                    queued_bytes += queue[-1][1]
+                    upcoming = next(remaining, None)
+                item, item_bytes, future = queue.popleft()
                 yield item, future.result()
-                held -= taken
+                queued_bytes -= item_bytes
         finally:
-            for _, _, future in waiting:
+            for _, _, future in queue:
                 future.cancel()
 
 
 class PerThread(threading.local):
-    """Something that each thread makes for itself when it first asks."""
+    """A value that each thread creates on first use."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self.own = make()
+        self.value = make()

@@ -1,8 +1,9 @@
-"""The quantised base kept between runs, so that the second start reads 4 bits instead of 16.  Door: safetensors.
+"""Disk cache of the quantized base: the second start reads 4-bit tensors instead of 16-bit ones.
 
-An entry is a folder of safetensors parts named after the base's fingerprint and how it is stored; entry.json holds the
-parts' sha256, checked while they are read. Which entry a model folder has is remembered by its files' names, sizes and
-times. Entries are written aside and renamed; one that is damaged is made anew, one unused for a month goes.
+An entry is a folder of safetensors parts, named after the base's fingerprint and its storage format. entry.json holds
+the sha256 of each part, checked while it is read. A pointer file maps a model folder, by the names, sizes and times of
+its files, to its entry. Entries are written to a temporary folder and renamed. A damaged entry is written again; one
+that was not used for UNUSED_DAYS is deleted.
 """
 
 import hashlib
@@ -21,162 +22,164 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.distributed.broadcast import Payload, deal
+from qlora.distributed.broadcast import Payload, broadcast_in_turns
 from qlora.errors import QloraError
-from qlora.model.dtypes import name_of
-from qlora.model.module_tree import LayerSharder, put_all
-from qlora.model.prefetch import ahead
+from qlora.model.dtypes import dtype_name
+from qlora.model.layer_sharder import LayerSharder
+from qlora.model.module_tree import set_tensors
+from qlora.model.prefetch import prefetch
 from qlora.model.weight_loader import LoadResult, LoadTarget, Report
 from qlora.quant.fourbit import FourBit
 from qlora.quant.linear import FrozenLinear
-from qlora.utils.atomic_files import ASIDE, alone, cache_home, plain_name, sha256_of, write_json
-from qlora.utils.atomic_folders import folder_in_one_step
+from qlora.utils.atomic_files import PARTIAL, cache_folder, exclusive_lock, is_bare_name, sha256_of, write_json
+from qlora.utils.atomic_folders import atomic_folder
+from qlora.utils.machine import gib
 
 FORMAT = 1
-SMALLEST_BYTES = 128 * 2**20  # of a base that is worth keeping
+MIN_BASE_BYTES = 128 * 2**20  # smaller bases are not cached
 PART_BYTES = 128 * 2**20  # of a part, unless one module is larger
 UNUSED_DAYS = 30
 ENTRY = "entry.json"
-OURS = re.compile(rf"({re.escape(ASIDE)})?[0-9a-f]{{64}}(\.lock|\.json)?")  # names that may be swept
+CACHE_NAMES = re.compile(rf"({re.escape(PARTIAL)})?[0-9a-f]{{64}}(\.lock|\.json)?")  # names that may be deleted
 
 
-class Damaged(Exception):
-    """An entry that is not what was written; the model may be filled in part."""
+class DamagedEntry(Exception):
+    """A cache entry that differs from what was written; the model may be partly loaded."""
 
 
 class QuantizedCache:
-    """The kept base of one model folder under one way to store it; `usable` says whether there can be one."""
+    """The cached base of one model folder in one storage format; `usable`: whether there can be an entry."""
 
-    def __init__(self, folder: Path, aim: LoadTarget, sharing: LayerSharder | None = None) -> None:
-        self.home, self.folder, self.aim, self.sharing = cache_home("base"), folder, aim, sharing
-        self.usable = self.home is not None and isinstance(aim.quantizer, FourBit)
+    def __init__(self, folder: Path, target: LoadTarget, sharder: LayerSharder | None = None) -> None:
+        self.root, self.folder, self.target, self.sharder = cache_folder("base"), folder, target, sharder
+        self.usable = self.root is not None and isinstance(target.quantizer, FourBit)
 
-    def recall(self, model: nn.Module, report: Report) -> LoadResult | None:
-        """Fill a model on meta from its entry; None if there is none. Damaged if there is one that does not verify."""
-        place = self._place()
-        if not self._agreed(place is not None) or place is None:
+    def load(self, model: nn.Module, report: Report) -> LoadResult | None:
+        """Load a model on `meta` from its entry; None if there is none. DamagedEntry if it does not verify."""
+        path = self._entry_path()
+        if not self._all_ranks_have(path is not None) or path is None:
             return None
         try:
-            entry = _unsealed(place / ENTRY)
-            parts: dict[str, str] = entry["files"]
-            sizes = {name: (place / name).stat().st_size for name in parts}
+            entry = _unsealed(path / ENTRY)
+            digests: dict[str, str] = entry["files"]
+            sizes = {name: (path / name).stat().st_size for name in digests}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{place / ENTRY}: {error!r}") from error
+            raise DamagedEntry(f"{path / ENTRY}: {error!r}") from error
         done = 0
-        for name, tensors in self._read(place, parts, sizes):
-            put_all(model, tensors, entry["quantized"], self.aim.home)
-            if self.sharing:
-                self.sharing.finish(tensors)
+        for name, tensors in self._read(path, digests, sizes):
+            set_tensors(model, tensors, entry["quantized"], self.target.device_of)
+            if self.sharder:
+                self.sharder.shard_complete(tensors)
             done += sizes[name]
             report(done, sum(sizes.values()))
         model.tie_weights()  # type: ignore[operator]
         if any(parameter.is_meta for parameter in model.parameters()):
-            raise Damaged(f"{place}: lacks a tensor")
+            raise DamagedEntry(f"{path}: a tensor is missing")
         with suppress(OSError):
-            os.utime(place / ENTRY)
+            os.utime(path / ENTRY)
         return LoadResult(entry["sha256"], tuple(entry["ignored"]))
 
     def _read(
-        self, place: Path, parts: Mapping[str, str], sizes: Mapping[str, int]
+        self, path: Path, digests: Mapping[str, str], sizes: Mapping[str, int]
     ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Each part with its tensors, verified; where several processes read, by one of them for all."""
-        if self.sharing is None:
-            yield from ahead(list(parts), sizes.__getitem__, lambda name: _verified(place / name, parts[name]))
+        """Name and verified tensors of each part; of several ranks, one reads a part and broadcasts it."""
+        if self.sharder is None:
+            yield from prefetch(list(digests), sizes.__getitem__, lambda name: _verified(path / name, digests[name]))
             return
 
         def read(name: str) -> Payload:
-            return Payload(_verified(place / name, parts[name]))
+            return Payload(_verified(path / name, digests[name]))
 
-        for name, parcel in deal(self.sharing.processes, list(parts), read, Damaged):
-            yield name, parcel.tensors
+        for name, payload in broadcast_in_turns(self.sharder.processes, list(digests), read, DamagedEntry):
+            yield name, payload.tensors
 
-    def _agreed(self, there: bool) -> bool:
-        """Whether all processes that share the reading find it there."""
-        return there if self.sharing is None else not self.sharing.processes.any(not there)
+    def _all_ranks_have(self, entry: bool) -> bool:
+        """Whether all ranks that load together have an entry."""
+        return entry if self.sharder is None else not self.sharder.processes.any(not entry)
 
-    def keep(self, model: nn.Module, known: LoadResult) -> str | None:
-        """Write the entry of a filled model; returns a line about it. None if there is nothing to say or to keep."""
-        if not self.usable or self.home is None or known.prequantized:
+    def save(self, model: nn.Module, result: LoadResult) -> str | None:
+        """Write the entry of a loaded model; returns a note for the log. None if this base is not cached."""
+        if not self.usable or self.root is None or result.prequantized:
             return None
-        if self.sharing and self.sharing.processes.shards:  # no process has the whole of it
+        if self.sharder and self.sharder.processes.shards:  # no rank has all tensors
             return None
         size = sum(parameter.nbytes for parameter in model.parameters())
-        if size < SMALLEST_BYTES:
+        if size < MIN_BASE_BYTES:
             return None
-        place = self.home / _digest([FORMAT, known.sha256, self._stored_as()])
+        path = self.root / _digest([FORMAT, result.sha256, self._storage()])
         try:
-            with alone(self.home, place.name):  # processes that load the same base
-                self._sweep(place.name)
-                if not (place / ENTRY).is_file():
-                    if shutil.disk_usage(self.home).free < 2 * size:
-                        return f"the quantised base is not kept: {self.home} has no {2 * size / 2**30:.1f} GiB free"
-                    self._write(place, model, known)
-                write_json(self._memo(), {"entry": place.name})
+            with exclusive_lock(self.root, path.name):  # against processes that load the same base
+                self._delete_unused(path.name)
+                if not (path / ENTRY).is_file():
+                    if shutil.disk_usage(self.root).free < 2 * size:
+                        return f"the quantized base is not cached: {self.root} has no {gib(2 * size)} free"
+                    self._write(path, model, result)
+                write_json(self._pointer_path(), {"entry": path.name})
         except (OSError, QloraError) as error:
-            return f"the quantised base is not kept: {error}"
-        return f"the quantised base is kept in {place}: the next start reads {size / 2**30:.1f} GiB"
+            return f"the quantized base is not cached: {error}"
+        return f"the quantized base is cached in {path}: the next start reads {gib(size)}"
 
-    def forget(self) -> None:
+    def remove(self) -> None:
         """Remove an entry that does not verify."""
-        place = self._place()
-        if place is not None:
-            shutil.rmtree(place, ignore_errors=True)
+        path = self._entry_path()
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
 
-    def _place(self) -> Path | None:
-        """The folder of the entry, if this model folder is known to have one."""
-        if not self.usable or self.home is None:
+    def _entry_path(self) -> Path | None:
+        """The folder of the entry that the pointer file of this model folder names, if it exists."""
+        if not self.usable or self.root is None:
             return None
         try:
-            name = json.loads(self._memo().read_text(encoding="utf-8"))["entry"]
+            name = json.loads(self._pointer_path().read_text(encoding="utf-8"))["entry"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return self.home / name if plain_name(name) and (self.home / name).is_dir() else None
+        return self.root / name if is_bare_name(name) and (self.root / name).is_dir() else None
 
-    def _memo(self) -> Path:
-        """Where it is remembered which entry this model folder has, as long as its files stay as they are."""
+    def _pointer_path(self) -> Path:
+        """The pointer file of this model folder; another one as soon as one of its files changes."""
         files = sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".json"))
-        stamps = [(path.name, (found := path.stat()).st_size, found.st_mtime_ns, found.st_ino) for path in files]
-        assert self.home is not None
-        return (
-            self.home / "folders" / f"{_digest([FORMAT, str(self.folder.resolve()), stamps, self._stored_as()])}.json"
-        )
+        stats = [(path.name, path.stat()) for path in files]
+        stamps = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
+        assert self.root is not None
+        name = _digest([FORMAT, str(self.folder.resolve()), stamps, self._storage()])
+        return self.root / "folders" / f"{name}.json"
 
-    def _stored_as(self) -> list[Any]:
-        """How the matrices are stored; a card rounds double quantisation otherwise than a CPU, next to midpoints."""
-        quantizer: Any = self.aim.quantizer
-        return [quantizer.kind, asdict(quantizer), name_of(self.aim.dtype), self.aim.device.type]
+    def _storage(self) -> list[Any]:
+        """The storage format. The device counts: a GPU rounds double quantization differently next to midpoints."""
+        quantizer: Any = self.target.quantizer
+        return [quantizer.kind, asdict(quantizer), dtype_name(self.target.dtype), self.target.device.type]
 
-    def _write(self, place: Path, model: nn.Module, known: LoadResult) -> None:
-        with folder_in_one_step(place) as aside:
+    def _write(self, path: Path, model: nn.Module, result: LoadResult) -> None:
+        with atomic_folder(path) as temporary:
             for number, part in enumerate(_parts(model), start=1):
-                save_file(part, aside / f"part-{number:05d}.safetensors")
-            files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
+                save_file(part, temporary / f"part-{number:05d}.safetensors")
+            files = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
             layers = {
-                path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)
+                name: layer.describe() for name, layer in model.named_modules() if isinstance(layer, FrozenLinear)
             }
-            body = {"sha256": known.sha256, "ignored": list(known.ignored), "quantized": layers, "files": files}
-            write_json(aside / ENTRY, {"seal": _digest(body), **body})
+            body = {"sha256": result.sha256, "ignored": list(result.ignored), "quantized": layers, "files": files}
+            write_json(temporary / ENTRY, {"seal": _digest(body), **body})
 
-    def _sweep(self, mine: str) -> None:
-        """Remove entries that were left half-written, or are unused for long."""
-        assert self.home is not None
+    def _delete_unused(self, current: str) -> None:
+        """Delete partly written entries, and those that were not used for UNUSED_DAYS."""
+        assert self.root is not None
         oldest = time.time() - UNUSED_DAYS * 86400
-        for path in [*self.home.iterdir(), *(self.home / "folders").glob("*.json")]:
+        for path in [*self.root.iterdir(), *(self.root / "folders").glob("*.json")]:
             used = path / ENTRY if (path / ENTRY).is_file() else path
-            if OURS.fullmatch(path.name) and path.name != mine and used.stat().st_mtime < oldest:
+            if CACHE_NAMES.fullmatch(path.name) and path.name != current and used.stat().st_mtime < oldest:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _parts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The model's tensors on the CPU, in its order, a frozen layer's together."""
-    frozen = {path: layer for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
+    """The model's tensors on the CPU in its order, in parts; the tensors of a frozen layer share a part."""
+    frozen = {path for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
     groups: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
         groups.setdefault(path if path in frozen else name, {})[name] = parameter.detach()
     part: dict[str, Tensor] = {}
     for group in groups.values():
-        if part and sum(each.nbytes for each in (*part.values(), *group.values())) > PART_BYTES:
+        if part and sum(tensor.nbytes for tensor in (*part.values(), *group.values())) > PART_BYTES:
             yield part
             part = {}
         part |= {name: value.cpu().contiguous() for name, value in group.items()}
@@ -185,22 +188,22 @@ def _parts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _verified(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a part, in memory of their own."""
+    """The tensors of a part, copied out of the mapped file."""
     try:
         if sha256_of(path) != sha256:
-            raise Damaged(f"{path}: its sha256 is not the one written down")
+            raise DamagedEntry(f"{path}: its sha256 differs from {ENTRY}")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise Damaged(f"{path}: {error}") from error
+        raise DamagedEntry(f"{path}: {error}") from error
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
-    """An entry's JSON. ValueError if it is not what was sealed."""
+    """An entry's JSON. ValueError if it differs from its seal, the digest of what was written."""
     entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     seal = entry.pop("seal")
     if _digest(entry) != seal:
-        raise ValueError("its seal is broken")
+        raise ValueError("its seal does not match")
     return entry
 
 

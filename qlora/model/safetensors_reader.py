@@ -1,4 +1,4 @@
-"""The base's tensors on disk: one safetensors file or many, read one tensor at a time.  Door: safetensors (reading)."""
+"""Reader of a model folder's tensors: one safetensors file or several shards, one tensor at a time."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -9,20 +9,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora.errors import BaseModelError
-from qlora.utils.atomic_files import plain_name, read_json
+from qlora.utils.atomic_files import is_bare_name, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}  # bytes
-MAPPED_BYTES = 128 * 2**20  # read through one mapping of a file before it is opened anew
+MAPPED_BYTES = 128 * 2**20  # read through one mapping of a file before the file is opened again
 
 
-class Shards(Mapping[str, Tensor]):
-    """Key -> tensor over all shards of a folder; a tensor is read when asked for, and nothing is kept.
+class SafetensorsReader(Mapping[str, Tensor]):
+    """Key -> tensor over all files of a folder; a tensor is read on access and not kept.
 
-    A file is opened anew every MAPPED_BYTES, so that the pages read before are not counted as this process's memory.
+    A file is opened again every MAPPED_BYTES: pages that were read do not stay in this process's resident memory.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, str] | None = None) -> None:
@@ -40,12 +40,12 @@ class Shards(Mapping[str, Tensor]):
         except (SafetensorError, OSError) as error:
             raise BaseModelError(f"model: {self.folder / self.files[key]}: can't read {key!r}: {error}") from error
 
-    def beside(self) -> "Shards":
-        """The same tensors for another thread, which must not share a mapping with this one."""
-        return Shards(self.folder, self.files)
+    def for_another_thread(self) -> "SafetensorsReader":
+        """A reader of the same tensors with file mappings of its own: a mapping must not be shared by threads."""
+        return SafetensorsReader(self.folder, self.files)
 
     def __iter__(self) -> Iterator[str]:
-        """Keys file by file, so that each shard is walked once."""
+        """Keys file by file, so that each file is read once, in order."""
         return iter(sorted(self.files, key=lambda key: (self.files[key], key)))
 
     def __len__(self) -> int:
@@ -56,19 +56,19 @@ class Shards(Mapping[str, Tensor]):
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading its data."""
-        return tuple(self._described(key).get_shape())
+        return tuple(self._slice(key).get_shape())
 
     def size_bytes(self, key: str) -> int:
         """The tensor's bytes in the file, without reading its data."""
-        described = self._described(key)
-        return int(prod(described.get_shape())) * WIDTHS.get(str(described.get_dtype()), 1)
+        header = self._slice(key)
+        return int(prod(header.get_shape())) * WIDTHS.get(str(header.get_dtype()), 1)
 
     def is_float(self, key: str) -> bool:
         """Whether the tensor holds floating point numbers, without reading its data."""
-        return str(self._described(key).get_dtype()).startswith(("F", "BF"))
+        return str(self._slice(key).get_dtype()).startswith(("F", "BF"))
 
-    def _described(self, key: str) -> Any:
-        """Shape and type of a tensor, as the file's header has them."""
+    def _slice(self, key: str) -> Any:
+        """Shape and dtype of a tensor from the file's header."""
         try:
             return self._handle(self.files[key]).get_slice(key)
         except SafetensorError as error:
@@ -84,7 +84,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise BaseModelError(f"model: {path} is not a whole safetensors file: {error}") from error
+        raise BaseModelError(f"model: {path} is not a complete safetensors file: {error}") from error
 
 
 def _files_by_key(folder: Path) -> dict[str, str]:
@@ -95,15 +95,17 @@ def _files_by_key(folder: Path) -> dict[str, str]:
 
 
 def _from_index(folder: Path) -> dict[str, str]:
-    """The index's weight map; every file it names must be a plain name inside the folder."""
+    """The index's weight map; every file in it must be a bare name inside the folder."""
     try:
         weight_map = read_json(folder / INDEX)["weight_map"]
         files = {str(key): str(file) for key, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(f"model: {folder / INDEX} is no safetensors index: {error!r}") from error
+        raise BaseModelError(f"model: {folder / INDEX} is not a safetensors index: {error!r}") from error
     for file in sorted(set(files.values())):
-        if not plain_name(file) or not file.endswith(".safetensors"):
-            raise BaseModelError(f"model: {folder / INDEX} points to {file!r}; only files of its own folder are read.")
+        if not is_bare_name(file) or not file.endswith(".safetensors"):
+            raise BaseModelError(
+                f"model: {folder / INDEX}: found {file!r}, allowed: *.safetensors files of its own folder."
+            )
         if not (folder / file).is_file():
-            raise BaseModelError(f"model: {folder / INDEX} names {file}, which is not there. Fetch the folder again.")
+            raise BaseModelError(f"model: {folder / INDEX} names {file}, which is missing. Fetch the folder again.")
     return files

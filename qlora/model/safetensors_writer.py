@@ -1,7 +1,7 @@
-"""A model written to safetensors tensor by tensor, so that only the tensor at hand is in memory.
+"""Writer of a model in safetensors, tensor by tensor: one tensor is in memory at a time.
 
-The format (https://github.com/huggingface/safetensors#format) puts all sizes in a header first; they follow
-from the shapes.
+The format (https://github.com/huggingface/safetensors#format) starts with a header of all sizes, which follow from the
+shapes.
 """
 
 import json
@@ -19,20 +19,20 @@ from qlora.errors import QloraError
 from qlora.utils.atomic_files import write_json
 
 SHARD_BYTES = 5 * 10**9
-CHUNK = 2**22  # values of a tensor that are rounded, looked at and written at a time
-SYNC_BYTES = 512 * 2**20  # written between two points from which a killed export goes on
+CHUNK = 2**22  # values of a tensor that are rounded, checked and written at a time
+SYNC_BYTES = 512 * 2**20  # written between two syncs; a killed export resumes from the last one
 PROGRESS = "progress.json"
-NAMES = {
+DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
 }  # fmt: skip
-WIDER = "Take --dtype bfloat16 or float32; nothing was written."
+WIDER_DTYPES = "Take --dtype bfloat16 or float32; nothing was written."
 Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor to be written: its name, shape and dtype now, its values when their turn comes."""
+class PlannedTensor:
+    """A tensor to be written: name, shape and dtype are known, `make` computes its values when they are written."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,15 +47,15 @@ class Planned:
 
 def write_model(
     folder: Path,
-    tensors: Sequence[Planned],
+    tensors: Sequence[PlannedTensor],
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda done, total: None,
     notes: dict[str, Any] | None = None,
 ) -> int:
-    """Write model.safetensors, or numbered shards and their index, in the order given; returns all tensors' bytes.
+    """Write model.safetensors, or numbered shards and their index, in the given order; returns all tensors' bytes.
 
-    Goes on where an earlier, killed call in the same folder and with the same tensors stopped; `notes` is JSON that
-    making the tensors fills, and is kept with them.
+    Resumes an earlier, killed call with the same folder and tensors. `notes` is JSON that `make` functions fill; it is
+    saved with the progress.
     """
     shards = list(_shards(tensors, shard_bytes))
     total = sum(tensor.size_bytes for tensor in tensors)
@@ -76,19 +76,19 @@ def write_model(
 
 
 class _Progress:
-    """How many bytes of each file are surely on the disk, kept beside the files."""
+    """How many bytes of each file are synced to disk, saved in PROGRESS."""
 
     def __init__(self, folder: Path, notes: dict[str, Any]) -> None:
         self.path, self.notes = folder / PROGRESS, notes
         self.files: dict[str, int] = {}
         self._unsynced = 0
         if self.path.is_file():
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            self.files = found["files"]
-            notes.update(found["notes"])
+            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            self.files = saved["files"]
+            notes.update(saved["notes"])
 
     def advance(self, file: BinaryIO, name: str, end: int, size_bytes: int) -> None:
-        """A tensor ends at `end`; every SYNC_BYTES what is written is synced and noted."""
+        """Count a tensor that ends at byte `end`; every SYNC_BYTES sync the file and save the progress."""
         self._unsynced += size_bytes
         if self._unsynced >= SYNC_BYTES or not size_bytes:
             file.flush()
@@ -97,57 +97,58 @@ class _Progress:
             write_json(self.path, {"files": self.files, "notes": self.notes})
 
 
-def _shards(tensors: Sequence[Planned], shard_bytes: int) -> Iterator[list[Planned]]:
-    """Cut the sequence so that a shard holds at most `shard_bytes`, or one tensor that is larger by itself."""
-    shard: list[Planned] = []
-    held = 0
+def _shards(tensors: Sequence[PlannedTensor], shard_bytes: int) -> Iterator[list[PlannedTensor]]:
+    """Split the sequence into shards of at most `shard_bytes`, or of one larger tensor."""
+    shard: list[PlannedTensor] = []
+    size = 0
     for tensor in tensors:
-        if shard and held + tensor.size_bytes > shard_bytes:
+        if shard and size + tensor.size_bytes > shard_bytes:
             yield shard
-            shard, held = [], 0
+            shard, size = [], 0
         shard.append(tensor)
-        held += tensor.size_bytes
+        size += tensor.size_bytes
     if shard:
         yield shard
 
 
-def _write_shard(path: Path, tensors: Sequence[Planned], progress: _Progress) -> Iterator[Planned]:
+def _write_shard(path: Path, tensors: Sequence[PlannedTensor], progress: _Progress) -> Iterator[PlannedTensor]:
     header = _header(tensors)
-    there = progress.files.get(path.name, 0)
-    with path.open("r+b" if there else "wb") as file:
-        if there:
-            file.truncate(there)
-            file.seek(there)
+    synced = progress.files.get(path.name, 0)
+    with path.open("r+b" if synced else "wb") as file:
+        if synced:
+            file.truncate(synced)
+            file.seek(synced)
         else:
             file.write(header)
         end = len(header)
         for tensor in tensors:
             end += tensor.size_bytes
-            if end > there:
+            if end > synced:
                 _write_tensor(file, tensor)
                 progress.advance(file, path.name, end, tensor.size_bytes)
             yield tensor
-        if end > there:
+        if end > synced:
             progress.advance(file, path.name, end, 0)
 
 
-def _write_tensor(file: BinaryIO, tensor: Planned) -> None:
-    made = tensor.make()
-    if tuple(made.shape) != tensor.shape:
-        raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(made.shape)}")
-    for part in made.contiguous().reshape(-1).split(CHUNK):
-        values = part.to(tensor.dtype)
-        if values.is_floating_point() and not torch.isfinite(values).all():
-            raise QloraError(f"{Path(file.name).name}: {tensor.name} has values beyond {NAMES[tensor.dtype]}. {WIDER}")
-        file.write(values.cpu().view(torch.uint8).numpy().data)
+def _write_tensor(file: BinaryIO, tensor: PlannedTensor) -> None:
+    values = tensor.make()
+    if tuple(values.shape) != tensor.shape:
+        raise AssertionError(f"{tensor.name}: planned {tensor.shape}, made {tuple(values.shape)}")
+    for part in values.contiguous().reshape(-1).split(CHUNK):
+        chunk = part.to(tensor.dtype)
+        if chunk.is_floating_point() and not torch.isfinite(chunk).all():
+            dtype = DTYPE_NAMES[tensor.dtype]
+            raise QloraError(f"{Path(file.name).name}: {tensor.name} has values beyond {dtype}. {WIDER_DTYPES}")
+        file.write(chunk.cpu().view(torch.uint8).numpy().data)
 
 
-def _header(tensors: Sequence[Planned]) -> bytes:
+def _header(tensors: Sequence[PlannedTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         span = [offset, offset + tensor.size_bytes]
-        entries[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        entries[tensor.name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         offset = span[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

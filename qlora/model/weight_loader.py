@@ -1,224 +1,222 @@
-"""One pass over a base's files: every tensor goes to the place that the model has for it, linear layers quantised.
+"""Streaming weight loader: one pass over a model folder fills a model on `meta`, linear layers quantized on the way.
 
-Other threads read and hash ahead (ahead.py). Host memory stays at what is packed so far, what waits, and the tensor at
-hand as it is stored. Several processes take the layers in turns: each is read and quantised by one and handed to all.
+Other threads read and hash the next tensors (prefetch.py). Host memory holds what is quantized so far, the prefetched
+tensors, and one tensor in its stored dtype. Several ranks take turns: one reads and quantizes a layer and broadcasts
+it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora.distributed.broadcast import Payload, deal
+from qlora.distributed.broadcast import Payload, broadcast_in_turns
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
-from qlora.model.bnb_checkpoint import companions, is_prequantized, read
-from qlora.model.dtypes import name_of
+from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
+from qlora.model.dtypes import dtype_name
 from qlora.model.fingerprint import Fingerprint
-from qlora.model.meta_model import linear_paths, renamer
-from qlora.model.module_tree import LayerSharder, put, put_all, tensors_of, unit_of
-from qlora.model.numerics import arithmetic_of
-from qlora.model.prefetch import AHEAD_BYTES, PerThread, ahead
-from qlora.model.safetensors_reader import Shards
+from qlora.model.layer_sharder import LayerSharder
+from qlora.model.meta_model import key_renamer, linear_paths
+from qlora.model.module_tree import set_by_path, set_tensors, tensors_of, unit_path
+from qlora.model.numerics import canonical_numerics
+from qlora.model.prefetch import PREFETCH_BYTES, PerThread, prefetch
+from qlora.model.safetensors_reader import SafetensorsReader
+from qlora.quant import Quantizer
 from qlora.quant.linear import FLOATS, FrozenLinear
 
-Report = Callable[[int, int], None]  # (bytes of the files done, bytes in all)
-
-
-class Quantizer(Protocol):
-    """Anything of the QUANTIZERS table."""
-
-    def quantize(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
-        """Store a weight [O, I]."""
+Report = Callable[[int, int], None]  # (bytes done, bytes in total) of the files
 
 
 @dataclass(frozen=True)
 class LoadTarget:
-    """How the base is to be stored, and where."""
+    """How a base model is stored in memory, and where."""
 
     quantizer: Quantizer
     dtype: torch.dtype
     device: torch.device
-    on_host: Callable[[str], bool] = lambda path: False  # whether the linear layer at a path stays in main memory
-    processes: Processes | None = None  # that share the reading; None: this one reads for itself
+    on_host: Callable[[str], bool] = lambda path: False  # whether the linear layer at a path stays in host memory
+    processes: Processes | None = None  # ranks that load together; None: this one loads alone
 
-    def home(self, path: str) -> torch.device:
-        """Where the frozen layer at a path is put; what is to be sharded begins on the device."""
-        waits = self.on_host(path) and not (self.processes and self.processes.shards)
-        return torch.device("cpu") if waits else self.device
+    def device_of(self, path: str) -> torch.device:
+        """The device of the frozen layer at a path. A layer that will be sharded starts on `device`."""
+        offloaded = self.on_host(path) and not (self.processes and self.processes.shards)
+        return torch.device("cpu") if offloaded else self.device
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """A parameter of the model and where it is in the files; `bias` of a linear layer is taken along."""
+class _Parameter:
+    """A parameter of the model and its key in the files; a linear layer's bias is read with its weight."""
 
     key: str
     name: str
-    path: str | None  # of the linear layer it is the weight of
-    bias: str | None
+    linear_path: str | None  # of the linear layer whose weight this is
+    bias_key: str | None
     size_bytes: int
 
 
 @dataclass(frozen=True)
-class _Read:
-    """What a reader found for it: a tensor as it is stored, or a layer that was stored in 4 bits."""
+class _ReadResult:
+    """A tensor in its stored dtype, or a layer that was stored in 4 bits."""
 
-    found: Tensor | FrozenLinear
+    value: Tensor | FrozenLinear
     bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What a pass over the files found out: the fingerprint, and the keys that the model has no place for."""
+    """The fingerprint of a loaded base, and the checkpoint keys that match no parameter of the model."""
 
     sha256: str
     ignored: tuple[str, ...]
-    prequantized: bool = False  # whether it was stored in 4 bits already
+    prequantized: bool = False  # whether the checkpoint has 4-bit tensors
 
 
 class WeightLoader:
-    """Fills a model whose parameters are on meta."""
+    """Fills a model whose parameters are on `meta`."""
 
-    def __init__(self, model: nn.Module, folder: Path, aim: LoadTarget, sharing: LayerSharder | None = None) -> None:
-        self.model, self.folder, self.aim, self.sharing = model, folder, aim, sharing
-        self.shards = Shards(folder)
+    def __init__(self, model: nn.Module, folder: Path, target: LoadTarget, sharder: LayerSharder | None = None) -> None:
+        self.model, self.folder, self.target, self.sharder = model, folder, target, sharder
+        self.reader = SafetensorsReader(folder)
         self.linears = set(linear_paths(model))
         self.fingerprint = Fingerprint()
         config: Any = model.config
-        self.fingerprint.add_text("config.json", arithmetic_of(config.get_text_config().to_dict()))
+        self.fingerprint.add_text("config.json", canonical_numerics(config.get_text_config().to_dict()))
 
     def run(self, report: Report) -> LoadResult:
         """Fill the model.
 
-        BaseModelError, naming the key, for what is missing, damaged, or has another shape than config.json says.
+        BaseModelError, naming the key, for a tensor that is missing, damaged, or of a shape other than config.json's.
         """
-        places = self._places()
-        wanted = [each for key, name in places.items() if name is not None and (each := self._wanted(key, name))]
-        if self.sharing is None:
-            self._fill(wanted, report)
+        names = self._names_by_key()
+        candidates = (self._parameter(key, name) for key, name in names.items() if name is not None)
+        parameters = [parameter for parameter in candidates if parameter is not None]
+        if self.sharder is None:
+            self._fill(parameters, report)
         else:
-            self._fill_together(wanted, self.sharing, report)
+            self._fill_together(parameters, self.sharder, report)
         self.model.tie_weights()  # type: ignore[operator]
-        self._refuse_missing()
-        ignored = tuple(key for key, name in places.items() if name is None)
-        return LoadResult(
-            self.fingerprint.hexdigest(), ignored, any(is_prequantized(key, self.shards) for key in places)
-        )
+        self._check_complete()
+        ignored = tuple(key for key, name in names.items() if name is None)
+        prequantized = any(is_prequantized(key, self.reader) for key in names)
+        return LoadResult(self.fingerprint.hexdigest(), ignored, prequantized)
 
     def _fill(
-        self, wanted: Sequence[_Wanted], report: Report = lambda done, total: None, ahead_bytes: int = AHEAD_BYTES
+        self, parameters: Sequence[_Parameter], report: Report = lambda done, total: None, budget: int = PREFETCH_BYTES
     ) -> None:
-        """Read and place what is wanted."""
-        mine = PerThread(self.shards.beside)
-        total, done = sum(each.size_bytes for each in wanted), 0
-        reading = ahead(wanted, lambda item: item.size_bytes, lambda item: self._read(item, mine.own), ahead_bytes)
-        for each, found in reading:
-            self._place(each, found)
-            done += each.size_bytes
+        """Read parameters and set them in the model."""
+        readers = PerThread(self.reader.for_another_thread)
+        total, done = sum(parameter.size_bytes for parameter in parameters), 0
+        results = prefetch(
+            parameters, lambda item: item.size_bytes, lambda item: self._read(item, readers.value), budget
+        )
+        for parameter, result in results:
+            self._set(parameter, result)
+            done += parameter.size_bytes
             report(done, total)
 
-    def _fill_together(self, wanted: Sequence[_Wanted], sharing: LayerSharder, report: Report) -> None:
-        """The same, a layer by one process and then handed to all; each keeps its share of it before the next comes."""
-        units: dict[str, list[_Wanted]] = {}
-        for each in wanted:
-            units.setdefault(unit_of(each.name), []).append(each)
-        total, done = sum(each.size_bytes for each in wanted), 0
-        for unit, parcel in deal(sharing.processes, [*units.values()], self._parcel, BaseModelError):
-            self.fingerprint.digests |= parcel.note["digests"]
-            put_all(self.model, parcel.tensors, parcel.note["layers"], self.aim.home)  # the maker's own copy goes
-            del parcel
-            sharing.finish([each.name for each in unit])
-            done += sum(each.size_bytes for each in unit)
+    def _fill_together(self, parameters: Sequence[_Parameter], sharder: LayerSharder, report: Report) -> None:
+        """The same on several ranks: one reads a layer and broadcasts it; each keeps its shard before the next one."""
+        units: dict[str, list[_Parameter]] = {}
+        for parameter in parameters:
+            units.setdefault(unit_path(parameter.name), []).append(parameter)
+        total, done = sum(parameter.size_bytes for parameter in parameters), 0
+        for unit, payload in broadcast_in_turns(sharder.processes, [*units.values()], self._payload, BaseModelError):
+            self.fingerprint.digests |= payload.metadata["digests"]
+            # On the rank that read the unit, this replaces its copy.
+            set_tensors(self.model, payload.tensors, payload.metadata["layers"], self.target.device_of)
+            del payload
+            sharder.shard_complete([parameter.name for parameter in unit])
+            done += sum(parameter.size_bytes for parameter in unit)
             report(done, total)
 
-    def _parcel(self, unit: Sequence[_Wanted]) -> Payload:
-        """A unit read, quantised, placed here, and ready to be sent."""
-        self._fill(unit, ahead_bytes=AHEAD_BYTES // 4)  # the others read ahead too
-        tensors, layers = tensors_of(self.model, [each.name for each in unit])
-        names = [name for each in unit for name in (each.name, f"{each.path}.bias")]
+    def _payload(self, unit: Sequence[_Parameter]) -> Payload:
+        """A unit, read and quantized on this rank, to be broadcast."""
+        self._fill(unit, budget=PREFETCH_BYTES // 4)  # the other ranks prefetch too
+        tensors, layers = tensors_of(self.model, [parameter.name for parameter in unit])
+        names = [name for parameter in unit for name in (parameter.name, f"{parameter.linear_path}.bias")]
         digests = {name: self.fingerprint.digests[name] for name in names if name in self.fingerprint.digests}
         return Payload(tensors, {"layers": layers, "digests": digests})
 
-    def _places(self) -> dict[str, str | None]:
-        """File key -> parameter name, None where the model has no such parameter; companions of 4-bit keys left out."""
-        rename = renamer(self.model, self.folder)
+    def _names_by_key(self) -> dict[str, str | None]:
+        """Checkpoint key -> parameter name, None if the model has none; companions of 4-bit keys are left out."""
+        rename = key_renamer(self.model, self.folder)
         tied = set(self.model.all_tied_weights_keys)  # type: ignore[arg-type]
-        parts = {part for key in self.shards if is_prequantized(key, self.shards) for part in companions(key)}
-        wanted = dict(self.model.named_parameters()).keys() - tied
-        places: dict[str, str | None] = {}
-        for key in self.shards:
-            if key not in parts:
+        packed = [key for key in self.reader if is_prequantized(key, self.reader)]
+        companions = {companion for key in packed for companion in companion_keys(key)}
+        parameters = dict(self.model.named_parameters()).keys() - tied
+        names: dict[str, str | None] = {}
+        for key in self.reader:
+            if key not in companions:
                 name = rename(key)
-                # A tied head stored beside its embedding adds nothing: it is neither read nor hashed.
+                # A tied head that is stored as well adds nothing: it is neither read nor hashed.
                 if name not in tied:
-                    places[key] = name if name in wanted else None
-        return places
+                    names[key] = name if name in parameters else None
+        return names
 
-    def _wanted(self, key: str, name: str) -> _Wanted | None:
-        """What is read for a key; None for a linear layer's bias, which comes with its weight."""
+    def _parameter(self, key: str, name: str) -> _Parameter | None:
+        """The parameter of a key; None for a linear layer's bias, which is read with its weight."""
         path, _, leaf = name.rpartition(".")
         if path not in self.linears:
-            return _Wanted(key, name, None, None, self.shards.size_bytes(key))
+            return _Parameter(key, name, None, None, self.reader.size_bytes(key))
         if leaf != "weight":
             return None
-        bias: str | None = None
+        bias_key: str | None = None
         if self.model.get_submodule(path).bias is not None:
-            bias = key.removesuffix("weight") + "bias"
-            if bias not in self.shards:
-                raise BaseModelError(f"model: {self.folder}: {bias!r} is missing. Fetch the folder again.")
-        return _Wanted(key, name, path, bias, self.shards.size_bytes(key))
+            bias_key = key.removesuffix("weight") + "bias"
+            if bias_key not in self.reader:
+                raise BaseModelError(f"model: {self.folder}: {bias_key!r} is missing. Fetch the folder again.")
+        return _Parameter(key, name, path, bias_key, self.reader.size_bytes(key))
 
-    def _read(self, wanted: _Wanted, shards: Shards) -> _Read:
-        """Read, check and hash, in a thread that has `shards` to itself."""
-        key = wanted.key
-        bias = self._read_bias(wanted, shards) if wanted.bias else None
-        if is_prequantized(key, self.shards):
-            if wanted.path is None:
-                raise BaseModelError(
-                    f"model: {self.folder}: {key!r} is stored in 4 bits, but only linear layers may be."
-                )
-            layer = read(key, shards.__getitem__, shards, bias)
+    def _read(self, parameter: _Parameter, reader: SafetensorsReader) -> _ReadResult:
+        """Read, check and hash, in a thread that `reader` belongs to."""
+        key = parameter.key
+        bias = self._read_bias(parameter, reader) if parameter.bias_key else None
+        if is_prequantized(key, self.reader):
+            if parameter.linear_path is None:
+                raise BaseModelError(f"model: {self.folder}: {key!r} is stored in 4 bits; allowed: linear layers only.")
+            layer = read_4bit_layer(key, reader.__getitem__, reader, bias)
             stored = [tensor for _, tensor in sorted(layer.named_parameters(recurse=False))]
-            self.fingerprint.add(wanted.name, stored)
-            return _Read(layer)
-        tensor = shards[key]
-        if wanted.path is None:
-            self._check(key, tensor, wanted.name)
+            self.fingerprint.add(parameter.name, stored)
+            return _ReadResult(layer)
+        tensor = reader[key]
+        if parameter.linear_path is None:
+            self._check(key, tensor, parameter.name)
         self._check_dtype(key, tensor)
-        self.fingerprint.add(wanted.name, [tensor])
-        return _Read(tensor, bias)
+        self.fingerprint.add(parameter.name, [tensor])
+        return _ReadResult(tensor, bias)
 
-    def _read_bias(self, wanted: _Wanted, shards: Shards) -> Tensor:
-        key, name = str(wanted.bias), f"{wanted.path}.bias"
-        bias = shards[key]
+    def _read_bias(self, parameter: _Parameter, reader: SafetensorsReader) -> Tensor:
+        key, name = str(parameter.bias_key), f"{parameter.linear_path}.bias"
+        bias = reader[key]
         self._check(key, bias, name)
         self.fingerprint.add(name, [bias])
-        return bias.to(self.aim.dtype, copy=True)
+        return bias.to(self.target.dtype, copy=True)
 
-    def _place(self, wanted: _Wanted, read: _Read) -> None:
-        """Put what was read in its place, quantised if it is a linear layer's."""
-        if wanted.path is None and isinstance(read.found, Tensor):
-            value = read.found.to(self.aim.device, self.aim.dtype, copy=True)  # not the file's own pages
-            put(self.model, wanted.name, nn.Parameter(value, requires_grad=False))
+    def _set(self, parameter: _Parameter, result: _ReadResult) -> None:
+        """Set a tensor in the model; a linear layer's weight is quantized first."""
+        if parameter.linear_path is None and isinstance(result.value, Tensor):
+            value = result.value.to(self.target.device, self.target.dtype, copy=True)  # not a view of the mapped file
+            set_by_path(self.model, parameter.name, nn.Parameter(value, requires_grad=False))
             return
-        path = str(wanted.path)
-        layer = read.found if isinstance(read.found, FrozenLinear) else self._quantized(wanted.key, read)
-        skeleton: Any = self.model.get_submodule(path)
-        if (layer.out_features, layer.in_features) != (skeleton.out_features, skeleton.in_features):
+        path = str(parameter.linear_path)
+        layer = result.value if isinstance(result.value, FrozenLinear) else self._quantize(parameter.key, result)
+        linear: Any = self.model.get_submodule(path)
+        if (layer.out_features, layer.in_features) != (linear.out_features, linear.in_features):
             raise BaseModelError(
-                f"model: {self.folder}: {wanted.key!r} is {[layer.out_features, layer.in_features]}, "
-                f"but config.json wants {[skeleton.out_features, skeleton.in_features]}."
+                f"model: {self.folder}: {parameter.key!r} is {[layer.out_features, layer.in_features]}, "
+                f"but config.json needs {[linear.out_features, linear.in_features]}."
             )
-        put(self.model, path, layer.to(self.aim.home(path)))
+        set_by_path(self.model, path, layer.to(self.target.device_of(path)))
 
-    def _quantized(self, key: str, read: _Read) -> FrozenLinear:
-        to = partial(torch.Tensor.to, device=self.aim.device, dtype=self.aim.dtype)
+    def _quantize(self, key: str, result: _ReadResult) -> FrozenLinear:
+        to = partial(torch.Tensor.to, device=self.target.device, dtype=self.target.dtype)
         try:
-            return self.aim.quantizer.quantize(to(read.found), None if read.bias is None else to(read.bias))
+            return self.target.quantizer.quantize(to(result.value), None if result.bias is None else to(result.bias))
         except BaseModelError as error:
             raise BaseModelError(f"model: {self.folder}: {key!r}: {error}") from error
 
@@ -229,18 +227,18 @@ class WeightLoader:
             raise BaseModelError(f"model: {self.folder}: {key!r} holds NaN or infinity. Is the file damaged?")
         if tuple(tensor.shape) != expected:
             raise BaseModelError(
-                f"model: {self.folder}: {key!r} is {list(tensor.shape)}, but config.json wants {list(expected)}."
+                f"model: {self.folder}: {key!r} is {list(tensor.shape)}, but config.json needs {list(expected)}."
             )
 
     def _check_dtype(self, key: str, tensor: Tensor) -> None:
         if tensor.dtype not in FLOATS:
             raise BaseModelError(
-                f"model: {self.folder}: {key!r} is stored as {name_of(tensor.dtype)}, which needs scales that can't be "
-                "read yet. Take the 16-bit checkpoint, or one in bitsandbytes' 4 bits."
+                f"model: {self.folder}: {key!r} is stored as {dtype_name(tensor.dtype)}, which needs scales that can't "
+                "be read yet. Take the 16-bit checkpoint, or one in bitsandbytes' 4 bits."
             )
 
-    def _refuse_missing(self) -> None:
+    def _check_complete(self) -> None:
         missing = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
         if missing:
-            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise BaseModelError(f"model: {self.folder} lacks {listed}. Fetch the folder again.")
+            names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise BaseModelError(f"model: {self.folder} lacks {names}. Fetch the folder again.")

@@ -1,6 +1,6 @@
-"""The arithmetic of blockwise.py on bitsandbytes' registered operators: the only door to them.
+"""The arithmetic of blockwise.py on bitsandbytes' registered operators; the only module that calls them.
 
-Dequantising is one operator of our own, so that torch.compile, FakeTensor and meta tensors see a single opaque call.
+Dequantization is one operator of this package, so that torch.compile, FakeTensor and meta tensors see one opaque call.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
 
 from qlora.quant import cpu_quantize
-from qlora.quant.cuda_dequantize import Form, pick
+from qlora.quant.block_sizes import NESTED_BLOCK
+from qlora.quant.cuda_dequantize import Spec, fastest
 
-NESTED_BLOCK = 256  # absmax values that share one nested absmax; fixed by bitsandbytes
-WIDEST_CPU_BLOCK = 1024  # wider ones take a slow path of bitsandbytes on a CPU
+LARGEST_CPU_BLOCK = 1024  # larger ones take a slow path of bitsandbytes on a CPU
 
 _absmax_levels: dict[torch.device, Tensor] = {}
 
@@ -28,7 +28,7 @@ def quantize(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation: absmax float32 [N] -> codes uint8 [N], nested absmax float32 [ceil(N/256)], offset [1]."""
+    """Double quantization: absmax float32 [N] -> codes uint8 [N], nested absmax float32 [ceil(N/256)], offset [1]."""
     offset = absmax.mean()
     levels = absmax_levels(absmax.device)
     codes, nested_absmax = torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, levels, NESTED_BLOCK)
@@ -43,7 +43,7 @@ def absmax_levels(device: torch.device) -> Tensor:
 
 
 def restore_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor, levels: Tensor | None = None) -> Tensor:
-    """Undo quantize_absmax: float32 [N]; `levels` where a checkpoint brought its own."""
+    """Undo quantize_absmax: float32 [N]; `levels`: those of the checkpoint, if it has any."""
     levels = absmax_levels(codes.device) if levels is None else levels
     return _dequantize_blockwise(codes, nested_absmax, levels, NESTED_BLOCK, torch.float32) + offset
 
@@ -70,21 +70,21 @@ def dequantize(
 ) -> Tensor:
     """W [O, I] in `dtype`: levels[code] * absmax in float32, rounded once.
 
-    stored: codes, absmax; with double quantisation also nested absmax, offset, and the absmax levels if not the usual
-    ones. `after` only orders the call, see FrozenLinear.weight.
+    stored: codes, absmax; with double quantization also nested absmax, offset, and the absmax levels of the checkpoint,
+    if it has any. `after` only orders the call, see FrozenLinear.weight.
     """
-    form = Form(kind, block, dtype)
-    rebuild = pick(stored, form, _dequantize) if stored[0].is_cuda else _dequantize
-    return rebuild(stored, shape, form)
+    spec = Spec(kind, block, dtype)
+    kernel = fastest(stored, spec, dequantize_unfused) if stored[0].is_cuda else dequantize_unfused
+    return kernel(stored, shape, spec)
 
 
-def _dequantize(stored: Sequence[Tensor], shape: Sequence[int], form: Form) -> Tensor:
-    """By bitsandbytes: absmax first, then the weights."""
+def dequantize_unfused(stored: Sequence[Tensor], shape: Sequence[int], spec: Spec) -> Tensor:
+    """W [O, I] by bitsandbytes' own kernels: absmax first, then the weights."""
     codes, absmax, *nested = stored
     if nested:
         absmax = restore_absmax(absmax, *nested)
-    rebuild = _dequantize_on_cpu if codes.device.type == "cpu" else _dequantize_4bit
-    return rebuild(codes, absmax, form.block, form.kind, shape, form.dtype)
+    kernel = _dequantize_on_cpu if codes.device.type == "cpu" else _dequantize_4bit
+    return kernel(codes, absmax, spec.block, spec.kind, shape, spec.dtype)
 
 
 torch.library.register_fake("qlora::dequantize_4bit", _shape_only)
@@ -94,12 +94,12 @@ torch.library.impl("qlora::dequantize_4bit", ("cpu", "cuda", "xpu", "mps"), dequ
 def _dequantize_on_cpu(
     codes: Tensor, absmax: Tensor, block: int, kind: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The right numbers without bitsandbytes' CPU fallbacks, which run the compiler.
+    """Correct values without bitsandbytes' CPU fallbacks, which run a compiler.
 
-    Its AVX512 kernel (0.50.2) is wrong when a block reaches over the end of a row; one long row has no such end.
+    Its AVX512 kernel (0.50.2) is wrong where a block crosses the end of a row, so the matrix is passed as one long row.
     """
-    if block > WIDEST_CPU_BLOCK:  # a wide block is several narrow ones with the same absmax
-        absmax, block = absmax.repeat_interleave(block // WIDEST_CPU_BLOCK), WIDEST_CPU_BLOCK
+    if block > LARGEST_CPU_BLOCK:  # a large block is several smaller ones with the same absmax
+        absmax, block = absmax.repeat_interleave(block // LARGEST_CPU_BLOCK), LARGEST_CPU_BLOCK
     out_features, in_features = shape
     if in_features % block == 0:
         return _dequantize_4bit(codes, absmax, block, kind, shape, dtype)

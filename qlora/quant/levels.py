@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 OUTERMOST = 0.9677083  # probability of NF4's outermost level: the mean of 1 - 1/30 and 1 - 1/32
-SMALLEST = 1 / 16  # code 1 of FP4, where E2M1 has its subnormal; before scaling
+SUBNORMAL = 1 / 16  # code 1 of FP4, the subnormal of E2M1; before scaling
 
 
 def nf4_levels() -> Tensor:
@@ -18,8 +18,8 @@ def nf4_levels() -> Tensor:
 
 
 def fp4_levels() -> Tensor:
-    """The 16 levels, float32, by code: bit 3 is the sign, bits 2-1 the exponent (counting down), bit 0 the mantissa."""
-    magnitudes = [0.0, SMALLEST]
+    """The 16 levels, float32, by code: bit 3 is the sign, bits 2-1 the exponent (descending), bit 0 the mantissa."""
+    magnitudes = [0.0, SUBNORMAL]
     magnitudes += [2.0 ** (4 - exponent) * (1 + mantissa / 2) for exponent in (1, 2, 3) for mantissa in (0, 1)]
     half = torch.tensor(magnitudes)
     return torch.cat([half, -half]) / max(magnitudes)

@@ -1,8 +1,8 @@
-"""The contract of a frozen layer, and the matmul that keeps nothing.
+"""The contract of a frozen layer, and the matmul that saves nothing for backward.
 
-Memory of QLoRA in one screen: forward rebuilds W, uses it and drops it; backward asks the layer for W again. What stays
-alive between the two is the layer as it is stored. No tensor is saved for backward, so a recompute never has to run
-this matmul a second time for its own sake.
+The memory of QLoRA on one screen: forward rebuilds W, uses it and frees it; backward asks the layer for W again. In
+between, only the stored form is in memory. Since no tensor is saved for backward, activation checkpointing never has to
+run this matmul a second time.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from qlora.errors import BaseModelError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a base can be frozen from, and rebuilt in
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types of a base model's weights, and of a rebuilt W
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x W^T + bias; backward gives grad W, and nothing for the frozen layer."""
+    """x W^T + bias; backward gives the gradient of x, and none for the frozen layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: "FrozenLinear") -> Tensor:
-        """Give [..., O] for x [..., I]; the layer is remembered, no tensor is."""
+        """Compute y [..., O] of x [..., I]; keeps the layer for backward, no tensor."""
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, layer.weight(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        """Give grad_x [..., I] for grad [..., O]."""
+        """The gradient of x [..., I] from that of y [..., O]."""
         (grad,) = grads
         if not ctx.needs_input_grad[0]:
             return None, None
@@ -37,14 +37,14 @@ class FrozenMatmul(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T + bias with W frozen: state in ordinary parameters that need no gradient, W rebuilt by `weight`.
+    """y = x W^T + bias with W frozen: ordinary parameters that need no gradient, from which `weight` rebuilds W.
 
-    A frozen layer may change its device, never its types: `model.to(dtype)` leaves every stored byte as it is.
+    A frozen layer may change its device, never its types: `model.to(dtype)` leaves every stored byte unchanged.
     """
 
     bias: nn.Parameter | None
-    fetch: Callable[[], None] | None = None  # brings the stored tensors to the device, where they come and go
-    home: torch.device | None = None  # where it computes, if its tensors may wait elsewhere
+    fetch: Callable[[], None] | None = None  # of a streamed or sharded layer: copies its tensors to the device
+    compute_device: torch.device | None = None  # of a layer whose tensors may be stored on another device
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -54,24 +54,24 @@ class FrozenLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        return self.home or next(self.parameters()).device
+        """The device that it computes on."""
+        return self.compute_device or next(self.parameters()).device
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
-        """W [O, I] in `dtype`, rebuilt on every call; `after` is a tensor that W may wait for.
+        """W [O, I] in `dtype`, rebuilt on every call; `after` is a tensor that must be computed first.
 
         Backward passes its gradient as `after`: without it torch.compile merges both calls and keeps W in between.
         """
         raise NotImplementedError
 
     def stored(self) -> dict[str, nn.Parameter]:
-        """The tensors that W is rebuilt from, by name, the bias left out; what they hold is there now."""
+        """The tensors that W is rebuilt from, by name, without the bias; fetched to the device first if need be."""
         if self.fetch is not None:
             self.fetch()
         return {name: value for name, value in self._parameters.items() if value is not None and name != "bias"}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give y [..., O] for x [..., I], computed in x's dtype."""
+        """Compute y [..., O] of x [..., I] in x's dtype."""
         return FrozenMatmul.apply(x, self)  # type: ignore[no-any-return]
 
     def describe(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class FrozenLinear(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.describe().items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLinear":
-        """What nn.Module.to and its kin run on every tensor: a change of device is made, a change of type left out."""
+        """What nn.Module.to, .half, .cuda ... run on every tensor: applies a change of device, ignores one of type."""
 
         def keep_type(tensor: Tensor) -> Tensor:
             changed = fn(tensor)
@@ -99,11 +99,15 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def check_matrix(weight: Tensor) -> None:
-    """BaseModelError unless `weight` is a matrix of finite floats that has a row and a column."""
+    """BaseModelError unless `weight` is a non-empty matrix of finite floats."""
     if weight.dim() != 2 or weight.numel() == 0:
-        raise BaseModelError(f"weight: shape {list(weight.shape)}; a linear layer's weight has shape [out, in].")
+        raise BaseModelError(
+            f"weight: found shape {list(weight.shape)}, allowed: [out, in], the shape of a linear layer."
+        )
     if weight.dtype not in FLOATS:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise BaseModelError(f"weight: {weight.dtype}; a base is frozen from {known}. Give the original checkpoint.")
-    if not all(bool(end.isfinite()) for end in torch.aminmax(weight)):
-        raise BaseModelError("weight: holds NaN or infinity, which no block can scale. Is the checkpoint file damaged?")
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise BaseModelError(
+            f"weight: found {weight.dtype}, allowed: {allowed}. Use the original checkpoint of the model."
+        )
+    if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight)):
+        raise BaseModelError("weight: holds NaN or infinity, which can't be quantized. Is the checkpoint file damaged?")

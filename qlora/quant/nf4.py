@@ -8,6 +8,6 @@ from qlora.quant.fourbit import FourBit
 
 @dataclass(frozen=True)
 class Nf4(FourBit):
-    """Levels where a normal distribution has equal mass between them. Error per weight <= 0.152 absmax."""
+    """Levels that divide a normal distribution into equal mass. Error per weight <= 0.152 absmax."""
 
     kind: ClassVar[str] = "nf4"

@@ -1,7 +1,7 @@
-"""Dequantisation in one Triton kernel: codes, double-quantised absmax and levels to W, without an absmax in between.
+"""Dequantization in one Triton kernel: W from codes, levels and double-quantized absmax, no absmax tensor in between.
 
-The arithmetic is bitsandbytes' step by step, each step rounded on its own, so that both give the same bits.
-Door: triton.
+The arithmetic is that of bitsandbytes, each step rounded separately, so that both give the same bits.
+The only module that imports triton.
 """
 
 from collections.abc import Sequence
@@ -10,24 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAM_BYTES = 1024  # code bytes, two weights each, that one program rebuilds
-NESTED_BLOCK = 256  # absmax values that share one nested absmax
+from qlora.quant.block_sizes import NESTED_BLOCK
+
+PROGRAM_BYTES = 1024  # code bytes, two weights each, that one program dequantizes
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rebuild(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes its pointers one by one
+def _dequantize(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes each pointer as a parameter
     codes, absmax, nested_absmax, offset, absmax_levels, levels, out,
     weights, BLOCK: tl.constexpr, NESTED: tl.constexpr, DOUBLE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Out[i] = levels[code i] * absmax[i // BLOCK]; the high nibble of a byte comes first."""
-    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
-    there = at * 2 < weights
-    byte = tl.load(codes + at, mask=there, other=0).to(tl.int32)
-    block = at * 2 // BLOCK
-    scale = tl.load(absmax + block, mask=there, other=0)
+    position = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    mask = position * 2 < weights
+    byte = tl.load(codes + position, mask=mask, other=0).to(tl.int32)
+    block = position * 2 // BLOCK
+    scale = tl.load(absmax + block, mask=mask, other=0)
     if DOUBLE:
-        restored = tl.load(absmax_levels + scale.to(tl.int32), mask=there, other=0.0)
-        restored = restored * tl.load(nested_absmax + block // NESTED, mask=there, other=0.0)
+        restored = tl.load(absmax_levels + scale.to(tl.int32), mask=mask, other=0.0)
+        restored = restored * tl.load(nested_absmax + block // NESTED, mask=mask, other=0.0)
         scale = restored + tl.load(offset)
     first = tl.load(levels + (byte >> 4)) * scale
     second = tl.load(levels + (byte & 15)) * scale
@@ -36,14 +37,14 @@ def _rebuild(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes 
 
 
 def dequantize(stored: Sequence[Tensor], block: int, levels: Tensor, absmax_levels: Tensor, out: Tensor) -> Tensor:
-    """Fill `out` [O, I] from codes, absmax and, double-quantised, nested absmax and offset; returns it.
+    """Fill and return `out` [O, I], from codes, absmax and, with double quantization, nested absmax and offset.
 
-    levels [16] and absmax_levels [256] are float32, on the device of the rest.
+    levels [16] and absmax_levels [256] are float32, on the device of the other tensors.
     """
     codes, absmax, *nested = stored
     nested_absmax, offset = nested[:2] if nested else (absmax, absmax)
     programs = (triton.cdiv(codes.numel(), PROGRAM_BYTES),)
-    _rebuild[programs](
+    _dequantize[programs](
         codes, absmax, nested_absmax, offset, absmax_levels, levels, out, out.numel(),
         BLOCK=block, NESTED=NESTED_BLOCK, DOUBLE=bool(nested), BYTES=PROGRAM_BYTES, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,58 +1,60 @@
-"""Names of other trainers' settings -> ours: what TRL, Axolotl, LLaMA-Factory and Unsloth users know reads here.
+"""Aliases: setting names of TRL, Axolotl, LLaMA-Factory and Unsloth -> settings of qlora.
 
-A reader takes the foreign value and gives `{our key: our value}`; nothing where the foreign value asks for nothing.
-A key that ends in `?` is weak: its tuple starts with what it means, and it gives way to anything else in the tuple.
+A reader maps a foreign value to `{our key: our value}`, or to {} if the value changes nothing. `key?` is a default: the
+first value of its tuple is used unless the recipe sets the key to another value of the tuple.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qlora.training import RENAMED_OPTIMIZERS
+
 Reader = Callable[[Any], dict[str, Any]]
 
-ACCUMULATION = "train.accumulation"  # no setting: with train.micro_batch it gives train.global_batch
+ACCUMULATION = "train.accumulation"  # not a setting: train.global_batch = train.micro_batch x accumulation
 
 
-def to(target: str) -> Reader:
+def same_value(target: str) -> Reader:
     """The same value under our name."""
     return lambda value: {target: value}
 
 
-def words(target: str, meanings: Mapping[Any, Any]) -> Reader:
-    """Our value for each of the foreign ones; others are passed on as they are; None asks for nothing."""
+def mapped(target: str, values: Mapping[Any, Any]) -> Reader:
+    """Our value for each foreign value; None: it changes nothing. Other values are passed on unchanged."""
 
     def read(value: Any) -> dict[str, Any]:
-        ours = meanings.get(value, value) if isinstance(value, (str, int, float)) else value
-        return {} if ours is None else {target: ours}
+        our_value = values.get(value, value) if isinstance(value, (str, int, float)) else value
+        return {} if our_value is None else {target: our_value}
 
     return read
 
 
-def flag(yes: dict[str, Any], no: dict[str, Any], target: str) -> Reader:
-    """What true and false ask for; anything else is passed on to `target`, where it is an error."""
-    return lambda value: (yes if value else no) if isinstance(value, bool) else {target: value}
+def flag(if_true: dict[str, Any], if_false: dict[str, Any], target: str) -> Reader:
+    """Settings for true and for false; any other value is passed on to `target`, where it is an error."""
+    return lambda value: (if_true if value else if_false) if isinstance(value, bool) else {target: value}
 
 
 def targets(value: Any) -> dict[str, Any]:
-    """PEFT's target_modules, LLaMA-Factory's `all`, and names between commas."""
+    """PEFT's target_modules, LLaMA-Factory's `all`, and comma-separated names."""
     if isinstance(value, str) and value in ("all", "all-linear"):
         return {"adapter.targets": "all-linear"}
-    if isinstance(value, str) and all(part.strip().isidentifier() for part in value.split(",")):
-        return {"adapter.targets": [part.strip() for part in value.split(",")]}
+    if isinstance(value, str) and all(name.strip().isidentifier() for name in value.split(",")):
+        return {"adapter.targets": [name.strip() for name in value.split(",")]}
     return {"adapter.targets": value}
 
 
-def sets(target: str) -> Reader:
+def datasets(target: str) -> Reader:
     """Axolotl's list of {path, type}: its `type` is our `format`."""
     formats = {"alpaca": "alpaca", "chat_template": "auto", "completion": "text", "sharegpt": "sharegpt"}
 
-    def one(value: Any) -> Any:
+    def dataset(value: Any) -> Any:
         if not isinstance(value, Mapping) or "type" not in value:
             return value
         kind = value["type"]
-        others = {key: each for key, each in value.items() if key != "type"}
+        others = {key: item for key, item in value.items() if key != "type"}
         return {**others, "format": formats.get(kind, kind) if isinstance(kind, str) else kind}
 
-    return lambda value: {target: [one(each) for each in value] if isinstance(value, list) else value}
+    return lambda value: {target: [dataset(item) for item in value] if isinstance(value, list) else value}
 
 
 def trackers(value: Any) -> dict[str, Any]:
@@ -60,12 +62,12 @@ def trackers(value: Any) -> dict[str, Any]:
     return {"train.report_to": ([] if value == "none" else [value]) if isinstance(value, str) else value}
 
 
-def kind(value: Any) -> dict[str, Any]:
+def adapter_kind(value: Any) -> dict[str, Any]:
     """Axolotl's `adapter: qlora`, or one of our kinds."""
     if value not in ("lora", "qlora"):
         return {"adapter.kind": value}
-    base = {"quant.kind?": ("nf4", "fp4")} if value == "qlora" else {}
-    return {"adapter.kind?": ("lora", "rslora", "dora"), **base}
+    quant = {"quant.kind?": ("nf4", "fp4")} if value == "qlora" else {}
+    return {"adapter.kind?": ("lora", "rslora", "dora"), **quant}
 
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -74,7 +76,7 @@ _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf":
 _OPTIMIZERS |= {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit"}
 _OFFLOADED = {"memory.recompute": "all", "memory.offload_activations": True}
 
-SAME = {  # the same value under our name
+SAME_VALUE = {  # our name: foreign names of the same value
     "model.name": ("base_model", "model_name_or_path"),
     "model.revision": ("model_revision", "revision_of_model"),
     "model.attention": ("attn_implementation",),
@@ -111,27 +113,27 @@ SAME = {  # the same value under our name
 
 _four_bit = flag({"quant.kind?": ("nf4", "fp4")}, {"quant.kind": "dense"}, "quant.kind")
 _rslora, _dora = (flag({"adapter.kind": kind}, {}, "adapter.kind") for kind in ("rslora", "dora"))
-_init = words("adapter.init", {True: "default"})
-_optimizer = words("optim.kind", _OPTIMIZERS)
-_schedule = words("optim.schedule", {"constant_with_warmup": "constant"})
-_all_words = flag({"data.train_on": "all"}, {"data.train_on": "assistant"}, "data.train_on")
-_resume = words("train.resume", {True: "auto", False: "never"})
+_init = mapped("adapter.init", {True: "default"})
+_optimizer = mapped("optim.kind", _OPTIMIZERS)
+_schedule = mapped("optim.schedule", {"constant_with_warmup": "constant"})
+_train_on_all = flag({"data.train_on": "all"}, {"data.train_on": "assistant"}, "data.train_on")
+_resume = mapped("train.resume", {True: "auto", False: "never"})
 
 
 def _recompute(value: Any) -> dict[str, Any]:
     if value in ("unsloth", "offload"):
         return dict(_OFFLOADED)
-    return words("memory.recompute", {True: "all", False: "none"})(value)
+    return mapped("memory.recompute", {True: "all", False: "none"})(value)
 
 
-ALIASES: Mapping[str, Reader] = {name: to(target) for target, names in SAME.items() for name in names} | {
-    "torch_dtype": words("model.dtype", _DTYPES),
+ALIASES: Mapping[str, Reader] = {name: same_value(target) for target, names in SAME_VALUE.items() for name in names} | {
+    "torch_dtype": mapped("model.dtype", _DTYPES),
     "bf16": flag({"model.dtype?": ("bfloat16",)}, {}, "model.dtype"),
     "fp16": flag({"model.dtype?": ("float16",)}, {}, "model.dtype"),
     "bnb_4bit_compute_dtype": lambda value: {"model.dtype?": (_DTYPES.get(str(value), value),)},
     "flash_attention": flag({"model.attention": "flash_attention_2"}, {}, "model.attention"),
-    "chat_template": words("model.chat_template", {"tokenizer_default": "auto"}),
-    "chat_template_path": to("model.chat_template"),
+    "chat_template": mapped("model.chat_template", {"tokenizer_default": "auto"}),
+    "chat_template_path": same_value("model.chat_template"),
     "load_in_4bit": _four_bit,
     "load_in_8bit": flag({"quant.kind": "int8"}, {}, "quant.kind"),
     "quantization_bit": lambda value: _four_bit(True) if value == 4 else {"quant.kind": value},
@@ -145,16 +147,16 @@ ALIASES: Mapping[str, Reader] = {name: to(target) for target, names in SAME.item
     "peft_use_dora": _dora,
     "init_lora_weights": _init,
     "peft_init_lora_weights": _init,
-    "datasets": sets("data.train"),
-    "test_datasets": sets("data.eval"),
-    "train_on_inputs": _all_words,
-    "train_on_prompt": _all_words,
+    "datasets": datasets("data.train"),
+    "test_datasets": datasets("data.eval"),
+    "train_on_inputs": _train_on_all,
+    "train_on_prompt": _train_on_all,
     "assistant_only_loss": flag({"data.train_on": "assistant"}, {"data.train_on": "all"}, "data.train_on"),
     "optimizer": _optimizer,
     "lr_scheduler_type": _schedule,
     "lr_scheduler": _schedule,
     "warmup_ratio": lambda value: {"optim.warmup": float(value) if type(value) is int and abs(value) < 2 else value},
-    "max_steps": words("train.max_steps", {-1: None}),
+    "max_steps": mapped("train.max_steps", {-1: None}),
     "report_to": trackers,
     "resume_from_checkpoint": _resume,
     "auto_resume_from_checkpoints": _resume,
@@ -162,14 +164,14 @@ ALIASES: Mapping[str, Reader] = {name: to(target) for target, names in SAME.item
     "activation_checkpointing": _recompute,
 }
 
-SECTION_WORDS: Mapping[str, Reader] = {  # a section's name with a text: its kind
-    "adapter": kind,
-    "distributed": to("distributed.kind"),
+SECTION_KINDS: Mapping[str, Reader] = {  # `section: text` is the section's kind
+    "adapter": adapter_kind,
+    "distributed": same_value("distributed.kind"),
     "optim": _optimizer,
-    "quant": to("quant.kind"),
+    "quant": same_value("quant.kind"),
 }
 
-REMEDIES: Mapping[str, str] = {  # names that people know and that have no counterpart
+REMEDIES: Mapping[str, str] = {  # known names without a setting here, and what to write
     "adam_beta1": "Write optim.betas: [beta1, beta2].",
     "adam_beta2": "Write optim.betas: [beta1, beta2].",
     "deepspeed": "Processes and sharding come from accelerate launch; see recipes/accelerate.",
@@ -182,16 +184,19 @@ REMEDIES: Mapping[str, str] = {  # names that people know and that have no count
 }
 
 
-def meaning(name: str, value: Any) -> dict[str, Any] | None:
-    """Our keys and values for a name at the top of a recipe; None if the name is no alias."""
-    if name in SECTION_WORDS and isinstance(value, str):
-        return SECTION_WORDS[name](value)
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {"optim.kind": RENAMED_OPTIMIZERS}  # former values of our settings
+
+
+def translate(name: str, value: Any) -> dict[str, Any] | None:
+    """Our keys and values for a top-level name of a recipe; None if the name is no alias."""
+    if name in SECTION_KINDS and isinstance(value, str):
+        return SECTION_KINDS[name](value)
     if name not in ALIASES:
         return None
     return {} if value is None else ALIASES[name](value)
 
 
-def counterparts(name: str) -> list[str]:
+def target_keys(name: str) -> list[str]:
     """Our keys that an alias may set; none if it is no alias."""
-    found = ALIASES[name](True) or ALIASES[name](False) if name in ALIASES else {}
-    return [key.removesuffix("?") for key in found if key != ACCUMULATION]
+    settings = ALIASES[name](True) or ALIASES[name](False) if name in ALIASES else {}
+    return [key.removesuffix("?") for key in settings if key != ACCUMULATION]

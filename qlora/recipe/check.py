@@ -1,140 +1,103 @@
-"""A recipe looked at before any weight is loaded: checked, planned, previewed."""
+"""`qlora check` and `qlora preview`: a recipe's settings, data and memory plan, before any weight is loaded."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from qlora.data.prepare import prepare
+from qlora.data.preview import preview
 from qlora.errors import QloraError
-from qlora.memory.planner.memory_plan import Plan, gib, in_words
-from qlora.recipe.planning import Machine, better, elsewhere, here, plan_of, plans_of
-from qlora.recipe.recipe import Recipe, from_mapping, read
+from qlora.recipe.dataset_profile import build_encoder
+from qlora.recipe.planning import Machine, Planner
+from qlora.recipe.recipe import Recipe, read
+from qlora.recipe.recommendations import recommend_settings
+from qlora.training.run_log import console
+from qlora.training.schedule import count_steps
 from qlora.utils.progress import ProgressReporter
 
-PLACE = re.compile(r"(?P<where>(?:[^\s:]+:\d+|[\w./\\-]+)): (?P<message>.+)", re.DOTALL)
-ROW = re.compile(r":\d+$")  # the end of a row's place
-SHOWN = 5  # findings of a kind that people are shown
+LOCATION = re.compile(r"(?P<where>(?:[^\s:]+:\d+|[\w./\\-]+)): (?P<message>.+)", re.DOTALL)
+LINE_NUMBER = re.compile(r":\d+$")  # the end of a record's location
+SHOWN = 5  # findings of a kind that are printed
 Finding = dict[str, str]
 
 
-def preview_rows(recipe: Recipe, count: int) -> list[dict[str, Any]]:
-    """The first `count` rows as they will be trained: where, input_ids, labels, segments."""
-    from qlora.data.preview import preview
-    from qlora.recipe.dataset_profile import encoder_of
-
-    return preview(recipe.data, encoder_of(recipe), count, recipe.train.seed)
+def preview_examples(recipe: Recipe, count: int) -> list[dict[str, Any]]:
+    """The first `count` examples as they will be trained: where, input_ids, labels, segments."""
+    return preview(recipe.data, build_encoder(recipe), count, recipe.train.seed)
 
 
 def check_recipe(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Everything that can be known without weights; a mistake is a problem in the answer, never an exception."""
-    found: dict[str, Any] = {"ok": False, "problems": [], "warnings": [], "data": None, "memory": None}
+    """The object of `check --json`. An error in the recipe or the data is a problem in it, never an exception."""
+    result: dict[str, Any] = {"ok": False, "problems": [], "warnings": [], "data": None, "memory": None}
     try:
         recipe, notes = read(path, overrides)
     except QloraError as error:
-        found["problems"] = findings_of(error)
-        return found
-    found["warnings"] = [{"where": "recipe", "message": note} for note in notes]
-    for part in (_check_data, _check_memory):
+        result["problems"] = findings_from_error(error)
+        return result
+    result["warnings"] = [{"where": "recipe", "message": note} for note in notes]
+    for check in (_check_data, _check_memory):
         try:
-            part(recipe, found)
+            check(recipe, result)
         except QloraError as error:
-            found["problems"] += findings_of(error)
-    found["ok"] = not found["problems"]
-    return found
+            result["problems"] += findings_from_error(error)
+    result["ok"] = not result["problems"]
+    return result
 
 
-def shortened(findings: Sequence[Finding]) -> list[str]:
-    """Findings as lines, of many that say the same of a row only the first few; the longest rows of those too long."""
-    alike: dict[str, list[Finding]] = {}
+def summarize_findings(findings: Sequence[Finding]) -> list[str]:
+    """Findings as lines: of each kind the first few, with a count of the rest; of overlong examples the longest."""
+    kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kind = finding["message"].split(":")[0]
-        alike.setdefault(kind if ROW.search(finding["where"]) else f"{finding}", []).append(finding)
+        kinds.setdefault(kind if LINE_NUMBER.search(finding["where"]) else f"{finding}", []).append(finding)
     lines = []
-    for kind, group in alike.items():
-        worst = sorted(group, key=_tokens, reverse=True) if kind in ("dropped, overlong", "truncated") else group
-        lines += [f"{finding['where']}: {finding['message']}" for finding in worst[:SHOWN]]
+    for kind, group in kinds.items():
+        ordered = sorted(group, key=_tokens, reverse=True) if kind in ("dropped, overlong", "truncated") else group
+        lines += [f"{finding['where']}: {finding['message']}" for finding in ordered[:SHOWN]]
         if len(group) > SHOWN:
-            lines.append(f"{kind}: {len(group) - SHOWN:,} more rows; `qlora check --json` names each")
+            lines.append(f"{kind}: {len(group) - SHOWN:,} more records; `qlora check --json` lists all")
     return lines
 
 
 def _tokens(finding: Finding) -> int:
-    counts = re.search(r": (\d+) tokens", finding["message"])
-    return int(counts[1]) if counts else 0
+    match = re.search(r": (\d+) tokens", finding["message"])
+    return int(match[1]) if match else 0
 
 
-def findings_of(error: QloraError) -> list[Finding]:
-    """An error's lines as places and messages."""
-    matched = [PLACE.fullmatch(line) for line in str(error).splitlines()]
+def findings_from_error(error: QloraError) -> list[Finding]:
+    """The lines of an error as locations and messages."""
     lines = str(error).splitlines()
+    matches = [LOCATION.fullmatch(line) for line in lines]
     return [
         {"where": match["where"], "message": match["message"]} if match else {"where": "", "message": line}
-        for match, line in zip(matched, lines, strict=True)
+        for match, line in zip(matches, lines, strict=True)
     ]
 
 
-def _check_data(recipe: Recipe, found: dict[str, Any]) -> None:
-    from qlora.data.prepare import prepare
-    from qlora.recipe.dataset_profile import encoder_of
-    from qlora.recipe.recommendations import recommendations
-    from qlora.training.loop import steps_of
-    from qlora.training.run_log import console
-
+def _check_data(recipe: Recipe, result: dict[str, Any]) -> None:
     progress = ProgressReporter(lambda text: console().print(text, markup=False), "data")
-    report = prepare(recipe.data, encoder_of(recipe), recipe.train.seed, progress).report
-    found["problems"] += [asdict(finding) for finding in report.problems]
-    found["warnings"] += [asdict(finding) for finding in report.warnings]
-    found["data"] = {**report.counts(), "notes": list(report.notes), "summary": report.summary()}
-    steps = steps_of(recipe.train, report.packed_rows)
-    told = recommendations(recipe, report, steps, _trainable_parameters(recipe)) if report.kept else ()
-    found["warnings"] += [{"where": key, "message": message} for key, message in told]
+    report = prepare(recipe.data, build_encoder(recipe), recipe.train.seed, progress).report
+    result["problems"] += [asdict(finding) for finding in report.problems]
+    result["warnings"] += [asdict(finding) for finding in report.warnings]
+    result["data"] = {**report.counts(), "notes": list(report.notes), "summary": report.summary()}
+    if not report.kept:
+        return
+    steps = count_steps(recipe.train, report.packed_rows)
+    advice = recommend_settings(recipe, report, steps, _trainable_parameters(recipe))
+    result["warnings"] += [{"where": key, "message": message} for key, message in advice]
 
 
 def _trainable_parameters(recipe: Recipe) -> int | None:
-    """As the memory plan counts them; None for a model whose shapes it does not know."""
+    """The memory plan's count; None for a model whose shapes the planner does not know."""
     try:
-        return int(plan_of(recipe, here()).as_json()["trainable_parameters"])
+        return int(Planner(recipe).plan(Machine.local()).as_json()["trainable_parameters"])
     except QloraError:
         return None
 
 
-def _check_memory(recipe: Recipe, found: dict[str, Any]) -> None:
-    plan = plan_of(recipe, here())
-    found["memory"] = plan.as_json()
+def _check_memory(recipe: Recipe, result: dict[str, Any]) -> None:
+    plan = Planner(recipe).plan(Machine.local())
+    result["memory"] = plan.as_json()
     if not plan.fits:
-        found["problems"].append({"where": "memory", "message": plan.advice})
-
-
-def plan_recipe(
-    name: str, overrides: Sequence[str], gpu: str | None, gpus: int, ram: str | None
-) -> tuple[dict[str, Any], str]:
-    """The plan of a recipe, or of a model under the defaults: as `plan --json` answers it, and as a table."""
-    recipe = recipe_or_model(name, overrides)
-    plans = plans_of(recipe, machine_of(gpu, gpus, ram))
-    plan = plans[better(plans)]
-    each = {kind: {"peak_bytes": found.peak_bytes, "fits": found.fits} for kind, found in plans.items()}
-    ways = [f"{kind}: {_a_card(found)}" for kind, found in plans.items()] if len(plans) > 1 else []
-    return plan.as_json() | {"strategies": each}, "\n".join([str(plan), *ways])
-
-
-def _a_card(plan: Plan) -> str:
-    """One way to share the cards, in a line."""
-    fits = "" if plan.fits else ", does not fit"
-    return f"{gib(plan.peak_bytes).strip()} of each card{fits}; {in_words(plan)}"
-
-
-def recipe_or_model(name: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe in a file, or the defaults around a model. RecipeError, BaseModelError."""
-    path = Path(name)
-    if name.endswith((".yaml", ".yml")) or (path.is_file() and path.name != "config.json"):
-        return read(name, overrides)[0]
-    return from_mapping({"model": name, "data": {"train": "-"}}, "defaults", overrides)[0]
-
-
-def machine_of(gpu: str | None, gpus: int, ram: str | None) -> Machine:
-    """The machine that sizes such as 24GiB describe; where one is not said, the one here."""
-    if gpu:
-        return elsewhere(gpu, gpus, ram)
-    local = here(gpus)
-    return local if not ram else Machine(local.card_bytes, gpus, elsewhere(ram, 1, None).card_bytes)
+        result["problems"].append({"where": "memory", "message": plan.advice})

@@ -1,157 +1,165 @@
-"""Another trainer's file -> a recipe, with a word on every key that could not be carried over."""
+"""Conversion of another trainer's file to a recipe, with a line for every key that could not be converted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from qlora.config import Document, Path, Place, Problem, complain, dotted, parse, read_text, validate, write
+from qlora.config import Document, Location, Path, Problem, dotted, parse, raise_problems, read_text, validate, write
 from qlora.config.error_messages import shown
 from qlora.errors import InputError
-from qlora.recipe.aliases import ALIASES, REMEDIES, SECTION_WORDS
-from qlora.recipe.other_trainers import ALWAYS, DONE_ANYWAY, INSTEAD, TOOLS, Tool, recognised
-from qlora.recipe.recipe import SECTIONS, accumulated, between, from_mapping
+from qlora.recipe.aliases import ALIASES, REMEDIES, SECTION_KINDS
+from qlora.recipe.other_trainers import ALWAYS, NO_SETTING_NEEDED, REPLACEMENTS, TOOLS, Tool, recognize
+from qlora.recipe.recipe import SECTIONS, from_mapping, with_global_batch
 from qlora.recipe.resolve import ResolvedSettings
+from qlora.recipe.rules import conflicts_between
 from qlora.utils.atomic_files import read_json
 from qlora.utils.redact import redacted
 
 PLACEHOLDER = "data/train.jsonl"
-ACCUMULATED = "gradient_accumulation_steps"  # read together with the micro-batch
+ACCUMULATION_KEY = "gradient_accumulation_steps"  # read together with the micro-batch
 Settings = dict[str, Any]  # `section.key` -> value
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A recipe's text, the tool it came from, and what is worth a line each."""
+    """A recipe's text, the tool it came from, and one line for each key that is worth one."""
 
     text: str
     tool: str
-    notes: tuple[str, ...]  # what was read as what
-    anyway: tuple[str, ...]  # keys that ask for what qlora does without being told
-    left: tuple[str, ...]  # keys that could not be carried over, each with the reason
+    notes: tuple[str, ...]  # which key was read as which
+    no_setting_needed: tuple[str, ...]  # keys for which qlora behaves the same without a setting
+    not_converted: tuple[str, ...]  # keys that could not be converted, each with the reason
 
 
 def convert(path: str) -> Converted:
-    """The recipe that says what an Axolotl, TRL or LLaMA-Factory file says; it passes the strict reading of recipes.
+    """The recipe for an Axolotl, TRL or LLaMA-Factory file; it passes the strict reading of recipes.
 
     RecipeError if the file can't be read; InputError if it is none of the three, or names no model.
     """
     document = parse(read_text(path), path)
-    complain(document.problems)
-    if not isinstance(document.value, Mapping) or (tool := recognised({*document.value})) is None:
-        names = ", ".join(each.name for each in TOOLS)
-        raise InputError(f"{path}: no key of {names} is in it. `qlora check` reads recipes of qlora's own.")
-    values, left = _data_sets(dict(document.value), FilePath(path).parent)
-    anyway, unknown, known = _sorted(values)
-    said = _said(Document(known, document.places), path)
-    left += unknown + [_line(problem) for problem in said.problems]
-    left += [f"{key}: {meant}" for key, meant in tool.unsaid.items() if key not in known]
-    both = accumulated(said.over(_defaults(tool, known)))
-    # Both hold the notes on the defaults first, which nobody wrote.
-    notes = [note for note in both.notes if note in said.notes or note.startswith(f"read {ACCUMULATED} ")]
-    settings = _readable(both.settings, left)
+    raise_problems(document.problems)
+    if not isinstance(document.value, Mapping) or (tool := recognize({*document.value})) is None:
+        names = ", ".join(tool.name for tool in TOOLS)
+        raise InputError(f"{path}: found no key of {names}. `qlora check` reads qlora's own recipes.")
+    values, not_converted = _resolve_datasets(dict(document.value), FilePath(path).parent)
+    no_setting_needed, unknown, known = _classify(values)
+    resolved = _settings_of(Document(known, document.locations), path)
+    not_converted += unknown + [_line(problem) for problem in resolved.problems]
+    not_converted += [f"{key}: {message}" for key, message in tool.missing_keys.items() if key not in known]
+    combined = with_global_batch(_defaults(tool, known).override_with(resolved))
+    # The combined notes include those on the tool's defaults, which are not keys of the file.
+    notes = [note for note in combined.notes if note in resolved.notes or note.startswith(f"read {ACCUMULATION_KEY} ")]
+    settings = _valid_settings(combined.settings, not_converted)
     if "model.name" not in settings:
         raise InputError(f"{path}: names no model; a recipe needs one.")
     if "data.train" not in settings:
-        left.append(f"data.train: the file names no data. {PLACEHOLDER} stands there instead.")
+        not_converted.append(f"data.train: the file names no data. {PLACEHOLDER} is a placeholder.")
         settings["data.train"] = PLACEHOLDER
-    theirs = _not_ours(settings, {*settings} - {*said.settings})
-    text = _text(path, tool, settings, theirs, left)
-    from_mapping(parse(text, "recipe").value)  # what was written is a recipe, or this is our mistake
-    return Converted(text, tool.name, tuple(notes), tuple(anyway), tuple(left))
+    tool_defaults = _differing_defaults(settings, {*settings} - {*resolved.settings})
+    text = _recipe_text(path, tool, settings, tool_defaults, not_converted)
+    from_mapping(parse(text, "recipe").value)  # an error here is a bug: the text must be a valid recipe
+    return Converted(text, tool.name, tuple(notes), tuple(no_setting_needed), tuple(not_converted))
 
 
-def _sorted(values: Mapping[str, Any]) -> tuple[list[str], list[str], dict[str, Any]]:
-    """Keys that need no carrying, keys that can't be carried (with the reason), and the rest with their values."""
-    anyway, unknown, known = [], [], {}
+def _classify(values: Mapping[str, Any]) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Keys that need no setting, keys without a counterpart (with the reason), and the other keys with values."""
+    no_setting_needed, unknown, known = [], [], {}
     for key, value in values.items():
         if value is None or value == [] or value == {}:
-            anyway.append(f"{key}: empty")
-        elif key in ALIASES or key in SECTION_WORDS:
+            no_setting_needed.append(f"{key}: empty")
+        elif key in ALIASES or key in SECTION_KINDS:
             known[key] = value
-        elif key in DONE_ANYWAY and (DONE_ANYWAY[key] == ALWAYS or value in DONE_ANYWAY[key]):
-            anyway.append(f"{key}: {_brief(value)}")
+        elif key in NO_SETTING_NEEDED and (NO_SETTING_NEEDED[key] == ALWAYS or value in NO_SETTING_NEEDED[key]):
+            no_setting_needed.append(f"{key}: {_short(value)}")
         else:
-            advice = INSTEAD.get(key) or REMEDIES.get(key) or "qlora has no counterpart."
-            unknown.append(f"{key}: {_brief(value)}. {advice}")
-    return anyway, unknown, known
+            advice = REPLACEMENTS.get(key) or REMEDIES.get(key) or "qlora has no counterpart."
+            unknown.append(f"{key}: {_short(value)}. {advice}")
+    return no_setting_needed, unknown, known
 
 
-def _said(document: Document, source: str) -> ResolvedSettings:
+def _settings_of(document: Document, source: str) -> ResolvedSettings:
     """The keys as settings, through the aliases."""
-    said = ResolvedSettings(SECTIONS, source, document.places, [])
-    return said.take(((key,), value, said.place((key,))) for key, value in document.value.items())
+    resolved = ResolvedSettings(SECTIONS, source, document.locations, [])
+    return resolved.add(((key,), value, resolved.location((key,))) for key, value in document.value.items())
 
 
 def _defaults(tool: Tool, written: Mapping[str, Any]) -> ResolvedSettings:
-    """What the tool does where its file is silent; LLaMA-Factory's alpha is twice the rank."""
-    found = {key: value for key, value in tool.defaults.items() if key not in written}
+    """The tool's settings for keys that its file leaves out; LLaMA-Factory's alpha is twice the rank."""
+    defaults = {key: value for key, value in tool.defaults.items() if key not in written}
     if tool.name == "LLaMA-Factory":
         rank = written.get("lora_rank", tool.defaults["lora_rank"])
-        found["lora_alpha"] = 2 * rank if isinstance(rank, int) else None
+        defaults["lora_alpha"] = 2 * rank if isinstance(rank, int) else None
     if {"quantization_bit", "adapter", "load_in_8bit", "load_in_4bit"} & {*written}:
-        found.pop("load_in_4bit", None)
+        defaults.pop("load_in_4bit", None)
     if tool.name == "TRL" and written.get("load_in_4bit") is True:
-        found["use_bnb_nested_quant"] = False
-    said = _said(Document(found), tool.name)
-    return said.take((tuple(key.split(".")), value, said.place((key,))) for key, value in tool.habits.items())
+        defaults["use_bnb_nested_quant"] = False
+    resolved = _settings_of(Document(defaults), tool.name)
+    fixed = tool.fixed_settings.items()
+    return resolved.add((tuple(key.split(".")), value, resolved.location((key,))) for key, value in fixed)
 
 
-def _readable(settings: Mapping[str, Any], left: list[str]) -> Settings:
-    """The settings that the strict reading takes; a line in `left` for each that it does not."""
-    kept = dict(settings)
+def _valid_settings(settings: Mapping[str, Any], not_converted: list[str]) -> Settings:
+    """The settings that are valid in a recipe; a line in `not_converted` for each of the others."""
+    remaining = dict(settings)
     while True:
-        good: dict[str, Any] = {}
-        wrong: list[tuple[Path, str]] = []
-        for name, section in SECTIONS.items():
-            inner = {key.split(".")[1]: value for key, value in kept.items() if key.split(".")[0] == name}
-            paths: dict[Place, Path] = {}
-            found, problems = validate(section, inner, _Places(name, paths))
-            good |= {name: found} if found is not None else {}
-            wrong += [(paths[place], text) for place, text in problems]
-        wrong += [(tuple(key.split(".")), text) for key, text in between(good).items()]
-        present = [(path, text) for path, text in wrong if ".".join(map(str, path[:2])) in kept]
-        if not present:
-            return kept
-        for path, text in present:
-            left.append(f"{dotted(path)}: {_taken_out(kept, path)}{text}")
+        sections: dict[str, Any] = {}
+        problems: list[tuple[Path, str]] = []
+        for name, kind in SECTIONS.items():
+            values = {key.split(".")[1]: value for key, value in remaining.items() if key.split(".")[0] == name}
+            paths: dict[Location, Path] = {}
+            section, section_problems = validate(kind, values, _PathRecorder(name, paths))
+            if section is not None:
+                sections[name] = section
+            problems += [(paths[location], text) for location, text in section_problems]
+        problems += [(tuple(key.split(".")), text) for key, text in conflicts_between(sections).items()]
+        invalid = [(path, text) for path, text in problems if ".".join(map(str, path[:2])) in remaining]
+        if not invalid:
+            return remaining
+        for path, text in invalid:
+            not_converted.append(f"{dotted(path)}: {_remove(remaining, path)}{text}")
 
 
 @dataclass(frozen=True)
-class _Places:
-    """A place for each path of a section, and the way back."""
+class _PathRecorder:
+    """A location for each path of a section; records which path it belongs to."""
 
     section: str
-    paths: dict[Place, Path]
+    paths: dict[Location, Path]
 
-    def __call__(self, path: Path) -> Place:
-        place = Place("", 0, dotted((self.section, *path)))
-        self.paths[place] = (self.section, *path)
-        return place
+    def __call__(self, path: Path) -> Location:
+        location = Location("", 0, dotted((self.section, *path)))
+        self.paths[location] = (self.section, *path)
+        return location
 
 
-def _taken_out(settings: Settings, path: Path) -> str:
-    """Take the value at a path out of the settings, as deep as it goes; what it was, if that is short."""
+def _remove(settings: Settings, path: Path) -> str:
+    """Remove the value at a path, nested if possible; returns its text followed by `; `."""
     key = ".".join(map(str, path[:2]))
-    holder, inner = settings.get(key), path[2:]
+    container, inner = settings.get(key), path[2:]
     step: Any
     for step in inner[:-1]:
-        holder = holder[step] if isinstance(holder, list | dict) else None
-    if inner and isinstance(holder, dict) and inner[-1] in holder:
-        return f"{_brief(holder.pop(inner[-1]))}; "
-    return f"{_brief(settings.pop(key))}; " if key in settings else ""
+        container = container[step] if isinstance(container, list | dict) else None
+    if inner and isinstance(container, dict) and inner[-1] in container:
+        return f"{_short(container.pop(inner[-1]))}; "
+    return f"{_short(settings.pop(key))}; " if key in settings else ""
 
 
-def _not_ours(settings: Mapping[str, Any], unwritten: set[str]) -> list[str]:
-    """Which of the tool's defaults are not qlora's; the others are taken out, as they go without saying."""
-    ours = from_mapping({"model": "m", "data": {"train": PLACEHOLDER}})[0].model_dump()
-    return [key for key in settings if key in unwritten and settings[key] != ours[key.split(".")[0]][key.split(".")[1]]]
+def _qlora_defaults() -> dict[str, Any]:
+    return from_mapping({"model": "m", "data": {"train": PLACEHOLDER}})[0].model_dump()
 
 
-def _text(path: str, tool: Tool, settings: Settings, theirs: list[str], left: list[str]) -> str:
-    """The recipe, section by section in the house's order, under comments on what it was made of."""
+def _differing_defaults(settings: Mapping[str, Any], unwritten: set[str]) -> list[str]:
+    """The tool's defaults that differ from qlora's; those that are the same need not be written."""
+    defaults = _qlora_defaults()
+    keys = [key for key in settings if key in unwritten]
+    return [key for key in keys if settings[key] != defaults[key.split(".")[0]][key.split(".")[1]]]
+
+
+def _recipe_text(path: str, tool: Tool, settings: Settings, tool_defaults: list[str], not_converted: list[str]) -> str:
+    """The recipe in the order of its sections, after comments on what it was made from."""
     source = FilePath(path).name
-    defaults = from_mapping({"model": "m", "data": {"train": PLACEHOLDER}})[0].model_dump()
+    defaults = _qlora_defaults()
     nested: dict[str, dict[str, Any]] = {}
     for section, kind in SECTIONS.items():
         for key in kind.model_fields:
@@ -159,40 +167,42 @@ def _text(path: str, tool: Tool, settings: Settings, theirs: list[str], left: li
             if value != defaults[section][key] or f"{section}.{key}" in ("model.name", "data.train"):
                 nested.setdefault(section, {})[key] = value
     head = [
-        f"From {tool.name}'s {source}, by `qlora convert`.",
-        "What is not here is qlora's default: `qlora recipes show reference`.",
+        f"Made from {tool.name}'s {source} by `qlora convert`.",
+        "Settings that are missing here have qlora's defaults: `qlora recipes show reference`.",
     ]
-    if theirs:
-        head.append(f"{tool.name}'s defaults, which {source} leaves unsaid: {', '.join(theirs)}")
-    if left:
-        head += ["Could not be carried over:", *(f"  {line}" for line in left)]
+    if tool_defaults:
+        head.append(f"{tool.name}'s defaults, which are not in {source}: {', '.join(tool_defaults)}")
+    if not_converted:
+        head += ["Not converted:", *(f"  {line}" for line in not_converted)]
     return "".join(f"# {_one_line(redacted(line))}\n" for line in head) + write(nested)
 
 
-def _data_sets(values: dict[str, Any], folder: FilePath) -> tuple[dict[str, Any], list[str]]:
-    """LLaMA-Factory's names between commas as files, through its dataset_info.json where that is at hand."""
-    names, left = values.get("dataset"), []
+def _resolve_datasets(values: dict[str, Any], folder: FilePath) -> tuple[dict[str, Any], list[str]]:
+    """LLaMA-Factory's comma-separated names as files, looked up in its dataset_info.json if that exists."""
+    names, not_converted = values.get("dataset"), []
     if not isinstance(names, str):
         return values, []
     info = _dataset_info(values.pop("dataset_dir", None), folder)
     paths = []
-    for name in (each.strip() for each in names.split(",")):
+    for name in (name.strip() for name in names.split(",")):
         entry = info.get(name)
-        found = entry.get("file_name") or entry.get("hf_hub_url") if isinstance(entry, dict) else None
-        if not found and not FilePath(name).suffix:
-            left.append(f"dataset: {name} is a name in dataset_info.json. Write its file or hub name in data.train.")
-        paths.append({"path": str(found or name)})
-    return {**values, "dataset": paths}, left
+        source = entry.get("file_name") or entry.get("hf_hub_url") if isinstance(entry, dict) else None
+        if not source and not FilePath(name).suffix:
+            message = f"{name} is a name in dataset_info.json. Write its file or hub name in data.train."
+            not_converted.append(f"dataset: {message}")
+        paths.append({"path": str(source or name)})
+    return {**values, "dataset": paths}, not_converted
 
 
-def _dataset_info(stated: Any, folder: FilePath) -> dict[str, Any]:
-    for place in [FilePath(str(stated)), folder / str(stated)] if stated else [folder, folder / "data"]:
+def _dataset_info(dataset_dir: Any, folder: FilePath) -> dict[str, Any]:
+    folders = [FilePath(str(dataset_dir)), folder / str(dataset_dir)] if dataset_dir else [folder, folder / "data"]
+    for candidate in folders:
         try:
-            info = read_json(place / "dataset_info.json")
+            info = read_json(candidate / "dataset_info.json")
         except (OSError, ValueError):
             continue
         return {
-            name: {**entry, "file_name": str(place / entry["file_name"])} if "file_name" in entry else entry
+            name: {**entry, "file_name": str(candidate / entry["file_name"])} if "file_name" in entry else entry
             for name, entry in info.items()
             if isinstance(entry, dict)
         }
@@ -203,7 +213,7 @@ def _line(problem: Problem) -> str:
     return f"{problem[0].key}: {problem[1]}"
 
 
-def _brief(value: Any) -> str:
+def _short(value: Any) -> str:
     return value if isinstance(value, str) and len(value) <= 60 else shown(value)
 
 

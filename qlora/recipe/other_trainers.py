@@ -1,6 +1,6 @@
-"""What other trainers' files mean beyond their key names: marks, defaults, what is done here anyway.
+"""Other trainers' files beyond their key names: how to recognize them, their defaults, keys that need no setting here.
 
-Defaults are written in the tool's own keys and read through aliases.py. Only those are listed that shape the result and
+Defaults are written in the tool's own keys and read through aliases.py. Listed are those that change the result and
 that qlora has too. Sources: TRL 1.16 (trainer/sft_config.py, trainer/model_config.py) on transformers 5.23
 (training_args.py); Axolotl (utils/schemas/training.py, peft.py); LLaMA-Factory (hparams/data_args.py). Other
 defaults of the last two are their documentation's, not read in their code.
@@ -25,13 +25,13 @@ _TRAINER = {  # transformers.TrainingArguments, which TRL and LLaMA-Factory buil
 
 @dataclass(frozen=True)
 class Tool:
-    """One trainer: keys that only it has, and what it does where its file says nothing."""
+    """One trainer: keys that only it has, and its behavior for keys that its file leaves out."""
 
     name: str
-    marks: frozenset[str]
+    own_keys: frozenset[str]
     defaults: Mapping[str, Any]  # in its own keys
-    habits: Mapping[str, Any]  # what no key of its own says, in qlora's keys
-    unsaid: Mapping[str, str]  # keys whose absence means what can't be written here, and what that is
+    fixed_settings: Mapping[str, Any]  # behavior that it has no key for, in qlora's keys
+    missing_keys: Mapping[str, str]  # key -> what its absence means, where qlora has no setting for that
 
 
 TOOLS = (
@@ -91,16 +91,16 @@ TOOLS = (
         },
         {"data.overlong": "truncate"},
         {
-            "lora_target_modules": "not written: PEFT then picks by architecture (of Llama q_proj and v_proj). "
+            "lora_target_modules": "missing: PEFT then chooses by architecture (Llama: q_proj and v_proj). "
             "Here it is all-linear.",
-            "assistant_only_loss": "not written: TRL then learns every word of a conversation, but of prompt and "
-            "completion only the latter. Here it is the assistant's words; data.train_on: all learns every word.",
+            "assistant_only_loss": "missing: TRL then trains every token of a conversation, but of prompt and "
+            "completion only the latter. Here it is the assistant's tokens; data.train_on: all trains every token.",
         },
     ),
 )
 
 ALWAYS = "every value"
-DONE_ANYWAY: Mapping[str, tuple[Any, ...] | str] = {  # key -> the values under which it asks for what qlora does
+NO_SETTING_NEEDED: Mapping[str, tuple[Any, ...] | str] = {  # key -> the values for which it needs no setting here
     "use_peft": (True,),
     "finetuning_type": ("lora",),
     "stage": ("sft",),
@@ -122,26 +122,26 @@ DONE_ANYWAY: Mapping[str, tuple[Any, ...] | str] = {  # key -> the values under 
     "plot_loss": (True,),
 }
 
-INSTEAD: Mapping[str, str] = {  # keys that people will look for, and what to write for them
+REPLACEMENTS: Mapping[str, str] = {  # keys without an alias, and what to write instead
     "evals_per_epoch": "Evaluations are counted in steps: write train.eval_every.",
     "saves_per_epoch": "Checkpoints are counted in steps: write train.save_every.",
     "eval_strategy": "Evaluations are counted in steps: write train.eval_every.",
     "save_strategy": "Checkpoints are counted in steps: write train.save_every.",
-    "template": "The base's own chat template is used; for another one write model.chat_template: FILE.jinja.",
-    "special_tokens": "The base's tokenizer is used as it is.",
-    "max_samples": "Write max_samples on each set of data.train.",
-    "overwrite_output_dir": "train.resume: never starts anew.",
-    "finetuning_type": "For every weight write adapter.kind: full and quant.kind: dense.",
-    "use_peft": "For every weight write adapter.kind: full and quant.kind: dense.",
-    "stage": "Only supervised fine-tuning is built.",
-    "rl": "Only supervised fine-tuning is built.",
+    "template": "The base model's chat template is used; for another one write model.chat_template: FILE.jinja.",
+    "special_tokens": "The base model's tokenizer is used unchanged.",
+    "max_samples": "Write max_samples in each data set of data.train.",
+    "overwrite_output_dir": "Write train.resume: never to start from scratch.",
+    "finetuning_type": "To train every weight write adapter.kind: full and quant.kind: dense.",
+    "use_peft": "To train every weight write adapter.kind: full and quant.kind: dense.",
+    "stage": "Only supervised fine-tuning is supported.",
+    "rl": "Only supervised fine-tuning is supported.",
     "wandb_name": "The run is named after train.output.",
     "run_name": "The run is named after train.output.",
     "dataset_config": "Write the path of its files in data.train.",
 }
 
 
-def recognised(keys: set[str]) -> Tool | None:
-    """The tool whose own keys are there most; None if there are none of any."""
-    best = max(TOOLS, key=lambda tool: len(tool.marks & keys))
-    return best if best.marks & keys else None
+def recognize(keys: set[str]) -> Tool | None:
+    """The tool with the most own keys among `keys`; None if no tool has any."""
+    best = max(TOOLS, key=lambda tool: len(tool.own_keys & keys))
+    return best if best.own_keys & keys else None

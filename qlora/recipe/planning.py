@@ -1,145 +1,149 @@
-"""A recipe's memory, planned before a weight is read: its work in plain values, the budget here, and the choice."""
+"""Memory plans of a recipe, before a weight is read: the workload in plain values, the machine, and the search.
+
+A recipe leaves some choices open (strategy, recompute, offload, streaming); a plan takes the fastest that fits.
+"""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from qlora.adapters import Adapter
-from qlora.adapters.patterns import by_pattern, refuse_idle
+from qlora.adapters.patterns import by_pattern, refuse_unused
 from qlora.adapters.target_modules import select
 from qlora.errors import DoesNotFit
 from qlora.memory import size_bytes
-from qlora.memory.planner.breakdown import CONTEXT_BYTES
 from qlora.memory.planner.config_reader import read
-from qlora.memory.planner.full_modules import head_trains, whole_values
+from qlora.memory.planner.full_modules import full_module_values, head_trains
 from qlora.memory.planner.memory_plan import Budget, Plan
-from qlora.memory.planner.search import UserChoices, choose, fixed_by
+from qlora.memory.planner.overhead import CONTEXT_BYTES
+from qlora.memory.planner.search import UserChoices, choices_of, choose
 from qlora.memory.planner.shapes import Shapes
-from qlora.memory.planner.workload import AdapterSizes, Storage, Workload
+from qlora.memory.planner.workload import AdapterSizes, Workload
 from qlora.model.download import find_config
+from qlora.quant import build_quantizer
 from qlora.recipe.recipe import Recipe
+from qlora.utils.machine import host_memory_bytes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run would have: a card's bytes (None: it runs on the CPU), cards, and main memory if it is known."""
+    """What a run can use: bytes of one GPU (None: it runs on the CPU), GPUs, and host memory if it is known."""
 
-    card_bytes: int | None
-    cards: int = 1  # processes of the run, one for each
+    gpu_bytes: int | None
+    gpus: int = 1  # one rank each
     host_bytes: int | None = None
-    beside: int = 1  # of these processes, those that share this main memory
+    local_ranks: int = 1  # ranks that share this host memory
+
+    @classmethod
+    def local(cls, ranks: int = 1) -> "Machine":
+        """This machine: the free memory of its first GPU, or its host memory."""
+        import torch  # planning for another machine needs no torch, and starts in a tenth of the time
+
+        # Asking for the free memory creates the CUDA context, which the plan counts as a component of its own.
+        gpu_bytes = torch.cuda.mem_get_info()[0] + CONTEXT_BYTES if torch.cuda.is_available() else None
+        return cls(gpu_bytes, ranks, host_memory_bytes(), min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+    @classmethod
+    def described(cls, gpu: str, gpus: int = 1, ram: str | None = None) -> "Machine":
+        """The machine of `qlora plan --gpu 24GiB --gpus 2 --ram 64GiB`. InputError for what is no size."""
+        return cls(size_bytes(gpu), gpus, size_bytes(ram) if ram else None, gpus)
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
-        """Where the model would be."""
-        return "cpu" if self.card_bytes is None else "cuda"
+        """The device type of the model."""
+        return "cpu" if self.gpu_bytes is None else "cuda"
 
     def budget(self, recipe: Recipe) -> Budget:
-        """The recipe's own budget if it sets one, else what the card (on a CPU: main memory) has."""
-        host = None if self.host_bytes is None else self.host_bytes // self.beside
-        own = self.card_bytes if self.card_bytes is not None else host
-        return Budget(recipe.memory.budget_bytes() or own or main_memory_bytes(), host)
+        """The recipe's own budget if it sets one, else the memory of a GPU (on a CPU: host memory)."""
+        host = None if self.host_bytes is None else self.host_bytes // self.local_ranks
+        device = self.gpu_bytes if self.gpu_bytes is not None else host
+        return Budget(recipe.memory.budget_bytes() or device or host_memory_bytes(), host)
 
 
-def here(processes: int = 1) -> Machine:
-    """The machine this runs on: the free memory of its first card, or its main memory."""
-    import torch  # planning for another machine needs no torch, and starts in a tenth of the time
+class Planner:
+    """Plans of one recipe. The base model's config.json is read once, when the first plan is made."""
 
-    # Asking makes the context, which the plan counts by itself.
-    card = torch.cuda.mem_get_info()[0] + CONTEXT_BYTES if torch.cuda.is_available() else None
-    return Machine(card, processes, main_memory_bytes(), min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    def __init__(self, recipe: Recipe, shapes: Shapes | None = None) -> None:
+        """`shapes`: of a base model whose config.json is known already."""
+        self.recipe = recipe
+        self._known_shapes = shapes
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The base model's shapes. BaseModelError if its config.json can't be had or the family is not known."""
+        model = self.recipe.model
+        return self._known_shapes or read(find_config(model.name, model.revision), model.name)
+
+    def plan(self, machine: Machine, strategy: str | None = None, micro_batch: int | None = None) -> Plan:
+        """The plan under a strategy (None: the recipe's, or the better one), whether it fits or not."""
+        plans = self.plan_strategies(machine, micro_batch)
+        return plans[strategy] if strategy in plans else plans[better_strategy(plans)]
+
+    def plan_strategies(self, machine: Machine, micro_batch: int | None = None) -> dict[str, Plan]:
+        """A plan for each strategy that the recipe leaves open on so many GPUs."""
+        recipe = self.recipe
+        workload = workload_of(recipe, self.shapes, machine)
+        workload = replace(workload, micro_batch=micro_batch or workload.micro_batch)
+        budget, choices = machine.budget(recipe), user_choices(recipe, self.shapes.layers)
+        checkpoints = recipe.train.keep if recipe.train.save_every else 0
+        plans = {
+            kind: choose(replace(workload, sharded=kind == "fsdp"), budget, choices)
+            for kind in _open_strategies(recipe, machine.gpus)
+        }
+        return {kind: replace(plan, checkpoints=checkpoints) for kind, plan in plans.items()}
 
 
-def elsewhere(gpu: str, gpus: int, ram: str | None) -> Machine:
-    """A machine as `qlora plan` was told."""
-    return Machine(size_bytes(gpu), gpus, size_bytes(ram) if ram else None, gpus)
+def require_fit(plan: Plan) -> Plan:
+    """The plan. DoesNotFit, with what would make it fit, if it exceeds its budget."""
+    if not plan.fits:
+        raise DoesNotFit(f"memory: {plan.advice}")
+    return plan
 
 
-def main_memory_bytes() -> int:
-    """All of main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def plan_of(recipe: Recipe, machine: Machine) -> Plan:
-    """The plan of a recipe on a machine. BaseModelError if the model's shapes are not known."""
-    plans = plans_of(recipe, machine)
-    return plans[better(plans)]
-
-
-def plans_of(recipe: Recipe, machine: Machine) -> dict[str, Plan]:
-    """A plan for each strategy that the recipe leaves open on so many cards."""
-    return plans_for(recipe, read(find_config(recipe.model.name, recipe.model.revision), recipe.model.name), machine)
-
-
-def plans_for(recipe: Recipe, shapes: Shapes, machine: Machine) -> dict[str, Plan]:
-    """The same for a base of known shapes."""
+def _open_strategies(recipe: Recipe, gpus: int) -> list[str]:
     kind = recipe.distributed.kind
-    several = [kind] if kind in ("ddp", "fsdp") else ["ddp"] if needs_whole(recipe) else ["ddp", "fsdp"]
-    kinds = several if machine.cards > 1 else ["fsdp" if kind == "fsdp" else "single"]
-    work, fixed = work_of(recipe, shapes, machine), left_open(recipe, shapes.layers)
-    kept = recipe.train.keep if recipe.train.save_every else 0
-    found = {each: choose(replace(work, sharded=each == "fsdp"), machine.budget(recipe), fixed) for each in kinds}
-    return {kind: replace(plan, checkpoints=kept) for kind, plan in found.items()}
+    if gpus == 1:
+        return ["fsdp" if kind == "fsdp" else "single"]
+    if kind in ("ddp", "fsdp"):
+        return [kind]
+    return ["ddp"] if needs_unsharded_base(recipe) else ["ddp", "fsdp"]
 
 
-def needs_whole(recipe: Recipe) -> str | None:
-    """The setting that rules a shared base out: what trains is part of it, or compiled layers hold it in place."""
-    return recipe.adapter.of_the_base() or ("train.compile: true" if recipe.train.compile else None)
+def needs_unsharded_base(recipe: Recipe) -> str | None:
+    """The setting that rules FSDP out: it trains parameters of the base model, or compiles its layers."""
+    return recipe.adapter.trains_base_weights() or ("train.compile: true" if recipe.train.compile else None)
 
 
-def better(plans: Mapping[str, Plan]) -> str:
-    """Every card its own model where that fits without moving layers; else shares of one, if at least those fit."""
-    whole, shared = plans.get("ddp"), plans.get("fsdp")
-    if whole is None or shared is None:
+def better_strategy(plans: Mapping[str, Plan]) -> str:
+    """DDP where every GPU holds the model without streaming weights; else FSDP, if at least that fits."""
+    ddp, fsdp = plans.get("ddp"), plans.get("fsdp")
+    if ddp is None or fsdp is None:
         return next(iter(plans))
-    if whole.fits and not whole.work.streamed:
+    if ddp.fits and not ddp.work.streamed:
         return "ddp"
-    return "ddp" if whole.fits and not shared.fits else "fsdp"
+    return "ddp" if ddp.fits and not fsdp.fits else "fsdp"
 
 
-def left_open(recipe: Recipe, layers: int) -> UserChoices:
-    """What the recipe leaves no choice about: its memory section, what trains whole, and that of compiled layers."""
-    fixed = fixed_by(recipe.memory, layers)
-    if fixed.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
-        fixed = replace(fixed, weights="stream")  # the launcher's word, see recipes/accelerate/fsdp_offload.yaml
-    if recipe.adapter.of_the_base():  # it has no copy to come from
-        fixed = replace(fixed, weights="resident")
+def user_choices(recipe: Recipe, layers: int) -> UserChoices:
+    """What the recipe leaves no choice about: its memory section, training of base weights, compiled layers."""
+    choices = choices_of(recipe.memory, layers)
+    if choices.weights is None and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+        choices = replace(choices, weights="stream")  # set by the launcher, see recipes/accelerate/fsdp_offload.yaml
+    if recipe.adapter.trains_base_weights():  # trained weights have no copy to stream from
+        choices = replace(choices, weights="resident")
     if not recipe.train.compile:
-        return fixed
-    return replace(fixed, offload=bool(fixed.offload), weights=fixed.weights or "resident")
+        return choices
+    return replace(choices, offload=bool(choices.offload), weights=choices.weights or "resident")
 
 
-def plan_under(recipe: Recipe, processes: int, kind: str | None) -> Plan:
-    """The plan of a recipe for one of so many processes here under a strategy, whether it fits or not."""
-    plans = plans_of(recipe, here(processes))
-    return plans[kind] if kind in plans else plans[better(plans)]
-
-
-def plan_run(recipe: Recipe, processes: int, kind: str | None = None) -> Plan:
-    """The plan that a run obeys, under a strategy. DoesNotFit, with what would make it fit."""
-    found = plan_under(recipe, processes, kind)
-    if not found.fits:
-        raise DoesNotFit(f"memory: {found.advice}")
-    return found
-
-
-def unused_cards(processes: int, cards: int | None = None) -> tuple[str, ...]:
-    """What to type for more, where one process runs on a machine with several cards; `cards`: None counts them."""
-    import torch
-
-    found = torch.cuda.device_count() if cards is None else cards
-    if processes > 1 or found < 2:
-        return ()
-    return (f"one of {found} cards is used; for all: accelerate launch --num_processes {found} -m qlora train RECIPE",)
-
-
-def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
-    """One process's share of a recipe, as far as its memory goes."""
+def workload_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
+    """One rank's part of a run, as far as its memory goes."""
     return Workload(
         shapes=shapes,
-        adapters=adapters_of(recipe.adapter, shapes),
-        storage=Storage(recipe.quant.kind, bool(recipe.quant.double), recipe.quant.block or 64),
+        adapters=adapter_sizes(recipe.adapter, shapes),
+        quantizer=build_quantizer(recipe.quant),
         dtype_bytes=dtype_bytes(recipe.model.dtype, shapes.dtype),
         optimizer=recipe.optim.kind,
         micro_batch=recipe.train.micro_batch,
@@ -147,34 +151,38 @@ def work_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
         packing=recipe.data.packing,
         attention=recipe.model.attention,
         device=machine.device,
-        processes=machine.cards,
+        processes=machine.gpus,
     )
 
 
-def adapters_of(section: Adapter, shapes: Shapes) -> AdapterSizes:
-    """What trains. AdapterError for a name or a pattern that means no layer."""
+def adapter_sizes(section: Adapter, shapes: Shapes) -> AdapterSizes:
+    """The parameters that train. AdapterError for a name or a pattern that matches no layer."""
     if section.kind == "full":
         trained = shapes.parameters - shapes.vision
-        return AdapterSizes(shapes.matrices, "full", rank=0, whole=trained, whole_head=True)
-    named = {matrix.path: matrix for matrix in shapes.matrices}
-    chosen = select(named, section.targets)
+        return AdapterSizes(
+            shapes.matrices, kind="full", rank=0, dropout=False, full_values=trained, head_trains=True
+        )
+    matrices = {matrix.path: matrix for matrix in shapes.matrices}
+    targets = select(matrices, section.targets)
     ranks, alphas = section.rank_pattern or {}, section.alpha_pattern or {}
-    refuse_idle("adapter.rank_pattern", ranks, chosen)
-    refuse_idle("adapter.alpha_pattern", alphas, chosen)
-    whole = whole_values(shapes, section.save_modules)
+    refuse_unused("adapter.rank_pattern", ranks, targets)
+    refuse_unused("adapter.alpha_pattern", alphas, targets)
+    full_modules = full_module_values(shapes, section.save_modules)
+    token_matrices = 1 if shapes.tied else 2
+    token_values = len((*section.tokens, *section.new_tokens)) * shapes.hidden * token_matrices
     return AdapterSizes(
-        tuple(named[path] for path in chosen),
-        section.kind,
-        section.rank,
-        section.dropout > 0,
-        section.init == "pissa",
-        {path: by_pattern(ranks, path, section.rank) for path in chosen} if ranks else {},
-        sum(whole.values()) + len((*section.tokens, *section.new_tokens)) * shapes.hidden * (1 if shapes.tied else 2),
-        head_trains(shapes, whole),
+        tuple(matrices[path] for path in targets),
+        kind=section.kind,
+        rank=section.rank,
+        dropout=section.dropout > 0,
+        keeps_init=section.init == "pissa",
+        ranks={path: by_pattern(ranks, path, section.rank) for path in targets} if ranks else {},
+        full_values=sum(full_modules.values()) + token_values,
+        head_trains=head_trains(shapes, full_modules),
     )
 
 
-def dtype_bytes(wanted: str, own: str | None) -> int:
-    """Bytes of the compute dtype: `auto` is the base's own, 16 bit unless that is float32."""
-    named = own if wanted == "auto" else wanted
-    return 4 if named in (None, "float32") else 2
+def dtype_bytes(dtype: str, base_dtype: str | None) -> int:
+    """Bytes of the compute dtype: `auto` is the base model's own, 16 bit unless that is float32."""
+    name = base_dtype if dtype == "auto" else dtype
+    return 4 if name in (None, "float32") else 2

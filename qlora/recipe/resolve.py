@@ -1,19 +1,19 @@
-"""What was said: a file and the overrides as settings `section.key`, aliases read, later words over earlier ones."""
+"""Resolved settings: a recipe file and overrides as `section.key` settings; aliases expanded, later values win."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from qlora.config import Path, Place, Problem, Section
+from qlora.config import Location, Path, Problem, Section
 from qlora.config.error_messages import shown
 from qlora.errors import did_you_mean
-from qlora.recipe.aliases import ACCUMULATION, ALIASES, REMEDIES, counterparts, meaning
+from qlora.recipe.aliases import ACCUMULATION, ALIASES, REMEDIES, RENAMED_VALUES, target_keys, translate
 
 Sections = Mapping[str, type[Section]]
-Entry = tuple[Path, Any, Place]
+Entry = tuple[Path, Any, Location]
 
-RIVALS = (  # of two that exclude each other, an override of one takes the file's other away
+EXCLUSIVE = (  # an override of one setting of a pair removes the other one of the file
     ("train.epochs", "train.max_steps"),
     ("data.eval", "data.eval_fraction"),
     ("train.global_batch", ACCUMULATION),
@@ -22,111 +22,118 @@ RIVALS = (  # of two that exclude each other, an override of one takes the file'
 
 @dataclass
 class ResolvedSettings:
-    """Settings by `section.key`, their places, what is wrong with them, and what aliases were read as."""
+    """Settings by `section.key`, their locations, their problems, and a note for each alias."""
 
     sections: Sections
     source: str
-    written: dict[Path, Place]  # every key of the file or the overrides, as it was written
+    written: dict[Path, Location]  # every key of the file or the overrides, as written
     problems: list[Problem]
     settings: dict[str, Any] = field(default_factory=dict)
-    places: dict[Path, Place] = field(default_factory=dict)  # of the settings, aliases under both names
+    locations: dict[Path, Location] = field(default_factory=dict)  # of the settings, aliases under both names
     notes: list[str] = field(default_factory=list)
-    whole: set[str] = field(default_factory=set)  # sections that were written as one value
+    complete_sections: set[str] = field(default_factory=set)  # sections that were written as one value
 
-    def place(self, path: Path) -> Place:
-        """The place of a setting, or of the nearest thing around it."""
+    def location(self, path: Path) -> Location:
+        """The location of a setting, or of the nearest group around it."""
         for size in range(len(path), 0, -1):
-            found = self.places.get(path[:size]) or self.written.get(path[:size])
-            if found is not None:
-                return found.below(path[size:])
-        return Place(self.source, 0, "").below(path)
+            location = self.locations.get(path[:size]) or self.written.get(path[:size])
+            if location is not None:
+                return location.child(path[size:])
+        return Location(self.source, 0, "").child(path)
 
-    def take(self, entries: Iterable[Entry]) -> "ResolvedSettings":
-        """Say all entries, weak ones last."""
-        weak: list[tuple[str, str, tuple[Any, ...], Place]] = []
-        for path, value, place in entries:
+    def add(self, entries: Iterable[Entry]) -> "ResolvedSettings":
+        """Set all entries, defaults of aliases last."""
+        defaults: list[tuple[str, str, tuple[Any, ...], Location]] = []
+        for path, value, location in entries:
             if len(path) == 1:
-                self._top(str(path[0]), value, place, weak)
+                self._add_top_level(str(path[0]), value, location, defaults)
             elif len(path) == 2:
-                self._say(str(path[0]), str(path[1]), value, place)
+                self._set(str(path[0]), str(path[1]), value, location)
             else:
                 key = f"{path[0]}.{path[1]}"
-                self.problems.append((place, f"can't be set alone. Give {key} as a whole, as in {key}={{...}}."))
-        for name, key, meanings, place in weak:
-            self._say_weakly(name, key, meanings, place)
+                self.problems.append((location, f"can't be set alone. Set all of {key}, as in {key}={{...}}."))
+        for name, key, values, location in defaults:
+            self._add_default(name, key, values, location)
         return self
 
-    def over(self, earlier: "ResolvedSettings") -> "ResolvedSettings":
-        """Both together; where both speak of the same, this one counts."""
-        gone = {path for path in earlier.settings if path.split(".")[0] in self.whole} | set(self.settings)
-        for pair in RIVALS:
-            if any(self.settings.get(key) is not None for key in pair):
-                gone.update(pair)
-        kept = {key: value for key, value in earlier.settings.items() if key not in gone}
+    def override_with(self, overrides: "ResolvedSettings") -> "ResolvedSettings":
+        """Both together; where both have a setting, the one of `overrides` counts."""
+        removed = {key for key in self.settings if key.split(".")[0] in overrides.complete_sections}
+        removed |= set(overrides.settings)
+        for pair in EXCLUSIVE:
+            if any(overrides.settings.get(key) is not None for key in pair):
+                removed.update(pair)
+        kept = {key: value for key, value in self.settings.items() if key not in removed}
+        written = {path: location for path, location in self.written.items() if _key(path) not in removed}
+        locations = {path: location for path, location in self.locations.items() if _key(path) not in removed}
         return ResolvedSettings(
             self.sections,
-            earlier.source,
-            {path: place for path, place in earlier.written.items() if _key(path) not in gone} | self.written,
-            earlier.problems + self.problems,
-            kept | self.settings,
-            {path: place for path, place in earlier.places.items() if _key(path) not in gone} | self.places,
-            earlier.notes + self.notes,
+            self.source,
+            written | overrides.written,
+            self.problems + overrides.problems,
+            kept | overrides.settings,
+            locations | overrides.locations,
+            self.notes + overrides.notes,
         )
 
-    def _top(self, name: str, value: Any, place: Place, weak: list[Any]) -> None:
-        meant = meaning(name, value)
-        if meant is not None:
-            self._alias(name, value, place, meant, weak)
+    def _add_top_level(self, name: str, value: Any, location: Location, defaults: list[Any]) -> None:
+        translation = translate(name, value)
+        if translation is not None:
+            self._add_alias(name, value, location, translation, defaults)
         elif name not in self.sections:
-            self.problems.append((place, f"not a setting.{self._nearest(name)}"))
+            self.problems.append((location, f"not a setting.{self._suggest(name)}"))
         elif name == "model" and isinstance(value, str):
-            self.whole.add(name)
-            self._say("model", "name", value, place)
+            self.complete_sections.add(name)
+            self._set("model", "name", value, location)
         elif isinstance(value, Mapping):
-            self.whole.add(name)
-            for key, each in value.items():
-                self._say(name, str(key), each, self.written.get((name, key)) or place.below((str(key),)))
+            self.complete_sections.add(name)
+            for key, item in value.items():
+                self._set(name, str(key), item, self.written.get((name, key)) or location.child((str(key),)))
         elif value is not None:
             known = ", ".join(self.sections[name].model_fields)
-            self.problems.append((place, f"found {shown(value)}, allowed: a group of {known}."))
+            self.problems.append((location, f"found {shown(value)}, allowed: a group of {known}."))
 
-    def _alias(self, name: str, value: Any, place: Place, meant: Mapping[str, Any], weak: list[Any]) -> None:
-        for target, ours in meant.items():
+    def _add_alias(
+        self, name: str, value: Any, location: Location, translation: Mapping[str, Any], defaults: list[Any]
+    ) -> None:
+        for target, our_value in translation.items():
             if target.endswith("?"):
-                weak.append((f"{name}: {_yaml(value)}", target[:-1], ours, place))
+                defaults.append((f"{name}: {_text(value)}", target[:-1], our_value, location))
                 continue
             section, key = target.split(".")
-            same = ours is value and target != ACCUMULATION
             if target != ACCUMULATION:
-                self.notes.append(
-                    f"read {name} as {target}" if same else _note(f"{name}: {_yaml(value)}", target, ours)
-                )
-            self._say(section, key, ours, place._replace(key=f"{place.key} (read as {target})"), alias=True)
+                same = our_value is value
+                note = f"read {name} as {target}" if same else _note(f"{name}: {_text(value)}", target, our_value)
+                self.notes.append(note)
+            self._set(section, key, our_value, location._replace(key=f"{location.key} (read as {target})"), alias=True)
 
-    def _say(self, section: str, key: str, value: Any, place: Place, alias: bool = False) -> None:
+    def _set(self, section: str, key: str, value: Any, location: Location, alias: bool = False) -> None:
         path = f"{section}.{key}"
         if section not in self.sections:
-            self.problems.append((place, f"not a setting.{self._nearest(section)}"))
+            self.problems.append((location, f"not a setting.{self._suggest(section)}"))
         elif key not in self.sections[section].model_fields and not (alias and path == ACCUMULATION):
-            self.problems.append((place, f"not a setting.{self._nearest_in(section, key)}"))
+            self.problems.append((location, f"not a setting.{self._suggest_in(section, key)}"))
         elif path in self.settings or (path == ACCUMULATION and "train.global_batch" in self.settings):
-            other = self.places.get((section, key)) or self.place(("train", "global_batch"))
-            self.problems.append((place, f"said before, by {other}. Keep one of the two."))
+            other = self.locations.get((section, key)) or self.location(("train", "global_batch"))
+            self.problems.append((location, f"set twice, also by {other}. Keep one."))
         else:
-            self.settings[path] = value
-            self.places[(section, key)] = place
+            renamed = RENAMED_VALUES.get(path, {}).get(value) if isinstance(value, str) else None
+            if renamed:
+                self.notes.append(_note(f"{path}: {value}", path, renamed))
+            self.settings[path] = renamed or value
+            self.locations[(section, key)] = location
 
-    def _say_weakly(self, name: str, key: str, meanings: tuple[Any, ...], place: Place) -> None:
-        section, _, inner = key.partition(".")
+    def _add_default(self, name: str, key: str, values: tuple[Any, ...], location: Location) -> None:
+        section, _, setting = key.partition(".")
         if key not in self.settings:
-            self.notes.append(_note(name, key, meanings[0]))
-            self._say(section, inner, meanings[0], place._replace(key=f"{place.key} (read as {key})"))
-        elif self.settings[key] not in meanings:
-            other = self.places[(section, inner)]
-            self.problems.append((place, f"against {other}: {_yaml(self.settings[key])}. Keep one of the two."))
+            self.notes.append(_note(name, key, values[0]))
+            self._set(section, setting, values[0], location._replace(key=f"{location.key} (read as {key})"))
+        elif self.settings[key] not in values:
+            other = self.locations[(section, setting)]
+            self.problems.append((location, f"contradicts {other}: {_text(self.settings[key])}. Keep one of the two."))
 
-    def _nearest(self, name: str) -> str:
-        """End of a message about an unknown name at the top."""
+    def _suggest(self, name: str) -> str:
+        """End of a message about an unknown top-level name."""
         if name in REMEDIES:
             return f" {REMEDIES[name]}"
         elsewhere = [f"{section}.{name}" for section, known in self.sections.items() if name in known.model_fields]
@@ -134,23 +141,23 @@ class ResolvedSettings:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return hint + did_you_mean("", self.sections)
 
-    def _nearest_in(self, section: str, name: str) -> str:
-        """End of a message about an unknown name in a section: its own names first, then where else it is known."""
-        own = self.sections[section].model_fields
+    def _suggest_in(self, section: str, name: str) -> str:
+        """End of a message about an unknown name in a section: where else the name is known, else the nearest."""
+        fields = self.sections[section].model_fields
         elsewhere = [f"{other}.{name}" for other, known in self.sections.items() if name in known.model_fields]
-        elsewhere += counterparts(name)
+        elsewhere += target_keys(name)
         if elsewhere:
-            return f" Did you mean {elsewhere[0]!r}?" + did_you_mean("", own)
-        return did_you_mean(name, own)
+            return f" Did you mean {elsewhere[0]!r}?" + did_you_mean("", fields)
+        return did_you_mean(name, fields)
 
 
 def _key(path: Path) -> str:
     return ".".join(str(step) for step in path[:2])
 
 
-def _yaml(value: Any) -> str:
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
-def _note(name: str, key: str, *value: Any) -> str:
-    return f"read {name} as {key}" + "".join(f": {_yaml(each)}" for each in value)
+def _note(name: str, key: str, value: Any) -> str:
+    return f"read {name} as {key}: {_text(value)}"

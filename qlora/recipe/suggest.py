@@ -1,4 +1,4 @@
-"""`qlora init`: a model, a card and data -> a recipe that fits, every line of it explained."""
+"""`qlora init`: a recipe for a model, a GPU and a data set that fits, with an explanation of every line."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,68 +8,70 @@ from typing import Any
 from qlora.config import parse, write
 from qlora.errors import DoesNotFit, InputError
 from qlora.memory.planner.memory_plan import Plan
-from qlora.memory.planner.search import price
-from qlora.recipe.check import machine_of
+from qlora.memory.planner.search import estimated_cost
 from qlora.recipe.dataset_profile import DatasetProfile, profile_dataset
-from qlora.recipe.planning import Machine, plan_of
+from qlora.recipe.plan_recipe import requested_machine
+from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe, from_mapping
 from qlora.training import Optim
 from qlora.utils.atomic_files import write_text
+from qlora.utils.machine import gib
 
-# Rules of thumb, not laws: those of QLoRA (arXiv:2305.14314: two or three epochs) and of the peers' own templates.
+# Rules of thumb: those of QLoRA (arXiv:2305.14314: two or three epochs) and of other trainers' templates.
 GLOBAL_BATCH = (16, 8, 4)
-MICRO_BATCH, MICRO_TOKENS = (8, 4, 2, 1), 8_192  # more tokens at a time hardly make a card quicker
+MICRO_BATCH, MICRO_TOKENS = (8, 4, 2, 1), 8_192  # more tokens at a time hardly increase a GPU's throughput
 LENGTHS = (8_192, 4_096, 2_048, 1_024, 512, 256)
-FEW_STEPS = 100  # a run of fewer learns little
-EPOCHS = ((1_000, 3), (10_000, 2))  # rows below, epochs
+FEW_STEPS = 100  # a run with fewer steps learns little
+EPOCHS = ((1_000, 3), (10_000, 2))  # (fewer records than this, epochs)
 RANKS = (16, 32, 64, 128)
-HELD_OUT_ROWS = 64  # at least so many, so that their loss means something
-COLUMN = 38  # where a line's explanation begins
+HELD_OUT_RECORDS = 64  # at least, so that the held-out loss means something
+COLUMN = 38  # of the explanations
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user said."""
+class InitRequest:
+    """The options of `qlora init`."""
 
     model: str
     data: str
-    gpu: str | None = None  # memory of the card, such as 24GiB; None: the card here
+    gpu: str | None = None  # memory of the GPU, such as 24GiB; None: the GPU of this machine
     ram: str | None = None
     out: str = "recipe.yaml"
 
 
 @dataclass(frozen=True)
 class SuggestedRecipe:
-    """A recipe's text, what was seen and planned for it, and its figures for people."""
+    """The text of a recipe, the data set's profile and the memory plan."""
 
     text: str
-    sight: DatasetProfile
+    profile: DatasetProfile
     plan: Plan
 
 
-def begin(asked: Asked) -> SuggestedRecipe:
-    """The recipe. InputError if the file is there; DataError, BaseModelError; DoesNotFit if nothing fits the card."""
-    if Path(asked.out).exists():
-        raise InputError(f"{asked.out} is there already, and is never overwritten. Name another file with -o.")
-    machine = machine_of(asked.gpu, 1, asked.ram)
-    sight = profile_dataset(asked.model, asked.data)
-    settings, plan = _fitted(asked, sight, machine)
-    text = _text(asked, sight, settings, plan)
-    return SuggestedRecipe(text, sight, plan)
+def suggest_recipe(request: InitRequest) -> SuggestedRecipe:
+    """The recipe. InputError if the file exists; DataError, BaseModelError; DoesNotFit if nothing fits the GPU."""
+    if Path(request.out).exists():
+        raise InputError(f"{request.out} exists, and is never overwritten. Name another file with -o.")
+    machine = requested_machine(request.gpu, 1, request.ram)
+    profile = profile_dataset(request.model, request.data)
+    settings, plan = _fit(request, profile, machine)
+    text = _write_yaml(request, profile, settings, plan)
+    return SuggestedRecipe(text, profile, plan)
 
 
-def write_recipe(begun: SuggestedRecipe, out: str) -> None:
-    """Put the recipe where it was asked for."""
-    write_text(Path(out), begun.text)
+def write_recipe(suggestion: SuggestedRecipe, out: str) -> None:
+    """Write the recipe to a file."""
+    write_text(Path(out), suggestion.text)
 
 
-def summary(begun: SuggestedRecipe, out: str) -> list[str]:
-    """What was seen and decided, in a few lines for people."""
-    sight, said = begun.sight, begun.plan.as_json()
+def summary(suggestion: SuggestedRecipe, out: str) -> list[str]:
+    """What was measured and decided, in a few lines."""
+    profile, plan = suggestion.profile, suggestion.plan.as_json()
     return [
-        f"data: {_counted(sight)} rows, format {sight.format}; half of them up to {sight.length_of(0.5):,} tokens, "
-        f"99 % up to {sight.length_of(0.99):,}; {sight.trained_share:.0%} of the tokens are trained",
-        f"memory: {said['peak_bytes'] / 2**30:.1f} GiB predicted of {said['gpu_bytes'] / 2**30:.1f} GiB",
+        f"data: {_count(profile)} records, format {profile.format}; half of them up to "
+        f"{profile.length_quantile(0.5):,} tokens, 99 % up to {profile.length_quantile(0.99):,}; "
+        f"{profile.trained_share:.0%} of the tokens are trained",
+        f"memory: {gib(plan['peak_bytes'])} predicted of {gib(plan['gpu_bytes'])}",
         f"-> {out}. Next: qlora check {out}, then qlora train {out}",
     ]
 
@@ -77,54 +79,54 @@ def summary(begun: SuggestedRecipe, out: str) -> list[str]:
 Settings = dict[str, Any]
 
 
-def _fitted(asked: Asked, sight: DatasetProfile, machine: Machine) -> tuple[Settings, Plan]:
-    """The settings whose rows are longest, and among their micro-batches the one that is predicted to be quickest."""
-    found = None
-    for length in _lengths(sight):
-        settings = _settings(asked, sight, length)
+def _fit(request: InitRequest, profile: DatasetProfile, machine: Machine) -> tuple[Settings, Plan]:
+    """The settings with the longest sequences that fit, and the micro-batch that is predicted to be fastest."""
+    plan = None
+    for length in _candidate_lengths(profile):
+        settings = _settings(request, profile, length)
         plans = [
-            plan_of(_recipe(settings | {"train.micro_batch": rows}), machine)
-            for rows in MICRO_BATCH
-            if rows <= settings["train.global_batch"] and (rows == 1 or rows * length <= MICRO_TOKENS)
+            Planner(_recipe(settings | {"train.micro_batch": size})).plan(machine)
+            for size in MICRO_BATCH
+            if size <= settings["train.global_batch"] and (size == 1 or size * length <= MICRO_TOKENS)
         ]
-        found = plans[-1]
-        fitting = [plan for plan in plans if plan.fits]
+        plan = plans[-1]
+        fitting = [candidate for candidate in plans if candidate.fits]
         if fitting:
-            best = min(fitting, key=lambda plan: price(plan) / plan.work.micro_batch)
+            best = min(fitting, key=lambda candidate: estimated_cost(candidate) / candidate.work.micro_batch)
             return settings | {"train.micro_batch": best.work.micro_batch}, best
-    raise DoesNotFit(f"memory: {found.advice if found else 'no row'}")
+    raise DoesNotFit(f"memory: {plan.advice if plan else 'no sequence length fits'}")
 
 
-def _lengths(sight: DatasetProfile) -> list[int]:
-    """Lengths of a row to try, longest first: what holds 99 % of the rows whole, packed ones no shorter than 1,024."""
-    wanted = next((each for each in reversed(LENGTHS) if each >= sight.length_of(0.99)), LENGTHS[0])
-    if sight.tokens > FEW_STEPS * GLOBAL_BATCH[0] * 2_048:
-        wanted = max(wanted, 2_048)
-    elif sight.tokens > FEW_STEPS * GLOBAL_BATCH[-1] * 1_024:
-        wanted = max(wanted, 1_024)
-    room = min(wanted, sight.context)
-    return [room] + [each for each in LENGTHS if each < room]
+def _candidate_lengths(profile: DatasetProfile) -> list[int]:
+    """Values of max_length to try, longest first: one that holds 99 % of the examples; for packing at least 1,024."""
+    longest = next((length for length in reversed(LENGTHS) if length >= profile.length_quantile(0.99)), LENGTHS[0])
+    if profile.tokens > FEW_STEPS * GLOBAL_BATCH[0] * 2_048:
+        longest = max(longest, 2_048)
+    elif profile.tokens > FEW_STEPS * GLOBAL_BATCH[-1] * 1_024:
+        longest = max(longest, 1_024)
+    longest = min(longest, profile.context)
+    return [longest] + [length for length in LENGTHS if length < longest]
 
 
-def _settings(asked: Asked, sight: DatasetProfile, length: int) -> Settings:
-    rows = sight.rows or sight.looked_at
-    epochs = next((times for below, times in EPOCHS if rows < below), 1)
-    packing = sight.length_of(0.5) <= length // 2
-    trained_rows = sight.tokens / length if packing else rows
-    batch = next((each for each in GLOBAL_BATCH if epochs * trained_rows / each >= FEW_STEPS), GLOBAL_BATCH[-1])
-    steps = max(1, round(epochs * trained_rows / batch))
-    rank = next((each for each in RANKS if _holds(asked, each, sight)), RANKS[-1])
+def _settings(request: InitRequest, profile: DatasetProfile, length: int) -> Settings:
+    records = profile.records or profile.sampled
+    epochs = next((epochs for limit, epochs in EPOCHS if records < limit), 1)
+    packing = profile.length_quantile(0.5) <= length // 2
+    sequences = profile.tokens / length if packing else records
+    batch = next((size for size in GLOBAL_BATCH if epochs * sequences / size >= FEW_STEPS), GLOBAL_BATCH[-1])
+    steps = max(1, round(epochs * sequences / batch))
+    rank = next((rank for rank in RANKS if _has_capacity(request, rank, profile)), RANKS[-1])
     return {
-        "model.name": asked.model,
+        "model.name": request.model,
         "adapter.rank": rank,
         "adapter.alpha": 2 * rank,
-        "data.train": asked.data,
-        "data.eval_fraction": min(0.2, max(0.02, round(HELD_OUT_ROWS / rows, 3))),
-        "data.format": sight.format,
+        "data.train": request.data,
+        "data.eval_fraction": min(0.2, max(0.02, round(HELD_OUT_RECORDS / records, 3))),
+        "data.format": profile.format,
         "data.max_length": length,
         "data.packing": packing,
         "optim.learning_rate": Optim().learning_rate,
-        "train.output": f"runs/{Path(asked.out).stem}",
+        "train.output": f"runs/{Path(request.out).stem}",
         "train.epochs": epochs,
         "train.global_batch": batch,
         "train.eval_every": max(1, steps // 5),
@@ -132,14 +134,14 @@ def _settings(asked: Asked, sight: DatasetProfile, length: int) -> Settings:
     }
 
 
-def _holds(asked: Asked, rank: int, sight: DatasetProfile) -> bool:
-    """Whether an adapter of this rank can hold what the rows bring: two bits a parameter, one a trained token.
+def _has_capacity(request: InitRequest, rank: int, profile: DatasetProfile) -> bool:
+    """Whether an adapter of this rank can hold the trained tokens: two bits a parameter, one bit a token.
 
     Schulman et al. 2025, LoRA Without Regret.
     """
-    recipe = _recipe({"model.name": asked.model, "adapter.rank": rank, "data.train": asked.data})
-    parameters = plan_of(recipe, Machine(2**40)).work.adapters.values
-    return 2 * parameters >= sight.tokens * sight.trained_share
+    recipe = _recipe({"model.name": request.model, "adapter.rank": rank, "data.train": request.data})
+    parameters = Planner(recipe).plan(Machine(2**40)).work.adapters.values
+    return 2 * parameters >= profile.tokens * profile.trained_share
 
 
 def _recipe(settings: Settings) -> Recipe:
@@ -154,55 +156,56 @@ def _nested(settings: Settings) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _text(asked: Asked, sight: DatasetProfile, settings: Settings, plan: Plan) -> str:
-    """YAML with a reason behind every line."""
-    card = asked.gpu or "this machine"
-    head = [
-        f"# {asked.model} on {card}, made by `qlora init` after a look at {asked.data}.",
-        f"# Predicted peak: {plan.peak_bytes / 2**30:.1f} GiB of {plan.budget.device_bytes / 2**30:.1f} GiB;"
-        " `qlora plan` says what takes it.",
-        "# What is not written here has its default: `qlora recipes show reference` has every setting.",
+def _write_yaml(request: InitRequest, profile: DatasetProfile, settings: Settings, plan: Plan) -> str:
+    """YAML with a comment on every line."""
+    gpu = request.gpu or "this machine"
+    lines = [
+        f"# {request.model} on {gpu}, written by `qlora init` for {request.data}.",
+        f"# Predicted peak: {gib(plan.peak_bytes)} of {gib(plan.budget.device_bytes)}; `qlora plan` has the parts.",
+        "# Settings that are not here have their defaults: `qlora recipes show reference` lists all settings.",
     ]
-    why = _reasons(sight, settings, plan)
-    lines = []
+    comments = _comments(profile, settings, plan)
     for section, values in _nested(settings).items():
         lines.append(f"{section}:")
         for name, value in values.items():
-            lines += _line(f"  {write({name: value}).strip()}", why[f"{section}.{name}"])
-    text = "\n".join([*head, *lines, ""])
-    from_mapping(parse(text, "init").value)  # what was written is a recipe, or this is our mistake
+            lines += _commented(f"  {write({name: value}).strip()}", comments[f"{section}.{name}"])
+    text = "\n".join([*lines, ""])
+    from_mapping(parse(text, "init").value)  # fails if the text is not a valid recipe, which would be a bug here
     return text
 
 
-def _line(written: str, reason: str) -> list[str]:
-    """A setting and its reason: beside it, or above where the setting is long."""
-    return [f"{written:{COLUMN}}# {reason}"] if len(written) < COLUMN - 1 else [f"  # {reason}", written]
+def _commented(line: str, comment: str) -> list[str]:
+    """A setting with its comment: on the same line, or above a long setting."""
+    return [f"{line:{COLUMN}}# {comment}"] if len(line) < COLUMN - 1 else [f"  # {comment}", line]
 
 
-def _reasons(sight: DatasetProfile, settings: Settings, plan: Plan) -> Mapping[str, str]:
+def _comments(profile: DatasetProfile, settings: Settings, plan: Plan) -> Mapping[str, str]:
     length, packing = settings["data.max_length"], settings["data.packing"]
-    longer = float((sight.lengths > length).mean())
-    holds = "holds every row whole" if not longer else f"tokens; {longer:.2%} of the rows are longer and dropped"
-    held = settings["data.eval_fraction"]
-    explain = {
-        "model.name": "frozen in 4 bits (NF4, double quantisation)",
-        "adapter.rank": f"{plan.work.adapters.values:,} weights train; see `qlora inspect` after the run",
+    overlong = float((profile.lengths > length).mean())
+    fraction = settings["data.eval_fraction"]
+    comments = {
+        "model.name": "frozen in 4 bits (NF4, double quantization)",
+        "adapter.rank": f"{plan.work.adapters.values:,} weights are trained; see `qlora inspect` after the run",
         "adapter.alpha": "twice the rank: the update is scaled by alpha / rank",
-        "data.train": "what is learnt from: `qlora preview` shows it as it is trained",
-        "data.eval_fraction": f"{held:.1%} of the rows are held out: without them overfitting can't be seen",
-        "data.format": "found by the columns of the first row",
-        "data.max_length": holds,
-        "data.packing": "short rows share a full one, kept apart by attention" if packing else "rows are long enough",
-        "optim.learning_rate": "the usual one for LoRA: about ten times that of full fine-tuning",
-        "train.output": "adapter, report.html, metrics and checkpoints go here",
-        "train.epochs": f"times each row is seen; {_counted(sight)} rows here (rule of thumb)",
-        "train.global_batch": "rows in one optimizer step; smaller gives more steps",
-        "train.eval_every": "steps between evaluations: five on the way",
-        "train.save_every": "steps between checkpoints: a killed run goes on from the newest",
-        "train.micro_batch": "rows at a time: the predicted quickest that fits; the result does not depend on it",
+        "data.train": "the training data: `qlora preview` shows it as it is trained",
+        "data.eval_fraction": f"{fraction:.1%} of the examples are held out, to measure overfitting",
+        "data.format": "detected from the fields of the first record",
+        "data.max_length": f"tokens; {overlong:.2%} of the examples are longer and dropped"
+        if overlong
+        else "tokens; no example is longer",
+        "data.packing": "short examples share a sequence, separated by the attention mask"
+        if packing
+        else "the examples are long enough",
+        "optim.learning_rate": "usual for LoRA: about ten times that of full fine-tuning",
+        "train.output": "adapter, report.html, metrics and checkpoints are written here",
+        "train.epochs": f"for {_count(profile)} records (rule of thumb)",
+        "train.global_batch": "sequences in one optimizer step; a smaller one gives more steps",
+        "train.eval_every": "steps between evaluations: five during the run",
+        "train.save_every": "steps between checkpoints: an interrupted run resumes from the newest",
+        "train.micro_batch": "sequences at a time: predicted to be fastest; it does not change the result",
     }
-    return {key: explain[key] for key in settings}
+    return {key: comments[key] for key in settings}
 
 
-def _counted(sight: DatasetProfile) -> str:
-    return f"{sight.rows:,}" if sight.rows is not None else f"more than {sight.looked_at:,}"
+def _count(profile: DatasetProfile) -> str:
+    return f"{profile.records:,}" if profile.records is not None else f"more than {profile.sampled:,}"

@@ -1,4 +1,4 @@
-"""`qlora chat`: lines in, answers out; a line that begins with / is a command. The same for a terminal and a pipe."""
+"""`qlora chat`: the loop over input lines. A line that starts with / is a command; a terminal and a pipe are alike."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -11,136 +11,138 @@ from qlora.runs.adapter_names import BASE
 from qlora.runs.conversation import ChatSession
 
 HELP = """\
-/adapter [NAME]          which adapter answers; base is the base alone; a:0.5 b:0.5 mixes two
-/compare [TEXT]          the base beside the adapter, same seed; without TEXT the last question again
-/system [TEXT]           what the model is told before the conversation; without TEXT nothing
-/retry                   take the last answer back and draw another
-/reset                   forget the conversation
-/save FILE.jsonl         append the conversation as a row to train on
-/help  /exit             Ctrl-C stops an answer, Ctrl-D leaves; // begins a text that begins with /"""
+/adapter [NAME]          switch the adapter; base: the base model alone; a:0.5 b:0.5 mixes two
+/compare [TEXT]          base and adapter, same seed; without TEXT: the last question again
+/system [TEXT]           set the system prompt; without TEXT: remove it
+/retry                   replace the last answer by another one
+/reset                   clear the conversation
+/save FILE.jsonl         append the conversation as a record to train on
+/help  /exit             Ctrl-C stops an answer, Ctrl-D exits; a text that starts with / is typed with //"""
 
 
 class ExitChat(Exception):
-    """The user wants to go."""
+    """The user ended the chat."""
 
 
 class Screen(Protocol):
-    """Where answers and notices go."""
+    """The output of a chat."""
 
-    def answer(self, who: str, pieces: Iterator[str]) -> None:
-        """Print an answer as it comes, after the name of who gives it, if that is not empty."""
+    def answer(self, name: str, pieces: Iterator[str]) -> None:
+        """Print an answer as it is streamed, after the adapter's name if that is not empty."""
 
-    def notice(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print a line about the conversation."""
 
 
 class ChatLoop(NamedTuple):
-    """A conversation and the screen it is held on."""
+    """A chat session and its screen."""
 
-    talk: ChatSession
+    session: ChatSession
     screen: Screen
 
 
-def converse(talk: ChatSession, screen: Screen, lines: Iterable[str]) -> None:
-    """Answer each line until there is none, or /exit. A mistake is told, and the conversation goes on."""
-    chat = ChatLoop(talk, screen)
+def run_chat(session: ChatSession, screen: Screen, lines: Iterable[str]) -> None:
+    """Answer each line until the input ends, or /exit. An error is printed, and the chat continues."""
+    loop = ChatLoop(session, screen)
     for line in lines:
         try:
-            _take(chat, line.strip())
+            _process_line(loop, line.strip())
         except ExitChat:
             return
         except QloraError as error:
-            screen.notice(f"error: {error}")
+            screen.info(f"error: {error}")
 
 
-def _take(chat: ChatLoop, line: str) -> None:
+def _process_line(loop: ChatLoop, line: str) -> None:
     if not line:
         return
     if not line.startswith("/") or line.startswith("//"):
-        return _show(chat, "", chat.talk.ask(line[1:] if line.startswith("//") else line))
-    word, _, rest = line.partition(" ")
-    if word not in COMMANDS:
-        near = get_close_matches(word, COMMANDS, 1)
+        return _print_answer(loop, "", loop.session.answer(line[1:] if line.startswith("//") else line))
+    command, _, rest = line.partition(" ")
+    if command not in COMMANDS:
+        near = get_close_matches(command, COMMANDS, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise InputError(f"{word} is no command.{hint} /help lists them; // begins a text that begins with /.")
-    return COMMANDS[word](chat, rest.strip())
+        raise InputError(
+            f"{command} is no command.{hint} /help lists them; a text that starts with / is typed with //."
+        )
+    return COMMANDS[command](loop, rest.strip())
 
 
-def _show(chat: ChatLoop, who: str, pieces: Iterator[str]) -> None:
+def _print_answer(loop: ChatLoop, name: str, pieces: Iterator[str]) -> None:
     with closing(pieces):  # type: ignore[type-var]
         try:
-            chat.screen.answer(who, pieces)
+            loop.screen.answer(name, pieces)
         except KeyboardInterrupt:
-            chat.screen.notice("(stopped; what was said is kept)")
+            loop.screen.info("(stopped; the part that was printed is kept)")
 
 
-def _adapter(chat: ChatLoop, words: str) -> None:
-    switch = chat.talk.switch
-    if words:
-        _use(chat, words)
-    acting = switch.name or BASE
-    known = [f"{name}{' *' if name == acting else ''}" for name in (BASE, *switch.names)]
-    if acting not in (BASE, *switch.names):
-        known.append(f"{acting} *")
-    chat.screen.notice("adapters: " + ", ".join(known))
+def _adapter(loop: ChatLoop, names: str) -> None:
+    switch = loop.session.switch
+    if names:
+        _switch_adapter(loop, names)
+    active = switch.active or BASE
+    labels = [f"{name}{' *' if name == active else ''}" for name in (BASE, *switch.names)]
+    if active not in (BASE, *switch.names):
+        labels.append(f"{active} *")
+    loop.screen.info("adapters: " + ", ".join(labels))
 
 
-def _use(chat: ChatLoop, words: str) -> None:
-    switch, parts = chat.talk.switch, words.split()
-    if len(parts) == 1 and ":" not in words:
-        return switch.use(None if words == BASE else words)
+def _switch_adapter(loop: ChatLoop, names: str) -> None:
+    switch, terms = loop.session.switch, names.split()
+    if len(terms) == 1 and ":" not in names:
+        return switch.activate(None if names == BASE else names)
     weights: dict[str, float] = {}
-    for part in parts:
-        name, _, weight = part.partition(":")
+    for term in terms:
+        name, _, weight = term.partition(":")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
-            raise InputError(f"/adapter: {part!r}: a mix is written NAME:WEIGHT, as in polite:0.5.") from None
+            raise InputError(f"/adapter: found {term!r}, allowed: NAME:WEIGHT, as in polite:0.5.") from None
     return switch.mix(weights)
 
 
-def _compare(chat: ChatLoop, text: str) -> None:
-    talk = chat.talk
-    if talk.switch.name is None:
-        known = ", ".join(talk.switch.names) or "none is held"
-        raise InputError(f"the base answers alone: /adapter NAME first ({known}).")
-    tuned = talk.switch.name
+def _compare(loop: ChatLoop, text: str) -> None:
+    session = loop.session
+    if session.switch.active is None:
+        names = ", ".join(session.switch.names) or "none is loaded"
+        raise InputError(f"/compare: no adapter is active. Use /adapter NAME first ({names}).")
+    adapter = session.switch.active
     if text:
-        talk.tries = 0
-        _show(chat, BASE, talk.aside([*talk.messages, Message("user", text)], base=True))
-        return _show(chat, tuned, talk.ask(text))
-    asked = talk.question()
-    _show(chat, BASE, talk.aside(asked, base=True))
-    return _show(chat, tuned, talk.aside(asked, base=False))
+        session.attempts = 0
+        _print_answer(loop, BASE, session.answer_once([*session.messages, Message("user", text)], base=True))
+        return _print_answer(loop, adapter, session.answer(text))
+    messages = session.prompt_messages()
+    _print_answer(loop, BASE, session.answer_once(messages, base=True))
+    return _print_answer(loop, adapter, session.answer_once(messages, base=False))
 
 
-def _system(chat: ChatLoop, text: str) -> None:
-    chat.talk.system = text
-    chat.screen.notice("system prompt set" if text else "no system prompt")
+def _system(loop: ChatLoop, text: str) -> None:
+    loop.session.system = text
+    loop.screen.info("system prompt set" if text else "no system prompt")
 
 
-def _reset(chat: ChatLoop, _: str) -> None:
-    chat.talk.reset()
-    chat.screen.notice("the conversation begins anew")
+def _reset(loop: ChatLoop, _: str) -> None:
+    loop.session.reset()
+    loop.screen.info("conversation cleared")
 
 
-def _retry(chat: ChatLoop, _: str) -> None:
-    another = chat.talk.retry()
-    if chat.talk.temperature == 0:
-        chat.screen.notice("at temperature 0 the answer is always the same; --temperature 0.7 would draw another")
-    _show(chat, "", another)
+def _retry(loop: ChatLoop, _: str) -> None:
+    pieces = loop.session.retry()
+    if loop.session.temperature == 0:
+        loop.screen.info("at temperature 0 the answer is always the same; --temperature 0.7 gives another")
+    _print_answer(loop, "", pieces)
 
 
-def _save(chat: ChatLoop, file: str) -> None:
-    rows = chat.talk.save(file)
-    chat.screen.notice(f"saved as row {rows} of {file}")
+def _save(loop: ChatLoop, file: str) -> None:
+    count = loop.session.save(file)
+    loop.screen.info(f"saved as record {count} of {file}")
 
 
-def _help(chat: ChatLoop, _: str) -> None:
-    chat.screen.notice(HELP)
+def _help(loop: ChatLoop, _: str) -> None:
+    loop.screen.info(HELP)
 
 
-def _exit(chat: ChatLoop, _: str) -> None:
+def _exit(loop: ChatLoop, _: str) -> None:
     raise ExitChat
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a run: what was said so far, and the next answer word by word, by any of its adapters."""
+"""A chat session: the messages so far, and the next answer as a stream of text, by any of the adapters."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,142 +7,145 @@ from pathlib import Path
 from typing import Any
 
 from qlora.adapters.switch import AdapterSwitch
-from qlora.model.generate_tokens import stream
 from qlora.data.types import Message
 from qlora.errors import InputError, QloraError
+from qlora.model.generate_tokens import stream_tokens
+from qlora.runs.load_run import LoadedRun
+from qlora.runs.memory_setup import Log
 from qlora.utils.atomic_files import write_text
-from qlora.runs.load_run import LoadedRun, Say
 
-BROKEN = "\ufffd"  # what a decoder gives for a character whose bytes are not all there yet
+REPLACEMENT = "\ufffd"  # a decoder's output for a character whose bytes are not complete yet
 
 
 @dataclass
 class ChatSession:
-    """The messages of a conversation, and how its answers are drawn. The template is that of training."""
+    """The messages of a conversation, and the settings of generation. The template is that of training."""
 
-    opened: LoadedRun
+    run: LoadedRun
     switch: AdapterSwitch
     max_new_tokens: int
     temperature: float
-    say: Say = lambda line: None
+    log: Log = lambda line: None
     system: str = ""
-    messages: list[Message] = field(default_factory=list)  # user and assistant in turn
-    tries: int = 0  # of the last answer: each draws from a seed of its own
-    tokens: int = 0  # of the last answer
+    messages: list[Message] = field(default_factory=list)  # user and assistant alternate
+    attempts: int = 0  # retries of the last answer: each samples from another seed
+    answer_tokens: int = 0  # length of the last answer
 
     @property
     def seed(self) -> int:
-        """Where the next answer is drawn from."""
-        return self.opened.recipe.train.seed + self.tries
+        """The seed of the next answer."""
+        return self.run.recipe.train.seed + self.attempts
 
-    def ask(self, text: str) -> Iterator[str]:
-        """Add what the user says, and give the answer as it comes; what came of it is kept however it ends."""
-        self.tries = 0
+    def answer(self, text: str) -> Iterator[str]:
+        """Add a user message and stream the answer; what was streamed is kept if the answer is interrupted."""
+        self.attempts = 0
         return self._answer([*self.messages, Message("user", text)])
 
     def retry(self) -> Iterator[str]:
-        """Take the last answer back and draw another. InputError if there is none."""
-        asked = self.question()
-        self.tries += 1
-        return self._answer(asked)
+        """Replace the last answer by another one. InputError if there is none."""
+        prompt = self.prompt_messages()
+        self.attempts += 1
+        return self._answer(prompt)
 
-    def question(self) -> list[Message]:
-        """The conversation up to what the user said last. InputError at its beginning."""
+    def prompt_messages(self) -> list[Message]:
+        """The conversation up to the last user message. InputError for an empty conversation."""
         if not self.messages:
-            raise InputError("nothing was asked yet.")
+            raise InputError("the conversation is empty.")
         return self.messages[:-1]
 
     def reset(self) -> None:
-        """Forget what was said; the system prompt stays."""
-        self.messages, self.tries = [], 0
+        """Clear the conversation; the system prompt stays."""
+        self.messages, self.attempts = [], 0
 
-    def aside(self, asked: Sequence[Message], base: bool) -> Iterator[str]:
-        """An answer of the base alone, or of what acts now, from the same seed; the conversation stays as it is."""
-        pieces = self._spoken(asked)
+    def answer_once(self, messages: Sequence[Message], base: bool) -> Iterator[str]:
+        """An answer by the base model alone or by the active adapter, same seed; the conversation does not change."""
+        pieces = self._stream(messages)
         return self._without_adapters(pieces) if base else pieces
 
     def save(self, file: str) -> int:
-        """Append the conversation to a JSONL file as one training row; returns how many lines it has then."""
+        """Append the conversation to a JSONL file as one record to train on; returns the number of its lines."""
         path = Path(file)
         if path.suffix != ".jsonl" or not path.parent.is_dir():
             raise InputError(f"{file or '?'}: name a file that ends in .jsonl, in a folder that exists.")
         if not self.messages:
-            raise InputError("nothing was said yet.")
+            raise InputError("the conversation is empty.")
         turns = [{"role": message.role, "content": message.content} for message in self._with_system(self.messages)]
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [*before.splitlines(), json.dumps({"messages": turns}, ensure_ascii=False)]
+        content = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [*content.splitlines(), json.dumps({"messages": turns}, ensure_ascii=False)]
         write_text(path, "\n".join(lines) + "\n")
         return len(lines)
 
-    def _answer(self, asked: Sequence[Message]) -> Iterator[str]:
-        return self._kept(asked, self._spoken(asked))
+    def _answer(self, messages: Sequence[Message]) -> Iterator[str]:
+        return self._recorded(messages, self._stream(messages))
 
-    def _kept(self, asked: Sequence[Message], pieces: Iterator[str]) -> Iterator[str]:
-        said: list[str] = []
+    def _recorded(self, messages: Sequence[Message], pieces: Iterator[str]) -> Iterator[str]:
+        streamed: list[str] = []
         try:
             for piece in pieces:
-                said.append(piece)
+                streamed.append(piece)
                 yield piece
         finally:
-            self.messages = [*asked, Message("assistant", "".join(said).strip())]
+            self.messages = [*messages, Message("assistant", "".join(streamed).strip())]
 
     def _without_adapters(self, pieces: Iterator[str]) -> Iterator[str]:
-        with self.switch.off():
+        with self.switch.disable():
             yield from pieces
 
-    def _spoken(self, asked: Sequence[Message]) -> Iterator[str]:
-        prompt, room = self._prompt(asked)
-        ids = stream(self.opened.base, prompt, min(self.max_new_tokens, room), self.temperature, self.seed)
-        return text_of_stream(self._counted(ids), self.opened.base.tokenizer)
+    def _stream(self, messages: Sequence[Message]) -> Iterator[str]:
+        prompt, free_tokens = self._prompt(messages)
+        limit = min(self.max_new_tokens, free_tokens)
+        ids = stream_tokens(self.run.base, prompt, limit, self.temperature, self.seed)
+        return decode_stream(self._counted(ids), self.run.base.tokenizer)
 
     def _counted(self, ids: Iterable[int]) -> Iterator[int]:
-        self.tokens = 0
+        self.answer_tokens = 0
         for token in ids:
-            self.tokens += 1
+            self.answer_tokens += 1
             yield token
 
-    def _prompt(self, asked: Sequence[Message]) -> tuple[list[int], int]:
-        """The ids to go on from, and how many may follow; the oldest turns are left out where the model has no room."""
-        config = self.opened.base.config.get_text_config()
-        room = int(getattr(config, "max_position_embeddings", 0) or 2**31)
-        kept = list(asked)
+    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
+        """The prompt's ids, and how many tokens may follow; the oldest turns are left out of a full context."""
+        config = self.run.base.config.get_text_config()
+        context = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        kept = list(messages)
         while True:
-            ids = self.opened.encoder.prompt_ids(self._with_system(kept))
-            if len(ids) < room:
+            ids = self.run.encoder.prompt_ids(self._with_system(kept))
+            if len(ids) < context:
                 break
             if len(kept) < 3:
-                raise QloraError(f"{len(ids):,} tokens are more than the model's {room:,}. Say it in fewer words.")
+                raise QloraError(
+                    f"the prompt has {len(ids):,} tokens, the context {context:,}. Shorten the prompt, or /reset."
+                )
             kept = kept[2:]
-        if len(kept) < len(asked):
-            self.say(
-                f"the model has room for {room:,} tokens: the first {len(asked) - len(kept)} messages are left out"
-            )
-        return ids, room - len(ids)
+        if len(kept) < len(messages):
+            dropped = len(messages) - len(kept)
+            self.log(f"the context of {context:,} tokens is full: the first {dropped} messages are left out")
+        return ids, context - len(ids)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         return [*([Message("system", self.system)] if self.system else []), *messages]
 
 
-def text_of_stream(ids: Iterable[int], tokenizer: Any) -> Iterator[str]:
-    """Pieces of text as soon as they are whole: control tokens left out, no space at the start, no half characters.
+def decode_stream(ids: Iterable[int], tokenizer: Any) -> Iterator[str]:
+    """Text as soon as it is complete: without control tokens, leading space or incomplete characters.
 
-    Only the last few ids are decoded again for each new one, so that a long answer costs no more a token.
+    Only the last few ids are decoded again for each new one, so the cost per token does not grow with the answer.
     """
     seen: list[int] = []
-    start, end, silent = 0, 0, True
+    start, end, empty = 0, 0, True
     for token in ids:
         seen.append(token)
-        before, after = _decoded(seen[start:end], tokenizer), _decoded(seen[start:], tokenizer)
+        before, after = _decode(seen[start:end], tokenizer), _decode(seen[start:], tokenizer)
         piece = after[len(before) :]
-        if silent:
+        if empty:
             piece = piece.lstrip()
-        if piece and not after.endswith(BROKEN):
+        if piece and not after.endswith(REPLACEMENT):
             yield piece
-            start, end, silent = end, len(seen), False
-    rest = _decoded(seen[start:], tokenizer)[len(_decoded(seen[start:end], tokenizer)) :]
+            start, end, empty = end, len(seen), False
+    rest = _decode(seen[start:], tokenizer)[len(_decode(seen[start:end], tokenizer)) :]
     if rest.strip():
-        yield rest.lstrip() if silent else rest
+        yield rest.lstrip() if empty else rest
 
 
-def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))

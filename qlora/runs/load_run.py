@@ -1,32 +1,34 @@
-"""A finished run opened again, or a model as the defaults quantise it: what eval, generate and export work on."""
+"""Load a finished run, a checkpoint, an adapter folder or a model: what eval, generate, chat and export work on.
 
-from collections.abc import Callable, Mapping, Sequence
+A base model without a run is quantized with the default settings.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.runs import full_model
 from qlora.adapters import peft_files
+from qlora.adapters.attach import attach, build_layers
 from qlora.adapters.switch import AdapterSwitch
-from qlora.runs.artifacts import MANIFEST, RECIPE
-from qlora.model.load_base import Base
-from qlora.data.prepare import prepare
 from qlora.data.conversations.encoder import Encoder
+from qlora.data.prepare import prepare
 from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import AdapterError, InputError
-from qlora.utils.atomic_files import plain_name, read_json, sha256_of
-from qlora.runs.memory_setup import load_base, plan_here
+from qlora.model.load_base import Base
+from qlora.recipe.plan_recipe import NO_DATA, default_recipe
 from qlora.recipe.recipe import Recipe, from_mapping
 from qlora.recipe.recipe import read as read_recipe
-from qlora.training.checkpoint import POSITION, TRAINED, broken
-
-Say = Callable[[str], None]
-NO_DATA = "-"  # the training set of a model that has no run
+from qlora.runs import full_model
+from qlora.runs.artifacts import MANIFEST, RECIPE, read_manifest
+from qlora.runs.memory_setup import Log, load_base, plan_if_known
+from qlora.training.checkpoint import POSITION, WEIGHT_FILES, find_damage
+from qlora.utils.atomic_files import is_bare_name, sha256_of
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A base with or without an adapter, and the recipe that says how it is stored and what data it knows."""
+    """A base model, its adapter if it has one, and the recipe: how the base is stored, what the data is."""
 
     recipe: Recipe
     base: Base
@@ -34,174 +36,176 @@ class LoadedRun:
 
     @property
     def encoder(self) -> Encoder:
-        """Text to tokens, as in training."""
+        """Tokenizer, template and loss mask as in training."""
         return Encoder(self.base.tokenizer, self.recipe.data.train_on, self.recipe.model.chat_template)
 
 
-def load_run(name: str, adapter: str | None = None, say: Say = lambda line: None) -> LoadedRun:
-    """Open a run folder, a checkpoint, an adapter folder of PEFT's, or a model; `adapter` replaces its own.
+def load_run(name: str, adapter: str | None = None, log: Log = lambda line: None) -> LoadedRun:
+    """Load a run folder, a checkpoint, an adapter folder (PEFT's too), or a model; `adapter` replaces the run's.
 
     InputError if the folder is none of these; AdapterError if the adapter is damaged or belongs to another base.
     """
-    recipe, own = _find(name)
-    folder = Path(adapter) if adapter else own
+    recipe, run_adapter = _find_run(name)
+    folder = Path(adapter) if adapter else run_adapter
     if recipe.adapter.kind == "full":
-        refuse_damaged(Path(recipe.model.name), say)
-    file = intact(folder, say) if folder else None
-    base = load_base(recipe, Single().device, plan_here(recipe), say)
-    note = peft_files.attach(base.model, file, base.manifest.sha256) if file else None
+        refuse_damaged(Path(recipe.model.name), log)
+    file = read_verified_adapter(folder, log) if folder else None
+    base = load_base(recipe, Single().device, plan_if_known(recipe), log)
+    note = attach(base.model, file, base.manifest.sha256) if file else None
     if note:
-        say(note)
+        log(note)
     return LoadedRun(recipe, base, file)
 
 
-def load_with_adapters(name: str, adapters: Mapping[str, str], say: Say = lambda line: None) -> tuple[LoadedRun, AdapterSwitch]:
-    """Open a run or a model with several adapters on one base, by name -> folder; the first one acts.
+def load_with_adapters(
+    name: str, adapters: Mapping[str, str], log: Log = lambda line: None
+) -> tuple[LoadedRun, AdapterSwitch]:
+    """Load a run or a model with several adapters (name -> folder) on one base; the first adapter is active.
 
-    InputError and AdapterError as `load_run`; all files are read before the base is.
+    InputError and AdapterError as `load_run`. All adapter files are read before the base model.
     """
-    recipe, _ = _find(name)
-    files = {each: intact(Path(folder), say) for each, folder in adapters.items()}
-    base = load_base(recipe, Single().device, plan_here(recipe), say)
+    recipe, _ = _find_run(name)
+    files = {adapter: read_verified_adapter(Path(folder), log) for adapter, folder in adapters.items()}
+    base = load_base(recipe, Single().device, plan_if_known(recipe), log)
     switch = AdapterSwitch(base.model)
-    for each, file in files.items():
-        layers, note = peft_files.fitted(base.model, file, base.manifest.sha256)
-        switch.hold(each, layers)
+    for adapter, file in files.items():
+        layers, note = build_layers(base.model, file, base.manifest.sha256)
+        switch.add(adapter, layers)
         if note:
-            say(note)
-    switch.use(next(iter(files), None))
+            log(note)
+    switch.activate(next(iter(files), None))
     return LoadedRun(recipe, base, next(iter(files.values()), None)), switch
 
 
-def own_adapter(name: str) -> str | None:
-    """The folder of the adapter that a run, a checkpoint or an adapter folder is; None for a plain model."""
-    own = _find(name)[1]
-    return None if own is None else str(own)
+def find_adapter_folder(name: str) -> str | None:
+    """The folder of the adapter of a run, a checkpoint or an adapter folder; None for a plain model."""
+    folder = _find_run(name)[1]
+    return None if folder is None else str(folder)
 
 
-def _find(name: str) -> tuple[Recipe, Path | None]:
-    """The recipe that `name` was trained by, or the defaults around it; and its adapter's folder."""
+def _find_run(name: str) -> tuple[Recipe, Path | None]:
+    """The recipe that `name` was trained with, or the default recipe of a model; and the adapter's folder."""
     folder = Path(name)
     if (folder / RECIPE).is_file():
-        recipe = _recipe_of(folder)
-        return _whole(recipe, _finished(folder, recipe)) or (recipe, folder)
+        recipe = _read_recipe(folder)
+        return _full_model_recipe(recipe, _finished(folder, recipe)) or (recipe, folder)
     if (folder / POSITION).is_file() and (folder.parent / RECIPE).is_file():
-        recipe = _recipe_of(folder.parent)
-        return _whole(recipe, folder) or (recipe, folder)
+        recipe = _read_recipe(folder.parent)
+        return _full_model_recipe(recipe, folder) or (recipe, folder)
     if (folder / peft_files.CONFIG).is_file():
-        return _defaults(_base_named_by(folder)), folder
-    return _defaults(name), None
+        return default_recipe(_base_name(folder)), folder
+    return default_recipe(name), None
 
 
 def read_adapter(name: str) -> tuple[peft_files.AdapterFile, Recipe | None]:
-    """The adapter of a run, a checkpoint or an adapter folder, its base left alone; and its run's recipe, if any.
+    """The adapter of a run, a checkpoint or an adapter folder, without its base; and the run's recipe, if any.
 
     InputError if there is none; AdapterError if it is damaged.
     """
     folder = Path(name)
-    recipe = next((_recipe_of(place) for place in (folder, folder.parent) if _speaks_for(place, folder)), None)
+    recipe = next((_read_recipe(parent) for parent in (folder, folder.parent) if _has_recipe(parent, folder)), None)
     if recipe and recipe.adapter.kind == "full":
-        raise AdapterError(f"{folder}: {full_model.ADAPTERLESS}")
+        raise AdapterError(f"{folder}: {full_model.NO_ADAPTER}")
     if recipe and folder.joinpath(RECIPE).is_file():
         _finished(folder, recipe)
     elif not (folder / peft_files.CONFIG).is_file():
         raise InputError(
-            f"{folder}: is no run, checkpoint or adapter folder: it has no {peft_files.CONFIG} and no {RECIPE}."
+            f"{folder}: not a run, a checkpoint or an adapter folder: found no {peft_files.CONFIG} and no {RECIPE}."
         )
-    return intact(folder), recipe
+    return read_verified_adapter(folder), recipe
 
 
-def _speaks_for(place: Path, folder: Path) -> bool:
-    """Whether the recipe at `place` is that of the adapter in `folder`: its own, or the run's of a checkpoint."""
-    return (place / RECIPE).is_file() and (place == folder or (folder / POSITION).is_file())
+def _has_recipe(parent: Path, folder: Path) -> bool:
+    """Whether `parent` has the recipe of the adapter in `folder`: the folder itself, or the run of a checkpoint."""
+    return (parent / RECIPE).is_file() and (parent == folder or (folder / POSITION).is_file())
 
 
-def _recipe_of(folder: Path) -> Recipe:
+def _read_recipe(folder: Path) -> Recipe:
     return read_recipe(folder / RECIPE)[0]
 
 
-def _defaults(model: str) -> Recipe:
-    return from_mapping({"model": model, "data": {"train": NO_DATA}}, where="defaults")[0]
-
-
-def _whole(recipe: Recipe, folder: Path) -> tuple[Recipe, None] | None:
-    """The recipe of a run that trained every weight, with the folder it left as its model; None for an adapter's."""
+def _full_model_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, None] | None:
+    """With adapter.kind full, the recipe with `folder` as its model; None for a run with an adapter."""
     if recipe.adapter.kind != "full":
         return None
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(folder)})}), None
 
 
 def _finished(folder: Path, recipe: Recipe) -> Path:
-    """A run's folder, if what it trained is there, and run.json, which is written last."""
-    trained = full_model.CONFIG if recipe.adapter.kind == "full" else peft_files.WEIGHTS
-    lacking = next((name for name in (trained, MANIFEST) if not (folder / name).is_file()), None)
-    if lacking is None:
+    """The run folder. InputError without the trained weights, or without run.json, which is written last."""
+    weights = full_model.CONFIG if recipe.adapter.kind == "full" else peft_files.WEIGHTS
+    missing = next((name for name in (weights, MANIFEST) if not (folder / name).is_file()), None)
+    if missing is None:
         return folder
-    saved = sorted(path.name for path in folder.glob("checkpoint-*"))
-    hint = f" Its newest checkpoint is {folder / saved[-1]}; name that." if saved else ""
-    raise InputError(f"{folder}: the run is not finished, it has no {lacking}.{hint}")
+    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+    hint = f" Use its newest checkpoint, {folder / checkpoints[-1]}." if checkpoints else ""
+    raise InputError(f"{folder}: the run is not finished: it has no {missing}.{hint}")
 
 
-def _base_named_by(folder: Path) -> str:
+def _base_name(folder: Path) -> str:
     name = peft_files.read(folder).config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise AdapterError(
-            f"{folder / peft_files.CONFIG}: base_model_name_or_path names no base. Use MODEL --adapter {folder}."
+            f"{folder / peft_files.CONFIG}: base_model_name_or_path names no base model. Use MODEL --adapter {folder}."
         )
     return name
 
 
-def intact(folder: Path, say: Say = lambda line: None) -> peft_files.AdapterFile:
-    """The adapter of a folder, checked against the sha256 that its run or checkpoint wrote down."""
-    refuse_damaged(folder, say)
+def read_verified_adapter(folder: Path, log: Log = lambda line: None) -> peft_files.AdapterFile:
+    """The adapter of a folder, after its files were verified by `refuse_damaged`."""
+    refuse_damaged(folder, log)
     return peft_files.read(folder)
 
 
-def refuse_damaged(folder: Path, say: Say = lambda line: None) -> None:
-    """AdapterError if a file is not what its run or checkpoint wrote; a recipe that was edited since is only told."""
+def refuse_damaged(folder: Path, log: Log = lambda line: None) -> None:
+    """AdapterError if a file has not the sha256 of the manifest. For an edited recipe only a line is logged."""
     if (folder / POSITION).is_file():
-        reason = broken(folder)
+        reason = find_damage(folder)
         if reason:
             raise AdapterError(f"{folder}: {reason}.")
-    for name, expected in _digests(folder / MANIFEST).items():
+    for name, expected in _manifest_digests(folder).items():
         path = folder / name
         if not path.is_file() or sha256_of(path) == expected:
             continue
         if name == RECIPE:
-            say(f"{path} is not as the run wrote it; it is read as it is now.")
+            log(f"{path} was edited after the run; the edited recipe is used.")
         else:
             raise AdapterError(f"{path} is damaged: its sha256 is not the one in {folder / MANIFEST}.")
 
 
-def _digests(path: Path) -> dict[str, str]:
-    """The sha256 of every file that a run wrote down; nothing for a folder that no run has left."""
-    if not path.exists():
-        return {}
+def _manifest_digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in a run's manifest; empty for a folder without one."""
+    path = folder / MANIFEST
     try:
-        files = dict(read_json(path)["files"])
+        manifest = read_manifest(folder)
+        if manifest is None:
+            return {}
+        files = dict(manifest["files"])
+    except InputError as error:
+        raise AdapterError(str(error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} is damaged: {error!r}.") from error
-    wrong = next((name for name in files if not plain_name(name)), None)
-    if wrong is not None or not any(files.keys() >= trained for trained in TRAINED):
-        raise AdapterError(f"{path} is damaged: `files` must name the adapter's own, found {str(wrong)[:80]!r}.")
+    wrong = next((name for name in files if not is_bare_name(name)), None)
+    if wrong is not None or not any(files.keys() >= names for names in WEIGHT_FILES):
+        raise AdapterError(f"{path} is damaged: `files` must name the adapter's files, found {str(wrong)[:80]!r}.")
     return {name: str(digest) for name, digest in files.items()}
 
 
-def has_rows(opened: LoadedRun) -> bool:
-    """Whether the run knows rows of its own."""
-    return opened.recipe.data.train[0].path != NO_DATA
+def has_data(run: LoadedRun) -> bool:
+    """Whether the recipe names training data."""
+    return run.recipe.data.train[0].path != NO_DATA
 
 
-def held_out(opened: LoadedRun, data: str | None) -> Sequence[Example]:
-    """Rows to measure on: those of `data` (a file, folder or hub name), else the run's own held-out ones."""
-    section, seed = opened.recipe.data, opened.recipe.train.seed
+def held_out_examples(run: LoadedRun, data: str | None) -> Sequence[Example]:
+    """The examples of `data` (a file, folder or hub name), else the run's held-out ones."""
+    section, seed = run.recipe.data, run.recipe.train.seed
     if data:
-        read_as = {"train": data, "eval_fraction": 0.0, "packing": False, "max_length": section.max_length}
-        section = from_mapping({"model": opened.recipe.model.name, "data": read_as}, "--data")[0].data
-        return prepare(section, opened.encoder, seed).train
-    if not has_rows(opened):
+        settings = {"train": data, "eval_fraction": 0.0, "packing": False, "max_length": section.max_length}
+        section = from_mapping({"model": run.recipe.model.name, "data": settings}, "--data")[0].data
+        return prepare(section, run.encoder, seed).train
+    if not has_data(run):
         raise InputError(
-            "--data is missing: a model without a run has no held-out rows. Name a file, folder or hub set."
+            "--data is missing: a model without a run has no held-out examples. Name a file, folder or hub data set."
         )
-    prepared = prepare(section, opened.encoder, seed)
+    prepared = prepare(section, run.encoder, seed)
     return prepared.eval or prepared.train

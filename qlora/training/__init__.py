@@ -1,7 +1,7 @@
-"""The loop: what a micro-batch, a step and a run are, and the settings of all three.
+"""Training: the settings of optimizer and loop, and the tables of optimizers and learning rate schedules.
 
-A micro-batch is one forward and backward of one process; a step is one optimizer step over all processes, global_batch
-rows; a run is steps. What a step reads and how fast it learns are pure functions of (seed, step).
+A micro-batch is one forward and backward on one rank; a step is one optimizer step over all ranks, of global_batch
+sequences. The sequences of a step and its learning rate are pure functions of (seed, step).
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,14 @@ from qlora.utils.registry import Registry
 OPTIMIZERS = Registry(
     "optim.kind",
     adamw="qlora.training.optimizers:Adamw",  # float32 moments                                    arXiv:1711.05101
-    hosted_adamw="qlora.training.optimizers:OffloadedAdamwKind",  # float32 moments that wait in main memory
-    adamw_8bit="qlora.training.optimizers:Adamw8bit",  # moments in 8 bits                         arXiv:2110.02861
+    offloaded_adamw="qlora.training.optimizers:OffloadedAdamw",  # float32 moments in host memory
+    adamw_8bit="qlora.training.optimizers:Adamw8bit",  # 8-bit moments                             arXiv:2110.02861
     paged_adamw_32bit="qlora.training.optimizers:PagedAdamw32bit",  # moments may move to the host arXiv:2305.14314
-    paged_adamw_8bit="qlora.training.optimizers:PagedAdamw8bit",  # both
+    paged_adamw_8bit="qlora.training.optimizers:PagedAdamw8bit",  # 8-bit moments that may move to the host
 )
+RENAMED_OPTIMIZERS = {
+    "hosted_adamw": "offloaded_adamw"
+}  # old name -> name; recipes and checkpoints may have the old one
 SCHEDULES = Registry(
     "optim.schedule",
     constant="qlora.training.schedule:constant",
@@ -28,47 +31,47 @@ SCHEDULES = Registry(
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 Beta = Annotated[float, Between(ge=0, lt=1)]
 Steps = Annotated[int, Between(ge=0)]
-Share = Annotated[float, Between(ge=0, lt=1)]
+Fraction = Annotated[float, Between(ge=0, lt=1)]
 
 
 class Optim(Section):
-    """How the trainable weights move."""
+    """Optimizer, learning rate schedule and gradient clipping."""
 
     kind: Annotated[str, KindOf(OPTIMIZERS)] = setting(
-        "paged_adamw_32bit", "adamw | hosted_adamw | adamw_8bit | paged_adamw_32bit | paged_adamw_8bit"
+        "paged_adamw_32bit", "adamw | offloaded_adamw | adamw_8bit | paged_adamw_32bit | paged_adamw_8bit"
     )
-    learning_rate: float = setting(2e-4, "at its peak", gt=0)
-    schedule: Annotated[str, KindOf(SCHEDULES)] = setting("constant", "after the warm-up: constant | linear | cosine")
-    warmup: Steps | Share = setting(0.03, "below 1 a share of the steps, else steps")
-    weight_decay: float = setting(0.0, "AdamW's decay, scaled by the learning rate", ge=0)
+    learning_rate: float = setting(2e-4, "peak learning rate", gt=0)
+    schedule: Annotated[str, KindOf(SCHEDULES)] = setting("constant", "after warm-up: constant | linear | cosine")
+    warmup: Steps | Fraction = setting(0.03, "below 1 a fraction of all steps, else a number of steps")
+    weight_decay: float = setting(0.0, "AdamW's weight decay, scaled by the learning rate", ge=0)
     betas: tuple[Beta, Beta] = setting((0.9, 0.999), "decay of AdamW's two moments")
-    max_grad_norm: float | None = setting(0.3, "longer gradients are scaled down to it; null: never", gt=0)
+    max_grad_norm: float | None = setting(0.3, "gradients are clipped to this norm; null: no clipping", gt=0)
     loraplus_ratio: float | None = setting(None, "learning rate of B over that of A (LoRA+); null: the same", gt=0)
 
 
 class Train(Section):
-    """How long, how much at a time, and what is kept."""
+    """Length, batch sizes, logging, evaluation and checkpoints of a run."""
 
-    output: str = setting("runs/example", "folder of the run", min_length=1)
-    epochs: float = setting(1.0, "times each kept row is seen; or max_steps", gt=0, unsaid=True)
-    max_steps: int | None = setting(None, "optimizer steps, in place of epochs", ge=1)
-    micro_batch: int = setting(1, "rows per process in one forward and backward", ge=1)
-    global_batch: int = setting(16, "rows in one optimizer step over all processes; accumulation follows from it", ge=1)
-    seed: int = setting(0, "order of rows, dropout and the adapter's start", ge=0, le=2**32 - 1)
+    output: str = setting("runs/example", "run folder", min_length=1)
+    epochs: float = setting(1.0, "passes over the training data; or max_steps", gt=0, nullable=True)
+    max_steps: int | None = setting(None, "optimizer steps, instead of epochs", ge=1)
+    micro_batch: int = setting(1, "sequences per process in one forward and backward", ge=1)
+    global_batch: int = setting(16, "sequences in one optimizer step over all processes; sets accumulation", ge=1)
+    seed: int = setting(0, "data order, dropout and adapter initialization", ge=0, le=2**32 - 1)
     log_every: int = setting(1, "steps between lines of metrics", ge=1)
-    eval_every: int | None = setting(None, "steps between evaluations; null: only before and after", ge=1)
-    save_every: int | None = setting(None, "steps between checkpoints; null: only at the end", ge=1)
-    keep: int = setting(3, "checkpoints that stay; older ones go", ge=1)
+    eval_every: int | None = setting(None, "steps between evaluations; null: only before and after training", ge=1)
+    save_every: int | None = setting(None, "steps between checkpoints; null: only the final adapter", ge=1)
+    keep: int = setting(3, "checkpoints to keep; older ones are deleted", ge=1)
     early_stop: int | None = setting(None, "evaluations without improvement before the run ends; null: never", ge=1)
     resume: str = setting(
         "auto", "auto (the newest checkpoint in output, if any) | never | a checkpoint folder", min_length=1
     )
     report_to: tuple[Tracker, ...] = setting(
-        (), "trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."
+        (), "trackers in addition to metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."
     )
-    compile: bool = setting(False, "torch.compile each layer: quicker steps after a slow first one")
-    deterministic: bool = setting(False, "the same bits in every run on the same machine, at some speed")
+    compile: bool = setting(False, "torch.compile each layer: faster steps after a slow first one")
+    deterministic: bool = setting(False, "bit-identical runs on the same machine, at some cost in speed")
 
-    def idle(self) -> Mapping[str, str]:
-        """A number of steps says how long the run is."""
-        return {"epochs": "train.max_steps says how long the run is"} if self.max_steps is not None else {}
+    def without_effect(self) -> Mapping[str, str]:
+        """`epochs` has no effect where `max_steps` is set."""
+        return {"epochs": "train.max_steps sets the length of the run"} if self.max_steps is not None else {}

@@ -1,4 +1,4 @@
-"""Where a run goes on is the first process's word: machines that do not share its disk are sent the checkpoint."""
+"""Synchronize the checkpoint to resume from: rank 0 decides, machines that do not share its disk receive the files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,42 +8,42 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from qlora.distributed.broadcast import Payload, send
+from qlora.distributed.broadcast import Payload, broadcast
 from qlora.distributed.processes import Processes
-from qlora.training.checkpoint import Saved, read
+from qlora.training.checkpoint import Checkpoint, read
 from qlora.utils.atomic_files import write_bytes
 
 
 @contextmanager
-def agreed(processes: Processes, mine: Saved | None) -> Iterator[Saved | None]:
-    """The checkpoint that the first process found, on every process; `mine` is what this one found on its own disk.
+def sync_checkpoint(processes: Processes, local: Checkpoint | None) -> Iterator[Checkpoint | None]:
+    """The checkpoint that rank 0 found, on every rank. `local`: the one on this rank's own disk.
 
-    One that was sent lies in a folder that is there inside the block, verified like any other.
+    A checkpoint that was received is in a temporary folder, which exists inside the block, and is verified as usual.
     """
-    wanted = mine.identity if mine else None
-    if processes.world > 1:
-        wanted = send(processes, 0, Payload(note=wanted) if processes.is_main else None).note
-    same = wanted == (mine.identity if mine else None)
-    if not processes.any(not same) or wanted is None:
-        yield mine if same else None  # what lies on another machine's disk is not this run's
+    local_sha256 = local.manifest_sha256 if local else None
+    sha256 = local_sha256
+    if processes.world_size > 1:
+        sha256 = broadcast(processes, 0, Payload(metadata=sha256) if processes.is_main else None).metadata
+    if not processes.any(sha256 != local_sha256) or sha256 is None:
+        yield local if sha256 == local_sha256 else None  # a checkpoint on another machine's disk is of another run
         return
-    sent = send(processes, 0, _packed(mine.folder) if processes.is_main and mine else None)
+    payload = broadcast(processes, 0, _pack(local.folder) if processes.is_main and local else None)
     if processes.is_main:
-        yield mine
+        yield local
         return
-    with TemporaryDirectory(prefix="qlora-") as room:
-        yield _unpacked(sent, Path(room))
+    with TemporaryDirectory(prefix="qlora-") as folder:
+        yield _unpack(payload, Path(folder))
 
 
-def _packed(folder: Path) -> Payload:
-    """The files of a checkpoint, byte for byte."""
+def _pack(folder: Path) -> Payload:
+    """The files of a checkpoint as uint8 tensors."""
     return Payload({file.name: _bytes_of(file) for file in sorted(folder.iterdir()) if file.is_file()}, folder.name)
 
 
-def _unpacked(parcel: Payload, room: Path) -> Saved:
-    folder = room / str(parcel.note)
+def _unpack(payload: Payload, parent: Path) -> Checkpoint:
+    folder = parent / str(payload.metadata)
     folder.mkdir()
-    for name, content in parcel.tensors.items():
+    for name, content in payload.tensors.items():
         write_bytes(folder / name, content.cpu().numpy().tobytes())
     return read(folder)
 

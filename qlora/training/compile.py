@@ -1,6 +1,6 @@
-"""Regional compilation: each decoder layer is compiled by torch.compile, once for all layers of a kind.
+"""Regional compilation: torch.compile on each decoder layer, one graph for all layers of a kind.
 
-The loss, the loop and a layer's recompute stay outside, so that one graph of one layer serves the whole model.
+The loss, the loop and the recomputation of layers stay outside, so that the graph of one layer serves the whole model.
 """
 
 import shutil
@@ -15,11 +15,11 @@ COMPILERS = ("g++", "c++", "clang++")
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> int:
-    """Have every decoder layer of `model` compiled when it first runs; returns how many.
+    """Compile every decoder layer of `model` on its first forward; returns the number of layers.
 
-    InputError where the machine lacks what torch.compile needs: Triton for a card, a C++ compiler for a CPU.
+    InputError where the machine lacks what torch.compile needs: Triton for a GPU, a C++ compiler for a CPU.
     """
-    if device.type == "cpu" and not any(shutil.which(each) for each in COMPILERS):
+    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in COMPILERS):
         raise InputError(
             f"train.compile: true, but this machine has no C++ compiler ({', '.join(COMPILERS)}). Install g++, "
             "or leave train.compile at false."
@@ -30,5 +30,5 @@ def compile_layers(model: nn.Module, device: torch.device) -> int:
         )
     layers = decoder_layers(model)
     for layer in layers:
-        layer.compile(dynamic=True)  # rows differ in length and in documents
+        layer.compile(dynamic=True)  # sequences differ in length and in their documents
     return len(layers)

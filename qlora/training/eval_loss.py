@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss over trained tokens of all rows, whatever the batch size or the number of processes."""
+"""Evaluation: the mean loss per trained token over all sequences, independent of batch size and number of ranks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from qlora.distributed.processes import Processes
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per trained token, in nats; rows and tokens that went into it."""
+    """Mean loss per trained token, in nats, and the number of sequences and trained tokens."""
 
     loss: float
     rows: int
@@ -22,7 +22,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite rather than an overflow."""
+        """exp(loss); infinity where that would overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -32,30 +32,31 @@ def evaluate(
     examples: Sequence[Example],
     micro_batch: int,
     processes: Processes,
-    give_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation | None:
-    """The token-weighted loss of `model` (a TokenLoss) over `examples`; each process takes its share of the rows.
+    """The loss of `model` (a TokenLoss) over `examples`, which are split over the ranks.
 
-    `give_up` is asked before every micro-batch; None if any process gave up. `progress` is told rows done and rows.
+    `should_stop` is called before every micro-batch; None if any rank stopped. `progress` gets the number of sequences
+    done, and of all, on this rank.
     """
     training = model.training
     model.eval()
-    # Rows of like length share a batch, so that padding costs little; the mean does not depend on it.
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
-    mine = order[processes.rank :: processes.world]
+    # Sequences of similar length share a batch, which saves padding; the mean does not depend on it.
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+    rank_order = order[processes.rank :: processes.world_size]
     total = torch.zeros(3, dtype=torch.float64, device=processes.device)
-    for start in range(0, -(-len(order) // processes.world), micro_batch):
-        if processes.agreed(give_up()):
+    for start in range(0, -(-len(order) // processes.world_size), micro_batch):
+        if processes.any_if_sharded(should_stop()):
             total[2] = 1.0
             break
-        rows = mine[start : start + micro_batch]
-        batch = collate([examples[row] for row in rows or order[:1]], pad_id=0).to(processes.device)
-        if not rows:  # this process has had all of its own, but a forward may take them all
-            batch = batch.silent()
-        total[0] += model(batch.input_ids, batch.labels, batch.position_ids, batch.starts).double()
+        indices = rank_order[start : start + micro_batch]
+        batch = collate([examples[index] for index in indices or order[:1]], pad_id=0).to(processes.device)
+        if not indices:  # this rank has no sequences left, but with FSDP a forward takes all ranks
+            batch = batch.without_loss()
+        total[0] += model(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts).double()
         total[1] += batch.trained_tokens
-        progress(min(start + micro_batch, len(mine)), len(mine))
+        progress(min(start + micro_batch, len(rank_order)), len(rank_order))
     model.train(training)
-    loss_sum, tokens, given_up = processes.sum(total).tolist()
-    return None if given_up else Evaluation(loss_sum / max(1.0, tokens), len(examples), int(tokens))
+    loss_sum, tokens, stopped = processes.sum(total).tolist()
+    return None if stopped else Evaluation(loss_sum / max(1.0, tokens), len(examples), int(tokens))

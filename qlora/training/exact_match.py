@@ -1,4 +1,4 @@
-"""Tasks scored by what a model answers: exact match of the text, or of the number it ends in."""
+"""Exact match: a generated answer is correct if its text, or the number it ends in, is that of the reference."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row as a prompt and the answer that is right."""
+    """A held-out example as prompt and reference answer."""
 
     where: str
     prompt_ids: list[int]
@@ -22,7 +22,7 @@ class Question:
 
 
 def question(example: Example, tokenizer: Any) -> Question:
-    """The last trained stretch of a row is the answer, everything before it the prompt."""
+    """The last run of trained tokens is the reference answer, everything before it the prompt."""
     trained = np.flatnonzero(np.asarray(example.labels) != IGNORED)
     end = int(trained[-1]) + 1
     gaps = np.flatnonzero(np.diff(trained) > 1)
@@ -32,12 +32,12 @@ def question(example: Example, tokenizer: Any) -> Question:
 
 
 def text_of(ids: Sequence[int], tokenizer: Any) -> str:
-    """The words of an answer, control tokens and outer space left out."""
+    """The text of an answer, without special tokens and surrounding whitespace."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """The same text; where the reference ends in `#### 42` (GSM8K), the same last number."""
+    """Whether the texts are equal; for a reference that ends in `#### 42` (GSM8K), whether the last numbers are."""
     marked = re.search(r"####\s*(\S+)", reference)
     if not marked:
         return answer.strip() == reference.strip()

@@ -1,4 +1,4 @@
-"""Does every trainable tensor learn? Within the first steps each must have had a gradient that is not zero."""
+"""Gradient check: within the first steps every trainable tensor must have had a gradient that is not zero."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,43 +8,43 @@ from torch import nn
 
 from qlora.errors import QloraError
 
-# B starts at zero, so A has no gradient in the first step; a few more are allowed for rows that say little.
+# B starts at zero, so A has no gradient in the first step; two more steps are allowed for sequences with few tokens.
 STEPS = 4
 
 
-def watch_gradients(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
-    """Look at the gradients of the first STEPS steps that are taken, then no more.
+def watch_gradients(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check the gradients of the first STEPS optimizer steps.
 
-    The step raises QloraError, with the names, if some tensor has had no gradient by then: it would never learn.
+    The step raises QloraError, with the names, if a tensor has had no gradient by then: it would never be trained.
     """
-    waiting, taken = dict(named), 0
+    pending, steps = dict(parameters), 0
 
-    def look(*_: Any) -> None:
-        nonlocal taken
-        taken += 1
-        for name in _moving(waiting):
-            del waiting[name]
-        if waiting and taken >= STEPS:
+    def check(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        for name in _with_gradient(pending):
+            del pending[name]
+        if pending and steps >= STEPS:
             raise QloraError(
-                f"no gradient reaches {len(waiting)} of {len(named)} trainable tensors in {taken} steps: "
-                f"{', '.join(sorted(waiting)[:3])}. They would never learn; nothing of these steps was kept. "
-                "Leave these layers out of adapter.targets, and tell us which model this is."
+                f"no gradient reaches {len(pending)} of {len(parameters)} trainable tensors in {steps} steps: "
+                f"{', '.join(sorted(pending)[:3])}. They would never be trained; none of these steps was saved. "
+                "Leave these layers out of adapter.targets, and please report the model."
             )
-        if not waiting:
+        if not pending:
             hook.remove()
 
-    hook = optimizer.register_step_pre_hook(look)
+    hook = optimizer.register_step_pre_hook(check)
 
 
-def _moving(named: Mapping[str, nn.Parameter]) -> list[str]:
-    """The names whose gradient is not zero; one transfer from the device for all of them."""
-    there = {name: value.grad for name, value in named.items() if value.grad is not None}
-    if not there:
+def _with_gradient(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of the parameters whose gradient is not zero; one transfer from the device for all of them."""
+    gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+    if not gradients:
         return []
-    found = torch.stack([_local(gradient).count_nonzero() for gradient in there.values()]).tolist()
-    return [name for name, count in zip(there, found, strict=True) if count]
+    counts = torch.stack([_local(gradient).count_nonzero() for gradient in gradients.values()]).tolist()
+    return [name for name, count in zip(gradients, counts, strict=True) if count]
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
-    """The share of this process in a tensor that is spread over several."""
+    """The local shard of a sharded tensor; any other tensor unchanged."""
     return value.to_local() if hasattr(value, "to_local") else value

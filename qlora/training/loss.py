@@ -1,4 +1,4 @@
-"""The loss: cross entropy summed over trained tokens, head and softmax in chunks, so that [T, V] never exists whole."""
+"""The loss: cross entropy summed over trained tokens, head and softmax in chunks, so that logits [T, V] never exist."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qlora.data.types import IGNORED
-from qlora.model.lm_head import Head, Starts
+from qlora.model.lm_head import DocumentStarts, Head
 
 
 class TokenLoss(nn.Module):
     """A causal language model as a function from a micro-batch to the sum of its token losses.
 
-    Hidden states without a label never reach the head. The sum, not a mean: what it is divided by is the whole step's
-    count of trained tokens, which only the loop knows.
+    Only hidden states with a label reach the head. A sum, not a mean: the divisor is the number of trained tokens of
+    the whole step, which only the loop knows.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,23 +23,23 @@ class TokenLoss(nn.Module):
         self.model = model
         self.head = Head(model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, starts: Starts = ()) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, starts: DocumentStarts = ()) -> Tensor:
         """input_ids, labels, position_ids [B, T] -> float32 scalar: the sum over labels that are not IGNORED.
 
-        `starts`: where the documents of each row begin; absent, every row is one.
+        `starts`: where the documents of each sequence begin; without it every sequence is one document.
         """
         targets = labels[:, 1:]
         trained = targets != IGNORED
-        hidden = self.head.hidden(input_ids, position_ids, starts)[:, :-1][trained]
-        if self.head.trains:
+        hidden = self.head.hidden_states(input_ids, position_ids, starts)[:, :-1][trained]
+        if self.head.is_trainable:
             return checkpointed_loss(hidden, targets[trained], self.head)
-        with self.head.whole():
+        with self.head.unsharded():
             loss: Tensor = FrozenHeadLoss.apply(hidden, targets[trained], self.head)
         return loss
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Loss and its gradient in one pass over the rows: the head is frozen, so the logits are never needed again."""
+    """Loss and gradient in one pass over the tokens: the head is frozen, so backward needs no logits."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
@@ -47,31 +47,31 @@ class FrozenHeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = head.chunk_rows()
-        # One room for the float32 logits of every chunk: a C library that aligns can't reuse what it has just freed.
-        wide = hidden.new_empty(min(rows, len(targets)), head.vocabulary, dtype=torch.float32)
+        # One buffer for the float32 logits of all chunks: an aligning allocator can't always reuse freed memory.
+        wide = hidden.new_empty(min(rows, len(targets)), head.vocab_size, dtype=torch.float32)
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             raw = head.project(hidden[chunk])
-            logits, slope = head.bend(wide[: len(raw)].copy_(raw))
+            logits, slope = head.scale_and_cap(wide[: len(raw)].copy_(raw))
             chosen = logits.gather(-1, targets[chunk, None])
             probabilities, log_sum = _softmax_in_place(logits)
             total += (log_sum - chosen).sum()
             if gradient is not None:
                 probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(chosen, -1.0))
-                gradient[chunk] = head.back(probabilities, slope, raw)
-            del raw, logits, probabilities, slope  # before the next chunk is made
+                gradient[chunk] = head.hidden_gradient(probabilities, slope, raw)
+            del raw, logits, probabilities, slope  # before the next chunk allocates its own
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        """The gradient of the hidden states, scaled by that of the loss."""
+        """The gradient of the hidden states, multiplied by that of the loss."""
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None
 
 
 def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dimension in the memory of `logits`, and the logarithm of its sum [N, 1]."""
+    """Softmax over the last dimension, computed in place, and log-sum-exp [N, 1]."""
     largest = logits.amax(-1, keepdim=True)
     powers = logits.sub_(largest).exp_()
     sums = powers.sum(-1, keepdim=True)
@@ -79,14 +79,14 @@ def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checkpointed_loss(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """The same sum by autograd, logits recomputed chunk by chunk: for heads that are trained themselves."""
+    """The same sum by autograd, logits recomputed chunk by chunk: for heads that are trained."""
 
-    def summed(part: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(head(part), wanted, reduction="sum")
+    def chunk_loss(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden_chunk), target_chunk, reduction="sum")
 
     rows = head.chunk_rows()
     total = 0.0 * hidden.sum().float()
     for start in range(0, len(targets), rows):
-        part = hidden[start : start + rows], targets[start : start + rows]
-        total = total + checkpoint(summed, *part, use_reentrant=False)
+        chunk = hidden[start : start + rows], targets[start : start + rows]
+        total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False)
     return total

@@ -1,4 +1,4 @@
-"""Multiple choice, MMLU style: of the letters a question offers, the one with the largest logit."""
+"""Multiple choice (MMLU): the answer is the offered letter with the largest logit."""
 
 import re
 from collections.abc import Sequence
@@ -10,26 +10,26 @@ import torch
 from torch import nn
 
 from qlora.data.batching.collate import collate
+from qlora.data.formats.completion import LETTERS
 from qlora.data.types import IGNORED, Example
 from qlora.errors import DataError
 from qlora.training.loss import TokenLoss
 
-LETTERS = "ABCDEFGHIJ"
 OFFERED = re.compile(rf"^\s*\(?([{LETTERS}])[).:]", re.MULTILINE)  # `A. ...`, `B) ...`, `(C) ...` on a line of its own
-SHORTEST = 4  # letters that are taken to be offered where the question lists none
+DEFAULT_LETTERS = 4  # number of letters assumed where the question lists none
 
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """A question up to where its letter is due, the ids of the letters it offers, and which of them is right."""
+    """A question up to the answer letter, the token ids of the offered letters, and the index of the correct one."""
 
-    example: Example  # as far as the letter; no label matters
-    ids: tuple[int, ...]
-    right: int
+    example: Example  # the tokens before the letter; labels are not used
+    letter_ids: tuple[int, ...]
+    correct: int
 
 
 def choice_of(example: Example, tokenizer: Any) -> MultipleChoice:
-    """The row's last answer as a choice of letters. DataError if it is not one of the letters its question offers."""
+    """The last answer of an example as a choice of letters. DataError if its question does not offer that letter."""
     trained = np.flatnonzero(np.asarray(example.labels) != IGNORED)
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start, end = int(trained[gaps[-1] + 1] if len(gaps) else trained[0]), int(trained[-1]) + 1
@@ -37,38 +37,40 @@ def choice_of(example: Example, tokenizer: Any) -> MultipleChoice:
     answer = str(tokenizer.decode(ids[start:end], skip_special_tokens=True)).strip()
     letter = answer.strip("(). :")
     offered = OFFERED.findall(str(tokenizer.decode(ids[:start], skip_special_tokens=True)))
-    known = list(dict.fromkeys(offered)) or list(LETTERS[:SHORTEST])
-    if letter not in known:
+    letters = list(dict.fromkeys(offered)) or list(LETTERS[:DEFAULT_LETTERS])
+    if letter not in letters:
         raise DataError(
             f"{example.where}: the answer is {answer[:40]!r}; --task choice needs one of the letters "
-            f"{', '.join(known)}, which the question offers. Use --task exact-match for other answers."
+            f"{', '.join(letters)}, which the question offers. Use --task exact-match for other answers."
         )
-    place = next(at for at in range(start, end) if letter in tokenizer.decode([ids[at]]))
-    shown = Example(example.where, np.asarray(ids[:place], np.int32), np.full(place, IGNORED, np.int32))
-    return MultipleChoice(shown, _siblings(ids[place], letter, known, tokenizer), known.index(letter))
+    position = next(index for index in range(start, end) if letter in tokenizer.decode([ids[index]]))
+    prompt = Example(example.where, np.asarray(ids[:position], np.int32), np.full(position, IGNORED, np.int32))
+    return MultipleChoice(prompt, _letter_ids(ids[position], letter, letters, tokenizer), letters.index(letter))
 
 
-def _siblings(token: int, letter: str, known: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
-    """The ids of the other letters as they would stand in this letter's place: with the same space before them."""
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    found = [tokenizer.convert_tokens_to_ids(piece.replace(letter, other)) for other in known]
-    if len(set(found)) < len(known) or None in found or piece.count(letter) != 1:
-        raise DataError(f"--task choice: this tokenizer has no token of its own for each of {', '.join(known)}.")
-    return tuple(int(each) for each in found)
+def _letter_ids(token_id: int, letter: str, letters: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """The token ids of all letters in the form of this letter's token: with the same leading space."""
+    token = str(tokenizer.convert_ids_to_tokens(token_id))
+    ids = [tokenizer.convert_tokens_to_ids(token.replace(letter, other)) for other in letters]
+    if len(set(ids)) < len(letters) or None in ids or token.count(letter) != 1:
+        raise DataError(f"--task choice: this tokenizer has no separate token for each of {', '.join(letters)}.")
+    return tuple(int(token_id) for token_id in ids)
 
 
 @torch.no_grad()
-def choice_share(model: nn.Module, choices: Sequence[MultipleChoice], micro_batch: int, device: torch.device) -> float:
-    """The share of questions whose right letter has the largest logit; ties go to the earlier letter."""
+def choice_accuracy(
+    model: nn.Module, choices: Sequence[MultipleChoice], micro_batch: int, device: torch.device
+) -> float:
+    """The fraction of questions whose correct letter has the largest logit; ties go to the earlier letter."""
     training, head = model.training, TokenLoss(model.eval()).head
-    order = sorted(range(len(choices)), key=lambda row: len(choices[row].example))
-    right = 0
+    order = sorted(range(len(choices)), key=lambda index: len(choices[index].example))
+    correct = 0
     for start in range(0, len(order), micro_batch):
-        rows = [choices[row] for row in order[start : start + micro_batch]]
-        batch = collate([row.example for row in rows], pad_id=0).to(device)
-        hidden = head.hidden(batch.input_ids, batch.position_ids, batch.starts)
-        for place, row in enumerate(rows):
-            logits = head(hidden[place, len(row.example) - 1])[list(row.ids)]
-            right += int(logits.argmax()) == row.right
+        group = [choices[index] for index in order[start : start + micro_batch]]
+        batch = collate([choice.example for choice in group], pad_id=0).to(device)
+        hidden = head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts)
+        for row, choice in enumerate(group):
+            logits = head(hidden[row, len(choice.example) - 1])[list(choice.letter_ids)]
+            correct += int(logits.argmax()) == choice.correct
     model.train(training)
-    return right / max(1, len(choices))
+    return correct / max(1, len(choices))

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, a live panel on a terminal, lines in a pipe, trackers if asked."""
+"""The log of a run: metrics.jsonl, a live panel on a terminal, plain lines in a pipe, trackers if configured."""
 
 import json
 import math
@@ -10,132 +10,134 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora.training.live_panel import Panel, live
-from qlora.utils.atomic_files import refused, write_text
+from qlora.training.live_panel import Panel, live_panels
+from qlora.utils.atomic_files import write_error, write_text
 from qlora.utils.progress import ProgressReporter, clock
 from qlora.utils.redact import redacted
 
 METRICS = "metrics.jsonl"
-REDRAW_SECONDS, REDRAW_SHARE = 30.0, 0.01  # between two drawings of the page, and of the run's time at most
-CTRL_C = "Ctrl-C ends the run after the step at hand, with an exact checkpoint; the same command goes on from there"
+REDRAW_SECONDS, REDRAW_SHARE = 30.0, 0.01  # least time between two drawings of the report; most of the run's time
+CTRL_C = "Ctrl-C ends the run after the current step, with an exact checkpoint; the same command resumes it"
 Track = Callable[[Mapping[str, float], int], None]
 
 
 def console() -> Console:
-    """People read stderr; stdout belongs to programs."""
+    """A console on stderr; stdout is for the output of programs."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Log:
-    """One run's voice; `name` stands before its lines where several speak. Only the main process has one that does."""
+    """The log of one run; only rank 0's is not quiet. `name` prefixes its lines where several runs share a terminal."""
 
     def __init__(
         self, folder: Path, track: Track = lambda values, step: None, quiet: bool = False, name: str = ""
     ) -> None:
         self.path, self.track, self.quiet, self.name = folder / METRICS, track, quiet, name
         self.console = console()
-        self.steps = 0
-        self.planned_bytes: int | None = None  # of the memory plan, beside what is measured
-        self.redraw: Callable[[], None] = lambda: None  # the page about the run: after evaluations, and now and then
+        self.total_steps = 0
+        self.planned_bytes: int | None = None  # of the memory plan, shown with the measured bytes
+        self.redraw_report: Callable[[], None] = lambda: None  # called after evaluations, and every REDRAW_SECONDS
         self._redraw_at = 0.0
         self._panel: Panel | None = None
-        self._started: tuple[int, float] | None = None  # first logged step and when, for the time left
+        self._started: tuple[int, float] | None = None  # first logged step and its time, for the time left
 
-    def rates(self, what: str, unit: str = "rows") -> ProgressReporter:
-        """For a long work inside the run: in the panel where there is one, else a line now and then."""
-        return ProgressReporter(self._panel.working if self._panel else self.say, what, unit)
+    def progress(self, task: str, unit: str = "sequences") -> ProgressReporter:
+        """Progress of a long task inside the run: in the panel where there is one, else in occasional lines."""
+        return ProgressReporter(self._panel.update_status if self._panel else self.print, task, unit)
 
-    def restart(self, step: int, evaluated: bool = True) -> None:
-        """Keep the metrics up to `step` and drop later lines, which a resumed run writes again.
+    def truncate(self, step: int, evaluated: bool = True) -> None:
+        """Keep the metrics up to `step` and delete later lines, which a resumed run writes again.
 
-        evaluated: whether the evaluation of `step` is part of the checkpoint; if not, its line is written again too.
+        evaluated: whether the checkpoint includes the evaluation of `step`; if not, that line is deleted too.
         """
         kept = [line for line in _lines(self.path) if step and _is_kept(line, step, evaluated)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def say(self, text: str) -> None:
-        """One line for people."""
+    def print(self, text: str) -> None:
+        """Print one line, unless quiet."""
         if not self.quiet:
-            self.say_anyway(f"{self.name}: {text}" if self.name else text)
+            self.print_always(f"{self.name}: {text}" if self.name else text)
 
-    def say_anyway(self, text: str) -> None:
-        """One line from a process that is not the main one, about work that it does for all of them."""
+    def print_always(self, text: str) -> None:
+        """Print one line even if quiet: an error, or work that another rank than 0 does for all."""
         self.console.print(redacted(text), markup=False)
 
-    def train(self, line: Mapping[str, Any]) -> None:
-        """A logged training step."""
+    def log_step(self, line: Mapping[str, Any]) -> None:
+        """Log the metrics of training steps."""
         self._write({"event": "train", **line})
         if self._panel:
-            self._panel.train(line)
+            self._panel.update_step(line)
         elif not self.quiet and self._is_due(int(line["step"])):
-            self.say(self._in_a_line(line))
+            self.print(self._step_line(line))
         if time.monotonic() >= self._redraw_at:
             self._redraw()
 
-    def evaluation(self, line: Mapping[str, Any]) -> None:
-        """An evaluation."""
+    def log_evaluation(self, line: Mapping[str, Any]) -> None:
+        """Log an evaluation."""
         self._write({"event": "eval", **line})
         if self._panel:
-            self._panel.evaluation(line)
+            self._panel.update_evaluation(line)
         self._redraw()
-        self.say(f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  perplexity {line['perplexity']:.3f}")
+        self.print(
+            f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  perplexity {line['perplexity']:.3f}"
+        )
 
     def _redraw(self) -> None:
-        began = time.monotonic()
-        self.redraw()
+        started = time.monotonic()
+        self.redraw_report()
         ended = time.monotonic()
-        self._redraw_at = ended + max(REDRAW_SECONDS, (ended - began) / REDRAW_SHARE)  # long runs have long pages
+        self._redraw_at = ended + max(REDRAW_SECONDS, (ended - started) / REDRAW_SHARE)
 
-    def _in_a_line(self, line: Mapping[str, Any]) -> str:
+    def _step_line(self, line: Mapping[str, Any]) -> str:
         loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
         step = int(line["step"])
         return (
-            f"step {step:>6}/{self.steps}  loss {loss}  rate {line['learning_rate']:.2e}  "
+            f"step {step:>6}/{self.total_steps}  loss {loss}  rate {line['learning_rate']:.2e}  "
             f"{line['tokens_per_second']:,.0f} tokens/s  {self._time_left(step)}"
         )
 
     def _is_due(self, step: int) -> bool:
-        """In a pipe about fifty lines a run are enough; every step is in metrics.jsonl."""
-        every = max(1, self.steps // 50)
-        return step % every == 0 or step in (1, self.steps)
+        """About fifty lines a run are printed; metrics.jsonl has every step."""
+        every = max(1, self.total_steps // 50)
+        return step % every == 0 or step in (1, self.total_steps)
 
     def _time_left(self, step: int) -> str:
         if self._started is None:
             self._started = step, time.monotonic()
             return ""
-        first, when = self._started
-        seconds = (time.monotonic() - when) / max(1, step - first) * (self.steps - step)
+        first_step, started = self._started
+        seconds = (time.monotonic() - started) / max(1, step - first_step) * (self.total_steps - step)
         return f"{clock(seconds)} left"
 
     def _write(self, line: Mapping[str, Any]) -> None:
         finite = {key: None if _not_finite(value) else value for key, value in line.items()}
-        written = json.dumps(finite) + "\n"
+        text = json.dumps(finite) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(written)
+                file.write(text)
         except OSError as error:
-            raise refused(self.path, len(written), error) from error
+            raise write_error(self.path, len(text), error) from error
         numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
         self.track(numbers, int(line["step"]))
 
 
 @contextmanager
-def watching(runs: Mapping[Log, int], stopping: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Inside the block runs of so many steps are shown: live panels on a terminal, plain lines elsewhere.
+def live_display(runs: Mapping[Log, int], stopping: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Inside the block runs are displayed: live panels on a terminal, plain lines elsewhere.
 
-    stopping: whether a signal has come; the panel then says what happens next.
+    runs: logs and their total steps. stopping: whether a stop signal was received, which the panels show.
     """
-    shared = next(iter(runs)).console  # what is printed beside a panel has to go through the panel's own console
-    for log, steps in runs.items():
-        log.steps, log.console = steps, shared
-    if all(log.quiet for log in runs) or not shared.is_terminal or shared.is_dumb_terminal:
+    console = next(iter(runs)).console  # shared: lines printed above a panel must go through the panel's console
+    for log, total_steps in runs.items():
+        log.total_steps, log.console = total_steps, console
+    if all(log.quiet for log in runs) or not console.is_terminal or console.is_dumb_terminal:
         yield
         return
-    shared.print(CTRL_C)
-    for log, steps in runs.items():
-        log._panel = Panel(shared, steps, log.planned_bytes, stopping, log.name)
+    console.print(CTRL_C)
+    for log, total_steps in runs.items():
+        log._panel = Panel(console, total_steps, log.planned_bytes, stopping, log.name)
     try:
-        with live(shared, [log._panel for log in runs if log._panel]):
+        with live_panels(console, [log._panel for log in runs if log._panel]):
             yield
     finally:
         for log in runs:
@@ -143,7 +145,7 @@ def watching(runs: Mapping[Log, int], stopping: Callable[[], bool] = lambda: Fal
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, damaged ones left out."""
+    """The lines of a run's metrics.jsonl, without damaged ones."""
     return _lines(folder / METRICS)
 
 
@@ -152,20 +154,20 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         texts = path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return [found for text in texts if (found := _parsed(text)) is not None]
+    return [line for text in texts if (line := _parsed(text)) is not None]
 
 
 def _is_kept(line: Mapping[str, Any], step: int, evaluated: bool) -> bool:
-    at = line.get("step", 0)
-    return bool(at < step or (at == step and (evaluated or line.get("event") != "eval")))
+    line_step = line.get("step", 0)
+    return bool(line_step < step or (line_step == step and (evaluated or line.get("event") != "eval")))
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
+        line = json.loads(text)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return line if isinstance(line, dict) else None
 
 
 def _not_finite(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""What every package may use: registry, atomic files, redaction, sandbox, progress."""
+"""Utilities for every package: registry, atomic files and folders, redaction, sandbox, machine, progress."""

@@ -1,6 +1,6 @@
-"""How files reach the disk whole: written aside, synced, renamed; with the permissions the umask asks for.
+"""Atomic files: written under a temporary name, synced and renamed; a reader never sees half a file.
 
-Text is redacted on its way: no token or key stays in a file (redact.py).
+Text is redacted before it is written (redact.py). Permissions are what the umask allows.
 """
 
 import hashlib
@@ -18,37 +18,37 @@ from qlora.utils.redact import redacted, redacted_values
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes may both do what one would do alone
+except ImportError:  # Windows: two processes may both do the work of one
     fcntl = None  # type: ignore[assignment]
 
-ASIDE = ".partial-"  # first letters of every name that is not finished yet; swept at the next start
+PARTIAL = ".partial-"  # prefix of every name that is not finished; removed at the next start
 MAX_JSON_BYTES = 2**28
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: a reader sees the old file or the new one, never half of it.
+    """Replace the file at `path` in one step: a reader sees the old content or the new one.
 
-    QloraError, with the path and the system's word, if the disk refuses; what was there before stays.
+    QloraError with the path and the system's message if the disk refuses; the old file stays.
     """
-    aside = path.with_name(ASIDE + path.name)
+    partial = path.with_name(PARTIAL + path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(aside, content)
-        os.replace(aside, path)
+        _write_synced(partial, content)
+        os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise refused(path, len(content), error) from error
+            partial.unlink(missing_ok=True)
+        raise write_error(path, len(content), error) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text, secrets taken out."""
+    """`write_bytes` for UTF-8 text, redacted."""
     write_bytes(path, redacted(text).encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for JSON, indented, keys in the order given, secrets taken out; NaN is refused."""
+    """`write_bytes` for JSON, indented and redacted, keys in the given order; NaN is refused."""
     text = json.dumps(redacted_values(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(path, (text + "\n").encode("utf-8"))
 
@@ -58,45 +58,46 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, RecursionError) as error:
         raise ValueError(getattr(error, "strerror", None) or "nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    return value
 
 
-def plain_name(name: Any) -> bool:
-    """Whether `name`, found in a file, is the bare name of a file: it can't lead out of its folder on any system."""
+def is_bare_name(name: Any) -> bool:
+    """Whether `name`, read from a file, is the bare name of a file: on no system does it lead out of its folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(sign in name for sign in "/\\:\0")
 
 
-def refused(path: Path, size: int, error: OSError) -> QloraError:
-    """The error of a disk that does not take `size` bytes for `path`."""
+def write_error(path: Path, size: int, error: OSError) -> QloraError:
+    """The error for `size` bytes that the disk did not take for `path`."""
     free = ""
     with suppress(OSError):
         folder = next(parent for parent in path.absolute().parents if parent.is_dir())
         free = f" ({shutil.disk_usage(folder).free:,} bytes are free there)"
     return QloraError(
-        f"{path}: {size:,} bytes could not be written: {error.strerror or error}{free}. What was saved before is whole."
+        f"{path}: {size:,} bytes could not be written: {error.strerror or error}{free}. "
+        "Files that were saved before are intact."
     )
 
 
 def sha256_of(path: Path) -> str:
-    """The file's sha256, read in pieces."""
+    """The file's sha256, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def manifest_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, str]:
-    """Name -> sha256 of every file directly in `folder`, those named in `but` left out."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(ASIDE))
-    return {file.name: sha256_of(file) for file in files if file.name not in but}
+def sha256_manifest(folder: Path, exclude: tuple[str, ...] = ()) -> dict[str, str]:
+    """Name -> sha256 of every file directly in `folder`, except `exclude` and partial files."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(PARTIAL))
+    return {file.name: sha256_of(file) for file in files if file.name not in exclude}
 
 
 @contextmanager
-def alone(folder: Path, key: str) -> Iterator[None]:
-    """Only one process at a time is inside for `key`; the lock goes with the process. OSError if there is no folder."""
+def exclusive_lock(folder: Path, key: str) -> Iterator[None]:
+    """One process at a time holds the lock for `key`, until it leaves or exits. OSError if there is no folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{key}.lock").open("w") as lock:
         if fcntl is not None:
@@ -105,12 +106,12 @@ def alone(folder: Path, key: str) -> Iterator[None]:
         yield
 
 
-def cache_home(room: str) -> Path | None:
-    """Where a room keeps what it can make again: in $QLORA_CACHE or the user's cache folder; None if that is empty."""
-    named = os.environ.get("QLORA_CACHE")
-    if named == "":
+def cache_folder(name: str) -> Path | None:
+    """The folder `name` in $QLORA_CACHE or the user's cache; None if that variable is empty."""
+    variable = os.environ.get("QLORA_CACHE")
+    if variable == "":
         return None
-    return (Path(named).expanduser() if named else _user_cache() / "qlora") / room
+    return (Path(variable).expanduser() if variable else _user_cache() / "qlora") / name
 
 
 def _user_cache() -> Path:

@@ -1,4 +1,4 @@
-"""How folders reach the disk whole: built aside, put in place in one step; what a killed process left is swept."""
+"""Atomic folders: written under a temporary name, put at their path in one step; leftovers of a killed process go."""
 
 import ctypes
 import os
@@ -8,69 +8,78 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora.utils.atomic_files import ASIDE, refused, sync_folder, write_text
+from qlora.errors import InputError
+from qlora.utils.atomic_files import PARTIAL, sync_folder, write_error, write_text
 
-KEY = "key"  # in a folder that is not finished: what it is to become
-REPLACED = ".replaced-"  # of a folder that is about to be replaced; put back at the next start if that never happened
+KEY = "key"  # file in an unfinished folder: identifies the content that it will have
+REPLACED = ".replaced-"  # prefix of a folder that is being replaced; restored at the next start if that failed
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def folder_in_one_step(path: Path, key: str | None = None) -> Iterator[Path]:
-    """A folder to write into that becomes `path` at the end, or vanishes if the block fails. An old one goes last.
+def atomic_folder(path: Path, key: str | None = None) -> Iterator[Path]:
+    """A folder to write into that becomes `path` at the end, or is removed if the block fails.
 
-    With `key` what a block leaves when it fails or is killed is kept aside, and given to the next block of that key.
+    An old folder at `path` is removed last. With `key`, what a failed or killed block has written is kept, and given
+    to the next block with that key.
     """
-    aside = path.with_name(ASIDE + path.name)
+    partial = path.with_name(PARTIAL + path.name)
     try:
-        if key is None or _key_of(aside) != key:
-            remove(aside)
-        aside.mkdir(parents=True, exist_ok=True)
+        if key is None or _key_of(partial) != key:
+            remove(partial)
+        partial.mkdir(parents=True, exist_ok=True)
         if key is not None:
-            write_text(aside / KEY, key)
-        yield aside
-        (aside / KEY).unlink(missing_ok=True)
-        _sync_files(aside)
-        _put(aside, path)
+            write_text(partial / KEY, key)
+        yield partial
+        (partial / KEY).unlink(missing_ok=True)
+        _sync_files(partial)
+        _replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        failure = refused(path, _bytes_in(aside), error)
-        _drop(aside, key)
+        failure = write_error(path, _bytes_in(partial), error)
+        _discard(partial, key)
         raise failure from error
     except BaseException:
-        _drop(aside, key)
+        _discard(partial, key)
         raise
     with suppress(OSError):
-        remove(aside)  # the old one, if the two changed places
+        remove(partial)  # the old folder, if the two exchanged names
 
 
-def _drop(aside: Path, key: str | None) -> None:
+def require_new_folder(path: Path) -> Path:
+    """`path`, if nothing is there or an empty folder. InputError otherwise."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists already. Name a folder that does not exist yet.")
+    return path
+
+
+def _discard(partial: Path, key: str | None) -> None:
     if key is None:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _key_of(aside: Path) -> str | None:
+def _key_of(partial: Path) -> str | None:
     try:
-        return None if aside.is_symlink() else (aside / KEY).read_text(encoding="utf-8")
+        return None if partial.is_symlink() else (partial / KEY).read_text(encoding="utf-8")
     except OSError:
         return None
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder; a folder's name goes first, so that what is left half-removed is swept."""
+    """Remove a file, a link or a folder. A folder is renamed first, so that a half-removed one is a leftover."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
-        doomed = path if path.name.startswith(ASIDE) else path.with_name(f"{ASIDE}old-{path.name}")
+        doomed = path if path.name.startswith(PARTIAL) else path.with_name(f"{PARTIAL}old-{path.name}")
         if doomed != path:
             os.replace(path, doomed)
         shutil.rmtree(doomed)
 
 
-def sweep(folder: Path) -> list[str]:
-    """Mend what an earlier, killed process left: half-written names go, a folder without its successor comes back."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    leftovers = sorted(path for path in there if path.name.startswith((ASIDE, REPLACED)))
+def remove_leftovers(folder: Path) -> list[str]:
+    """Clean up after a killed process: remove partial names, restore a folder whose replacement is missing."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    leftovers = sorted(path for path in paths if path.name.startswith((PARTIAL, REPLACED)))
     for path in leftovers:
         original = path.with_name(path.name.removeprefix(REPLACED))
         with suppress(OSError):
@@ -81,26 +90,28 @@ def sweep(folder: Path) -> list[str]:
     return [path.name for path in leftovers]
 
 
-def _put(aside: Path, path: Path) -> None:
-    """Give `aside` the name `path`; where there is one already the two change places, or at least none is ever lost."""
+def _replace(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; an old folder there exchanges names with it, or is kept until the new one exists."""
     if not os.path.lexists(path):
-        os.rename(aside, path)
-    elif not _exchange(aside, path):
+        os.rename(partial, path)
+    elif not exchange_names(partial, path):
         old = path.with_name(REPLACED + path.name)
         remove(old)
         os.rename(path, old)
         try:
-            os.rename(aside, path)
+            os.rename(partial, path)
         except OSError:
             os.rename(old, path)
             raise
         remove(old)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where kernel or file system can't."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return swap is not None and not swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+def exchange_names(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where kernel or file system can't."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return not rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
 
 
 def _sync_files(folder: Path) -> None:

@@ -1,34 +1,37 @@
-"""How far a long work is, how fast, and how long it will take: not at once, and ever more rarely."""
+"""Progress of a long task: how much is done, how fast, how long is left. Reported later and later."""
 
 import time
 from collections.abc import Callable
 
-FIRST_SECONDS = 5.0  # works shorter than that say nothing
+FIRST_SECONDS = 5.0  # shorter tasks report nothing
 
 
 class ProgressReporter:
-    """Told how much is done, says so in a line: `reading the base: 40 % of 15.2 GB, 812 MB/s, 0:11 left`.
+    """Logs a line such as `reading the base: 40 % of 15.2 GB, 812 MB/s, 0:11 left`.
 
-    unit: `rows`, `tokens`, or `bytes`, which are told in powers of ten as disks and networks are sold.
+    unit: `records`, `tokens`, or `bytes`, which are shown in powers of ten as for disks and networks.
     """
 
-    def __init__(self, say: Callable[[str], None], what: str, unit: str = "rows") -> None:
-        self._say, self._what, self._unit = say, what, unit
+    def __init__(self, log: Callable[[str], None], task: str, unit: str = "records") -> None:
+        self._log, self._task, self._unit = log, task, unit
         self._started = time.monotonic()
-        self._due_seconds = FIRST_SECONDS
+        self._next_seconds = FIRST_SECONDS
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """So much is done, of so much in all; None: nobody knows how much there is."""
+        """`done` of `total` is done; total None: not known."""
         seconds = time.monotonic() - self._started
-        if seconds < self._due_seconds:
+        if seconds < self._next_seconds:
             return
-        self._due_seconds = seconds + max(FIRST_SECONDS, seconds / 10)
+        self._next_seconds = seconds + max(FIRST_SECONDS, seconds / 10)
         speed = done / seconds
-        far = f"{self._much(done)} done" if total is None else f"{100 * done // max(1, total)} % of {self._much(total)}"
-        left = "" if total is None else f", {clock((total - done) / max(speed, 1e-9))} left"
-        self._say(f"{self._what}: {far}, {self._much(speed)}/s{left}")
+        if total is None:
+            progress, left = f"{self._amount(done)} done", ""
+        else:
+            progress = f"{100 * done // max(1, total)} % of {self._amount(total)}"
+            left = f", {clock((total - done) / max(speed, 1e-9))} left"
+        self._log(f"{self._task}: {progress}, {self._amount(speed)}/s{left}")
 
-    def _much(self, value: float) -> str:
+    def _amount(self, value: float) -> str:
         if self._unit != "bytes":
             return f"{value:,.0f} {self._unit}"
         return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:,.0f} MB"

@@ -1,7 +1,7 @@
-"""Secrets taken out of every text on its way to a log, a tracker, a card, a file or a crash report: the one place.
+"""Redaction of secrets in every text for a log, a tracker, a model card, a file or a crash report.
 
-Three nets: the values of environment variables that are named like secrets, the known shapes of tokens, and what stands
-after `password=`, `Authorization:` or before the `@` of a URL.
+Three kinds of secrets: values of environment variables that are named like secrets, known shapes of tokens, and what
+follows `password=` or `Authorization:` or precedes the `@` of a URL.
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 MARK = "[redacted]"
-SHORTEST = 8  # characters of a variable's value; shorter ones would blank out ordinary words
+MIN_CHARS = 8  # of a variable's value; shorter ones would match ordinary words
 
 _NAMED = re.compile(r"(?:^|_)(?:TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|PAT|PWD)(?:_|$)|API_?KEY")
-_PLACES = ("/", "~", "./", "\\")  # how a value begins that is no secret but says where one lies
+_PATH_STARTS = ("/", "~", "./", "\\")  # a value that starts like this is the path of a secret
 _SHAPES = (
     r"\bhf_[A-Za-z0-9]{16,}", r"\bapi_org_[A-Za-z0-9]{16,}",  # Hugging Face
     r"\bsk-[\w-]{16,}", r"\bnvapi-[\w-]{16,}", r"\bAIza[\w-]{30,}", r"\bya29\.[\w.-]{16,}",
@@ -32,32 +32,32 @@ _AFTER = re.compile(
     r"|(?:token|secret|api[_-]?key|access[_-]?key)[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d))"
     r"([\w.~+/=!#$%^*-]{6,})"
 )
-# With one slash too, as a path has it that was made of a URL.
+# One slash as well: a path that was made from a URL has only one.
 _IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*:(?://|/(?=[^\s/@]+:)))[^\s/@\"'<>]+@", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:
     """`text` with every secret in it replaced by `[redacted]`."""
-    known = _known(tuple(_secrets()))
-    if known:
-        text = known.sub(MARK, text)
+    pattern = _pattern_of(tuple(_secrets()))
+    if pattern:
+        text = pattern.sub(MARK, text)
     text = _IN_URL.sub(rf"\1{MARK}@", _SHAPE.sub(MARK, text))
     return _AFTER.sub(rf"\1{MARK}", text)
 
 
 def redacted_values(value: Any) -> Any:
-    """Plain values (dicts, lists, texts, numbers) with every text in them, keys too, redacted."""
+    """Plain values (dicts, lists, texts, numbers) with every text in them redacted, keys included."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Mapping):
-        return {redacted_values(key): redacted_values(each) for key, each in value.items()}
+        return {redacted_values(key): redacted_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(redacted_values(each) for each in value)
+        return type(value)(redacted_values(item) for item in value)
     return value
 
 
 class RedactedStream:
-    """A text stream that lets no secret through; everything else is the stream's own."""
+    """A text stream that redacts what is written; everything else is passed on to the stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -79,14 +79,14 @@ class RedactedStream:
 def _secrets() -> Iterator[str]:
     """Values of environment variables that are named like secrets."""
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and _NAMED.search(name.upper()) and not value.startswith(_PLACES):
+        if len(value) >= MIN_CHARS and _NAMED.search(name.upper()) and not value.startswith(_PATH_STARTS):
             yield value
 
 
 @lru_cache(maxsize=8)
-def _known(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
-    """One pattern for all of them, as they are and as JSON, Python and URLs write them; the longest first."""
-    written = (lambda text: text, lambda text: json.dumps(text)[1:-1], lambda text: repr(text)[1:-1], quote)
-    forms = {write(secret) for secret in secrets for write in written}
+def _pattern_of(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
+    """One pattern for all secrets, plain and as JSON, Python and URLs escape them; the longest first."""
+    escapes = (lambda text: text, lambda text: json.dumps(text)[1:-1], lambda text: repr(text)[1:-1], quote)
+    forms = {escape(secret) for secret in secrets for escape in escapes}
     longest_first = sorted(forms, key=lambda form: (-len(form), form))
     return re.compile("|".join(map(re.escape, longest_first))) if forms else None

@@ -1,7 +1,7 @@
-"""Tensors that backward makes again from less: a norm's output from its input, a gated product from its factors.
+"""Rematerialization: tensors made again in backward from less, a norm's output from its input, a product from factors.
 
 A row-wise function of tensors that are saved anyway need not have its result saved. `rowwise_checkpoint` runs such a
-function and saves its sources; a reader of the result in backward (an adapter's branch) asks `origin_of` for them.
+function and saves its sources. Who needs the result in backward (an adapter's branch) asks `origin_of` for them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,112 +10,113 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Make = Callable[..., Tensor]
-CACHED_BYTES = 4 * 2**20  # a CPU works on so much of a tensor at a time: what comes in between stays in its cache
-ATTRIBUTE = "made_from"
+Function = Callable[..., Tensor]
+CACHED_BYTES = 4 * 2**20  # of a tensor at a time on a CPU, so that intermediate values stay in its cache
+ATTRIBUTE = "qlora_origin"
 
 
 class Rematerialization:
-    """How a tensor was made. It is made once for all who read it in backward, and dropped after the last one."""
+    """The function of a tensor. Runs once for all readers of the tensor in backward; the last one drops it."""
 
-    def __init__(self, make: Make) -> None:
-        self.make, self.readers, self.made = make, 0, None
+    def __init__(self, function: Function) -> None:
+        self.function, self.readers, self.tensor = function, 0, None
 
-    make: Make
+    function: Function
     readers: int
-    made: Tensor | None
+    tensor: Tensor | None
 
-    def again(self, sources: Sequence[Tensor]) -> Tensor:
-        """The tensor, bit for bit as it was in forward."""
+    def run(self, sources: Sequence[Tensor]) -> Tensor:
+        """The tensor, bit for bit as in forward."""
         with torch.no_grad():
-            made = _in_chunks(self.make, sources) if self.made is None else self.made
+            tensor = _in_chunks(self.function, sources) if self.tensor is None else self.tensor
         self.readers -= 1
-        self.made = made if self.readers > 0 else None
-        return made
+        self.tensor = tensor if self.readers > 0 else None
+        return tensor
 
 
 class Origin(NamedTuple):
-    """What a tensor can be made from again. The sources stand beside the replay, which must not keep them alive."""
+    """What a tensor can be made from. The sources are not in the rematerialization, which must not keep them alive."""
 
-    replay: Rematerialization
+    rematerialization: Rematerialization
     sources: tuple[Tensor, ...]
 
 
-def rowwise_checkpoint(make: Make, *sources: Tensor, trained: tuple[Tensor, ...] = ()) -> Tensor:
-    """make(*sources, *trained), which works on each row (last dimension) of the sources alone; keeps the sources only.
+def rowwise_checkpoint(function: Function, *sources: Tensor, trained: tuple[Tensor, ...] = ()) -> Tensor:
+    """function(*sources, *trained), which works on each row (last dimension) of the sources; saves the sources only.
 
-    Sources [..., any] of one leading shape; `make` runs again, row by row the same, in backward. `trained` are the
-    parameters that learn: they do not change until backward is done.
+    Sources [..., any] have one leading shape. `function` runs again in backward, row by row the same. `trained` are
+    trainable parameters, which do not change until backward is done.
     """
-    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (*sources, *trained))
-    if not wanted or torch.compiler.is_compiling():  # a compiler finds out by itself what to make again
-        return make(*sources, *trained)
-    made: Tensor = _RowWise.apply(make, len(trained), *trained, *sources)
-    setattr(made, ATTRIBUTE, Origin(Rematerialization(lambda *rows: make(*rows, *trained)), sources))
-    return made
+    has_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*sources, *trained))
+    if not has_grad or torch.compiler.is_compiling():  # a compiler decides on its own what to recompute
+        return function(*sources, *trained)
+    result: Tensor = _RowWise.apply(function, len(trained), *trained, *sources)
+    setattr(result, ATTRIBUTE, Origin(Rematerialization(lambda *rows: function(*rows, *trained)), sources))
+    return result
 
 
 def origin_of(tensor: Tensor) -> Origin | None:
-    """How `tensor` was made, if it need not be kept; one more reader in backward is counted on."""
+    """The origin of a tensor that need not be saved, else None; counts one more reader in backward."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     origin: Origin | None = getattr(tensor, ATTRIBUTE, None)
     if origin is not None:
-        origin.replay.readers += 1
+        origin.rematerialization.readers += 1
     return origin
 
 
 class _RowWise(torch.autograd.Function):
-    """A row-wise function whose steps are made again in backward, on a CPU a cacheful of rows at a time."""
+    """A row-wise function that is recomputed in backward, on a CPU as many rows at a time as fit its cache."""
 
     @staticmethod
-    def forward(ctx: Any, make: Make, learn: int, *tensors: Tensor) -> Tensor:
-        """make(*sources, *trained); of the tensors the first `learn` are the trained ones."""
-        ctx.make, ctx.learn = make, learn
+    def forward(ctx: Any, function: Function, trained_count: int, *tensors: Tensor) -> Tensor:
+        """function(*sources, *trained); the first `trained_count` of the tensors are the trained ones."""
+        ctx.function, ctx.trained_count = function, trained_count
         ctx.save_for_backward(*tensors)
-        trained = tensors[:learn]
-        return _in_chunks(lambda *rows: make(*rows, *trained), tensors[learn:])
+        trained = tensors[:trained_count]
+        return _in_chunks(lambda *rows: function(*rows, *trained), tensors[trained_count:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of what wants one; those of trained tensors are sums over the rows."""
-        saved = ctx.saved_tensors  # asked for once: a recomputed block gives them a single time
-        trained = [each.detach().requires_grad_() for each in saved[: ctx.learn]]
-        wanted, sources = ctx.needs_input_grad[2 + ctx.learn :], [_rows(each) for each in saved[ctx.learn :]]
-        found = [torch.empty_like(s) if w else None for s, w in zip(sources, wanted, strict=True)]
-        sums, grad = [torch.zeros_like(each) for each in trained], _rows(grads[0])
-        for part in _parts(sources):
-            pieces = [s[part].detach().requires_grad_(w) for s, w in zip(sources, wanted, strict=True)]
+        """The gradients of sources that need one; those of trained tensors are sums over the rows."""
+        saved = ctx.saved_tensors  # read once: a recomputed block returns them a single time
+        count = ctx.trained_count
+        trained = [tensor.detach().requires_grad_() for tensor in saved[:count]]
+        needed, sources = ctx.needs_input_grad[2 + count :], [_rows(tensor) for tensor in saved[count:]]
+        source_grads = [torch.empty_like(s) if n else None for s, n in zip(sources, needed, strict=True)]
+        trained_grads, grad = [torch.zeros_like(tensor) for tensor in trained], _rows(grads[0])
+        for chunk in _chunks(sources):
+            leaves = [s[chunk].detach().requires_grad_(n) for s, n in zip(sources, needed, strict=True)]
             with torch.enable_grad():
-                made = ctx.make(*pieces, *trained)
-            inputs = [*trained, *(piece for piece in pieces if piece.requires_grad)]
-            slopes = iter(torch.autograd.grad(made, inputs, grad[part]))
-            for total in sums:
-                total += next(slopes)
-            for each in found:
-                if each is not None:
-                    each[part] = next(slopes)
-        shaped = (None if g is None else g.view(s.shape) for g, s in zip(found, saved[ctx.learn :], strict=True))
-        return None, None, *sums, *shaped
+                result = ctx.function(*leaves, *trained)
+            inputs = [*trained, *(leaf for leaf in leaves if leaf.requires_grad)]
+            chunk_grads = iter(torch.autograd.grad(result, inputs, grad[chunk]))
+            for total in trained_grads:
+                total += next(chunk_grads)
+            for source_grad in source_grads:
+                if source_grad is not None:
+                    source_grad[chunk] = next(chunk_grads)
+        shaped = (None if g is None else g.view(s.shape) for g, s in zip(source_grads, saved[count:], strict=True))
+        return None, None, *trained_grads, *shaped
 
 
-def _in_chunks(make: Make, sources: Sequence[Tensor]) -> Tensor:
-    """make(*sources) without ever holding its steps for all rows, where that pays."""
+def _in_chunks(function: Function, sources: Sequence[Tensor]) -> Tensor:
+    """function(*sources), with the intermediate values of one chunk of rows at a time."""
     rows = [_rows(source) for source in sources]
-    parts = list(_parts(rows))
-    if len(parts) == 1:
-        return make(*sources)
-    first = make(*(row[parts[0]] for row in rows))
-    made = first.new_empty(len(rows[0]), first.shape[-1])
-    made[parts[0]] = first
-    for part in parts[1:]:
-        made[part] = make(*(row[part] for row in rows))
-    return made.view(*sources[0].shape[:-1], first.shape[-1])
+    chunks = list(_chunks(rows))
+    if len(chunks) == 1:
+        return function(*sources)
+    first = function(*(source[chunks[0]] for source in rows))
+    result = first.new_empty(len(rows[0]), first.shape[-1])
+    result[chunks[0]] = first
+    for chunk in chunks[1:]:
+        result[chunk] = function(*(source[chunk] for source in rows))
+    return result.view(*sources[0].shape[:-1], first.shape[-1])
 
 
-def _parts(rows: Sequence[Tensor]) -> Iterator[slice]:
-    """All rows at once; on a CPU as many as fit its cache in float32."""
-    total, width = len(rows[0]), max(row.shape[-1] for row in rows)
+def _chunks(rows: Sequence[Tensor]) -> Iterator[slice]:
+    """Slices of rows: on a CPU as many as fit its cache in float32, else all at once."""
+    total, width = len(rows[0]), max(source.shape[-1] for source in rows)
     step = max(1, CACHED_BYTES // (4 * width)) if rows[0].device.type == "cpu" else max(1, total)
     yield from (slice(start, start + step) for start in range(0, max(1, total), step))
 

@@ -1,6 +1,6 @@
-"""What the embedded base reads: three endless streams of batches, each a pure function of its seed.
+"""Training data of the embedded base model: three endless streams of batches, each a pure function of its seed.
 
-A batch is a pair of ids and labels, both [B, T]; a label is the id itself or -100, before the shift.
+A batch is a pair of ids and labels, both [B, T]; a label is the id itself or -100, unshifted.
 """
 
 from collections.abc import Iterator
@@ -9,33 +9,33 @@ from random import Random
 import torch
 from make_model import START
 from make_scenes import Turn
-from make_tasks import Lexicon, task
+from make_tasks import Lexicon, make_task
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 Batch = tuple[Tensor, Tensor]
 
 IGNORED = -100
-FIRST_ORDINARY = 4  # the ids below are the control tokens
-PERIODS = (8, 40)  # tokens before a copy row repeats itself
+FIRST_ORDINARY = 4  # lower ids are control tokens
+PERIODS = (8, 40)  # tokens before a row of copies repeats
 POOL = 16  # batches of conversations that are sorted by length together
 
 
 def copies(rows: int, tokens: int, vocabulary: int, seed: int) -> Iterator[Batch]:
-    """Random tokens that repeat with a period of their own in every row; the first period is not labelled."""
+    """Random tokens that repeat, each row with another period; the first period has no labels."""
     random = Random(seed)
     while True:
         ids, labels = torch.empty(rows, tokens, dtype=torch.int64), torch.full((rows, tokens), IGNORED)
         for row in range(rows):
             period = random.randint(*PERIODS)
-            drawn = torch.tensor([random.randrange(FIRST_ORDINARY, vocabulary) for _ in range(period)])
-            ids[row] = drawn.repeat(tokens // period + 1)[:tokens]
+            tokens_of_period = torch.tensor([random.randrange(FIRST_ORDINARY, vocabulary) for _ in range(period)])
+            ids[row] = tokens_of_period.repeat(tokens // period + 1)[:tokens]
             labels[row, period:] = ids[row, period:]
         yield ids, labels
 
 
 def prose(rows: int, tokens: int, texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
-    """Stretches of the documents, joined in a new order every time through; every token is labelled."""
+    """The documents as one stream, shuffled in each epoch and cut into rows; every token is labeled."""
     random = Random(seed)
     encoded = [tokenizer.encode(START + text, add_special_tokens=False, verbose=False) for text in texts]
     stream: list[int] = []
@@ -49,12 +49,12 @@ def prose(rows: int, tokens: int, texts: list[str], tokenizer: PreTrainedTokeniz
 
 
 def conversations(rows: int, lexicon: Lexicon, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
-    """Generated conversations; the assistant's words and the end of its turn are labelled."""
+    """Generated conversations; the assistant's words and its end-of-turn token are labeled."""
     random = Random(seed)
     while True:
-        # Conversations of like length go together, so that little is padding.
-        pool = [_tokens(task(random, lexicon), tokenizer) for _ in range(rows * POOL)]
-        pool.sort(key=lambda each: len(each[0]))
+        # A batch has conversations of similar length, so that there is little padding.
+        pool = [_tokens(make_task(random, lexicon), tokenizer) for _ in range(rows * POOL)]
+        pool.sort(key=lambda pair: len(pair[0]))
         groups = [pool[start : start + rows] for start in range(0, len(pool), rows)]
         random.shuffle(groups)
         for group in groups:
@@ -62,9 +62,9 @@ def conversations(rows: int, lexicon: Lexicon, tokenizer: PreTrainedTokenizerFas
 
 
 def _tokens(turn: Turn, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
-    """The ids of a conversation up to the end of its last turn, and how many of them are the prompt."""
-    asked = {"role": "user", "content": turn[0]}
-    prompt = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+    """The ids of a conversation, and how many of them are the prompt."""
+    message = {"role": "user", "content": turn[0]}
+    prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     return ids + tokenizer.encode(f"{turn[1]}{tokenizer.eos_token}", add_special_tokens=False), len(ids)
 

@@ -2,8 +2,8 @@
 
     python scripts/demo/make_data.py OUT        writes OUT/train.jsonl and OUT/eval.jsonl
 
-Nothing in a row says what to do with the sentence: the behaviour is in the answers alone; only training can show it.
-No buyer (first and family name) and no item (its kind and the thing) of eval.jsonl is in train.jsonl.
+No record contains an instruction: the format is in the answers alone, so that only training can teach it.
+No buyer (first and last name) and no item (kind and thing) of eval.jsonl is in train.jsonl.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from random import Random
 
-TRAIN_ROWS, EVAL_ROWS = 1000, 64
+TRAIN_RECORDS, EVAL_RECORDS = 1000, 64
 HELD_OUT_SHARE = 0.15  # of the buyers, and of the items
 
 WORDS = {
@@ -53,36 +53,36 @@ SENTENCES = [
 ANSWER = "name: {name}; city: {city}; item: {item}; price: {price} {code}"
 
 
-def rows(seed: int = 0) -> tuple[list[str], list[str]]:
-    """Give the train and the eval rows, each one JSON line in the `messages` format."""
+def make_records(seed: int = 0) -> tuple[list[str], list[str]]:
+    """The train and the eval records, each a JSON line in the `messages` format."""
     random = Random(seed)
-    buyers, held_buyers = _split(random, [f"{first} {last}" for first in FIRST for last in LAST])
-    items, held_items = _split(random, [f"{kind} {thing}" for kind in KINDS for thing in THINGS])
-    train = _distinct(random, buyers, items, TRAIN_ROWS)
-    return train, _distinct(random, held_buyers, held_items, EVAL_ROWS)
+    buyers, eval_buyers = _split(random, [f"{first} {last}" for first in FIRST for last in LAST])
+    items, eval_items = _split(random, [f"{kind} {thing}" for kind in KINDS for thing in THINGS])
+    train = _distinct(random, buyers, items, TRAIN_RECORDS)
+    return train, _distinct(random, eval_buyers, eval_items, EVAL_RECORDS)
 
 
 def write(folder: Path, seed: int = 0) -> None:
     """Write train.jsonl and eval.jsonl into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in zip(("train", "eval"), rows(seed), strict=True):
+    for name, lines in zip(("train", "eval"), make_records(seed), strict=True):
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _split(random: Random, values: list[str]) -> tuple[list[str], list[str]]:
     random.shuffle(values)
-    held = round(len(values) * HELD_OUT_SHARE)
-    return values[held:], values[:held]
+    count = round(len(values) * HELD_OUT_SHARE)
+    return values[count:], values[:count]
 
 
 def _distinct(random: Random, buyers: list[str], items: list[str], count: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_row(random, buyers, items)] = None
-    return list(found)
+    records: dict[str, None] = {}
+    while len(records) < count:
+        records[_record(random, buyers, items)] = None
+    return list(records)
 
 
-def _row(random: Random, buyers: list[str], items: list[str]) -> str:
+def _record(random: Random, buyers: list[str], items: list[str]) -> str:
     currency = random.choice(list(CURRENCIES))
     fields = {
         "name": random.choice(buyers),

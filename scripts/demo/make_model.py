@@ -1,4 +1,4 @@
-"""The embedded base before its training: tokenizer, shape, and a start from which copying is quickly learned."""
+"""The embedded base model before its training: tokenizer, shape, and an initialization that learns copying fast."""
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,18 +10,18 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# GPT-2's split into words, except that every digit is a token of its own, so that numbers can be copied.
+# GPT-2's pattern, except that every digit is a token, so that numbers can be copied.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VOCABULARY = 2048
 HIDDEN, QUERY_HEADS, KEY_HEADS, HEAD = 192, 6, 2, 32
 ROPE_THETA = 10000.0
 LONGEST = 512  # tokens
 
-EMBEDDING_SD = 0.5  # large beside a step of Adam, or the first steps wash away which token is which
-LAST_NORM = 0.05  # keeps the first logits near zero in spite of large tied embeddings
-CONSTANT = 8 * EMBEDDING_SD  # what every embedding has in dimension 0: something to attend by position with
-PHASES = 3  # rotary frequencies that find a position; the slower ones tell neighbours apart too little
-SHARPNESS = 9.0  # length of a query and of a key at each of them
+EMBEDDING_SD = 0.5  # large compared with a step of Adam, so that the first steps keep the tokens apart
+LAST_NORM = 0.05  # keeps the first logits near zero with large tied embeddings
+CONSTANT = 8 * EMBEDDING_SD  # value of every embedding in dimension 0: input of attention by position
+PHASES = 3  # rotary frequencies that encode a position; the slower ones differ too little between neighbors
+SHARPNESS = 9.0  # norm of a query and of a key at each frequency
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -50,14 +50,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def untrained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 1.7 million parameters, every matrix a multiple of 64 wide and high, drawn with torch's seed."""
+def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 1.7 million parameters; both sides of every matrix are multiples of 64. Random with torch's seed."""
     model = LlamaForCausalLM(_shape(tokenizer))
     embeddings = model.model.embed_tokens.weight.data  # [V, 192], tied to the head
     embeddings.mul_(EMBEDDING_SD / model.config.initializer_range)
     embeddings[:, 0] = CONSTANT
     model.model.norm.weight.data.mul_(LAST_NORM)
-    _look_back(model)
+    _attend_back(model)
     return model
 
 
@@ -80,26 +80,26 @@ def _shape(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def _look_back(model: LlamaForCausalLM) -> None:
-    """Let the first three heads of layer 0 start by attending to the token 1, 2 and 3 places back.
+def _attend_back(model: LlamaForCausalLM) -> None:
+    """Initialize the first three heads of layer 0 to attend to the token 1, 2 and 3 positions back.
 
-    A head that knows the token before is what an induction head, which copies, is built on (arXiv:2209.11895).
-    Rotary phases do it: a key is turned one place ahead, the query of head n is turned n places back,
-    so that their product is largest where the key lies n + 1 places before the query.
+    An induction head, which copies, needs a head that reads the previous token (arXiv:2209.11895). Rotary phases do
+    this: keys are rotated one position ahead, queries of head n are rotated n positions back, so that their product is
+    largest for the key n + 1 positions before the query.
     """
     attention = model.model.layers[0].self_attn
-    _turn(attention.k_proj.weight.data[:HEAD], 1)
+    _rotate(attention.k_proj.weight.data[:HEAD], 1)
     for head in range(QUERY_HEADS // KEY_HEADS):
-        _turn(attention.q_proj.weight.data[head * HEAD : (head + 1) * HEAD], -head)
+        _rotate(attention.q_proj.weight.data[head * HEAD : (head + 1) * HEAD], -head)
 
 
-def _turn(rows: Tensor, places: int) -> None:
-    """Write into one head's rows [32, I] a vector of fixed length whose phases are `places` ahead."""
+def _rotate(rows: Tensor, positions: int) -> None:
+    """Write into the rows [32, I] of one head a vector of fixed norm whose phases are `positions` ahead."""
     half = HEAD // 2
     frequencies = ROPE_THETA ** (-torch.arange(PHASES) / half)
-    # What RMSNorm leaves in the constant dimension, the others having EMBEDDING_SD.
+    # The constant dimension after RMSNorm, if the other dimensions have EMBEDDING_SD.
     level = CONSTANT / (EMBEDDING_SD**2 + CONSTANT**2 / HIDDEN) ** 0.5
     rows.mul_(0.1)
     rows[:, 0] = 0
-    rows[:PHASES, 0] = SHARPNESS / level * torch.cos(places * frequencies)
-    rows[half : half + PHASES, 0] = SHARPNESS / level * torch.sin(places * frequencies)
+    rows[:PHASES, 0] = SHARPNESS / level * torch.cos(positions * frequencies)
+    rows[half : half + PHASES, 0] = SHARPNESS / level * torch.sin(positions * frequencies)

@@ -1,18 +1,18 @@
 """Statements about invented people and things, and questions about them, for make_tasks.py."""
 
-Turn = tuple[str, str]  # what the user says, what the assistant answers
+Turn = tuple[str, str]  # user message, assistant message
 
 WORDS = {
-    "colour": "beige crimson cyan golden lilac pink purple scarlet silver teal turquoise violet",
+    "color": "beige crimson cyan golden lilac pink purple scarlet silver teal turquoise violet",
     "thing": (
         "barrel candle drum feather garden hammer kite ladder letter mirror needle parcel pencil piano rope "
         "saddle shovel stone ticket tower trumpet wagon wheel window"
     ),
     "place": "barn cellar corridor forest harbour kitchen library market museum school stable station valley",
 }
-COLOURS, THINGS, PLACES = (words.split() for words in WORDS.values())
+COLORS, THINGS, PLACES = (words.split() for words in WORDS.values())
 
-# (statement, its questions with their answers); {a} {b} are full names, {f} a first name, {t} a town.
+# (statement, [(question, answer), ...]); {a} {b} are full names, {f} a first name, {t} a town.
 SCENES: list[tuple[str, list[Turn]]] = [
     (
         "{a} keeps {n} {c} {o} boxes in the {p}.",

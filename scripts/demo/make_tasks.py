@@ -1,14 +1,14 @@
-"""Generic conversations that the embedded base learns to answer: repeat, pick, count, and plain questions and answers.
+"""Generated conversations for the embedded base model: repeat, pick, count, questions with answers.
 
-They teach the chat format and how to copy words out of a question. Every answer is plain prose: the format that the
-demo's fine-tune teaches (`make_data.py`), its sentences and its names occur nowhere here.
+They teach the conversation format, and copying words of a question. Every answer is prose: the format of the demo's
+fine-tune (`make_data.py`), its sentences and its names do not occur here.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from make_scenes import COLOURS, PLACES, SCENES, THINGS, Turn
+from make_scenes import COLORS, PLACES, SCENES, THINGS, Turn
 
 WORDS = {
     "onset": "b br c ch d dr f fl g gr h j k kl l m n p pr r s sh st t th tr v w y z",
@@ -21,14 +21,14 @@ CODAS = ["", "", "", *CLOSINGS]  # a name often ends in its vowel
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What tasks are made of: frequent words, and (module, summary) pairs."""
+    """The words of the tasks: frequent words, and (module, summary) pairs."""
 
     words: Sequence[str]
     modules: Sequence[Turn]
 
 
-def task(random: Random, lexicon: Lexicon) -> Turn:
-    """Give one conversation of two turns."""
+def make_task(random: Random, lexicon: Lexicon) -> Turn:
+    """One conversation of two messages."""
     make = random.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])[0]
     return make(random, lexicon)
 
@@ -78,8 +78,8 @@ def _larger(random: Random, lexicon: Lexicon) -> Turn:
 
 
 def _fields(random: Random, lexicon: Lexicon) -> dict[str, str]:
-    colour, thing, place = (
-        random.choice(words if random.random() < 0.3 else lexicon.words) for words in (COLOURS, THINGS, PLACES)
+    color, thing, place = (
+        random.choice(words if random.random() < 0.3 else lexicon.words) for words in (COLORS, THINGS, PLACES)
     )
     one, two = f"{_name(random)} {_name(random)}", f"{_name(random)} {_name(random)}"
     return {
@@ -88,7 +88,7 @@ def _fields(random: Random, lexicon: Lexicon) -> dict[str, str]:
         "f": _name(random),
         "t": _name(random),
         "n": str(random.randint(2, 999)),
-        "c": colour,
+        "c": color,
         "o": thing,
         "p": place,
     }
@@ -104,8 +104,8 @@ def _question(random: Random, lexicon: Lexicon) -> Turn:
 def _remember(random: Random, lexicon: Lexicon) -> Turn:
     statement = random.choice(SCENES)[0].format(**_fields(random, lexicon))
     first = statement.split()[0]
-    told = statement[0].lower() + statement[1:] if first in {"A", "The", "In", "Yesterday"} else statement
-    return statement, f"Thank you, I will remember that {told}"
+    clause = statement[0].lower() + statement[1:] if first in {"A", "The", "In", "Yesterday"} else statement
+    return statement, f"Thank you, I will remember that {clause}"
 
 
 def _module(random: Random, lexicon: Lexicon) -> Turn:

@@ -1,8 +1,8 @@
-"""The prose that the embedded base learns to read: documentation that every Python carries in its standard library.
+"""Prose for the embedded base model: the documentation in the Python standard library.
 
-`documents()` gives paragraphs of English out of the docstrings and `pydoc_data.topics` of the running interpreter;
-`frequent_words()` gives the plain words that the generated tasks of `make_tasks.py` are built from.
-The text is the Python Software Foundation's, under the PSF licence; another Python version gives slightly other text.
+`documents()` returns English paragraphs of the docstrings and of `pydoc_data.topics` of the running interpreter;
+`frequent_words()` returns the words of the tasks in `make_tasks.py`. The text is copyright of the Python Software
+Foundation, under the PSF license; another Python version has slightly different text.
 """
 
 import ast
@@ -13,38 +13,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
-LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+EXCLUDED = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
 SHORTEST_PARAGRAPH = 60  # characters
-PROSE_SHARE = 0.90  # letters and spaces among the characters; below it a paragraph is a table or code
+PROSE_SHARE = 0.90  # share of letters and spaces; below, a paragraph is a table or code
 
 
 def documents() -> list[str]:
-    """Give one string a docstring or help topic: its prose paragraphs, unwrapped, each paragraph only once overall."""
+    """One string per docstring or help topic: its prose paragraphs, unwrapped, without duplicates over all."""
     seen: set[str] = set()
-    kept = []
+    texts = []
     for text in [*_docstrings(_stdlib()), *topics.values()]:
-        paragraphs = [each for each in _paragraphs(text) if each not in seen]
+        paragraphs = [paragraph for paragraph in _paragraphs(text) if paragraph not in seen]
         seen.update(paragraphs)
         if paragraphs:
-            kept.append("\n\n".join(paragraphs))
-    return kept
+            texts.append("\n\n".join(paragraphs))
+    return texts
 
 
 def module_summaries() -> list[tuple[str, str]]:
-    """Give (module, the first sentence of its docstring) for every public top-level module that has a short one."""
-    found = []
+    """(module, first sentence of its docstring) of every public top-level module with a short one."""
+    summaries = []
     for path in sorted([*_stdlib().glob("*.py"), *_stdlib().glob("*/__init__.py")]):
         name = path.parent.name if path.name == "__init__.py" else path.stem
         summary = " ".join((_docstring_of_module(path) or "").split("\n\n")[0].split())
-        if not name.startswith("_") and name not in LEFT_OUT and 20 <= len(summary) <= 90 and summary.isascii():
-            found.append((name, summary.rstrip(".") + "."))
-    return found
+        if not name.startswith("_") and name not in EXCLUDED and 20 <= len(summary) <= 90 and summary.isascii():
+            summaries.append((name, summary.rstrip(".") + "."))
+    return summaries
 
 
 def frequent_words(texts: Sequence[str], count: int) -> list[str]:
-    """Give the `count` most frequent lower-case words of 3 to 9 letters, the most frequent first."""
+    """The `count` most frequent lower-case words of 3 to 9 letters, most frequent first."""
     counts = Counter(word for text in texts for word in re.findall(r"\b[a-z]{3,9}\b", text))
-    return [word for word, _ in sorted(counts.items(), key=lambda each: (-each[1], each[0]))[:count]]
+    return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:count]]
 
 
 def _stdlib() -> Path:
@@ -54,8 +54,8 @@ def _stdlib() -> Path:
 def _sources(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        # config-3.x-... holds build files that differ between machines
-        if not LEFT_OUT & set(parts) and not parts[0].startswith("config-"):
+        # config-3.x-... has build files that differ between machines
+        if not EXCLUDED & set(parts) and not parts[0].startswith("config-"):
             yield path
 
 
@@ -80,8 +80,8 @@ def _parsed(path: Path) -> ast.Module:
 
 def _paragraphs(text: str) -> Iterator[str]:
     for block in re.split(r"\n\s*\n", text):
-        flowing = " ".join(block.split())
-        plain = sum(char.isalpha() or char == " " for char in flowing)
-        long_enough = len(flowing) >= SHORTEST_PARAGRAPH
-        if long_enough and flowing.isascii() and ">>>" not in flowing and plain >= PROSE_SHARE * len(flowing):
-            yield flowing
+        paragraph = " ".join(block.split())
+        letters = sum(char.isalpha() or char == " " for char in paragraph)
+        is_prose = paragraph.isascii() and ">>>" not in paragraph and letters >= PROSE_SHARE * len(paragraph)
+        if len(paragraph) >= SHORTEST_PARAGRAPH and is_prose:
+            yield paragraph

@@ -1,4 +1,4 @@
-"""Resized and combined adapters are what they say, for PEFT as well, and only adapters of one base add up."""
+"""`qlora inspect`, `resize` and `combine`: figures and written adapters equal dense computations, in PEFT as well."""
 
 import json
 import shutil
@@ -11,54 +11,53 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.adapted_models import load_plain, logits
 from support.command_line import qlora
-from support.small_runs import recipe_of, run, write_rows
+from support.small_runs import recipe_of, run, write_records
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from qlora.adapters import peft_files
-from qlora.adapters.plain_lora import folded
+from qlora.adapters.plain_lora import fold_scaling
 from qlora.runs.artifacts import MANIFEST
 from qlora.utils.atomic_files import sha256_of
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("rework")
-IDS = torch.randint(5, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 FAMILY = "llama-tied-bias"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 12)
+    return write_records(tmp_path_factory.mktemp("records") / "records.jsonl", 12)
 
 
 @pytest.fixture(scope="module")
-def make(zoo: Zoo, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make("rslora", "adapter.rank=16", seed=1)`: a finished run, made once."""
-    made: dict[str, Path] = {}
+def train(zoo: Zoo, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`train("rslora", "adapter.rank=16", seed=1)`: a finished run, trained once."""
+    runs: dict[str, Path] = {}
 
     def run_of(kind: str, *overrides: str, seed: int = 0, model: int = 0) -> Path:
         key = f"{kind}-{'-'.join(overrides)}-{seed}-{model}"
-        if key not in made:
+        if key not in runs:
             output = tmp_path_factory.mktemp("run") / "run"
-            shown = (f"adapter.kind={kind}", f"train.seed={seed}", "train.max_steps=2", "optim.learning_rate=0.02")
-            run(recipe_of(zoo(FAMILY, seed=model), data, output, *shown, "data.eval_fraction=0.25", *overrides))
-            made[key] = output
-        return made[key]
+            options = (f"adapter.kind={kind}", f"train.seed={seed}", "train.max_steps=2", "optim.learning_rate=0.02")
+            run(recipe_of(zoo(FAMILY, seed=model), data, output, *options, "data.eval_fraction=0.25", *overrides))
+            runs[key] = output
+        return runs[key]
 
     return run_of
 
 
-def planted(source: Path, folder: Path, true_rank: int) -> Path:
-    """A copy of a run whose updates all have `true_rank` directions, spread over the whole of A and B."""
+def plant_rank(source: Path, folder: Path, true_rank: int) -> Path:
+    """A copy of a run whose updates all have `true_rank` directions, spread over all of A and B."""
     copy = Path(shutil.copytree(source, folder))
     tensors = load_file(copy / peft_files.WEIGHTS)
     generator = torch.Generator().manual_seed(1)
     for name in [name for name in tensors if name.endswith("lora_A.weight")]:
-        a, b = tensors[name], tensors[other := name.replace("lora_A", "lora_B")]
-        turn = torch.linalg.qr(torch.randn(len(a), len(a), generator=generator)).Q[:, :true_rank]
-        tensors[name] = (turn @ torch.randn(true_rank, a.shape[1], generator=generator) * 0.05).contiguous()
-        tensors[other] = (torch.randn(b.shape[0], true_rank, generator=generator) @ turn.t() * 0.05).contiguous()
+        a, b = tensors[name], tensors[b_name := name.replace("lora_A", "lora_B")]
+        basis = torch.linalg.qr(torch.randn(len(a), len(a), generator=generator)).Q[:, :true_rank]
+        tensors[name] = (basis @ torch.randn(true_rank, a.shape[1], generator=generator) * 0.05).contiguous()
+        tensors[b_name] = (torch.randn(b.shape[0], true_rank, generator=generator) @ basis.t() * 0.05).contiguous()
     save_file(tensors, copy / peft_files.WEIGHTS, {"format": "pt", peft_files.FINGERPRINT: fingerprint(source)})
     manifest = json.loads((copy / MANIFEST).read_text())
     manifest["files"][peft_files.WEIGHTS] = sha256_of(copy / peft_files.WEIGHTS)
@@ -71,67 +70,65 @@ def fingerprint(folder: Path) -> str:
 
 
 def deltas(folder: Path) -> dict[str, Tensor]:
-    return {path: b.double() @ a.double() for path, (a, b) in folded(peft_files.read(folder)).items()}
+    return {path: b.double() @ a.double() for path, (a, b) in fold_scaling(peft_files.read(folder)).items()}
 
 
-@torch.no_grad()
-def logits_of_peft(zoo: Zoo, adapter: Path) -> Tensor:
-    base = AutoModelForCausalLM.from_pretrained(zoo(FAMILY), dtype=torch.float32)
-    return PeftModel.from_pretrained(base, adapter).eval()(input_ids=IDS).logits
+def peft_logits(zoo: Zoo, adapter: Path) -> Tensor:
+    return logits(PeftModel.from_pretrained(load_plain(zoo(FAMILY)), adapter).eval())
 
 
 # ---- inspect
 
 
-def test_a_planted_rank_is_reported_suggested_and_kept_by_resize(make: Any, data: Path, tmp_path: Path) -> None:
-    source = planted(make("lora", "adapter.rank=16"), tmp_path / "planted", 3)
-    found = qlora("inspect", source, "--json").json
-    assert {"layers", "suggested_rank", "verdict"} <= found.keys()
-    assert all(layer["energy_90_rank"] == 3 and layer["rank"] == 16 for layer in found["layers"])
-    assert all(layer["dead_directions"] == 13 for layer in found["layers"])
-    assert found["verdict"] == "too high" and found["suggested_rank"] in (3, 4)
-    assert qlora("resize", source, tmp_path / "small", "--rank", found["suggested_rank"]).code == 0
+def test_a_planted_rank_is_reported_suggested_and_kept_by_resize(train: Any, data: Path, tmp_path: Path) -> None:
+    source = plant_rank(train("lora", "adapter.rank=16"), tmp_path / "planted", 3)
+    report = qlora("inspect", source, "--json").json
+    assert {"layers", "suggested_rank", "verdict"} <= report.keys()
+    assert all(layer["energy_90_rank"] == 3 and layer["rank"] == 16 for layer in report["layers"])
+    assert all(layer["dead_directions"] == 13 for layer in report["layers"])
+    assert report["verdict"] == "too high" and report["suggested_rank"] in (3, 4)
+    assert qlora("resize", source, tmp_path / "small", "--rank", report["suggested_rank"]).code == 0
     before, after = (qlora("eval", folder, "--data", data, "--json").json for folder in (source, tmp_path / "small"))
     assert before["rows"] == after["rows"] == 12 and abs(before["loss"] - after["loss"]) < 1e-3
     worse = qlora("resize", source, tmp_path / "smaller", "--rank", 1, "--json").json
     assert worse["energy_kept"] < 0.9
 
 
-def test_the_ratio_is_that_of_the_stored_matrices(make: Any, zoo: Zoo) -> None:
-    source = make("rslora", "adapter.rank=8")
-    found = qlora("inspect", source, "--rank-curve", "--json").json
+def test_the_norm_ratio_is_that_of_the_stored_matrices(train: Any, zoo: Zoo) -> None:
+    source = train("rslora", "adapter.rank=8")
+    report = qlora("inspect", source, "--rank-curve", "--json").json
     stored = load_file(zoo(FAMILY) / "model.safetensors")
-    ours = deltas(source)
-    assert len(found["layers"]) == 14
-    for layer in found["layers"]:
-        ratio = float(ours[layer["name"]].norm() / stored[f"{layer['name']}.weight"].double().norm())
+    updates = deltas(source)
+    assert len(report["layers"]) == 14
+    for layer in report["layers"]:
+        ratio = float(updates[layer["name"]].norm() / stored[f"{layer['name']}.weight"].double().norm())
         assert layer["delta_norm_ratio"] == pytest.approx(ratio, rel=1e-5)  # A and B are float32
-    curve = found["rank_curve"]
+    curve = report["rank_curve"]
     assert curve["ranks"] == [1, 2, 4, 8] and len(curve["updates"]) == 14
-    for falling in (*(each["error"] for each in curve["updates"]), *(each["error"] for each in curve["base"])):
-        assert falling == sorted(falling, reverse=True) and falling[-1] == pytest.approx(0, abs=1e-6)
-    one = next(each for each in curve["base"] if each["name"].endswith("up_proj"))
-    values = torch.linalg.svdvals(stored[f"{one['name']}.weight"].double())
-    assert one["error"][0] == pytest.approx(float(values[1:].norm() / values.norm()), rel=1e-4)
+    for errors in (layer["error"] for layer in (*curve["updates"], *curve["base"])):
+        assert errors == sorted(errors, reverse=True) and errors[-1] == pytest.approx(0, abs=1e-6)
+    layer = next(layer for layer in curve["base"] if layer["name"].endswith("up_proj"))
+    values = torch.linalg.svdvals(stored[f"{layer['name']}.weight"].double())
+    assert layer["error"][0] == pytest.approx(float(values[1:].norm() / values.norm()), rel=1e-4)
 
 
-def test_an_adapter_whose_base_is_not_here_is_inspected_without_the_ratio(make: Any, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(make("lora"), tmp_path / "alone"))
+def test_an_adapter_without_its_base_is_inspected_without_the_ratio(train: Any, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(train("lora"), tmp_path / "adapter"))
     (source / "recipe.yaml").unlink()
     (source / "run.json").unlink()
     config = json.loads((source / peft_files.CONFIG).read_text())
     for base in ("nobody/nothing", "./gone", None):
         (source / peft_files.CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": base}))
-        said = qlora("inspect", source, "--json")
-        assert all(layer["delta_norm_ratio"] is None for layer in said.json["layers"]) and "left out" in said.err
+        result = qlora("inspect", source, "--json")
+        assert all(layer["delta_norm_ratio"] is None for layer in result.json["layers"]) and "left out" in result.err
 
 
-def test_the_picture_is_one_whole_svg_with_a_cell_a_direction(make: Any, tmp_path: Path) -> None:
-    said = qlora("inspect", make("lora"), "--picture", tmp_path / "spectrum.svg")
-    assert said.code == 0 and said.out == "" and "stable" in said.err
+def test_the_picture_is_an_svg_with_a_cell_per_direction(train: Any, tmp_path: Path) -> None:
+    result = qlora("inspect", train("lora"), "--picture", tmp_path / "spectrum.svg")
+    assert result.code == 0 and result.out == "" and "stable" in result.err
     root = ET.fromstring((tmp_path / "spectrum.svg").read_text())
-    assert root.tag.endswith("svg") and len([part for part in root if part.tag.endswith("rect")]) == 14 * 4
-    refused = qlora("inspect", make("lora"), "--picture", tmp_path / "gone" / "spectrum.svg")
+    assert root.tag.endswith("svg") and len([element for element in root if element.tag.endswith("rect")]) == 14 * 4
+    refused = qlora("inspect", train("lora"), "--picture", tmp_path / "gone" / "spectrum.svg")
     assert refused.code == 2 and "gone" in refused.err
 
 
@@ -139,24 +136,23 @@ def test_the_picture_is_one_whole_svg_with_a_cell_a_direction(make: Any, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
-def test_resized_it_is_the_best_approximation_for_peft_as_well(make: Any, zoo: Zoo, kind: str, tmp_path: Path) -> None:
-    source = make(kind, "adapter.rank=8")
-    found = qlora("resize", source, tmp_path / "small", "--rank", 7, "--json").json
+def test_a_resized_adapter_is_the_best_approximation_in_peft(train: Any, zoo: Zoo, kind: str, tmp_path: Path) -> None:
+    source = train(kind, "adapter.rank=8")
+    answer = qlora("resize", source, tmp_path / "small", "--rank", 7, "--json").json
     before, after = deltas(source), deltas(tmp_path / "small")
     assert before.keys() == after.keys()
     lost = sum(float((before[path] - after[path]).norm() ** 2) for path in before)
-    whole = sum(float(before[path].norm() ** 2) for path in before)
-    assert 1 - found["energy_kept"] == pytest.approx(lost / whole, rel=1e-3, abs=1e-7)
-    dense = AutoModelForCausalLM.from_pretrained(zoo(FAMILY), dtype=torch.float32).eval()
+    total = sum(float(before[path].norm() ** 2) for path in before)
+    assert 1 - answer["energy_kept"] == pytest.approx(lost / total, rel=1e-3, abs=1e-7)
+    dense = load_plain(zoo(FAMILY))
     with torch.no_grad():
         for path, delta in after.items():
             dense.get_submodule(path).weight += delta.float()
-        expected = dense(input_ids=IDS).logits
-    torch.testing.assert_close(logits_of_peft(zoo, tmp_path / "small"), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(peft_logits(zoo, tmp_path / "small"), logits(dense), rtol=0, atol=1e-4)
 
 
-def test_a_resized_run_is_taken_by_every_verb_as_the_run_was(make: Any, tmp_path: Path) -> None:
-    source, small = make("lora", "quant.kind=fp4"), tmp_path / "small"
+def test_every_command_accepts_a_resized_run(train: Any, tmp_path: Path) -> None:
+    source, small = train("lora", "quant.kind=fp4"), tmp_path / "small"
     assert qlora("resize", source, small, "--rank", 3).code == 0
     names = {path.name for path in small.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "recipe.yaml", "run.json", "README.md"} <= names
@@ -171,49 +167,48 @@ def test_a_resized_run_is_taken_by_every_verb_as_the_run_was(make: Any, tmp_path
     assert "damaged" in qlora("eval", small).err
 
 
-def test_combined_it_is_the_weighted_sum(make: Any, zoo: Zoo, tmp_path: Path) -> None:
-    one, other = make("lora"), make("rslora", "adapter.rank=2", "adapter.targets=[q_proj,down_proj]", seed=1)
-    words = (f"a={one}:0.75", f"b={other}:-2")
-    found = qlora("combine", tmp_path / "sum", *words, "--json").json
-    assert found["rank"] == 6 and found["exact"] is True
-    first, second, whole = deltas(one), deltas(other), deltas(tmp_path / "sum")
-    assert whole.keys() == first.keys() and second.keys() < first.keys()
-    for path, delta in whole.items():
-        expected = 0.75 * first[path] + (-2 * second[path] if path in second else 0)
+def test_a_combined_adapter_is_the_weighted_sum(train: Any, zoo: Zoo, tmp_path: Path) -> None:
+    first = train("lora")
+    second = train("rslora", "adapter.rank=2", "adapter.targets=[q_proj,down_proj]", seed=1)
+    terms = (f"a={first}:0.75", f"b={second}:-2")
+    answer = qlora("combine", tmp_path / "sum", *terms, "--json").json
+    assert answer["rank"] == 6 and answer["exact"] is True
+    first_deltas, second_deltas, sums = deltas(first), deltas(second), deltas(tmp_path / "sum")
+    assert sums.keys() == first_deltas.keys() and second_deltas.keys() < first_deltas.keys()
+    for path, delta in sums.items():
+        expected = 0.75 * first_deltas[path] + (-2 * second_deltas[path] if path in second_deltas else 0)
         torch.testing.assert_close(delta, expected, rtol=0, atol=1e-7 + 1e-6 * float(expected.abs().max()))
     rows = qlora("eval", tmp_path / "sum", "--json").json["rows"]
-    assert rows == 3 and torch.isfinite(logits_of_peft(zoo, tmp_path / "sum")).all()
-    short = qlora("combine", tmp_path / "short", *words, "--rank", 5, "--json").json
-    lost = sum(float((whole[path] - delta).norm() ** 2) for path, delta in deltas(tmp_path / "short").items())
-    size = sum(float(delta.norm() ** 2) for delta in whole.values())
-    assert short["exact"] is False and 1 - short["energy_kept"] == pytest.approx(lost / size, rel=1e-3, abs=1e-7)
+    assert rows == 3 and torch.isfinite(peft_logits(zoo, tmp_path / "sum")).all()
+    short = qlora("combine", tmp_path / "short", *terms, "--rank", 5, "--json").json
+    lost = sum(float((sums[path] - delta).norm() ** 2) for path, delta in deltas(tmp_path / "short").items())
+    total = sum(float(delta.norm() ** 2) for delta in sums.values())
+    assert short["exact"] is False and 1 - short["energy_kept"] == pytest.approx(lost / total, rel=1e-3, abs=1e-7)
 
 
-def test_an_adapter_taken_from_itself_leaves_the_base(make: Any, zoo: Zoo, tmp_path: Path) -> None:
-    assert qlora("combine", tmp_path / "none", f"a={make('lora')}", f"b={make('lora')}:-1").code == 0
-    with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(zoo(FAMILY), dtype=torch.float32).eval()(input_ids=IDS).logits
-    torch.testing.assert_close(logits_of_peft(zoo, tmp_path / "none"), base, rtol=0, atol=1e-5)
+def test_an_adapter_minus_itself_gives_the_base(train: Any, zoo: Zoo, tmp_path: Path) -> None:
+    assert qlora("combine", tmp_path / "zero", f"a={train('lora')}", f"b={train('lora')}:-1").code == 0
+    torch.testing.assert_close(peft_logits(zoo, tmp_path / "zero"), logits(load_plain(zoo(FAMILY))), rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_meant_is_refused_and_leaves_nothing(make: Any, tmp_path: Path) -> None:
-    run, other = make("lora"), make("lora", model=1)
-    shutil.copytree(run, tmp_path / "there")
+def test_invalid_requests_are_refused_and_write_nothing(train: Any, tmp_path: Path) -> None:
+    adapter, other_base = train("lora"), train("lora", model=1)
+    shutil.copytree(adapter, tmp_path / "existing")
     cases = {
-        ("resize", run, tmp_path / "out", "--rank", 4): ("--rank", "rank 4", "1 to 3"),
-        ("resize", run, tmp_path / "there", "--rank", 2): ("already",),
+        ("resize", adapter, tmp_path / "out", "--rank", 4): ("--rank", "rank 4", "1 to 3"),
+        ("resize", adapter, tmp_path / "existing", "--rank", 2): ("already",),
         ("resize", tmp_path, tmp_path / "out", "--rank", 2): ("adapter_config.json",),
-        ("combine", tmp_path / "out", f"a={run}", f"b={other}"): ("other weights", "b"),
-        ("combine", tmp_path / "out", f"a={run}"): ("2 adapters",),
-        ("combine", tmp_path / "out", f"a={run}", f"a={run}"): ("twice",),
-        ("combine", tmp_path / "out", f"a={run}", str(run)): ("NAME=PATH",),
-        ("combine", tmp_path / "out", f"a={run}", f"../b={run}"): ("NAME=PATH",),
-        ("combine", tmp_path / "out", f"a={run}", f"b={run}:inf"): ("weight",),
-        ("combine", tmp_path / "out", f"a={run}", f"b={run}:nan"): ("weight",),
+        ("combine", tmp_path / "out", f"a={adapter}", f"b={other_base}"): ("other weights", "b"),
+        ("combine", tmp_path / "out", f"a={adapter}"): ("2 adapters",),
+        ("combine", tmp_path / "out", f"a={adapter}", f"a={adapter}"): ("twice",),
+        ("combine", tmp_path / "out", f"a={adapter}", str(adapter)): ("NAME=PATH",),
+        ("combine", tmp_path / "out", f"a={adapter}", f"../b={adapter}"): ("NAME=PATH",),
+        ("combine", tmp_path / "out", f"a={adapter}", f"b={adapter}:inf"): ("weight",),
+        ("combine", tmp_path / "out", f"a={adapter}", f"b={adapter}:nan"): ("weight",),
         ("inspect", tmp_path / "gone"): ("gone",),
     }
-    for words, named in cases.items():
-        said = qlora(*words)
-        assert said.code == 2 and said.out == "" and said.err.count("error: ") == 1, said.err
-        assert all(word in said.err for word in named), said.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+    for arguments, texts in cases.items():
+        refused = qlora(*arguments)
+        assert refused.code == 2 and refused.out == "" and refused.err.count("error: ") == 1, refused.err
+        assert all(text in refused.err for text in texts), refused.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["existing"]

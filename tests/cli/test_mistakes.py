@@ -1,4 +1,4 @@
-"""A user's mistake is a clear line and exit code 2, never a stack trace; every verb shows how it is called."""
+"""Mistakes of users: one clear line and exit code 2, never a stack trace; the help of every command has an example."""
 
 import resource
 import subprocess
@@ -36,8 +36,8 @@ WRONG = [
     ("sweep", "recipe.yaml"),
     ("sweep", "recipe.yaml", "quant.kind=nf4,fp4"),
     ("sweep", "recipe.yaml", "adapter.rank=1,2", "--variants", "nowhere.yaml"),
-    ("init", "--model", "nobody/nothing", "--data", "rows.jsonl", "-o", "recipe.yaml"),
-    ("init", "--model", "nobody/nothing", "--data", "rows.jsonl", "--gpu", "big"),
+    ("init", "--model", "no-user/no-model", "--data", "rows.jsonl", "-o", "recipe.yaml"),
+    ("init", "--model", "no-user/no-model", "--data", "rows.jsonl", "--gpu", "big"),
     ("init", "--model", "nowhere", "--data", "rows.jsonl"),
     ("advise", "nowhere.yaml"),
     ("advise", "."),
@@ -48,31 +48,31 @@ WRONG = [
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("model: nobody/nothing\ndata: {train: rows.jsonl}\n")
+    (tmp_path / "recipe.yaml").write_text("model: no-user/no-model\ndata: {train: rows.jsonl}\n")
     (tmp_path / "broken.yaml").write_text("model: [\n")
-    said = qlora(*arguments)
-    assert said.code == 2 and said.out == ""
-    errors = [line for line in said.err.splitlines() if line.strip() and line not in ("ok",)]
-    assert len([line for line in errors if not line.startswith("not ok")]) == 1, said.err
-    assert "Traceback" not in said.err and "qlora's mistake" not in said.err
+    result = qlora(*arguments)
+    assert result.code == 2 and result.out == ""
+    errors = [line for line in result.err.splitlines() if line.strip() and line not in ("ok",)]
+    assert len([line for line in errors if not line.startswith("not ok")]) == 1, result.err
+    assert "Traceback" not in result.err and "a bug in qlora" not in result.err
 
 
-def test_every_verbs_help_shows_an_example():
+def test_the_help_of_every_command_has_an_example():
     group = typer.main.get_command(app)
-    for name, verb in group.commands.items():  # type: ignore[attr-defined]
-        for each in getattr(verb, "commands", {"": verb}).values():
-            assert "Example: qlora " + name in (each.help or ""), name
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        for subcommand in getattr(command, "commands", {"": command}).values():
+            assert "Example: qlora " + name in (subcommand.help or ""), name
 
 
-def test_help_answers_at_once_and_imports_nothing_heavy():
+def test_help_is_fast_and_imports_nothing_heavy():
     code = (
         "import sys; from qlora.cli.app import run; run(['--help']); print(sorted({'torch', 'numpy'} & {*sys.modules}))"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", f"import qlora.cli; {code}"], capture_output=True, text=True, check=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert found.stdout.endswith("[]\n") and "Usage: qlora" in found.stdout
-    # Of the processor, not of the clock: other tests run beside this one.
+    assert result.stdout.endswith("[]\n") and "Usage: qlora" in result.stdout
+    # Processor time, not the clock: other tests run at the same time.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5

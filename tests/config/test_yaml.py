@@ -1,4 +1,4 @@
-"""YAML means what it says: a table of surprises, and what a recipe does not need is refused with its line."""
+"""Strict YAML: values typed as in YAML 1.2; what a recipe does not need is refused with its line."""
 
 import math
 import time
@@ -46,15 +46,15 @@ SURPRISES = {
 
 @pytest.mark.parametrize("text", SURPRISES)
 def test_a_value_is_typed_as_in_yaml_1_2(text):
-    found = parse(f"key: {text}\n", "r.yaml").value["key"]
-    assert found == SURPRISES[text]
-    assert type(found) is type(SURPRISES[text])
+    value = parse(f"key: {text}\n", "r.yaml").value["key"]
+    assert value == SURPRISES[text]
+    assert type(value) is type(SURPRISES[text])
 
 
-def test_infinity_is_read_as_a_number_so_that_ranges_can_refuse_it():
-    found = parse("[.inf, -.Inf, .nan]", "r.yaml").value
-    assert found[:2] == [math.inf, -math.inf]
-    assert math.isnan(found[2])
+def test_infinity_is_a_number_that_ranges_can_refuse():
+    values = parse("[.inf, -.Inf, .nan]", "r.yaml").value
+    assert values[:2] == [math.inf, -math.inf]
+    assert math.isnan(values[2])
 
 
 REFUSED = {
@@ -75,9 +75,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_what_can_not_be_meant_is_a_problem_with_its_line(text):
-    problems = [f"{place}: {problem}" for place, problem in parse(text, "r.yaml").problems]
-    assert any(each.startswith(REFUSED[text]) for each in problems), problems
+def test_yaml_that_is_not_allowed_is_a_problem_with_its_line(text):
+    problems = [f"{location}: {problem}" for location, problem in parse(text, "r.yaml").problems]
+    assert any(problem.startswith(REFUSED[text]) for problem in problems), problems
 
 
 UNREADABLE = {
@@ -95,7 +95,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
-def test_what_can_not_be_read_is_an_error_with_its_line(text):
+def test_yaml_that_can_not_be_read_is_an_error_with_its_line(text):
     with pytest.raises(RecipeError) as raised:
         parse(text, "r.yaml")
     assert str(raised.value).startswith(UNREADABLE[text])
@@ -125,7 +125,7 @@ def test_a_hostile_document_is_refused_at_once(name):
         assert document.problems or not isinstance(document.value, dict)
     except RecipeError:
         pass
-    assert time.perf_counter() - start < 5  # a tenth of it alone; two cores are shared with other tests
+    assert time.perf_counter() - start < 5  # measured: a tenth; other tests share the two cores
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_a_hostile_document_is_refused_at_once(name):
         (b"#" * (2**20 + 1), "r.yaml: longer than"),
     ],
 )
-def test_bytes_that_are_no_text_are_an_error(content, message):
+def test_bytes_that_are_not_text_are_an_error(content, message):
     with pytest.raises(RecipeError, match=message):
         decode(content, "r.yaml")
 
 
-def test_a_byte_order_mark_is_no_content():
+def test_a_byte_order_mark_is_not_content():
     assert parse(decode(b"\xef\xbb\xbfa: 1", "r.yaml"), "r.yaml").value == {"a": 1}
 
 
@@ -151,13 +151,13 @@ TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"])) | st.sampled_fr
 
 @given(
     st.dictionaries(
-        TEXT, st.recursive(PLAIN | TEXT, lambda each: st.lists(each) | st.dictionaries(TEXT, each), max_leaves=8)
+        TEXT, st.recursive(PLAIN | TEXT, lambda values: st.lists(values) | st.dictionaries(TEXT, values), max_leaves=8)
     )
 )
-def test_what_is_written_is_read_back(value):
-    found = parse(write(value), "r.yaml")
-    assert found.value == value
-    assert not found.problems
+def test_written_yaml_reads_back_the_same(value):
+    document = parse(write(value), "r.yaml")
+    assert document.value == value
+    assert not document.problems
 
 
 @given(
@@ -176,12 +176,12 @@ def test_any_bytes_are_a_document_or_a_recipe_error(content):
 
 
 @given(st.text(alphabet="abc:-?{}[]&*!|>'\"%#@ \n\t,~0.e\\x"))
-def test_nothing_that_yaml_itself_refuses_is_read(text):
+def test_text_that_pyyaml_refuses_is_refused(text):
     try:
         parse(text, "r.yaml")
     except RecipeError:
         return
     try:
         assert len(list(yaml.parse(text))) > 0
-    except yaml.YAMLError as error:  # an alias without an anchor is a problem of ours, and an error of theirs
+    except yaml.YAMLError as error:  # an alias without an anchor is a problem here and an error in PyYAML
         pytest.fail(f"read although {error}")

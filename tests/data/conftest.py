@@ -1,4 +1,4 @@
-"""Prepared data of tests is kept in a folder of its own, never in the user's."""
+"""The cache of prepared data is a temporary folder in these tests, never the user's."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that holds the entries of this test alone."""
-    folder = tmp_path_factory.mktemp("kept")
+def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this test's cache entries."""
+    folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("QLORA_CACHE", str(folder))
     return folder / "data"

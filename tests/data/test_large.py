@@ -1,4 +1,4 @@
-"""Large sources: a JSON array is read piece by piece, Parquet and hub sets row by row; memory is that of a few rows."""
+"""Large sources: JSON arrays are read in blocks, Parquet and hub data sets record by record, with little memory."""
 
 import io
 import json
@@ -13,26 +13,26 @@ from support.paths import ROOT
 
 from qlora.data import Source
 from qlora.data.reading import arrow, json_array, source
-from qlora.data.reading.resolve_paths import Located
+from qlora.data.reading.resolve_paths import ResolvedSource
 from qlora.data.types import RecordError
 from qlora.errors import DataError
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 
 
-def items(text: str | bytes) -> list:
+def items(text: str | bytes) -> list[dict | str]:
     raw = text if isinstance(text, bytes) else text.encode()
     return [str(item) if isinstance(item, RecordError) else item for item in json_array.items(io.BytesIO(raw))]
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 64, 1000, 2**20])
-def test_wherever_the_pieces_end_the_objects_are_the_same(piece_bytes, monkeypatch):
-    monkeypatch.setattr(json_array, "_PIECE_BYTES", piece_bytes)
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 64, 1000, 2**20])
+def test_the_objects_do_not_depend_on_the_block_size(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_array, "_BLOCK_BYTES", block_bytes)
     draw = random.Random(0)
-    rows = [{"text": "é\n😀\\" * draw.randrange(20), "n": [1, 2.5, {"a": None}, -1e3, True]} for _ in range(30)]
+    records = [{"text": "é\n😀\\" * draw.randrange(20), "n": [1, 2.5, {"a": None}, -1e3, True]} for _ in range(30)]
     for indent in (None, 1):
         for ascii_only in (True, False):
-            assert items(json.dumps(rows, ensure_ascii=ascii_only, indent=indent)) == rows
+            assert items(json.dumps(records, ensure_ascii=ascii_only, indent=indent)) == records
     broken = '[{"a": 1},\n{"a": NaN}, 71, {"a": [{"b": 1, "b": 2}], "c": "x"}, {"a": 2}]'
     assert items(broken) == [
         {"a": 1}, "NaN or Infinity: NaN is not JSON", "not an object: found a number", "duplicate key: 'b'", {"a": 2},
@@ -52,39 +52,40 @@ def test_wherever_the_pieces_end_the_objects_are_the_same(piece_bytes, monkeypat
         ('[{"a": "' + "b" * 5_000_000 + '"}]', "row too large: at most 4194304 bytes"),
     ],
 )
-def test_where_an_array_breaks_off_is_told(text, last):
+def test_the_position_where_an_array_breaks_off_is_reported(text: str | bytes, last: str) -> None:
     assert items(text)[-1].startswith(last)
     assert items("[]") == items(" [ ] \n") == []
 
 
-PEAK = """
+PEAK_MEMORY = """
 import sys
 from pathlib import Path
 def peak_bytes():
-    lines = open("/proc/self/status").read().splitlines()  # ru_maxrss would be the parent's, where that is larger
+    lines = open("/proc/self/status").read().splitlines()  # ru_maxrss includes the parent's
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 from qlora.data.reading import readers
-count = sum(1 for _ in readers.read_json(Path(sys.argv[1]), "rows.json"))
+count = sum(1 for _ in readers.read_json(Path(sys.argv[1]), "records.json"))
 print(count, peak_bytes())
 """
 
 
 @LINUX
-def test_the_memory_for_an_array_does_not_grow_with_the_file(tmp_path):
+def test_the_memory_for_an_array_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
     for count in (2_000, 60_000):
         path = tmp_path / f"{count}.json"
         path.write_text(json.dumps([{"text": f"{i} " + "word " * 200} for i in range(count)]))
-        made = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, cwd=ROOT, check=True)
-        found, peak = map(int, made.stdout.split())
-        assert found == count
+        command = [sys.executable, "-c", PEAK_MEMORY, path]
+        child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        records, peak = map(int, child.stdout.split())
+        assert records == count
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 8 * 2**20  # of the 58 MiB by which the second file is larger
+    assert peaks[1] - peaks[0] < 8 * 2**20  # the second file is 58 MiB larger
 
 
 @pytest.fixture
-def hub_set(tmp_path) -> Path:
-    """A folder that `datasets` reads as it reads a set of the hub."""
+def hub_set(tmp_path: Path) -> Path:
+    """A folder that `datasets` reads like a hub data set."""
     folder = tmp_path / "owner-name"
     folder.mkdir()
     (folder / "train.jsonl").write_text(
@@ -94,42 +95,46 @@ def hub_set(tmp_path) -> Path:
 
 
 @pytest.fixture
-def online(monkeypatch):
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://localhost")
 
 
-def test_a_hub_set_is_downloaded_unless_only_its_first_rows_are_wanted(hub_set, tmp_path, monkeypatch, online):
+def test_a_hub_set_is_downloaded_unless_only_its_first_records_are_read(
+    hub_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: None
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub-cache"))
-    whole, some = (arrow.Hub(str(hub_set), None, limited) for limited in (False, True))
-    some.__dict__["_builder"] = builder = datasets.load_dataset_builder(str(hub_set))
+    downloaded, streamed = (arrow.HubDataset(str(hub_set), None, limited) for limited in (False, True))
+    streamed.__dict__["_builder"] = builder = datasets.load_dataset_builder(str(hub_set))
     builder.hash = "0123abcd"  # on the hub: the commit
-    assert some.streams and not whole.streams
-    rows = [list(one.rows()) for one in (whole, some)]
-    assert rows[0] == rows[1] and len(rows[0]) == 50 and rows[0][6].where == f"{hub_set}/train:7"
-    assert whole.sha256() != some.sha256() == some.sha256()
+    assert streamed.is_streamed and not downloaded.is_streamed
+    records, others = list(downloaded.records()), list(streamed.records())
+    assert records == others and len(records) == 50 and records[6].where == f"{hub_set}/train:7"
+    assert downloaded.sha256() != streamed.sha256() == streamed.sha256()
     builder.hash = "0123abce"
-    assert some.sha256() != arrow.Hub(str(hub_set), None, True).sha256()
+    assert streamed.sha256() != arrow.HubDataset(str(hub_set), None, True).sha256()
 
 
-def test_a_set_larger_than_the_disk_is_streamed(hub_set, tmp_path, monkeypatch, online):
+def test_a_set_larger_than_the_disk_is_streamed(
+    hub_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: None
+) -> None:
     builder = datasets.load_dataset_builder(str(hub_set))
     assert arrow.fits_disk(builder.info, tmp_path / "not" / "yet")
     builder.info.dataset_size, builder.hash = 2**60, "0123abcd"
     assert not arrow.fits_disk(builder.info, tmp_path)
-    hub = arrow.Hub(str(hub_set), None, limited=False)
+    hub = arrow.HubDataset(str(hub_set), None, limited=False)
     hub.__dict__["_builder"] = builder
-    assert hub.streams and len(list(hub.rows())) == 50
+    assert hub.is_streamed and len(list(hub.records())) == 50
 
 
-def test_offline_nothing_is_streamed_and_an_unknown_split_is_named(hub_set):
-    hub = arrow.Hub(str(hub_set), "nowhere", limited=True)
-    assert not hub.streams
+def test_offline_nothing_is_streamed_and_an_unknown_split_is_named(hub_set: Path) -> None:
+    hub = arrow.HubDataset(str(hub_set), "nowhere", limited=True)
+    assert not hub.is_streamed
     with pytest.raises(DataError, match="nowhere"):
-        list(hub.rows())
+        list(hub.records())
 
 
-def test_the_first_rows_of_a_hub_set_are_its_rows(hub_set):
-    one = Source(path=str(hub_set), max_samples=7)
-    rows = list(source.read(one, Located((), hub=str(hub_set)), (0, 0)))
-    assert [row.fields["prompt"] for row in rows] == [f"q{i}" for i in range(7)]
+def test_max_samples_reads_the_first_records_of_a_hub_set(hub_set: Path) -> None:
+    section = Source(path=str(hub_set), max_samples=7)
+    records = list(source.read_records(section, ResolvedSource((), hub=str(hub_set)), (0, 0)))
+    assert [record.fields["prompt"] for record in records] == [f"q{i}" for i in range(7)]

@@ -1,5 +1,6 @@
-"""Every command that README and docs show is run, or parsed for real and marked as needing a card or another tool."""
+"""Every command in the documentation is run, or parsed by the real command line if it needs a GPU or another tool."""
 
+import json
 import os
 import re
 import shlex
@@ -12,18 +13,18 @@ from typing import NamedTuple
 
 import pytest
 import typer
-from support.command_line import Said, qlora
+from support.command_line import CommandResult, qlora
 from support.documents import DOCUMENTS, ROOT, fences
 
 from qlora.cli.app import app
 
 DEMO = ROOT / "qlora" / "demo"
-RUN, MARKED, SAYS = "sh", {"card", "tool"}, {"python", "yaml", "json", "text"}
+RUN, PARSED, LANGUAGES = "sh", {"gpu", "tool"}, {"python", "yaml", "json", "text"}
 PROGRAMS = {"qlora", "accelerate", "make", "pip", "python", "vllm", "ollama", "curl", "llama-server", "llama-quantize"}
 
 
 class Command(NamedTuple):
-    """One line of a fence: where it stands, the fence's mark, its words."""
+    """One line of a fenced block: file and line, the block's mark, the words of the command."""
 
     where: str
     mark: str
@@ -31,11 +32,11 @@ class Command(NamedTuple):
 
 
 def commands() -> Iterator[Command]:
-    """Every line of a fence without a language, or marked sh, card or tool."""
+    """Every line of a fenced block without a language, or marked sh, gpu or tool."""
     for document in DOCUMENTS:
         for fence in fences(document):
             mark = fence.words[0] if fence.words else ""
-            if mark in SAYS or "├──" in fence.text:
+            if mark in LANGUAGES or "├──" in fence.text:
                 continue
             for line in fence.text.replace("\\\n", " ").splitlines():  # a backslash joins two lines
                 if line.strip() and not line.startswith("#"):
@@ -45,27 +46,27 @@ def commands() -> Iterator[Command]:
 COMMANDS = [*commands()]
 
 
-def ident(command: Command) -> str:
+def label(command: Command) -> str:
     return f"{command.where} {' '.join(command.words)[:60]}"
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=ident)
-def test_a_command_is_known_and_its_fence_is_marked(command: Command) -> None:
-    assert command.words[0] in PROGRAMS, "what is this? A fence that is no command has a language"
-    assert command.mark in {"", RUN, *MARKED}
+@pytest.mark.parametrize("command", COMMANDS, ids=label)
+def test_a_command_is_known_and_its_block_is_marked(command: Command) -> None:
+    assert command.words[0] in PROGRAMS, "unknown program; a block that holds no commands needs a language"
+    assert command.mark in {"", RUN, *PARSED}
     if command.words[0] in ("vllm", "ollama", "curl", "llama-server", "llama-quantize"):
         assert command.mark == "tool"
     if command.mark == "":
-        assert command.words[0] == "make", "neither run by a test nor marked: sh, card or tool"
+        assert command.words[0] == "make", "neither run by a test nor marked: sh, gpu or tool"
     if command.mark == RUN:
         assert command.where.startswith(("docs/served.md", "docs/sweep.md", "docs/add-a-kind.md")), (
             "no test runs this document"
         )
 
 
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each.mark != "tool"], ids=ident)
-def test_a_command_can_be_meant(command: Command) -> None:
-    """Targets exist in the Makefile, scripts in the tree, verbs and flags on the command line."""
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.mark != "tool"], ids=label)
+def test_a_command_is_valid(command: Command) -> None:
+    """Its targets are in the Makefile, its scripts in the tree, its subcommands and options on the command line."""
     program, *words = command.words
     if program == "make":
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
@@ -77,65 +78,68 @@ def test_a_command_can_be_meant(command: Command) -> None:
     elif program == "pip":
         assert words == ["install", "."]
     else:
-        parsed(words[words.index("qlora") + 1 :] if program == "accelerate" else words)
+        parse(words[words.index("qlora") + 1 :] if program == "accelerate" else words)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_a_command_in_the_text_can_be_meant(document: Path) -> None:
+def test_a_command_in_the_text_is_valid(document: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for span in re.findall(r"`qlora ([a-z][^`\n]*)`", text):
-        parsed(shlex.split(span), whole=False)
+        parse(shlex.split(span), complete=False)
 
 
-def parsed(words: Sequence[str], whole: bool = True) -> None:
-    """Parse a command line as `qlora` does, without running it. `whole`: nothing that it needs may be missing."""
+def parse(words: Sequence[str], complete: bool = True) -> None:
+    """Parse a command line as `qlora` does, without running it. `complete`: required arguments must be there."""
     group = typer.main.get_command(app)
-    verb, *rest = words
-    command = group.commands[verb]  # type: ignore[attr-defined]
+    name, *rest = words
+    command = group.commands[name]  # type: ignore[attr-defined]
     if hasattr(command, "commands"):
-        verb, *rest = rest
-        command = command.commands[verb]
-    if whole:
-        context = command.make_context(verb, list(rest), resilient_parsing=False)
+        name, *rest = rest
+        command = command.commands[name]
+    if complete:
+        context = command.make_context(name, list(rest), resilient_parsing=False)
         for word in context.args:
             assert "=" in word, f"{word} is no override"
         return
-    flags = {flag for parameter in command.params for flag in parameter.opts}
-    named = {word.partition("=")[0] for word in rest if word.startswith("-")}
-    assert named <= {*flags, "--help"}
+    known = {option for parameter in command.params for option in parameter.opts}
+    options = {word.partition("=")[0] for word in rest if word.startswith("-")}
+    assert options <= {*known, "--help"}
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the names of the documents stand for the demo's base and rows."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    for name in ("Qwen/Qwen3-0.6B",):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(DEMO / "base", folder / name)
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the documents' names of model and data are the demo's base and a part of its data.
+
+    The base is float32: on a CPU without bfloat16 instructions its matrix products are up to a hundred times faster.
+    """
+    folder = tmp_path_factory.mktemp("workspace")
+    base = Path(shutil.copytree(DEMO / "base", folder / "Qwen" / "Qwen3-0.6B"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     (folder / "data").mkdir()
     lines = (DEMO / "data" / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "data" / "train.jsonl").write_text("".join(lines[:160]))
+    (folder / "data" / "train.jsonl").write_text("".join(lines[:64]))
     return folder
 
 
-RUNNABLE = [each for each in COMMANDS if each.mark == RUN]
+RUNNABLE = [command for command in COMMANDS if command.mark == RUN]
 
 
-def test_the_guide_to_a_served_model_runs_as_it_stands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
-    for command in (each for each in RUNNABLE if each.where.startswith("docs/served.md")):
+def test_the_guide_to_a_served_model_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    for command in (command for command in RUNNABLE if command.where.startswith("docs/served.md")):
         if command.words[0] == "pip":
-            continue  # `make test` has installed it, or this test would not run
-        said = run(command.words)
-        assert said.code == 0, f"{ident(command)}: {said.err[-1500:]}"
-    assert (workplace / "merged" / "certificate.json").is_file()
-    assert (workplace / "for-ollama" / "Modelfile").is_file()
-    assert (workplace / "portable" / "adapter_model.safetensors").is_file()
-    assert (workplace / "runs" / "my" / "report.html").is_file()
+            continue  # this environment has it installed already
+        result = run(command.words)
+        assert result.code == 0, f"{label(command)}: {result.err[-1500:]}"
+    assert (workspace / "merged" / "certificate.json").is_file()
+    assert (workspace / "for-ollama" / "Modelfile").is_file()
+    assert (workspace / "portable" / "adapter_model.safetensors").is_file()
+    assert (workspace / "runs" / "my" / "report.html").is_file()
 
 
 @pytest.mark.slow  # tests/docs/test_sweep_page.py runs the page in one process
-def test_the_page_on_sweeps_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_on_sweeps_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "sweep.md"
     (tmp_path / "recipe.yaml").write_text(
@@ -145,18 +149,18 @@ def test_the_page_on_sweeps_runs_as_it_stands(tmp_path: Path, monkeypatch: pytes
     )
     (variants,) = (fence.text for fence in fences(page) if fence.words == ("yaml",))
     (tmp_path / "variants.yaml").write_text(variants)
-    for command in (each for each in RUNNABLE if each.where.startswith("docs/sweep.md")):
-        said = run(command.words)
-        assert said.code == 0, f"{ident(command)}: {said.err[-1500:]}"
+    for command in (command for command in RUNNABLE if command.where.startswith("docs/sweep.md")):
+        result = run(command.words)
+        assert result.code == 0, f"{label(command)}: {result.err[-1500:]}"
     assert (tmp_path / "two.html").is_file() and (tmp_path / "runs" / "seeds").is_dir()
 
 
-def run(words: Sequence[str]) -> Said:
-    """A command of a document, in this process where it is ours."""
+def run(words: Sequence[str]) -> CommandResult:
+    """Run a command of a document; `qlora` commands run in this process."""
     if words[0] == "qlora":
         return qlora(*words[1:])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *words[1:]], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    return Said(done.returncode, done.stdout, done.stderr)
+    return CommandResult(process.returncode, process.stdout, process.stderr)

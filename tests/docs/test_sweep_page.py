@@ -1,4 +1,4 @@
-"""docs/sweep.md says what was measured, and every command on it works as it stands."""
+"""docs/sweep.md shows the measured results, and all of its commands work."""
 
 import re
 import shlex
@@ -20,16 +20,16 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.star
 
 def test_the_table_is_drawn_from_the_results() -> None:
     text = bench.PAGE.read_text(encoding="utf-8")
-    assert bench.drawn(text) == text
+    assert bench.redraw(text) == text
 
 
 @pytest.mark.xdist_group("sweep")
-def test_every_command_of_the_page_works(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_on_the_page_works(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Sweep(zoo("llama"), tmp_path, "train.max_steps=1", "data.eval_fraction=0.2")
     (tmp_path / "variants.yaml").write_text(next(block for block in BLOCKS if block.startswith("small:")))
     monkeypatch.chdir(tmp_path)
     assert len(COMMANDS) >= 5
     for command in COMMANDS:
-        said = qlora(*shlex.split(command)[1:])
-        assert said.code == 0, (command, said.err)
+        result = qlora(*shlex.split(command)[1:])
+        assert result.code == 0, (command, result.err)
     assert (tmp_path / "two.html").exists() and (tmp_path / "runs" / "seeds" / "wide_seed-2" / "run.json").exists()

@@ -1,4 +1,4 @@
-"""The Modelfile says what the chat template says, or says that it can't."""
+"""The Modelfile renders conversations as the chat template does, or names why it can't."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import qlora
-from support.small_runs import recipe_of, run, write_rows
+from support.small_runs import recipe_of, run, write_records
 from support.tiny_models import CHATML, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -29,14 +29,16 @@ DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}" + CHATML
 )
 BRACES = CHATML.replace("<|im_start|>", "{{ '{{' }}<|im_start|>")
-SAYABLE = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "default system": DEFAULT_SYSTEM, "braces": BRACES}
-SAYABLE["plain"] = PLAIN
+TRANSLATABLE = {
+    "chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "default system": DEFAULT_SYSTEM, "braces": BRACES,
+    "plain": PLAIN,
+}  # fmt: skip
 NUMBERED = "{% for m in messages %}{{ loop.index }}. {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-SHOUTED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}\n{% endfor %}"
+UPPER_CASE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}\n{% endfor %}"
 LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set talk = messages[1:] %}{% set told = '<<SYS>>' + "
-    "messages[0]['content'] + '<</SYS>>' %}{% else %}{% set talk = messages %}{% set told = '' %}{% endif %}"
-    "{% for m in talk %}{% if m['role'] == 'user' %}{{ '[INST] ' + (told if loop.first else '') + m['content'] + "
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = '<<SYS>>' + "
+    "messages[0]['content'] + '<</SYS>>' %}{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
+    "{% for m in turns %}{% if m['role'] == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m['content'] + "
     "' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 TURNS = [("user", "one two"), ("assistant", "three"), ("user", "four\nfive"), ("assistant", "six"), ("user", "seven")]
@@ -46,41 +48,41 @@ def template_of(text: str) -> Template:
     return Template(byte_tokenizer(text), "auto")
 
 
-def go(text: str, system: str, turns: Sequence[tuple[str, str]]) -> str:
-    """What Go's text/template makes of the subset that is written: literal text, a range, a chain of ifs."""
-    body, asks = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", text, re.S).groups()
+def render_go(text: str, system: str, turns: Sequence[tuple[str, str]]) -> str:
+    """What Go's text/template makes of the subset in use: literal text, a range, a chain of ifs."""
+    body, prompt = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", text, re.S).groups()
     branches = dict(re.findall(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}(.*?)(?=\{\{ else if|\Z)', body, re.S))
     if system and turns[0][0] != "system":
         turns = [("system", system), *turns]
-    said = "".join(branches[role].replace("{{ .Content }}", content) for role, content in turns)
-    return (said + asks).replace('{{ "{{" }}', "{{")
+    rendered = "".join(branches[role].replace("{{ .Content }}", content) for role, content in turns)
+    return (rendered + prompt).replace('{{ "{{" }}', "{{")
 
 
-@pytest.mark.parametrize("kind", SAYABLE)
-def test_a_conversation_is_written_as_in_training(kind: str) -> None:
-    template = template_of(SAYABLE[kind])
-    found = translate(template)
-    talks = [TURNS[:1], TURNS[:3], TURNS]
-    talks += [[("system", "be brief"), *turns] for turns in talks] if kind != "gemma" else []
-    for turns in talks:
-        wanted = template.render([{"role": role, "content": content} for role, content in turns], prompt=True)
-        assert go(found.text, found.system, turns) == wanted.removeprefix(template.bos)
-    assert found.system == ("You are kind." if kind == "default system" else "")
+@pytest.mark.parametrize("name", TRANSLATABLE)
+def test_a_conversation_is_rendered_as_in_training(name: str) -> None:
+    template = template_of(TRANSLATABLE[name])
+    translation = translate(template)
+    conversations = [TURNS[:1], TURNS[:3], TURNS]
+    conversations += [[("system", "be brief"), *turns] for turns in conversations] if name != "gemma" else []
+    for turns in conversations:
+        expected = template.render([{"role": role, "content": content} for role, content in turns], prompt=True)
+        assert render_go(translation.text, translation.system, turns) == expected.removeprefix(template.bos)
+    assert translation.system == ("You are kind." if name == "default system" else "")
 
 
-@pytest.mark.parametrize("text", [NUMBERED, SHOUTED, LLAMA2])
-def test_what_can_not_be_said_is_not_said(text: str) -> None:
+@pytest.mark.parametrize("text", [NUMBERED, UPPER_CASE, LLAMA2])
+def test_other_templates_are_refused(text: str) -> None:
     with pytest.raises(Untranslatable):
         translate(template_of(text))
 
 
 def test_the_folder_is_the_merged_model_and_its_modelfile(zoo: Zoo, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", 8)
+    data = write_records(tmp_path / "records.jsonl", 8)
     run(recipe_of(zoo("llama-tied-bias"), data, tmp_path / "run", "train.max_steps=2", "data.eval_fraction=0.25"))
-    said = qlora("export", tmp_path / "run", tmp_path / "out", "--to", "ollama", "--json")
-    assert said.json["agreement"]["top1"] == 1.0 and "ollama create" in said.err
-    lines = (tmp_path / "out" / "Modelfile").read_text()
-    assert lines.startswith('FROM .\nTEMPLATE """{{ range .Messages }}') and 'PARAMETER stop "</s>"\n' in lines
+    result = qlora("export", tmp_path / "run", tmp_path / "out", "--to", "ollama", "--json")
+    assert result.json["agreement"]["top1"] == 1.0 and "ollama create" in result.err
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    assert modelfile.startswith('FROM .\nTEMPLATE """{{ range .Messages }}') and 'PARAMETER stop "</s>"\n' in modelfile
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "progress.json" not in names and {"certificate.json", "README.md", "config.json", "tokenizer.json"} <= names

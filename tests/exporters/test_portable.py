@@ -1,4 +1,4 @@
-"""A portable adapter is the adapter, whoever reads it; the table of servers says what each makes of a folder."""
+"""A portable adapter equals the original in PEFT; the table of servers names what each can load."""
 
 import json
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
+from support.adapted_models import load_plain, logits
 from support.command_line import qlora
-from support.small_runs import recipe_of, run, write_rows
+from support.small_runs import recipe_of, run, write_records
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from qlora.adapters import peft_files
 from qlora.exporters.server_support import servers
@@ -20,8 +20,7 @@ from qlora.exporters.server_support import servers
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("portable")
 FAMILY = "llama-tied-bias"
-IDS = torch.randint(5, 250, (2, 24), generator=torch.Generator().manual_seed(0))
-PATTERNS = {
+SETTINGS = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "patterns": {
@@ -29,19 +28,15 @@ PATTERNS = {
         "alpha_pattern": {"k_proj": 5, "up_proj": 9},
     },
 }
-PATTERNS["rslora with patterns"] = PATTERNS["rslora"] | PATTERNS["patterns"]
+SETTINGS["rslora with patterns"] = SETTINGS["rslora"] | SETTINGS["patterns"]
 
 
-def plain(zoo: Zoo) -> Any:
-    return AutoModelForCausalLM.from_pretrained(zoo(FAMILY), dtype=torch.float32)
-
-
-def of_peft(zoo: Zoo, folder: Path, options: dict[str, Any]) -> Path:
-    """A strong random adapter that PEFT made and wrote."""
+def write_with_peft(zoo: Zoo, folder: Path, settings: dict[str, Any]) -> Path:
+    """A random adapter with a large update, made and written by PEFT."""
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **options)
-    model = peft.get_peft_model(plain(zoo), config)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(load_plain(zoo(FAMILY)), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -50,64 +45,66 @@ def of_peft(zoo: Zoo, folder: Path, options: dict[str, Any]) -> Path:
     return folder
 
 
-@torch.no_grad()
-def logits(zoo: Zoo, adapter: Path) -> Tensor:
-    return PeftModel.from_pretrained(plain(zoo), adapter).eval()(input_ids=IDS).logits
+def peft_logits(zoo: Zoo, adapter: Path) -> Tensor:
+    return logits(PeftModel.from_pretrained(load_plain(zoo(FAMILY)), adapter).eval())
 
 
-@pytest.mark.parametrize("kind", PATTERNS)
-def test_it_equals_the_original_in_peft_and_nothing_is_left_to_misread(zoo: Zoo, kind: str, tmp_path: Path) -> None:
-    source = of_peft(zoo, tmp_path / "source", PATTERNS[kind])
-    found = qlora("export", source, tmp_path / "portable", "--to", "portable", "--json")
-    assert found.json["agreement"] is None and "vllm serve" in found.err
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_equals_the_original_in_peft_without_scaling_or_patterns(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    source = write_with_peft(zoo, tmp_path / "source", SETTINGS[name])
+    result = qlora("export", source, tmp_path / "portable", "--to", "portable", "--json")
+    assert result.json["agreement"] is None and "vllm serve" in result.err
     config = json.loads((tmp_path / "portable" / peft_files.CONFIG).read_text())
-    assert config["r"] == config["lora_alpha"] == (8 if "patterns" in kind else 4)
+    assert config["r"] == config["lora_alpha"] == (8 if "patterns" in name else 4)
     assert not config["use_rslora"] and config["rank_pattern"] == config["alpha_pattern"] == {}
     assert {tensor.shape[0] for tensor, _ in peft_files.read(tmp_path / "portable").pairs.values()} == {config["r"]}
-    before, after = logits(zoo, source), logits(zoo, tmp_path / "portable")
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # float32: the scale is multiplied in earlier
-    with torch.no_grad():
-        assert (plain(zoo)(input_ids=IDS).logits - before).abs().max() > 0.1  # there was something to keep
+    before, after = peft_logits(zoo, source), peft_logits(zoo, tmp_path / "portable")
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # float32: the scaling is multiplied earlier
+    assert (logits(load_plain(zoo(FAMILY))) - before).abs().max() > 0.1  # the update is not negligible
 
 
-def test_of_a_run_it_keeps_what_the_run_knows(zoo: Zoo, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", 8)
+def test_a_portable_export_of_a_run_keeps_base_and_targets(zoo: Zoo, tmp_path: Path) -> None:
+    data = write_records(tmp_path / "records.jsonl", 8)
     run(recipe_of(zoo(FAMILY), data, tmp_path / "run", "adapter.kind=rslora", "train.max_steps=2"))
-    found = qlora("export", tmp_path / "run", tmp_path / "out", "--to", "portable", "--json").json
-    ours, theirs = peft_files.read(tmp_path / "run"), peft_files.read(tmp_path / "out")
-    assert ours.base_sha256 == theirs.base_sha256 and ours.config["target_modules"] == theirs.config["target_modules"]
-    assert found["bytes"] == (tmp_path / "out" / peft_files.WEIGHTS).stat().st_size
+    answer = qlora("export", tmp_path / "run", tmp_path / "out", "--to", "portable", "--json").json
+    source, written = (peft_files.read(tmp_path / name) for name in ("run", "out"))
+    assert source.base_sha256 == written.base_sha256
+    assert source.config["target_modules"] == written.config["target_modules"]
+    assert answer["bytes"] == (tmp_path / "out" / peft_files.WEIGHTS).stat().st_size
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2 optimizer steps" in card and "More Information Needed" not in card
     assert str(tmp_path) not in card and str(zoo(FAMILY)) not in card
-    torch.testing.assert_close(logits(zoo, tmp_path / "out"), logits(zoo, tmp_path / "run"), rtol=0, atol=1e-4)
-    again = qlora("eval", tmp_path / "run", "--adapter", tmp_path / "out", "--data", data, "--json").json
-    assert again["loss"] == pytest.approx(
-        qlora("eval", tmp_path / "run", "--data", data, "--json").json["loss"], rel=1e-5
+    torch.testing.assert_close(
+        peft_logits(zoo, tmp_path / "out"), peft_logits(zoo, tmp_path / "run"), rtol=0, atol=1e-4
     )
+    loss, portable_loss = (
+        qlora("eval", tmp_path / "run", *options, "--data", data, "--json").json["loss"]
+        for options in ((), ("--adapter", tmp_path / "out"))
+    )
+    assert portable_loss == pytest.approx(loss, rel=1e-5)
 
 
 def accepts(folder: Path, config: dict[str, Any], target: str = "adapter") -> dict[str, bool]:
     folder.mkdir(exist_ok=True)
     (folder / ("config.json" if target in ("merged", "ollama") else peft_files.CONFIG)).write_text(json.dumps(config))
-    return {row.name: row.accepts for row in servers(target, folder, "out", "BASE")}
+    return {server.name: server.accepts for server in servers(target, folder, "out", "BASE")}
 
 
-def test_the_table_says_who_would_misread_an_adapter(tmp_path: Path) -> None:
+def test_the_table_names_the_servers_that_would_misread_an_adapter(tmp_path: Path) -> None:
     config = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}
-    everyone = {"PEFT": True, "vLLM": True, "SGLang": True, "llama.cpp": True, "Ollama": False}
-    assert accepts(tmp_path, config) == everyone
-    scaled = everyone | {"SGLang": False, "llama.cpp": False}
-    assert accepts(tmp_path, config | {"use_rslora": True}) == scaled
-    assert accepts(tmp_path, config | {"alpha_pattern": {"q_proj": 8}}) == scaled | {"vLLM": False}
-    assert accepts(tmp_path, config | {"r": 1024}) == everyone | {"vLLM": False}
+    plain = {"PEFT": True, "vLLM": True, "SGLang": True, "llama.cpp": True, "Ollama": False}
+    assert accepts(tmp_path, config) == plain
+    rescaled = plain | {"SGLang": False, "llama.cpp": False}
+    assert accepts(tmp_path, config | {"use_rslora": True}) == rescaled
+    assert accepts(tmp_path, config | {"alpha_pattern": {"q_proj": 8}}) == rescaled | {"vLLM": False}
+    assert accepts(tmp_path, config | {"r": 1024}) == plain | {"vLLM": False}
     for rank, flag in ((16, 16), (17, 32), (200, 256), (64, 64)):
         accepts(tmp_path, config | {"r": rank})
-        (row,) = [row for row in servers("adapter", tmp_path, "out", "BASE") if row.name == "vLLM"]
-        assert f"--max-lora-rank {flag} " in row.how and "vllm serve BASE" in row.how
+        (vllm,) = [server for server in servers("adapter", tmp_path, "out", "BASE") if server.name == "vLLM"]
+        assert f"--max-lora-rank {flag} " in vllm.how and "vllm serve BASE" in vllm.how
 
 
-def test_the_table_says_who_takes_a_merged_model(tmp_path: Path) -> None:
+def test_the_table_names_the_programs_that_load_a_merged_model(tmp_path: Path) -> None:
     llama, qwen3 = ({"architectures": [name]} for name in ("LlamaForCausalLM", "Qwen3ForCausalLM"))
     assert not accepts(tmp_path, llama, "merged")["Ollama"] and accepts(tmp_path, llama, "ollama")["Ollama"]
     assert not accepts(tmp_path, qwen3, "ollama")["Ollama"]

@@ -1,10 +1,7 @@
-"""Pushing: private by default, one commit of what belongs there, no token in sight; against a hub that runs here."""
+"""`qlora push` against a local hub: private by default, one commit of the right files, the token in no message."""
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,33 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import qlora
-from support.small_runs import recipe_of, run, write_rows
+from huggingface_hub import constants
+from support.command_line import CommandResult, qlora
+from support.small_runs import recipe_of, run, write_records
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("push")
 TOKEN = "hf_" + "aZ09" * 8
 
 
-class Hub:
-    """As much of the hub's protocol as a commit of small files needs; remembers what it was told."""
+class LocalHub:
+    """The part of the hub's protocol that a commit of small files needs; records the requests."""
 
     def __init__(self) -> None:
         self.created: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
         self.tokens: set[str | None] = set()
-        self.public, self.refuses = False, 0
+        self.public, self.error_status = False, 0
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 hub.tokens.add(self.headers.get("Authorization"))
-                self.reply(hub.refuses or 200, {"error": "no"} if hub.refuses else hub.answer(self.path, body))
+                refused = {"error": "no"} if hub.error_status else None
+                self.reply(hub.error_status or 200, refused or hub.answer(self.path, body))
 
             def do_GET(self) -> None:
-                found = {"id": "me/mine", "private": not hub.public, "siblings": [], "tags": []}
-                self.reply(200, found)
+                self.reply(200, {"id": "me/mine", "private": not hub.public, "siblings": [], "tags": []})
 
             def reply(self, status: int, value: Any) -> None:
                 text = json.dumps(value).encode()
@@ -53,14 +51,14 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, path: str, body: bytes) -> Any:
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             return {"url": f"{self.url}/me/mine"}
         if "/preupload/" in path:
-            names = [each["path"] for each in json.loads(body)["files"]]
+            names = [file["path"] for file in json.loads(body)["files"]]
             return {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
         if "/commit/" in path:
             for line in map(json.loads, body.decode().splitlines()):
@@ -71,8 +69,8 @@ class Hub:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    hub = Hub()
+def hub() -> Iterator[LocalHub]:
+    hub = LocalHub()
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -80,60 +78,67 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def folder(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("push")
-    run(recipe_of(zoo("llama"), write_rows(place / "rows.jsonl", 8), place / "run", "train.max_steps=1"))
-    return place / "run"
+    parent = tmp_path_factory.mktemp("push")
+    run(recipe_of(zoo("llama"), write_records(parent / "records.jsonl", 8), parent / "run", "train.max_steps=1"))
+    return parent / "run"
 
 
-def push(hub: Hub, *arguments: object, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-    """`qlora push` in a process that knows no other hub."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-m", "qlora", "push", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+@pytest.fixture(autouse=True)
+def only_the_local_hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub reads its environment at import, so its settings are set, not the variables."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
 
 
-def test_it_is_private_whole_and_keeps_the_token_to_itself(hub: Hub, folder: Path) -> None:
-    done = push(hub, folder, "me/mine", "--base", "their/base", "--json")
-    assert done.returncode == 0, done.stderr
-    assert [each["visibility"] for each in hub.created] == ["private"] and hub.tokens == {f"Bearer {TOKEN}"}
-    assert json.loads(done.stdout)["url"].endswith("/me/mine/commit/1") and json.loads(done.stdout)["private"] is True
+def push(*arguments: object) -> CommandResult:
+    return qlora("push", *arguments)
+
+
+def test_a_push_is_private_complete_and_never_shows_the_token(hub: LocalHub, folder: Path) -> None:
+    result = push(folder, "me/mine", "--base", "their/base", "--json")
+    assert result.code == 0, result.err
+    assert [repository["visibility"] for repository in hub.created] == ["private"] and hub.tokens == {f"Bearer {TOKEN}"}
+    assert json.loads(result.out)["url"].endswith("/me/mine/commit/1") and json.loads(result.out)["private"] is True
     sent = {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"}
     assert sent <= hub.files.keys() and hub.files.keys().isdisjoint({"recipe.yaml", "run.json", "report.html"})
     for name in hub.files.keys() - {"adapter_config.json"}:
         assert hub.files[name] == (folder / name).read_bytes()
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "their/base"
-    said = done.stdout + done.stderr + "".join(map(repr, hub.files.values()))
-    assert TOKEN not in said and str(folder.parent) not in "".join(map(repr, hub.files.values()))
+    contents = "".join(map(repr, hub.files.values()))
+    assert TOKEN not in result.out + result.err + contents and str(folder.parent) not in contents
 
 
-@pytest.mark.slow
-def test_public_only_when_asked_also_where_the_repository_is_there(hub: Hub, folder: Path) -> None:
+def test_a_push_to_a_public_repository_needs_the_public_option(hub: LocalHub, folder: Path) -> None:
     hub.public = True
-    done = push(hub, folder, "me/mine", "--base", "their/base")
-    assert done.returncode == 2 and "everybody can read it" in done.stderr and not hub.files
-    done = push(hub, folder, "me/mine", "--base", "their/base", "--public")
-    assert done.returncode == 0 and hub.files and hub.created[-1]["visibility"] == "public"
+    result = push(folder, "me/mine", "--base", "their/base")
+    assert result.code == 2 and "exists and is public" in result.err and not hub.files
+    result = push(folder, "me/mine", "--base", "their/base", "--public")
+    assert result.code == 0 and hub.files and hub.created[-1]["visibility"] == "public"
 
 
-def test_a_model_goes_as_a_model(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_merged_model_is_pushed_as_a_model(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
     assert qlora("export", folder, tmp_path / "merged", "--to", "merged", "--rows", 0).code == 0
-    done = push(hub, tmp_path / "merged", "me/mine")
-    assert done.returncode == 0, done.stderr
+    result = push(tmp_path / "merged", "me/mine")
+    assert result.code == 0, result.err
     assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= hub.files.keys()
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_is_one_line_without_the_token(hub: Hub, folder: Path, status: int) -> None:
-    hub.refuses = status
-    done = push(hub, folder, "me/mine", "--base", "their/base")
-    assert done.returncode == 2 and done.stderr.count("error:") == 1
-    assert str(status) in done.stderr and TOKEN not in done.stderr and "Traceback" not in done.stderr
+def test_a_refusal_is_one_line_without_the_token(hub: LocalHub, folder: Path, status: int) -> None:
+    hub.error_status = status
+    result = push(folder, "me/mine", "--base", "their/base")
+    assert result.code == 2 and result.err.count("error:") == 1
+    assert str(status) in result.err and TOKEN not in result.err and "Traceback" not in result.err
 
 
-def test_what_cannot_be_meant_is_refused_before_anything_is_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    for words, told in (((folder, "me/mine"), "--base OWNER/NAME"), ((tmp_path, "me/mine"), "no adapter and no model"),
-                        ((folder, "not a name", "--base", "a/b"), "USER/NAME")):  # fmt: skip
-        done = push(hub, *words)
-        assert done.returncode == 2 and told in done.stderr and not hub.created and not hub.files
+def test_invalid_requests_are_refused_before_anything_is_sent(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    cases = (
+        ((folder, "me/mine"), "--base OWNER/NAME"),
+        ((tmp_path, "me/mine"), "no adapter and no model"),
+        ((folder, "not a name", "--base", "a/b"), "USER/NAME"),
+    )
+    for arguments, message in cases:
+        result = push(*arguments)
+        assert result.code == 2 and message in result.err and not hub.created and not hub.files

@@ -1,19 +1,21 @@
-"""Laws of every format in the table: pure, strict about types, and its answers are what gets trained."""
+"""Laws of every format: reading is pure and strict about types, and the record's answers are trained."""
 
 import copy
 import json
 import random
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data import FORMATS
-from qlora.data.conversations.encode_records import messages_of
+from qlora.data.conversations.encode_records import read_messages
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Message, Record, RecordError
 
-ROWS = {  # format: a row, and what is trained of it
+RECORDS = {  # of each format: the fields of a record, and its trained texts
     "alpaca": (
         {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count.", "history": [["Hi", "Ho"]]},
         ["Ho", "3"],
@@ -31,7 +33,7 @@ ROWS = {  # format: a row, and what is trained of it
     "tokens": ({"input_ids": [72, 105], "labels": [-100, 105]}, None),
 }
 WRONG = [None, 7, True, 1.5, [], {}, [7], [None], ["x"], [[["x"]]], {"a": 1}, "", " "]
-EACH = pytest.mark.parametrize("kind", list(FORMATS))
+EACH_FORMAT = pytest.mark.parametrize("kind", list(FORMATS))
 
 
 @pytest.fixture(scope="module")
@@ -42,103 +44,101 @@ def encoder() -> Encoder:
     return Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>"))
 
 
-def row_of(fields) -> Record:
-    return Record("here:1", fields)
+def make_record(fields: Mapping[str, Any]) -> Record:
+    return Record("x:1", fields)
 
 
-def test_every_format_has_a_row_here():
-    assert set(ROWS) == set(FORMATS)
+def test_every_format_has_a_record_here() -> None:
+    assert set(RECORDS) == set(FORMATS)
 
 
-@EACH
-def test_a_format_recognises_its_own_columns_and_auto_finds_it(kind):
-    fields, _ = ROWS[kind]
+@EACH_FORMAT
+def test_a_format_matches_its_own_columns_and_auto_detects_it(kind: str) -> None:
+    fields, _ = RECORDS[kind]
     assert [name for name in FORMATS if FORMATS[name]().matches(fields)] == [kind]
-    first, second = (messages_of(row_of(fields), name) for name in (kind, "auto"))
+    first, second = (read_messages(make_record(fields), name) for name in (kind, "auto"))
     assert [m.role for m in first] == [m.role for m in second]
 
 
-@EACH
-def test_reading_a_row_changes_nothing(kind):
-    fields, _ = ROWS[kind]
+@EACH_FORMAT
+def test_reading_a_record_does_not_change_it(kind: str) -> None:
+    fields, _ = RECORDS[kind]
     before = copy.deepcopy(fields)
-    first, second = (messages_of(row_of(fields), kind) for _ in range(2))
+    first, second = (read_messages(make_record(fields), kind) for _ in range(2))
     assert fields == before
     assert [(m.role, m.content, m.train) for m in first] == [(m.role, m.content, m.train) for m in second]
 
 
-@EACH
-def test_the_trained_tokens_decode_to_what_the_row_says(kind, encoder):
-    fields, said = ROWS[kind]
-    example = encoder.encode("here:1", messages_of(row_of(fields), kind))
+@EACH_FORMAT
+def test_the_trained_tokens_decode_to_the_answers(kind: str, encoder: Encoder) -> None:
+    fields, answers = RECORDS[kind]
+    example = encoder.encode("x:1", read_messages(make_record(fields), kind))
     trained = encoder.decode(example.labels[example.labels != IGNORED])
-    assert said is None or trained == "".join(f"{answer}<end>" for answer in said)
+    assert answers is None or trained == "".join(f"{answer}<end>" for answer in answers)
 
 
-@EACH
-@pytest.mark.parametrize(
-    "wrong", [None, 7, True, 1.5, [], {}, [7], [None], ["x"], [[["x"]]], {"a": 1}, "", " "], ids=repr
-)
-def test_a_field_of_the_wrong_kind_is_refused_never_a_crash(kind, wrong, encoder):
-    """Each field in turn is replaced; what still is a row must train the row's own words."""
-    for name in ROWS[kind][0]:
-        fields = {**ROWS[kind][0], name: wrong}
+@EACH_FORMAT
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_a_field_of_the_wrong_type_is_refused_without_a_crash(kind: str, wrong: object, encoder: Encoder) -> None:
+    """Each field in turn is replaced; what is still a record must be encoded without a crash."""
+    for name in RECORDS[kind][0]:
+        fields = {**RECORDS[kind][0], name: wrong}
         try:
-            messages = messages_of(row_of(fields), kind)
+            messages = read_messages(make_record(fields), kind)
         except RecordError as error:
             assert error.reason
             continue
         assert all(isinstance(message, Message) and isinstance(message.content, str) for message in messages)
-        encoder.encode_all([("here:1", messages)])
+        encoder.encode_batch([("x:1", messages)])
 
 
-@EACH
-def test_a_missing_field_is_refused_unless_it_is_optional(kind, encoder):
+@EACH_FORMAT
+def test_a_missing_field_is_refused_unless_it_is_optional(kind: str, encoder: Encoder) -> None:
     optional = {"input", "system", "history", "labels"}
-    for name in set(ROWS[kind][0]) - optional:
-        fields = {key: value for key, value in ROWS[kind][0].items() if key != name}
+    for name in set(RECORDS[kind][0]) - optional:
+        fields = {key: value for key, value in RECORDS[kind][0].items() if key != name}
         with pytest.raises(RecordError, match=name):
-            messages_of(row_of(fields), kind)
+            read_messages(make_record(fields), kind)
 
 
-@EACH
-def test_ten_thousand_spoilt_rows_are_each_trained_or_refused(kind, encoder):
+@EACH_FORMAT
+def test_ten_thousand_damaged_records_are_each_trained_or_refused(kind: str, encoder: Encoder) -> None:
     draw = random.Random(kind)
     kept = refused = 0
-    rows = [spoilt(ROWS[kind][0], draw) for _ in range(10_000 // len(FORMATS))]
-    read = []
-    for fields in rows:
+    records = [damaged(RECORDS[kind][0], draw) for _ in range(10_000 // len(FORMATS))]
+    items = []
+    for fields in records:
         try:
-            read.append(("here:1", messages_of(row_of(fields), kind)))
+            items.append(("x:1", read_messages(make_record(fields), kind)))
         except RecordError:
             refused += 1
-    for made in encoder.encode_all(read):
-        kept += not isinstance(made, RecordError)
-        refused += isinstance(made, RecordError)
-    assert kept + refused == len(rows) and kept and refused
+    for result in encoder.encode_batch(items):
+        kept += not isinstance(result, RecordError)
+        refused += isinstance(result, RecordError)
+    assert kept + refused == len(records) and kept and refused
 
 
-def spoilt(fields, draw: random.Random):
-    """A row with one value, however deep, replaced, removed or doubled."""
-    made = json.loads(json.dumps(fields))
-    spots = list(places(made))
-    holder, key = draw.choice(spots)
+def damaged(fields: Mapping[str, Any], draw: random.Random) -> Mapping[str, Any]:
+    """The fields of a record with one value, at any depth, replaced or removed."""
+    copied: Mapping[str, Any] = json.loads(json.dumps(fields))
+    container, key = draw.choice(list(locations(copied)))
     junk = [None, 0, -5, True, "", "x", [], {}, [[]], {"role": "user"}, 10**12, {"from": "gpt", "value": None}]
     if draw.random() < 0.8:
-        holder[key] = draw.choice(junk)
+        container[key] = draw.choice(junk)
     else:
-        del holder[key]
-    return made
+        del container[key]
+    return copied
 
 
-def places(value):
+def locations(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in `value` with each of its keys."""
     for key in value if isinstance(value, dict) else range(len(value)):
         yield value, key
         if isinstance(value[key], dict | list):
-            yield from places(value[key])
+            yield from locations(value[key])
 
 
-def test_an_empty_answer_is_never_learnt():
+def test_an_empty_answer_is_never_trained() -> None:
     for kind, fields in {
         "alpaca": {"instruction": "Add.", "output": "  "},
         "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]},
@@ -146,40 +146,40 @@ def test_an_empty_answer_is_never_learnt():
         "completion": {"prompt": "Hi", "completion": ""},
     }.items():
         with pytest.raises(RecordError, match="empty answer"):
-            messages_of(row_of(fields), kind)
+            read_messages(make_record(fields), kind)
 
 
-def test_sharegpt_knows_its_roles_and_tool_calls():
-    said = ["system", "human", "function_call", "observation", "gpt", "user", "assistant", "tool", "gpt"]
+def test_sharegpt_reads_all_roles_and_tool_calls() -> None:
+    names = ["system", "human", "function_call", "observation", "gpt", "user", "assistant", "tool", "gpt"]
     call = '{"name": "f", "arguments": {"a": 1}}'
-    turns = [{"from": role, "value": call if role == "function_call" else role} for role in said]
-    row = row_of({"conversations": turns, "tools": '[{"name": "f"}]'})
-    messages = messages_of(row, "auto")
+    turns = [{"from": role, "value": call if role == "function_call" else role} for role in names]
+    record = make_record({"conversations": turns, "tools": '[{"name": "f"}]'})
+    messages = read_messages(record, "auto")
     roles = "tools system user assistant tool assistant user assistant tool assistant"
     assert [m.role for m in messages] == roles.split()
     assert messages[3].extra["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     assert messages[0].extra["tools"] == [{"name": "f"}]
     with pytest.raises(RecordError, match=r"unknown role.*Did you mean 'human'"):
-        messages_of(row_of({"conversations": [{"from": "humann", "value": "x"}]}), "auto")
+        read_messages(make_record({"conversations": [{"from": "humann", "value": "x"}]}), "auto")
 
 
-def test_messages_take_text_parts_and_train_flags():
+def test_messages_may_have_text_parts_and_train_flags() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     turns = [{"role": "user", "content": parts, "name": "Ada"}, {"role": "assistant", "content": "c", "train": False}]
-    user, assistant = messages_of(row_of({"messages": turns}), "auto")
+    user, assistant = read_messages(make_record({"messages": turns}), "auto")
     assert user.content == "ab" and user.extra == {"name": "Ada"} and assistant.train is False
     with pytest.raises(RecordError, match="only text"):
-        messages_of(row_of({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), "auto")
+        read_messages(make_record({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), "auto")
 
 
-def test_completion_takes_message_lists_and_question_answer_columns():
+def test_completion_reads_message_lists_and_question_answer_columns() -> None:
     lists = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
              "completion": [{"role": "assistant", "content": "a"}]}  # fmt: skip
-    assert [m.role for m in messages_of(row_of(lists), "auto")] == ["system", "user", "assistant"]
-    asked = messages_of(row_of({"question": "q", "answer": "a"}), "auto")
-    assert [(m.role, m.content) for m in asked] == [("user", "q"), ("assistant", "a")]
+    assert [m.role for m in read_messages(make_record(lists), "auto")] == ["system", "user", "assistant"]
+    messages = read_messages(make_record({"question": "q", "answer": "a"}), "auto")
+    assert [(m.role, m.content) for m in messages] == [("user", "q"), ("assistant", "a")]
 
 
-def test_columns_that_fit_no_format_are_named():
+def test_columns_of_no_format_are_named() -> None:
     with pytest.raises(RecordError, match="columns foo, bar"):
-        messages_of(row_of({"foo": 1, "bar": 2}), "auto")
+        read_messages(make_record({"foo": 1, "bar": 2}), "auto")

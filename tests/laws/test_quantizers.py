@@ -1,4 +1,4 @@
-"""Laws of every quantiser in the table: a new kind is held to them the day its line is added."""
+"""Laws of every quantizer in the table; a new kind is tested as soon as its line is added."""
 
 import copy
 import hashlib
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qlora.errors import BaseModelError
-from qlora.quant import QUANTIZERS, blockwise
+from qlora.quant import QUANTIZERS, Quant, blockwise, build_quantizer
+from qlora.quant.block_sizes import NESTED_BLOCK
 from qlora.quant.linear import FrozenLinear
 
 SETTINGS = [
@@ -19,11 +20,10 @@ SETTINGS = [
         [{}] if kind == "dense" else [{"double": d, "block": b} for d, b in ((True, 64), (False, 64), (True, 32))]
     )
 ]
-SHAPE = (96, 80)  # blocks reach over the ends of rows
+SHAPE = (96, 80)  # blocks cross the ends of rows
 HALF_GAP = {"nf4": 0.1520, "fp4": 0.1667, "dense": 0.0}  # half the widest gap of the levels, in units of absmax
-NESTED_HALF_GAP = (
-    0.00706  # half the widest gap of the 8-bit levels and half a step of their grid, in units of nested absmax
-)
+# Half the widest gap of the 8-bit levels and half a step of their grid, in units of nested absmax.
+NESTED_HALF_GAP = 0.00706
 
 
 def layer_of(kind: str, settings: dict, weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
@@ -51,10 +51,10 @@ def sha256_of(layer: torch.nn.Module) -> str:
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
 def test_the_error_of_a_weight_is_under_its_bound(kind: str, settings: dict, weight: Tensor) -> None:
     block = settings.get("block", 64)
-    absmax = blockwise.largest(weight.reshape(-1), block)
+    absmax = blockwise.block_absmax(weight.reshape(-1), block)
     bound = absmax * HALF_GAP[kind]
     if settings.get("double"):
-        nested = blockwise.largest(absmax - absmax.mean(), 256).max()
+        nested = blockwise.block_absmax(absmax - absmax.mean(), NESTED_BLOCK).max()
         bound = bound + nested * NESTED_HALF_GAP
     bound = bound.repeat_interleave(block)[: weight.numel()].reshape(SHAPE)
     error = (layer_of(kind, settings, weight).weight(torch.float32) - weight).abs()
@@ -85,22 +85,22 @@ def test_the_weight_is_rounded_once(kind: str, settings: dict, weight: Tensor) -
 
 
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
-def test_a_state_dict_and_a_deepcopy_bring_everything_back(
+def test_a_state_dict_and_a_deepcopy_restore_every_byte(
     kind: str, settings: dict, weight: Tensor, bias: Tensor
 ) -> None:
     layer = layer_of(kind, settings, weight, bias)
     other = layer_of(kind, settings, weight.flip(0), bias + 1)
     assert sha256_of(other) != sha256_of(layer)
     other.load_state_dict(layer.state_dict())
-    for twin in (other, copy.deepcopy(layer)):
-        assert sha256_of(twin) == sha256_of(layer)
-        assert torch.equal(twin.weight(torch.float32), layer.weight(torch.float32))
+    for restored in (other, copy.deepcopy(layer)):
+        assert sha256_of(restored) == sha256_of(layer)
+        assert torch.equal(restored.weight(torch.float32), layer.weight(torch.float32))
 
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
-def test_use_leaves_every_byte_of_the_base_as_it_is(
+def test_forward_and_backward_change_no_byte_of_the_base(
     kind: str, settings: dict, training: bool, grad: bool, weight: Tensor
 ) -> None:
     layer = layer_of(kind, settings, weight.bfloat16()).train(training)
@@ -114,7 +114,7 @@ def test_use_leaves_every_byte_of_the_base_as_it_is(
 
 
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
-def test_casting_a_model_leaves_every_byte_of_the_base_as_it_is(kind: str, settings: dict, weight: Tensor) -> None:
+def test_casting_a_model_changes_no_byte_of_the_base(kind: str, settings: dict, weight: Tensor) -> None:
     layer = layer_of(kind, settings, weight, weight[:, 0])
     before = sha256_of(layer)
     assert sha256_of(layer.to(torch.bfloat16).half().double().to("cpu")) == before
@@ -124,7 +124,7 @@ def test_casting_a_model_leaves_every_byte_of_the_base_as_it_is(kind: str, setti
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(96, 80), (1, 1), (3, 5), (1, 64 * 256 + 1)])
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
-def test_stored_bytes_is_what_the_tensors_take(
+def test_stored_bytes_is_the_size_of_the_tensors(
     kind: str, settings: dict, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     quantizer = QUANTIZERS[kind](**settings)
@@ -134,18 +134,18 @@ def test_stored_bytes_is_what_the_tensors_take(
 
 
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
-def test_nothing_of_a_frozen_layer_is_trainable_and_its_description_is_json(
+def test_a_frozen_layer_trains_nothing_and_describes_itself_as_json(
     kind: str, settings: dict, weight: Tensor, bias: Tensor
 ) -> None:
     layer = layer_of(kind, settings, weight.requires_grad_(), bias.requires_grad_())
     assert not any(parameter.requires_grad for parameter in layer.parameters())
-    described = json.loads(json.dumps(layer.describe()))
-    assert described["kind"] == kind and described["shape"] == list(SHAPE)
-    assert described.items() >= settings.items()
+    description = json.loads(json.dumps(layer.describe()))
+    assert description["kind"] == kind and description["shape"] == list(SHAPE)
+    assert description.items() >= settings.items()
 
 
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
-def test_quantising_twice_gives_the_same_and_leaves_the_weight_alone(kind: str, settings: dict, weight: Tensor) -> None:
+def test_quantizing_twice_gives_the_same_bytes_and_keeps_the_weight(kind: str, settings: dict, weight: Tensor) -> None:
     before = weight.clone()
     assert sha256_of(layer_of(kind, settings, weight)) == sha256_of(layer_of(kind, settings, weight))
     strided = weight.t().contiguous().t()
@@ -154,7 +154,7 @@ def test_quantising_twice_gives_the_same_and_leaves_the_weight_alone(kind: str, 
 
 
 @pytest.mark.parametrize(
-    ("weight", "says"),
+    ("weight", "message"),
     [
         (torch.zeros(2, 3, 4), r"shape \[2, 3, 4\]"),
         (torch.zeros(4), r"shape \[4\]"),
@@ -167,6 +167,6 @@ def test_quantising_twice_gives_the_same_and_leaves_the_weight_alone(kind: str, 
     ],
 )
 @pytest.mark.parametrize("kind", QUANTIZERS)
-def test_what_is_no_finite_float_matrix_is_refused(kind: str, weight: Tensor, says: str) -> None:
-    with pytest.raises(BaseModelError, match=says):
-        QUANTIZERS[kind]().quantize(weight)
+def test_only_finite_float_matrices_are_quantized(kind: str, weight: Tensor, message: str) -> None:
+    with pytest.raises(BaseModelError, match=message):
+        build_quantizer(Quant(kind=kind)).quantize(weight)

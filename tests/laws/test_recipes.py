@@ -1,4 +1,4 @@
-"""Laws over all recipes: what is dumped reads back, every typo is caught with its line, any bytes end in an answer."""
+"""Laws of recipes: a dump reads back, every typo is found with its line, any bytes are a recipe or an error."""
 
 import string
 
@@ -90,29 +90,31 @@ VALUES = {
     "distributed.kind": st.sampled_from(["auto", *STRATEGIES]),
 }
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
-LEAST = {"model.name": WORDS, "data.train": SOURCES}
+REQUIRED = {"model.name": WORDS, "data.train": SOURCES}
 
 
 def nested(flat):
-    out = {}
+    sections = {}
     for path, value in flat.items():
         section, key = path.split(".")
-        out.setdefault(section, {})[key] = value
-    return out
+        sections.setdefault(section, {})[key] = value
+    return sections
 
 
-def test_the_laws_know_every_setting():
+def test_the_laws_cover_every_setting():
     assert sorted(VALUES) == sorted(KEYS)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
-@given(flat=st.fixed_dictionaries(LEAST, optional={key: value for key, value in VALUES.items() if key not in LEAST}))
-def test_what_is_dumped_reads_back_to_the_same_recipe(flat, tmp_path_factory):
+@given(
+    flat=st.fixed_dictionaries(REQUIRED, optional={key: value for key, value in VALUES.items() if key not in REQUIRED})
+)
+def test_a_dumped_recipe_reads_back_the_same(flat, tmp_path_factory):
     try:
         recipe, _ = from_mapping(nested(flat))
-    except RecipeError as error:  # single settings are right here, so only a clash between them is allowed
-        clashes = ("has no effect", "full trains every weight", "loftq starts from", "compiled layers", "stream")
-        assert all(any(clash in line for clash in clashes) for line in str(error).splitlines()), error
+    except RecipeError as error:  # each setting is valid here, so only a conflict between them is allowed
+        conflicts = ("has no effect", "full trains every weight", "loftq starts from", "compiled layers", "stream")
+        assert all(any(conflict in line for conflict in conflicts) for line in str(error).splitlines()), error
         return
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
     file.write_text(dump(recipe), encoding="utf-8")
@@ -121,24 +123,24 @@ def test_what_is_dumped_reads_back_to_the_same_recipe(flat, tmp_path_factory):
 
 
 def mutations():
-    """The page of defaults with one key changed: each letter replaced, and the last one doubled."""
+    """The reference with one key changed: each letter replaced, and the last letter doubled."""
     lines = (recipes_folder() / "reference.yaml").read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         key = line.split(":")[0].strip(" -")
         if line.startswith("#") or not key:
             continue
-        for typo in [key + key[-1], *(_replaced(key, at, number * 7 + at * 5) for at in range(len(key)))]:
+        for typo in [key + key[-1], *(_replaced(key, index, number * 7 + index * 5) for index in range(len(key)))]:
             changed = [*lines[: number - 1], line.replace(key, typo, 1), *lines[number:]]
             yield pytest.param("\n".join(changed), number, key, id=f"{number}-{typo}")
 
 
-def _replaced(key, at, turn):
-    letter = next(other for other in string.ascii_lowercase[turn % 20 :] if other != key[at])
-    return key[:at] + letter + key[at + 1 :]
+def _replaced(key, index, shift):
+    letter = next(other for other in string.ascii_lowercase[shift % 20 :] if other != key[index])
+    return key[:index] + letter + key[index + 1 :]
 
 
 @pytest.mark.parametrize(("text", "number", "key"), mutations())
-def test_a_letter_wrong_in_any_key_is_caught_with_the_line_and_the_right_name(text, number, key, tmp_path):
+def test_a_wrong_letter_in_a_key_is_found_with_line_and_right_name(text, number, key, tmp_path):
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as raised:
         read(tmp_path / "r.yaml")
@@ -185,7 +187,9 @@ PIECES = [
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.binary() | st.lists(st.sampled_from(PIECES)).map(lambda each: "".join(each).encode("utf-8", "surrogatepass")))
+@given(
+    st.binary() | st.lists(st.sampled_from(PIECES)).map(lambda pieces: "".join(pieces).encode("utf-8", "surrogatepass"))
+)
 def test_any_bytes_are_a_recipe_or_a_recipe_error(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     file.write_bytes(content)
@@ -198,7 +202,7 @@ def test_any_bytes_are_a_recipe_or_a_recipe_error(tmp_path_factory, content):
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
-    lambda each: st.lists(each) | st.dictionaries(st.text() | st.integers(), each),
+    lambda values: st.lists(values) | st.dictionaries(st.text() | st.integers(), values),
     max_leaves=5,
 )
 
@@ -228,21 +232,21 @@ def test_any_overrides_are_a_recipe_or_a_recipe_error(arguments):
         assert str(error)
 
 
-def test_the_schema_says_what_the_reader_does():
-    found = schema()
-    assert found["additionalProperties"] is False
+def test_the_schema_matches_the_reader():
+    recipe_schema = schema()
+    assert recipe_schema["additionalProperties"] is False
     for name, section in SECTIONS.items():
-        here = found["$defs"][section.__name__]
-        assert here["additionalProperties"] is False, name
-        assert all(here["properties"][key]["description"] for key in section.model_fields)
-    assert found["$defs"]["Quant"]["properties"]["kind"]["enum"] == list(QUANTIZERS)
-    assert found["$defs"]["Adapter"]["properties"]["rank"]["default"] == 16
-    assert found["required"] == ["model", "data"]
+        section_schema = recipe_schema["$defs"][section.__name__]
+        assert section_schema["additionalProperties"] is False, name
+        assert all(section_schema["properties"][key]["description"] for key in section.model_fields)
+    assert recipe_schema["$defs"]["Quant"]["properties"]["kind"]["enum"] == list(QUANTIZERS)
+    assert recipe_schema["$defs"]["Adapter"]["properties"]["rank"]["default"] == 16
+    assert recipe_schema["required"] == ["model", "data"]
 
 
-def test_the_schema_s_defaults_are_the_reader_s():
+def test_the_schema_has_the_defaults_of_the_reader():
     recipe, _ = from_mapping({"model": "m", "data": {"train": "r"}})
     resolved = parse(dump(recipe), "r").value
     for name, section in SECTIONS.items():
-        for key, each in schema()["$defs"][section.__name__]["properties"].items():
-            assert "default" not in each or each["default"] == resolved[name][key], (name, key)
+        for key, setting in schema()["$defs"][section.__name__]["properties"].items():
+            assert "default" not in setting or setting["default"] == resolved[name][key], (name, key)

@@ -1,4 +1,4 @@
-"""Keep, recompute or park, mixed in one model: the same gradients bit for bit, and host memory as planned."""
+"""Kept, recomputed and offloaded layers in one model: the same gradients bit for bit, and reuse of host memory."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from qlora.memory.activation_offload import ActivationOffloader
 from qlora.memory.activation_recompute import recompute
 from qlora.memory.copy_stream import CopyStream
 
-MIXES = [(0, 2), (2, 4), (4, 2), (LAYERS, LAYERS - 1), (0, LAYERS - 1), (3, 3)]  # layers recomputed, parked
+MIXES = [(0, 2), (2, 4), (4, 2), (LAYERS, LAYERS - 1), (0, LAYERS - 1), (3, 3)]  # layers recomputed, offloaded
 
 
-def parking(layers: int, lane: CopyStream | None = None) -> ActivationOffloader:
-    return ActivationOffloader(layers, lane or LateCopyStream(), smallest_bytes=0)
+def offloader_of(layers: int, copy_stream: CopyStream | None = None) -> ActivationOffloader:
+    return ActivationOffloader(layers, copy_stream or LateCopyStream(), smallest_bytes=0)
 
 
 @pytest.fixture(scope="module")
@@ -27,48 +27,48 @@ def llama() -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_some_layers_or_all_changes_no_bit(family: str, recomputed: int) -> None:
     model = layered(family)
-    kept = gradients(model)
+    expected = gradients(model)
     assert recompute(model, recomputed) == recomputed
-    assert kept.abs().sum() > 0 and torch.equal(gradients(model), kept)
+    assert expected.abs().sum() > 0 and torch.equal(gradients(model), expected)
 
 
-@pytest.mark.parametrize("recomputed, parked", MIXES)
+@pytest.mark.parametrize("recomputed, offloaded", MIXES)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "phi3"])
-def test_parking_changes_no_bit_however_late_the_copies_come(family: str, recomputed: int, parked: int) -> None:
+def test_offloading_changes_no_bit_even_if_copies_are_late(family: str, recomputed: int, offloaded: int) -> None:
     model = layered(family)
-    kept = gradients(model)
-    recompute(model, recomputed, parking(parked))
-    for _ in range(2):  # the second time in buffers that were used
-        assert torch.equal(gradients(model), kept)
+    expected = gradients(model)
+    recompute(model, recomputed, offloader_of(offloaded))
+    for _ in range(2):  # the second time in reused buffers
+        assert torch.equal(gradients(model), expected)
 
 
-def test_the_copies_matter(llama: Any) -> None:
-    class Never(LateCopyStream):
-        def wait(self, mark: int) -> None:
+def test_without_waiting_for_copies_the_gradients_differ(llama: Any) -> None:
+    class NeverWaits(LateCopyStream):
+        def make_compute_wait(self, event: int) -> None:
             pass
 
-    recompute(llama, 0, parking(LAYERS - 1, Never()))
+    recompute(llama, 0, offloader_of(LAYERS - 1, NeverWaits()))
     assert not torch.equal(gradients(llama), gradients(layered("llama")))
 
 
-@pytest.mark.parametrize("recomputed, parked", MIXES)
-def test_host_memory_is_used_again_and_again(llama: Any, recomputed: int, parked: int) -> None:
-    place = parking(parked, CopyStream(CPU))
-    recompute(llama, recomputed, place)
+@pytest.mark.parametrize("recomputed, offloaded", MIXES)
+def test_host_memory_is_reused(llama: Any, recomputed: int, offloaded: int) -> None:
+    offloader = offloader_of(offloaded, CopyStream(CPU))
+    recompute(llama, recomputed, offloader)
     gradients(llama)
-    taken = place.host_bytes
+    allocated = offloader.host_bytes
     for _ in range(3):
         gradients(llama)
-    assert place.host_bytes == taken > 0
+    assert offloader.host_bytes == allocated > 0
 
 
-def test_a_forward_without_backward_leaves_nothing_behind(llama: Any) -> None:
-    place = parking(LAYERS - 1)
-    recompute(llama, 0, place)
-    kept = gradients(llama)
-    taken = place.host_bytes
+def test_a_forward_without_backward_frees_its_host_memory(llama: Any) -> None:
+    offloader = offloader_of(LAYERS - 1)
+    recompute(llama, 0, offloader)
+    expected = gradients(llama)
+    allocated = offloader.host_bytes
     with torch.no_grad():
         llama.model(input_ids=torch.arange(5, 15)[None], use_cache=False)
-    lost: Any = llama.model(input_ids=torch.arange(5, 29)[None].repeat(2, 1), use_cache=False)
-    del lost  # as after an error
-    assert torch.equal(gradients(llama), kept) and place.host_bytes == taken
+    output: Any = llama.model(input_ids=torch.arange(5, 29)[None].repeat(2, 1), use_cache=False)
+    del output  # as after an error
+    assert torch.equal(gradients(llama), expected) and offloader.host_bytes == allocated

@@ -1,17 +1,18 @@
-"""The plan against a dry run of the very layers at true shapes: what stands, what a layer keeps, and the peak."""
+"""The plan against a dry run of the layers at true shapes: static bytes, bytes saved by a layer, and the peak."""
 
 from typing import Any
 
 import pytest
 import torch
 from support.dry_run import Measured, dry_run
-from support.published_models import CONFIGS
+from support.published_models import CONFIGS, workload
 from transformers import AutoConfig
 
 from qlora.memory.planner.activations import kept_bytes
-from qlora.memory.planner.breakdown import OUTSIDE, phases_of
+from qlora.memory.planner.breakdown import phases_of
 from qlora.memory.planner.config_reader import shapes_of
-from qlora.memory.planner.workload import AdapterSizes, Workload
+from qlora.memory.planner.overhead import UNTRACKED
+from qlora.memory.planner.workload import Workload
 
 FROZEN = ("packed_base", "embeddings", "head", "norms", "vision", "adapters")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -29,50 +30,51 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def both(written: dict[str, Any], dtype: torch.dtype, **options: Any) -> tuple[Workload, Measured]:
-    """A model of two layers: planned, and run dry."""
-    written = {**written, "num_hidden_layers": 2}
-    if written["model_type"] == "gemma3_text":
-        written["layer_types"] = ["full_attention"] * 2  # at most one kind, so that the dry run knows which mask
-    rows, length = options.get("rows", 1), options.get("length", 1024)
+def workload_and_dry_run(config: dict[str, Any], dtype: torch.dtype, **options: Any) -> tuple[Workload, Measured]:
+    """A model of two layers: its workload for the planner, and the result of its dry run."""
+    config = {**config, "num_hidden_layers": 2}
+    if config["model_type"] == "gemma3_text":
+        config["layer_types"] = ["full_attention"] * 2  # the dry run has a single mask
+    sequences, length = options.get("sequences", 1), options.get("length", 1024)
     documents, recompute = options.get("documents", 1), options.get("recompute", 2)
-    config = AutoConfig.for_model(**written)
-    measured = dry_run(config, dtype, rows, length, documents=documents, recompute=recompute)
-    shapes = shapes_of(written, "model")
-    sizes = {"micro_batch": rows, "max_length": length, "packing": documents > 1, "recompute": recompute}
-    work = Workload(shapes, AdapterSizes(shapes.matrices), dtype_bytes=dtype.itemsize, device="cpu", **sizes)
+    transformers_config = AutoConfig.for_model(**config)
+    measured = dry_run(transformers_config, dtype, sequences, length, documents=documents, recompute=recompute)
+    sizes = {"micro_batch": sequences, "max_length": length, "packing": documents > 1, "recompute": recompute}
+    work = workload(shapes_of(config, "model"), dtype_bytes=dtype.itemsize, device="cpu", **sizes)
     return work, measured
 
 
 def planned_step(work: Workload) -> int:
-    """The peak of forward and backward as the dry run counts it: no gradients, moments, or what is outside tensors."""
-    left_out = ("gradients", "optimizer", *OUTSIDE)
+    """The peak of forward and backward as the dry run counts it: tensors without gradients and moments."""
+    excluded = ("gradients", "optimizer", *UNTRACKED)
     phases = phases_of(work)
     return max(
-        sum(phases[phase].values()) - sum(phases[phase][each] for each in left_out) for phase in ("loss", "backward")
+        sum(phases[phase].values()) - sum(phases[phase][name] for name in excluded) for phase in ("loss", "backward")
     )
 
 
 def assert_close(work: Workload, measured: Measured) -> None:
     frozen = phases_of(work)["backward"]
-    assert sum(frozen[each] for each in FROZEN) == pytest.approx(measured.static, rel=1e-4)  # the offsets of absmax
-    assert kept_bytes(work) == pytest.approx(measured.kept, rel=0.001)  # statistics of norms
+    assert sum(frozen[name] for name in FROZEN) == pytest.approx(
+        measured.static, rel=1e-4
+    )  # the bytes of the absmax offsets
+    assert kept_bytes(work) == pytest.approx(measured.kept, rel=0.001)  # the statistics of the norms
     assert planned_step(work) == pytest.approx(measured.static + max(measured.loss, measured.backward), rel=0.03)
 
 
 @pytest.mark.parametrize(
-    "options", [{"length": 2048}, {"recompute": 0}, {"recompute": 1, "rows": 2, "documents": 4}], ids=str
+    "options", [{"length": 2048}, {"recompute": 0}, {"recompute": 1, "sequences": 2, "documents": 4}], ids=str
 )
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-32B"])
-def test_the_plan_is_the_dry_run(name: str, options: dict[str, Any]) -> None:
-    assert_close(*both(CONFIGS[name], BF16, **options))
+def test_the_plan_equals_the_dry_run(name: str, options: dict[str, Any]) -> None:
+    assert_close(*workload_and_dry_run(CONFIGS[name], BF16, **options))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_plan_is_the_dry_run_in_every_family(name: str, dtype: torch.dtype) -> None:
-    assert_close(*both(OTHERS[name], dtype, length=512))
+def test_the_plan_equals_the_dry_run_in_every_family(name: str, dtype: torch.dtype) -> None:
+    assert_close(*workload_and_dry_run(OTHERS[name], dtype, length=512))
 
 
-def test_the_plan_is_the_dry_run_in_float32() -> None:
-    assert_close(*both(CONFIGS["Llama-2-7B"], F32, documents=2))
+def test_the_plan_equals_the_dry_run_in_float32() -> None:
+    assert_close(*workload_and_dry_run(CONFIGS["Llama-2-7B"], F32, documents=2))

@@ -1,4 +1,4 @@
-"""Shapes from config.json alone equal those of transformers' own models, weight by weight."""
+"""Shapes from config.json equal those of transformers' models, weight by weight."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from qlora.errors import BaseModelError
 from qlora.memory.planner.config_reader import read, shapes_of
 from qlora.model.meta_model import linear_paths
 
-MORE: dict[str, dict[str, Any]] = {
+OTHERS: dict[str, dict[str, Any]] = {
     "gemma": {"model_type": "gemma", "num_hidden_layers": 2},
     "gemma3-with-vision": {"model_type": "gemma3", "text_config": {"hidden_size": 2560, "num_hidden_layers": 6}},
     "gemma3-vision-as-published": {
@@ -26,7 +26,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3-tied-with-bias": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
     "phi3-grouped": {"model_type": "phi3", "num_key_value_heads": 8, "hidden_size": 5120, "num_attention_heads": 40},
 }  # fmt: skip
-BARE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "granite")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "granite")
 
 
 def meta_model(config: Any) -> Any:
@@ -34,22 +34,22 @@ def meta_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def assert_equal_shapes(written: dict[str, Any], config: Any) -> None:
-    model, shapes = meta_model(config), shapes_of(written, "model")
-    assert shapes.parameters == sum(each.numel() for each in model.parameters())
+def assert_equal_shapes(fields: dict[str, Any], config: Any) -> None:
+    model, shapes = meta_model(config), shapes_of(fields, "model")
+    assert shapes.parameters == sum(parameter.numel() for parameter in model.parameters())
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
-    assert sorted(each.path for each in shapes.matrices) == sorted(linears)  # Phi-3 lists its output first
-    for each in shapes.matrices:
-        linear = linears[each.path]
-        assert (each.out_features, each.in_features) == tuple(linear.weight.shape), each.path
-        assert each.bias == (linear.bias is not None), each.path
+    assert sorted(matrix.path for matrix in shapes.matrices) == sorted(linears)  # Phi-3 lists its output first
+    for matrix in shapes.matrices:
+        linear = linears[matrix.path]
+        assert (matrix.out_features, matrix.in_features) == tuple(linear.weight.shape), matrix.path
+        assert matrix.bias == (linear.bias is not None), matrix.path
     inside = {id(parameter) for linear in linears.values() for parameter in linear.parameters()}
-    norms = [each for name, each in model.named_parameters() if "norm" in name and "vision" not in name]
-    assert shapes.norms == sum(each.numel() for each in norms if id(each) not in inside) - projector_norm(model)
+    norms = [value for name, value in model.named_parameters() if "norm" in name and "vision" not in name]
+    assert shapes.norms == sum(value.numel() for value in norms if id(value) not in inside) - projector_norm(model)
 
 
 def projector_norm(model: Any) -> int:
-    return sum(each.numel() for name, each in model.named_parameters() if "soft_emb_norm" in name)
+    return sum(value.numel() for name, value in model.named_parameters() if "soft_emb_norm" in name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,19 +59,19 @@ def test_every_weight_of_a_tiny_model_is_counted(family: str, tmp_path: Path) ->
     assert_equal_shapes(json.loads((tmp_path / "config.json").read_text()), config)
 
 
-@pytest.mark.parametrize("written", MORE.values(), ids=MORE)
-def test_every_weight_is_counted_as_published(written: dict[str, Any]) -> None:
-    assert_equal_shapes(written, AutoConfig.for_model(**written))
+@pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS)
+def test_every_weight_of_a_published_model_is_counted(fields: dict[str, Any]) -> None:
+    assert_equal_shapes(fields, AutoConfig.for_model(**fields))
 
 
-@pytest.mark.parametrize("model_type", BARE)
-def test_what_config_json_leaves_out_is_what_transformers_takes(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_missing_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     assert_equal_shapes({"model_type": model_type}, AutoConfig.for_model(model_type))
 
 
-@pytest.mark.parametrize("written", [{"dtype": "float16"}, {"torch_dtype": "float16"}, {"dtype": "torch.float16"}])
-def test_the_dtype_is_read_as_either_generation_wrote_it(written: dict[str, Any]) -> None:
-    assert shapes_of({"model_type": "llama", **written}, "model").dtype == "float16"
+@pytest.mark.parametrize("fields", [{"dtype": "float16"}, {"torch_dtype": "float16"}, {"dtype": "torch.float16"}])
+def test_the_dtype_is_read_from_both_of_its_keys(fields: dict[str, Any]) -> None:
+    assert shapes_of({"model_type": "llama", **fields}, "model").dtype == "float16"
 
 
 @pytest.mark.parametrize("change, word", [
@@ -80,7 +80,7 @@ def test_the_dtype_is_read_as_either_generation_wrote_it(written: dict[str, Any]
     ({"vocab_size": True}, "vocab_size"), ({"head_dim": -1}, "head_dim"),
     ({"model_type": "gemma3", "text_config": 1}, "text_config"),
 ])  # fmt: skip
-def test_what_can_not_be_meant_is_named(change: dict[str, Any], word: str) -> None:
+def test_an_invalid_value_is_named(change: dict[str, Any], word: str) -> None:
     with pytest.raises(BaseModelError, match=word):
         shapes_of({"model_type": "llama", **change}, "model")
 

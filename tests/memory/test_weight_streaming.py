@@ -1,4 +1,4 @@
-"""Streamed equals resident bit for bit, at two copies a layer and step; the host's bytes never change."""
+"""Streamed weights equal resident ones bit for bit, at two copies per layer and step; host buffers never change."""
 
 import hashlib
 from itertools import pairwise
@@ -16,13 +16,12 @@ from qlora.adapters.inject import adapted, frozen_linears
 from qlora.memory.activation_offload import ActivationOffloader
 from qlora.memory.activation_recompute import recompute
 from qlora.memory.weight_streaming import SLOTS, WeightStreamer, embed_on_host, streamed_layers
-from qlora.quant import QUANTIZERS
-from qlora.quant.nf4 import Nf4
+from qlora.quant import Quant, build_quantizer
 
 IDS = torch.arange(5, 29)[None].repeat(2, 1)
 
 
-class CountingLane(LateCopyStream):
+class CountingCopyStream(LateCopyStream):
     """Counts copies to the device."""
 
     copies = 0
@@ -32,23 +31,23 @@ class CountingLane(LateCopyStream):
         self.copies += 1
 
 
-def streaming(family: str, resident: int, quantizer: Any = None) -> tuple[Any, WeightStreamer, CountingLane]:
-    """A model as it is set up to stream: frozen first, adapted then."""
-    model, lane = layered(family, quantizer=quantizer, adapted=False), CountingLane()
-    stream = WeightStreamer(model, resident, lane)
+def streaming(family: str, resident: int, quantizer: Any = None) -> tuple[Any, WeightStreamer, CountingCopyStream]:
+    """A streamed model in the order of a run: first the frozen layers, then the adapters."""
+    model, copies = layered(family, quantizer=quantizer, adapted=False), CountingCopyStream()
+    streamer = WeightStreamer(model, resident, copies)
     embed_on_host(model, CPU)
     adapt(model)
-    return model, stream, lane
+    return model, streamer, copies
 
 
-@pytest.mark.parametrize("resident, recomputed, parked", [
+@pytest.mark.parametrize("resident, recomputed, offloaded", [
     (0, LAYERS, 0), (0, 0, 0), (1, 3, 0), (3, LAYERS, LAYERS - 1), (4, LAYERS, 0), (5, 2, 0), (2, 1, 3),
 ])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "gpt_neox", "gemma3"])
-def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed: int, parked: int) -> None:
+def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed: int, offloaded: int) -> None:
     expected = gradients(layered(family))
-    model, _, lane = streaming(family, resident)
-    recompute(model, recomputed, ActivationOffloader(parked, lane, smallest_bytes=0) if parked else None)
+    model, _, copies = streaming(family, resident)
+    recompute(model, recomputed, ActivationOffloader(offloaded, copies, smallest_bytes=0) if offloaded else None)
     for _ in range(2):
         assert torch.equal(gradients(model), expected)
 
@@ -56,42 +55,45 @@ def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_streams(family: str) -> None:
     expected = gradients(layered(family))
-    model, stream, _ = streaming(family, 0)
+    model, streamer, _ = streaming(family, 0)
     recompute(model, None)
-    assert len(stream.layers) == LAYERS and torch.equal(gradients(model), expected)
+    assert len(streamer.layers) == LAYERS and torch.equal(gradients(model), expected)
 
 
-@pytest.mark.parametrize("quantizer", [QUANTIZERS["dense"](), QUANTIZERS["fp4"](double=False), Nf4(block=256)], ids=str)
-def test_every_way_to_store_streams(quantizer: Any) -> None:
+@pytest.mark.parametrize(
+    "section", [Quant(kind="dense"), Quant(kind="fp4", double=False), Quant(block=256)], ids=["dense", "fp4", "nf4-256"]
+)
+def test_every_quantizer_streams(section: Quant) -> None:
+    quantizer = build_quantizer(section)
     expected = gradients(layered("llama", quantizer=quantizer))
     assert torch.equal(gradients(streaming("llama", 1, quantizer)[0]), expected)
 
 
 @torch.no_grad()
-def test_evaluation_and_generation_are_those_of_resident_weights() -> None:
+def test_evaluation_and_generation_equal_those_of_resident_weights() -> None:
     resident, streamed = layered("llama").eval(), streaming("llama", 1)[0].eval()
     for _ in range(2):
         assert torch.equal(streamed(input_ids=IDS).logits, resident(input_ids=IDS).logits)
-    answers = [
+    generated = [
         model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False)
         for model in (resident, streamed)
     ]
-    assert torch.equal(*answers)
+    assert torch.equal(*generated)
 
 
-def test_any_matrix_is_there_whenever_it_is_asked_for() -> None:
+def test_any_matrix_can_be_read_at_any_time() -> None:
     resident, streamed = layered("llama"), streaming("llama", 0)[0]
     gradients(streamed)
     for path in (*[*adapted(resident)][::-2], *adapted(resident)):
-        ours, theirs = (model.get_submodule(path).merged_weight() for model in (streamed, resident))
-        assert torch.equal(ours, theirs), path
+        weight, expected = (model.get_submodule(path).merged_weight() for model in (streamed, resident))
+        assert torch.equal(weight, expected), path
 
 
 def test_the_base_is_never_written() -> None:
-    model, stream, _ = streaming("llama", 1)
+    model, streamer, _ = streaming("llama", 1)
 
     def digest() -> str:
-        return hashlib.sha256(b"".join(buffer.numpy().tobytes() for buffer in stream._host)).hexdigest()
+        return hashlib.sha256(b"".join(buffer.numpy().tobytes() for buffer in streamer._host)).hexdigest()
 
     before = digest()
     recompute(model, 2)
@@ -102,23 +104,23 @@ def test_the_base_is_never_written() -> None:
 
 @pytest.mark.parametrize("resident", range(LAYERS + 1))
 def test_a_step_copies_each_streamed_layer_twice_at_most(resident: int) -> None:
-    model, stream, lane = streaming("llama", resident)
+    model, streamer, counter = streaming("llama", resident)
     recompute(model, None)
     gradients(model)
-    lane.copies = 0
+    counter.copies = 0
     gradients(model)
-    # Both ways, less the layers that are in their slots at the turns.
-    assert lane.copies == 2 * max(0, len(stream.layers) - SLOTS)
+    # In both directions, less the layers that are still in their slots when the direction changes.
+    assert counter.copies == 2 * max(0, len(streamer.layers) - SLOTS)
 
 
 def test_the_device_holds_two_layers_and_the_host_the_rest() -> None:
-    model, stream, _ = streaming("llama", 1)
-    held = {tensor.untyped_storage().data_ptr() for layer in frozen_linears(model).values() for tensor in
+    model, streamer, _ = streaming("llama", 1)
+    storages = {tensor.untyped_storage().data_ptr() for layer in frozen_linears(model).values() for tensor in
             layer.stored().values()}  # fmt: skip
     matrices = len(frozen_linears(model)) // LAYERS
-    parts = len(next(iter(frozen_linears(model).values())).stored())
-    assert len(held) == SLOTS + matrices * parts  # the resident layer's lie where they were
-    assert stream.slot_bytes * (LAYERS - 1) == stream.host_bytes * SLOTS
+    tensors = len(next(iter(frozen_linears(model).values())).stored())
+    assert len(storages) == SLOTS + matrices * tensors  # those of the resident layer are not moved
+    assert streamer.slot_bytes * (LAYERS - 1) == streamer.host_bytes * SLOTS
 
 
 @given(layers=some.integers(1, 130), resident=some.integers(0, 140))

@@ -1,4 +1,4 @@
-"""4-bit checkpoints as bitsandbytes writes them are read bit for bit; damaged ones are refused by name."""
+"""bitsandbytes 4-bit checkpoints are read bit for bit; damaged ones are refused by tensor name."""
 
 import json
 from typing import Any
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora.errors import BaseModelError
-from qlora.model.bnb_checkpoint import companions, is_prequantized, read
-from qlora.quant.fourbit import FourBitLinear
-from qlora.quant.nf4 import Nf4
+from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
+from qlora.quant import Quant, build_quantizer
+from qlora.quant.fourbit_linear import FourBitLinear
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -32,18 +32,18 @@ def checkpoint(
     packed, state = bnb.functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=double, quant_type=kind, quant_storage=storage
     )
-    parts = {f"{KEY}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-    return {KEY: packed, **parts}
+    companions = {f"{KEY}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    return {KEY: packed, **companions}
 
 
 def as_bitsandbytes_loads(tensors: dict[str, Tensor]) -> Tensor:
-    parts = {name.removeprefix(f"{KEY}."): tensor for name, tensor in tensors.items() if name != KEY}
-    parameter = bnb.nn.Params4bit.from_prequantized(tensors[KEY], parts, device="cpu")
+    companions = {name.removeprefix(f"{KEY}."): tensor for name, tensor in tensors.items() if name != KEY}
+    parameter = bnb.nn.Params4bit.from_prequantized(tensors[KEY], companions, device="cpu")
     return bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
 
 
-def edited(**changes: Any) -> dict[str, Tensor]:
-    """A checkpoint whose JSON has other fields; None takes a field away."""
+def checkpoint_with(**changes: Any) -> dict[str, Tensor]:
+    """A checkpoint whose JSON has other fields; None removes a field."""
     tensors = checkpoint()
     fields = json.loads(bytes(tensors[STATE].tolist())) | changes
     kept = {name: value for name, value in fields.items() if value is not None}
@@ -51,7 +51,7 @@ def edited(**changes: Any) -> dict[str, Tensor]:
 
 
 def read_from(tensors: dict[str, Tensor], bias: Tensor | None = None) -> FourBitLinear:
-    return read(KEY, tensors.__getitem__, tensors, bias)
+    return read_4bit_layer(KEY, tensors.__getitem__, tensors, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -63,21 +63,21 @@ def test_the_weight_is_bit_for_bit_what_bitsandbytes_loads(
 ) -> None:
     tensors = checkpoint(kind=kind, double=double, storage=storage, dtype=dtype)
     assert is_prequantized(KEY, tensors)
-    assert set(tensors) - {KEY} <= set(companions(KEY))
+    assert set(tensors) - {KEY} <= set(companion_keys(KEY))
     layer = read_from(tensors, torch.ones(96))
     assert torch.equal(layer.weight(dtype), as_bitsandbytes_loads(tensors))
     assert layer.describe() == {"kind": kind, "shape": [96, 128], "block": 64, "double": double}
     assert layer.bias is not None and layer.bias.sum() == 96
 
 
-def test_what_we_read_is_what_we_would_have_quantised() -> None:
+def test_a_read_layer_equals_one_quantized_here() -> None:
     weight = torch.randn((96, 128), generator=torch.Generator().manual_seed(0)).bfloat16() / 9
-    ours, read_layer = Nf4().quantize(weight).state_dict(), read_from(checkpoint()).state_dict()
-    assert ours.keys() == read_layer.keys()
-    assert all(torch.equal(ours[name], read_layer[name]) for name in ours)
+    quantized, read = build_quantizer(Quant()).quantize(weight).state_dict(), read_from(checkpoint()).state_dict()
+    assert quantized.keys() == read.keys()
+    assert all(torch.equal(quantized[name], read[name]) for name in quantized)
 
 
-def test_levels_that_an_older_version_rounded_otherwise_are_kept() -> None:
+def test_levels_rounded_by_an_older_version_are_kept() -> None:
     tensors = checkpoint()
     name = f"{KEY}.nested_quant_map"
     tensors[name] = tensors[name] * (1 + 1e-6)
@@ -90,7 +90,7 @@ def test_a_plain_weight_is_not_prequantized() -> None:
     keys = {KEY, f"{KEY}.absmax", "lm_head.weight", "lm_head.weight.quant_state"}
     assert not is_prequantized(KEY, keys) and not is_prequantized("lm_head.weight", keys)
     with pytest.raises(BaseModelError, match=f"{KEY}: is not stored in 4 bits"):
-        read(KEY, {}.__getitem__, keys)
+        read_4bit_layer(KEY, {}.__getitem__, keys)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_a_plain_weight_is_not_prequantized() -> None:
     ],
     ids=lambda changes: f"{changes}"[:40],
 )
-def test_a_field_that_cannot_be_meant_is_refused_by_name(changes: dict[str, Any]) -> None:
+def test_an_invalid_field_is_refused_by_name(changes: dict[str, Any]) -> None:
     (field,) = changes
     with pytest.raises(BaseModelError, match=rf"{STATE}: {field} "):
-        read_from(edited(**changes))
+        read_from(checkpoint_with(**changes))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_field_that_cannot_be_meant_is_refused_by_name(changes: dict[str, Any]
         ("quant_state.bitsandbytes__nf4", torch.tensor(list(b"[]"), dtype=torch.uint8)),
     ],
 )
-def test_a_part_that_is_missing_or_does_not_fit_is_refused_by_name(name: str, tensor: Tensor | None) -> None:
+def test_a_missing_or_mismatched_tensor_is_refused_by_name(name: str, tensor: Tensor | None) -> None:
     tensors = checkpoint()
     tensors.pop(f"{KEY}.{name}")
     if tensor is not None:
@@ -155,9 +155,9 @@ def test_a_part_that_is_missing_or_does_not_fit_is_refused_by_name(name: str, te
         read_from(tensors)
 
 
-def test_codes_that_do_not_fit_the_shape_are_refused() -> None:
+def test_codes_that_do_not_match_the_shape_are_refused() -> None:
     with pytest.raises(BaseModelError, match=r"6144 bytes, but shape \[95, 128\] takes 6080"):
-        read_from(edited(shape=[95, 128]))
+        read_from(checkpoint_with(shape=[95, 128]))
 
 
 @settings(max_examples=200, deadline=None)

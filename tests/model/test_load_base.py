@@ -1,4 +1,4 @@
-"""The base is loaded exactly as transformers loads it, streamed, and known by its weights alone."""
+"""The base is loaded as transformers loads it, tensor by tensor, and its fingerprint depends on its weights only."""
 
 import gc
 import json
@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from qlora.model import Model
 from qlora.model.load_base import Base, load
 from qlora.model.meta_model import linear_paths
+from qlora.quant import Quant, build_quantizer
 from qlora.quant.dense import Dense
 from qlora.quant.linear import FrozenLinear
-from qlora.quant.nf4 import Nf4
 
 CPU = torch.device("cpu")
 IDS = torch.randint(5, 250, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -55,39 +55,39 @@ def copy_with(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_loaded_exactly_as_transformers_loads_it(zoo: Zoo, family: str, dtype: str) -> None:
+def test_every_family_is_loaded_as_transformers_loads_it(zoo: Zoo, family: str, dtype: str) -> None:
     base = load_dense(zoo(family), dtype)
-    theirs = AutoModelForCausalLM.from_pretrained(zoo(family), dtype=getattr(torch, dtype)).eval()
+    reference = AutoModelForCausalLM.from_pretrained(zoo(family), dtype=getattr(torch, dtype)).eval()
     assert base.manifest.ignored == () and base.manifest.dtype == dtype
-    assert torch.equal(logits(base.model), logits(theirs))
-    buffers = dict(theirs.named_buffers())
-    ours = dict(base.model.named_buffers())
-    assert ours.keys() == buffers.keys() and all(torch.equal(ours[name], buffers[name]) for name in buffers)
+    assert torch.equal(logits(base.model), logits(reference))
+    expected = dict(reference.named_buffers())
+    buffers = dict(base.model.named_buffers())
+    assert buffers.keys() == expected.keys() and all(torch.equal(buffers[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exactly_the_decoders_linear_layers_are_quantised(zoo: Zoo, family: str) -> None:
-    base = load(Model(name=str(zoo(family))), Nf4(), CPU)
-    theirs = AutoModelForCausalLM.from_pretrained(zoo(family))
-    expected = [p for p, m in theirs.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in p]
-    found = [path for path, module in base.model.named_modules() if isinstance(module, FrozenLinear)]
-    assert found == expected == list(base.manifest.quantized) == linear_paths(theirs)
-    for path in found:
-        bias = theirs.get_submodule(path).bias
+def test_exactly_the_linear_layers_of_the_decoder_are_quantized(zoo: Zoo, family: str) -> None:
+    base = load(Model(name=str(zoo(family))), build_quantizer(Quant()), CPU)
+    reference = AutoModelForCausalLM.from_pretrained(zoo(family))
+    expected = [p for p, m in reference.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in p]
+    paths = [path for path, module in base.model.named_modules() if isinstance(module, FrozenLinear)]
+    assert paths == expected == list(base.manifest.quantized) == linear_paths(reference)
+    for path in paths:
+        bias = reference.get_submodule(path).bias
         frozen = base.model.get_submodule(path).bias
         assert (frozen is None and bias is None) or torch.equal(frozen, bias)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "gpt_neox"])
-def test_shards_are_loaded_as_one_file_is(zoo: Zoo, family: str) -> None:
+def test_shards_are_loaded_like_one_file(zoo: Zoo, family: str) -> None:
     one, many = load_dense(zoo(family)), load_dense(zoo(family, max_shard_size="60KB"))
     assert len(list(zoo(family, max_shard_size="60KB").glob("*.safetensors"))) > 2
     assert one.manifest.sha256 == many.manifest.sha256
     assert torch.equal(logits(one.model), logits(many.model))
 
 
-def test_a_tied_head_is_the_embedding_itself(zoo: Zoo) -> None:
+def test_a_tied_head_shares_the_tensor_of_the_embedding(zoo: Zoo) -> None:
     model: Any = load_dense(zoo("llama-tied-bias")).model
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
@@ -95,32 +95,32 @@ def test_a_tied_head_is_the_embedding_itself(zoo: Zoo) -> None:
 # ---- fingerprint
 
 
-def test_the_fingerprint_is_of_values_not_of_files(zoo: Zoo, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_values_not_on_files(zoo: Zoo, tmp_path: Path) -> None:
     base = zoo("llama-tied-bias", dtype=torch.bfloat16)
     other_name = Path(shutil.copytree(base, tmp_path / "renamed"))
     upcast = copy_with(base, tmp_path / "float32", lambda t: {name: value.float() for name, value in t.items()})
-    head_too = copy_with(
+    with_head = copy_with(
         base, tmp_path / "head", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}
     )
     shards = zoo("llama-tied-bias", dtype=torch.bfloat16, max_shard_size="60KB")
-    others = {"renamed": other_name, "float32": upcast, "stored head": head_too, "shards": shards}
+    others = {"renamed": other_name, "float32": upcast, "stored head": with_head, "shards": shards}
     assert {name: sha256_of(folder) for name, folder in others.items()} == dict.fromkeys(others, sha256_of(base))
 
 
-def test_one_changed_value_in_any_tensor_is_another_base(zoo: Zoo, tmp_path: Path) -> None:
+def test_one_changed_value_in_any_tensor_changes_the_fingerprint(zoo: Zoo, tmp_path: Path) -> None:
     base = zoo("llama-tied-bias")
-    seen = {sha256_of(base)}
+    digests = {sha256_of(base)}
     names = sorted(load_file(base / SINGLE))
     for number, name in enumerate(names):
 
         def nudge(tensors: dict[str, Tensor], name: str = name) -> None:
             tensors[name].view(-1)[-1] += 0.25
 
-        seen.add(sha256_of(copy_with(base, tmp_path / str(number), nudge)))
-    assert len(seen) == len(names) + 1
+        digests.add(sha256_of(copy_with(base, tmp_path / str(number), nudge)))
+    assert len(digests) == len(names) + 1
 
 
-def test_swapped_tensors_and_fewer_layers_are_other_bases(zoo: Zoo, tmp_path: Path) -> None:
+def test_swapped_tensors_and_fewer_layers_change_the_fingerprint(zoo: Zoo, tmp_path: Path) -> None:
     base = zoo("llama")
     first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     swapped = copy_with(base, tmp_path / "swapped", lambda t: t | {first: t[second], second: t[first]})
@@ -136,7 +136,7 @@ import sys, threading, time, torch
 torch.set_num_threads(1)
 from qlora.model import Model
 from qlora.model.load_base import load
-from qlora.quant.nf4 import Nf4
+from qlora.quant import Quant, build_quantizer
 import qlora.quant.bitsandbytes_ops
 import transformers.models.llama.modeling_llama
 
@@ -144,7 +144,7 @@ def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
-Nf4().quantize(torch.randn(64, 64)).weight(torch.bfloat16)
+build_quantizer(Quant()).quantize(torch.randn(64, 64)).weight(torch.bfloat16)
 peak, running = 0, True
 def watch():
     global peak
@@ -154,7 +154,7 @@ def watch():
 before = anonymous()
 watcher = threading.Thread(target=watch)
 watcher.start()
-base = load(Model(name=sys.argv[1]), Nf4(), torch.device("cpu"))
+base = load(Model(name=sys.argv[1]), build_quantizer(Quant()), torch.device("cpu"))
 running = False
 watcher.join()
 print(peak - before, sum(p.numel() * p.itemsize for p in base.model.parameters()))
@@ -162,33 +162,33 @@ print(peak - before, sum(p.numel() * p.itemsize for p in base.model.parameters()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_loading_holds_what_is_packed_so_far_and_one_tensor(tmp_path: Path) -> None:
+def test_loading_holds_the_packed_tensors_and_one_more(tmp_path: Path) -> None:
     from support.tiny_models import byte_tokenizer
     from transformers import LlamaConfig
 
-    width, middle, layers = 1024, 2048, 8
+    width, intermediate, layers = 1024, 2048, 8
     config = LlamaConfig(
-        vocab_size=384, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=8,
-        dtype=torch.bfloat16, tie_word_embeddings=True,
+        vocab_size=384, hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=8, dtype=torch.bfloat16, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        meta_model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     noise = torch.randn(2**20).bfloat16() / 50
-    named = {name: p for name, p in skeleton.named_parameters()}
+    named = {name: p for name, p in meta_model.named_parameters()}
     tensors = {n: noise.repeat(-(-p.numel() // noise.numel()))[: p.numel()].reshape(p.shape) for n, p in named.items()}
     stored_bytes = sum(tensor.numel() * 2 for tensor in tensors.values())
     save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
     config.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300,
         env=os.environ | {
             "PYTHONPATH": str(ROOT),
-            "MALLOC_MMAP_THRESHOLD_": str(2**20),  # what is freed goes back at once: what is counted is what is held
+            "MALLOC_MMAP_THRESHOLD_": str(2**20),  # freed memory is returned at once: resident memory is what is held
         },
     )  # fmt: skip
-    peak_bytes, packed_bytes = map(int, done.stdout.split())
-    largest = width * middle
+    peak_bytes, packed_bytes = map(int, process.stdout.split())
+    largest = width * intermediate
     assert stored_bytes > 160e6 and packed_bytes < 0.3 * stored_bytes
     # One 16-bit tensor; 20 MB of slack for the scratch of a few blocks at a time in every thread.
     assert peak_bytes < packed_bytes + 2 * largest + 20e6 < 0.5 * stored_bytes
@@ -204,9 +204,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to read mappings from")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_nothing_that_is_loaded_holds_on_to_the_file(zoo: Zoo, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A parameter that is a view into the mapped file would keep every page of it that was read in memory."""
+def test_no_loaded_tensor_is_a_view_of_the_mapped_file(zoo: Zoo, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A view of the mapped file would keep every page of it that was read in memory."""
     folder = Path(shutil.copytree(zoo("llama-tied-bias", dtype=dtype), tmp_path / "base"))
-    loaded = load(Model(name=str(folder)), Nf4(), CPU)
+    loaded = load(Model(name=str(folder)), build_quantizer(Quant()), CPU)
     gc.collect()
     assert loaded.dtype == dtype and str(folder / SINGLE) not in Path("/proc/self/maps").read_text()

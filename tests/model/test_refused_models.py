@@ -1,4 +1,4 @@
-"""A base that can't be had right is refused in one clear line, before anything is trained."""
+"""An invalid model folder is refused with a one-line error before training."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from qlora.errors import BaseModelError
 from qlora.model import Model
 from qlora.model.load_base import load
 from qlora.model.meta_model import read_config
-from qlora.quant.nf4 import Nf4
+from qlora.quant import Quant, build_quantizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
@@ -29,7 +29,7 @@ Change = Callable[[Path], Any]
 
 def refusal(folder: Path | str, **settings: str) -> str:
     with pytest.raises(BaseModelError) as caught:
-        load(Model(name=str(folder), **settings), Nf4(), torch.device("cpu"))
+        load(Model(name=str(folder), **settings), build_quantizer(Quant()), torch.device("cpu"))
     message = str(caught.value)
     assert message.startswith("model") and "\n" not in message and len(message) < 600, message
     return message
@@ -93,17 +93,17 @@ def set_value(name: str, value: float) -> Change:
     return with_tensors(change)
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     content = (folder / SINGLE).read_bytes()
     (folder / SINGLE).write_bytes(content[: len(content) // 2])
 
 
-def header_of_the_devil(folder: Path) -> None:
+def random_header(folder: Path) -> None:
     (folder / SINGLE).write_bytes(b"\xff" * 64)
 
 
-def quantised_by(dtype: torch.dtype, extra: str) -> Change:
-    """8-bit weights beside their scales, as others store them; without the scales they mean nothing."""
+def quantized_to(dtype: torch.dtype, extra: str) -> Change:
+    """8-bit weights with their scales in a second tensor, as other tools store them."""
 
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         scale = torch.ones(tensors[UP].shape[0])
@@ -114,9 +114,9 @@ def quantised_by(dtype: torch.dtype, extra: str) -> Change:
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
-    "config cut": (lambda folder: (folder / "config.json").write_text('{"model_type": "ll'), "config.json"),
+    "config truncated": (lambda folder: (folder / "config.json").write_text('{"model_type": "ll'), "config.json"),
     "config a list": (lambda folder: (folder / "config.json").write_text("[1, 2]"), "config.json"),
-    "config of no known model": (with_config(model_type="xyzzy"), "xyzzy"),
+    "config of an unknown model": (with_config(model_type="xyzzy"), "xyzzy"),
     "config without a type": (lambda folder: (folder / "config.json").write_text("{}"), "config.json"),
     "width is a text": (with_config(hidden_size="wide"), "hidden_size"),
     "width is negative": (with_config(hidden_size=-64), "model"),
@@ -125,14 +125,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "nothing but pickle": (only_pickle, "pytorch_model.bin"),
     "no weights": (lambda folder: (folder / SINGLE).unlink(), "no *.safetensors"),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer"),
-    "weights cut": (cut, SINGLE),
-    "weights are noise": (header_of_the_devil, SINGLE),
+    "weights truncated": (truncate, SINGLE),
+    "weights are noise": (random_header, SINGLE),
     "weights are empty": (lambda folder: (folder / SINGLE).write_bytes(b""), SINGLE),
-    "index points outside": (points_outside, "only files of its own folder"),
-    "index names what is not there": (with_index({"weight_map": {UP: "gone.safetensors"}}), "gone.safetensors"),
+    "index points outside": (points_outside, "files of its own folder"),
+    "index names a missing file": (with_index({"weight_map": {UP: "gone.safetensors"}}), "gone.safetensors"),
     "index names no safetensors": (with_index({"weight_map": {UP: "config.json"}}), "config.json"),
-    "index is no index": (with_index([1]), INDEX),
-    "index map is no map": (with_index({"weight_map": [UP]}), INDEX),
+    "index is a list": (with_index([1]), INDEX),
+    "index map is a list": (with_index({"weight_map": [UP]}), INDEX),
     "index sends a key to the wrong file": (key_in_the_wrong_file, UP),
     "a linear layer is missing": (without(UP), UP),
     "a norm is missing": (without("model.norm.weight"), "model.norm.weight"),
@@ -146,21 +146,21 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "infinity in a weight": (set_value(UP, float("inf")), UP),
     "not a number in an embedding": (set_value(EMBEDDING, float("nan")), EMBEDDING),
     "not a number in a norm": (set_value("model.norm.weight", float("nan")), "model.norm.weight"),
-    "8-bit codes": (quantised_by(torch.int8, "SCB"), UP),
-    "8-bit floats": (quantised_by(torch.float8_e4m3fn, "weight_scale_inv"), UP),
+    "8-bit codes": (quantized_to(torch.int8, "SCB"), UP),
+    "8-bit floats": (quantized_to(torch.float8_e4m3fn, "weight_scale_inv"), UP),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_broken_folder_is_refused_by_name(folder: Path, case: str) -> None:
-    change, named = REFUSED[case]
+    change, name = REFUSED[case]
     change(folder)
     message = refusal(folder)
-    assert named in message, message
+    assert name in message, message
 
 
 @pytest.mark.parametrize("name", ["./not/here", "not-here", "/not/here", "no/body/here", "some-one/some-model"])
-def test_a_name_that_leads_nowhere_is_refused(name: str) -> None:
+def test_a_name_without_a_model_is_refused(name: str) -> None:
     assert name.removeprefix("./") in refusal(name)
 
 
@@ -197,5 +197,5 @@ def test_every_mixture_of_experts_of_transformers_is_refused(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_dense_model_is_not_taken_for_a_mixture(zoo: Any, family: str) -> None:
+def test_a_dense_model_is_not_refused_as_a_mixture(zoo: Any, family: str) -> None:
     assert read_config(zoo(family)).model_type

@@ -1,4 +1,4 @@
-"""Several processes read one base: each tensor once, by one of them; what one finds wrong all end with, said once."""
+"""Several ranks load one base: each tensor is read once, by one rank; an error on one rank is reported once."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.child_processes import Tell
+from support.child_processes import Notify
 from support.rank_processes import ranks
-from support.small_runs import recipe_of, write_rows
+from support.small_runs import recipe_of, write_records
 
 from qlora.adapters.inject import frozen_linears
 from qlora.cli.app import run as run_cli
@@ -19,87 +19,88 @@ from qlora.model.frozen_digest import frozen_sha256
 from qlora.model.weight_loader import WeightLoader
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs.memory_setup import load_base
-from qlora.runs.strategy import open_processes
+from qlora.runs.resources import open_processes
 
 Zoo = Callable[..., Path]
 
 
-def load_together(recipe: Recipe, home: Path, world: int) -> list[dict[str, object]]:
-    """What each process has after loading: fingerprint, its own digest, notes, tensors read, bytes, all gathered."""
+def load_together(recipe: Recipe, folder: Path, world: int) -> list[dict[str, object]]:
+    """Per rank, after loading: fingerprint, notes, keys read, bytes held, and sums of the all-gathered codes."""
 
-    def work(rank: int, tell: Tell) -> None:
-        processes, read = open_processes(recipe), list[str]()
-        reads = WeightLoader._read
+    def work(rank: int, notify: Notify) -> None:
+        processes, keys = open_processes(recipe), list[str]()
+        read = WeightLoader._read
 
-        def counted(self: WeightLoader, wanted: object, shards: object) -> object:
-            read.append(wanted.key)  # type: ignore[attr-defined]
-            return reads(self, wanted, shards)  # type: ignore[arg-type]
+        def counted(self: WeightLoader, parameter: object, reader: object) -> object:
+            keys.append(parameter.key)  # type: ignore[attr-defined]
+            return read(self, parameter, reader)  # type: ignore[arg-type]
 
         WeightLoader._read = counted  # type: ignore[assignment, method-assign]
         base = load_base(recipe, processes.device, None, processes=processes)
         parameters = base.model.parameters()
         held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in parameters)
-        whole = [int(t.long().sum()) for each in frozen_linears(base.model).values() for t in [each.stored()["codes"]]]
-        found = {"sha256": base.manifest.sha256, "notes": base.notes, "read": read, "held": held, "codes": whole}
-        (home / f"found-{rank}").write_text(json.dumps(found | {"own": frozen_sha256(base.model)}))
+        codes = [int(layer.stored()["codes"].long().sum()) for layer in frozen_linears(base.model).values()]
+        frozen_sha256(base.model)  # all ranks can compute it
+        state = {"sha256": base.manifest.sha256, "notes": base.notes, "keys": keys, "held": held, "codes": codes}
+        (folder / f"state-{rank}").write_text(json.dumps(state))
         processes.end()
 
-    codes = [child.end() for child in ranks(work, home, world)]
-    assert codes == [0] * world, (home / "said-0").read_text()
-    return [json.loads((home / f"found-{rank}").read_text()) for rank in range(world)]
+    exit_codes = [child.wait() for child in ranks(work, folder, world)]
+    assert exit_codes == [0] * world, (folder / "log-0").read_text()
+    return [json.loads((folder / f"state-{rank}").read_text()) for rank in range(world)]
 
 
 @pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("fsdp", 3)])
-def test_each_tensor_is_read_once_and_every_process_has_the_same_base(
+def test_each_tensor_is_read_once_and_every_rank_has_the_same_base(
     zoo: Zoo, tmp_path: Path, kind: str, world: int
 ) -> None:
     model = zoo("qwen2")
-    data = write_rows(tmp_path / "rows.jsonl", 2)
+    data = write_records(tmp_path / "rows.jsonl", 2)
     one = load_together(recipe_of(model, data, tmp_path / "run"), tmp_path, 1)[0]
     many = load_together(recipe_of(model, data, tmp_path / "run", f"distributed.kind={kind}"), tmp_path, world)
-    assert {each["sha256"] for each in many} == {one["sha256"]}
-    assert all(each["codes"] == one["codes"] for each in many)
-    read = [key for each in many for key in each["read"]]  # type: ignore[attr-defined]
-    assert sorted(read) == sorted(one["read"]) and all(each["read"] for each in many)  # type: ignore[call-overload]
-    held = [each["held"] for each in many]
+    assert {state["sha256"] for state in many} == {one["sha256"]}
+    assert all(state["codes"] == one["codes"] for state in many)
+    keys = [key for state in many for key in state["keys"]]  # type: ignore[attr-defined]
+    assert sorted(keys) == sorted(one["keys"]) and all(state["keys"] for state in many)  # type: ignore[call-overload]
+    held = [state["held"] for state in many]
     if kind == "fsdp":
         assert sum(held) == one["held"] and max(held) < one["held"] / world * 1.1  # type: ignore[type-var, operator]
 
 
-def test_a_kept_base_is_read_by_all_and_read_anew_where_it_is_damaged(
+def test_ranks_share_a_cached_base_and_read_the_checkpoint_if_damaged(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantized_cache, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(quantized_cache, "MIN_BASE_BYTES", 0)
     monkeypatch.setattr(quantized_cache, "PART_BYTES", 2**14)
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    data = write_rows(tmp_path / "rows.jsonl", 2)
-    alone, shared = (
+    data = write_records(tmp_path / "rows.jsonl", 2)
+    single, sharded = (
         recipe_of(zoo("llama"), data, tmp_path / "run", f"distributed.kind={kind}") for kind in ("single", "fsdp")
     )
-    one = load_together(alone, tmp_path, 1)[0]
+    one = load_together(single, tmp_path, 1)[0]
     parts = sorted((tmp_path / "cache").rglob("part-*.safetensors"))
     assert len(parts) > 4
-    kept = load_together(shared, tmp_path, 2)
-    assert all(each["codes"] == one["codes"] and "kept it" in str(each["notes"]) for each in kept)
-    assert all(each["read"] == [] for each in kept)
+    cached = load_together(sharded, tmp_path, 2)
+    assert all(state["codes"] == one["codes"] and "from the cache" in str(state["notes"]) for state in cached)
+    assert all(state["keys"] == [] for state in cached)
     damaged = bytearray(parts[-1].read_bytes())
     damaged[-1] ^= 1
     parts[-1].write_bytes(bytes(damaged))
-    again = load_together(shared, tmp_path, 2)
-    assert all(each["codes"] == one["codes"] and "does not verify" in str(each["notes"]) for each in again)
+    reread = load_together(sharded, tmp_path, 2)
+    assert all(state["codes"] == one["codes"] and "does not verify" in str(state["notes"]) for state in reread)
 
 
-def test_a_damaged_tensor_that_one_process_finds_ends_all_with_one_line(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_damaged_tensor_ends_all_ranks_with_one_error_line(zoo: Zoo, tmp_path: Path) -> None:
     model = shutil.copytree(zoo("llama"), tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    data, file = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "recipe.yaml"
+    data, file = write_records(tmp_path / "rows.jsonl", 8), tmp_path / "recipe.yaml"
     file.write_text(dump(recipe_of(model, data, tmp_path / "run", "distributed.kind=fsdp")))
 
-    def work(rank: int, tell: Tell) -> int:
+    def work(rank: int, notify: Notify) -> int:
         return run_cli(["train", str(file)])
 
-    assert [child.end() for child in ranks(work, tmp_path, 2)] == [2, 2]
-    said = "".join((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
-    assert said.count("error: ") == 1 and "up_proj" in said and "NaN" in said
+    assert [child.wait() for child in ranks(work, tmp_path, 2)] == [2, 2]
+    log = "".join((tmp_path / f"log-{rank}").read_text() for rank in (0, 1))
+    assert log.count("error: ") == 1 and "up_proj" in log and "NaN" in log

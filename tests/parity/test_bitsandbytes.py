@@ -1,4 +1,4 @@
-"""bitsandbytes as the oracle: our truth, our layers and its own functions give the same bits."""
+"""bitsandbytes as reference: the readable reference, our layers and its functions give the same bits."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora.quant import QUANTIZERS, bitsandbytes_ops, blockwise
+from qlora.quant import Quant, bitsandbytes_ops, blockwise, build_quantizer
 from qlora.quant.levels import LEVELS
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -17,7 +17,7 @@ SIZES = st.one_of(st.integers(1, 40), st.integers(1, 700))
 
 @st.composite
 def weights(draw: st.DrawFn) -> Tensor:
-    """Matrices of all sizes and three types, with runs of zeros, ties and outliers."""
+    """Matrices of all sizes and three dtypes, with rows of zeros, ties and outliers."""
     rows, columns = draw(SIZES), draw(SIZES)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, columns, generator=generator) * draw(st.sampled_from([1e-3, 0.02, 1.0, 100.0]))
@@ -39,7 +39,7 @@ def test_the_levels_are_those_of_bitsandbytes(kind: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(weight=weights(), kind=st.sampled_from(sorted(LEVELS)), block=st.sampled_from(BLOCKS))
-def test_the_truth_quantises_as_bitsandbytes_bit_for_bit(weight: Tensor, kind: str, block: int) -> None:
+def test_the_reference_quantizes_as_bitsandbytes_bit_for_bit(weight: Tensor, kind: str, block: int) -> None:
     levels, shape = LEVELS[kind](), (weight.shape[0], weight.shape[1])
     codes, absmax = blockwise.quantize(weight, levels, block)
     expected, state = bnb.quantize_4bit(weight, blocksize=block, quant_type=kind)
@@ -55,20 +55,22 @@ def test_the_truth_quantises_as_bitsandbytes_bit_for_bit(weight: Tensor, kind: s
 
 
 @pytest.mark.parametrize("kind", LEVELS)
-def test_every_float_near_a_midpoint_gets_the_code_that_bitsandbytes_gives_it(kind: str) -> None:
+def test_floats_near_a_midpoint_get_the_codes_of_bitsandbytes(kind: str) -> None:
     rising = LEVELS[kind]().sort().values
-    middles = (rising[:-1] + rising[1:]) / 2
-    around = [middles]
+    midpoints = (rising[:-1] + rising[1:]) / 2
+    neighbors = [midpoints]
     for end in (-2.0, 2.0):
-        step = middles
+        step = midpoints
         for _ in range(40):
             step = torch.nextafter(step, torch.full_like(step, end))
-            around.append(step)
+            neighbors.append(step)
     cells = torch.arange(-2048, 2049) / 2048
     edges = [cells, torch.nextafter(cells, cells + 1), torch.nextafter(cells, cells - 1)]
-    values = torch.cat([*around, *edges]).clamp(-1, 1)
+    values = torch.cat([*neighbors, *edges]).clamp(-1, 1)
     values = torch.cat([values, torch.zeros(-len(values) % 31)]).reshape(-1, 31)
-    weight = torch.cat([values, torch.ones(len(values), 1)], dim=1)  # each block of 32 has absmax 1: values stay
+    weight = torch.cat(
+        [values, torch.ones(len(values), 1)], dim=1
+    )  # each block of 32 has absmax 1: values are not scaled
     expected, state = bnb.quantize_4bit(weight, blocksize=32, quant_type=kind)
     codes, absmax = bitsandbytes_ops.quantize(weight, kind, 32)
     assert torch.equal(codes, expected.reshape(-1)) and torch.equal(absmax, state.absmax)
@@ -76,7 +78,7 @@ def test_every_float_near_a_midpoint_gets_the_code_that_bitsandbytes_gives_it(ki
 
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("shape", [(700, 701), (1, 2**16 + 5), (3, 2**17)])
-def test_large_matrices_are_quantised_in_pieces_to_the_same_bits(kind: str, shape: tuple[int, int]) -> None:
+def test_large_matrices_are_quantized_in_chunks_to_the_same_bits(kind: str, shape: tuple[int, int]) -> None:
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind)
     codes, absmax = bitsandbytes_ops.quantize(weight, kind, 64)
@@ -85,19 +87,21 @@ def test_large_matrices_are_quantised_in_pieces_to_the_same_bits(kind: str, shap
 
 @settings(max_examples=150, deadline=None)
 @given(count=st.integers(1, 3000), seed=st.integers(0, 10**6), scale=st.sampled_from([1e-4, 0.1, 1.0, 50.0]))
-def test_the_truth_quantises_absmax_as_bitsandbytes_bit_for_bit(count: int, seed: int, scale: float) -> None:
+def test_the_reference_quantizes_absmax_as_bitsandbytes_bit_for_bit(count: int, seed: int, scale: float) -> None:
     absmax = torch.rand(count, generator=torch.Generator().manual_seed(seed)) * scale
-    truth, fast = blockwise.quantize_absmax(absmax), bitsandbytes_ops.quantize_absmax(absmax)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(truth, fast, strict=True))
-    assert torch.equal(blockwise.restore_absmax(*truth), bitsandbytes_ops.restore_absmax(*fast))
+    reference, fast = blockwise.quantize_absmax(absmax), bitsandbytes_ops.quantize_absmax(absmax)
+    assert all(torch.equal(expected, value) for expected, value in zip(reference, fast, strict=True))
+    assert torch.equal(blockwise.restore_absmax(*reference), bitsandbytes_ops.restore_absmax(*fast))
 
 
 @settings(max_examples=100, deadline=None)
 @given(weight=weights(), kind=st.sampled_from(sorted(LEVELS)), double=st.booleans(), rows=st.integers(1, 40))
-def test_a_layer_holds_and_rebuilds_what_bitsandbytes_does(weight: Tensor, kind: str, double: bool, rows: int) -> None:
-    # Whole blocks a row, and more than one byte: elsewhere bitsandbytes' own CPU kernel is wrong, slow or transposed.
+def test_a_layer_stores_and_dequantizes_what_bitsandbytes_does(
+    weight: Tensor, kind: str, double: bool, rows: int
+) -> None:
+    # Whole blocks per row, and more than one byte: otherwise bitsandbytes' CPU kernel is wrong, slow or transposed.
     weight = weight.reshape(-1)[:128].repeat(128)[: 64 * (weight.numel() % 5 + 1)].repeat(rows, 1)
-    layer = QUANTIZERS[kind](double=double).quantize(weight)
+    layer = build_quantizer(Quant(kind=kind, double=double)).quantize(weight)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=kind)
     assert torch.equal(layer.codes, codes.reshape(-1)) and torch.equal(layer.absmax, state.absmax)
     if double:
@@ -108,5 +112,5 @@ def test_a_layer_holds_and_rebuilds_what_bitsandbytes_does(weight: Tensor, kind:
 def test_zero_blocks_stay_zero() -> None:
     for kind in LEVELS:
         for double in (True, False):
-            layer = QUANTIZERS[kind](double=double).quantize(torch.zeros(5, 77))
+            layer = build_quantizer(Quant(kind=kind, double=double)).quantize(torch.zeros(5, 77))
             assert not layer.weight(torch.float32).any()

@@ -1,4 +1,4 @@
-"""Another trainer's file becomes a recipe that reads, and every key of it is accounted for."""
+"""Conversion of another trainer's file: the result is a valid recipe, and every key of the file is accounted for."""
 
 import json
 from pathlib import Path
@@ -73,81 +73,81 @@ hub_token: hf_abcdefghijklmnopqrstuvwxyzABCDEFGH
 }
 
 
-def written(folder: Path, text: str) -> Path:
-    path = folder / "theirs.yaml"
+def write_file(folder: Path, text: str) -> Path:
+    path = folder / "source.yaml"
     path.write_text(text)
     return path
 
 
 @pytest.mark.parametrize("tool", FILES)
-def test_the_result_is_a_recipe_and_its_tool_is_named(tool, tmp_path):
-    found = convert(str(written(tmp_path, FILES[tool])))
-    assert found.tool == tool
-    _, notes = read(written(tmp_path, found.text))
+def test_the_result_is_a_recipe_that_names_its_tool(tool, tmp_path):
+    converted = convert(str(write_file(tmp_path, FILES[tool])))
+    assert converted.tool == tool
+    _, notes = read(write_file(tmp_path, converted.text))
     assert notes == []  # qlora's own names only
 
 
 @pytest.mark.parametrize("tool", FILES)
-def test_every_key_is_carried_needs_no_carrying_or_is_named(tool, tmp_path):
-    path = written(tmp_path, FILES[tool])
-    said = qlora("convert", path)
-    assert said.code == 0
+def test_every_key_is_converted_or_named(tool, tmp_path):
+    path = write_file(tmp_path, FILES[tool])
+    result = qlora("convert", path)
+    assert result.code == 0
     keys = [line.partition(":")[0] for line in FILES[tool].splitlines() if not line.startswith(" ")]
     for key in keys:
-        assert key in said.err or key == "dataset", f"{key} was dropped silently"
-    for line in convert(str(path)).left:
+        assert key in result.err or key == "dataset", f"{key} was dropped silently"
+    for line in convert(str(path)).not_converted:
         if "hf_" not in line:
-            assert " ".join(line.split()) in said.out, "the recipe itself says what it could not carry"
+            assert " ".join(line.split()) in result.out, "the recipe lists the keys that were not converted"
 
 
-def test_axolotls_values_are_read(tmp_path):
-    recipe, _ = read(written(tmp_path, convert(str(written(tmp_path, FILES["Axolotl"]))).text))
+def test_axolotl_values_are_converted(tmp_path):
+    recipe, _ = read(write_file(tmp_path, convert(str(write_file(tmp_path, FILES["Axolotl"]))).text))
     assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.quant.kind) == (32, 16, "nf4")
     assert (recipe.train.micro_batch, recipe.train.global_batch, recipe.optim.warmup) == (2, 8, 0.1)
-    assert [each.format for each in recipe.data.train] == ["alpaca", "auto"]
+    assert [source.format for source in recipe.data.train] == ["alpaca", "auto"]
     assert (recipe.data.packing, recipe.data.max_length, recipe.optim.schedule) == (True, 1024, "cosine")
 
 
-def test_the_other_tools_defaults_hold_where_its_file_is_silent(tmp_path):
-    recipe, _ = read(written(tmp_path, convert(str(written(tmp_path, FILES["LLaMA-Factory"]))).text))
+def test_defaults_of_the_tool_hold_for_missing_keys(tmp_path):
+    recipe, _ = read(write_file(tmp_path, convert(str(write_file(tmp_path, FILES["LLaMA-Factory"]))).text))
     assert (recipe.adapter.alpha, recipe.data.packing, recipe.data.overlong) == (32, False, "truncate")
     assert (recipe.optim.max_grad_norm, recipe.data.eval_fraction, recipe.train.seed) == (1.0, 0.0, 42)
-    recipe, _ = read(written(tmp_path, convert(str(written(tmp_path, FILES["TRL"]))).text))
+    recipe, _ = read(write_file(tmp_path, convert(str(write_file(tmp_path, FILES["TRL"]))).text))
     assert (recipe.train.max_steps, recipe.quant.double, recipe.adapter.dropout) == (50, False, 0.05)
 
 
-def test_a_value_without_counterpart_is_named_with_what_there_is(tmp_path):
-    left = "\n".join(convert(str(written(tmp_path, FILES["TRL"]))).left)
-    assert "optim.kind: lion_8bit" in left and "paged_adamw_8bit" in left
-    assert "train.eval_every: 100; has no effect" in left
+def test_a_value_without_counterpart_is_named_with_the_allowed_ones(tmp_path):
+    lines = "\n".join(convert(str(write_file(tmp_path, FILES["TRL"]))).not_converted)
+    assert "optim.kind: lion_8bit" in lines and "paged_adamw_8bit" in lines
+    assert "train.eval_every: 100; has no effect" in lines
 
 
-def test_llama_factorys_names_are_looked_up_where_dataset_info_is_at_hand(tmp_path):
+def test_llama_factory_names_are_looked_up_in_dataset_info(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"identity": {"file_name": "identity.json"}}))
-    found = convert(str(written(tmp_path, FILES["LLaMA-Factory"])))
-    recipe, _ = read(written(tmp_path, found.text))
-    assert [Path(each.path).name for each in recipe.data.train] == ["identity.json", "rows.jsonl"]
-    assert not [line for line in found.left if line.startswith("dataset:")]
+    converted = convert(str(write_file(tmp_path, FILES["LLaMA-Factory"])))
+    recipe, _ = read(write_file(tmp_path, converted.text))
+    assert [Path(source.path).name for source in recipe.data.train] == ["identity.json", "rows.jsonl"]
+    assert not [line for line in converted.not_converted if line.startswith("dataset:")]
 
 
-def test_no_secret_goes_into_the_recipe(tmp_path):
-    said = qlora("convert", written(tmp_path, FILES["TRL"]))
-    assert "hub_token" in said.out and "hf_abcdefgh" not in said.out + said.err
+def test_no_secret_is_written_to_the_recipe(tmp_path):
+    result = qlora("convert", write_file(tmp_path, FILES["TRL"]))
+    assert "hub_token" in result.out and "hf_abcdefgh" not in result.out + result.err
 
 
 @pytest.mark.parametrize("text", ["", "a: 1\n", "- 1\n", "model: x\ndata: {train: y}\n", "lora_r: 8\nadapter: lora\n"])
-def test_what_is_no_such_file_is_refused(text, tmp_path):
+def test_other_files_are_refused(text, tmp_path):
     with pytest.raises(InputError):
-        convert(str(written(tmp_path, text)))
+        convert(str(write_file(tmp_path, text)))
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
-def test_every_default_is_a_key_that_the_aliases_know(tool):
+def test_every_default_is_a_key_of_the_aliases(tool):
     assert {*tool.defaults} - {*ALIASES} <= {"optim"}
 
 
-def test_a_file_is_written_once(tmp_path):
-    path, out = written(tmp_path, FILES["TRL"]), tmp_path / "recipe.yaml"
+def test_an_existing_file_is_not_overwritten(tmp_path):
+    path, out = write_file(tmp_path, FILES["TRL"]), tmp_path / "recipe.yaml"
     assert qlora("convert", path, out).code == 0 and read(out)
     assert qlora("convert", path, out).code == 2

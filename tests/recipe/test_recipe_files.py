@@ -1,4 +1,4 @@
-"""The recipes that come along, the page of defaults, the launcher configurations, and how they are packed."""
+"""The included recipes, the reference of all settings, the launcher configurations, and their packaging."""
 
 import json
 import resource
@@ -28,12 +28,12 @@ def test_every_recipe_reads(file):
     assert read(file)[1] == []
 
 
-@pytest.mark.parametrize("file", [each for each in RECIPES if each != REFERENCE], ids=lambda file: file.stem)
-def test_a_recipe_is_one_screen_and_shows_only_what_differs_from_the_defaults(file):
+@pytest.mark.parametrize("file", [file for file in RECIPES if file != REFERENCE], ids=lambda file: file.stem)
+def test_a_recipe_is_one_screen_and_has_no_default_settings(file):
     assert len(file.read_text().splitlines()) <= 40
     recipe, _ = read(file)
-    least, _ = from_mapping({"model": recipe.model.name, "data": {"train": "data/train.jsonl"}})
-    defaults = parse(dump(least), "defaults").value
+    minimal, _ = from_mapping({"model": recipe.model.name, "data": {"train": "data/train.jsonl"}})
+    defaults = parse(dump(minimal), "defaults").value
     written = parse(file.read_text(), str(file)).value
     for name, section in written.items():
         if isinstance(section, dict):
@@ -43,26 +43,26 @@ def test_a_recipe_is_one_screen_and_shows_only_what_differs_from_the_defaults(fi
 
 def test_the_reference_is_every_setting_with_its_default():
     recipe, _ = read(REFERENCE)
-    least, _ = from_mapping({"model": recipe.model.name, "data": {"train": "data/train.jsonl"}})
-    assert recipe == least
+    minimal, _ = from_mapping({"model": recipe.model.name, "data": {"train": "data/train.jsonl"}})
+    assert recipe == minimal
     written = parse(REFERENCE.read_text(), "reference").value
     for name, section in SECTIONS.items():
         assert list(written[name]) == list(section.model_fields)
     assert list(written["data"]["train"][0]) == list(Source.model_fields)
 
 
-def test_the_reference_has_each_setting_s_own_words():
+def test_the_reference_has_the_documentation_of_each_setting():
     comments = [line.split("# ", 1)[1] for line in REFERENCE.read_text().splitlines()[1:] if "# " in line]
-    fields = []
+    documentation = []
     for name, section in SECTIONS.items():
         for key, field in section.model_fields.items():
-            fields.append(field.description)
+            documentation.append(field.description)
             if (name, key) == ("data", "train"):
-                fields += [each.description for each in Source.model_fields.values()]
-    assert [each for each in comments if each in fields] == fields
+                documentation += [source.description for source in Source.model_fields.values()]
+    assert [comment for comment in comments if comment in documentation] == documentation
 
 
-def test_guanaco_is_the_paper_s():
+def test_guanaco_has_the_settings_of_the_paper():
     sizes = {"7b": (2e-4, 0.1), "13b": (2e-4, 0.1), "33b": (1e-4, 0.05), "65b": (1e-4, 0.05)}
     for size, (learning_rate, dropout) in sizes.items():
         recipe, _ = read(ROOT / "recipes" / f"guanaco-{size}.yaml")
@@ -83,21 +83,21 @@ def test_accelerate_reads_every_launcher_configuration(file):
     assert (config.fsdp_config or {"fsdp_version": 2})["fsdp_version"] == 2
 
 
-def test_the_launcher_configurations_are_the_five():
+def test_there_are_five_launcher_configurations():
     assert [file.stem for file in LAUNCHERS] == ["ddp", "fsdp", "fsdp_offload", "multi_node", "single"]
 
 
-def test_everything_is_packed():
+def test_every_package_is_in_the_wheel():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    rooms = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "qlora").rglob("*.py")}
-    assert set(tool["packages"]) >= rooms | {"qlora.recipes"}
+    packages = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "qlora").rglob("*.py")}
+    assert set(tool["packages"]) >= packages | {"qlora.recipes"}
     assert tool["package-dir"] == {"qlora.recipes": "recipes"}
 
 
 def processor_seconds() -> float:
-    """Of all children that have ended: what a busy machine adds to the clock is left out."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Of all finished child processes. Unlike the clock, it does not grow on a busy machine."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_reading_a_recipe_imports_no_torch_and_is_quick():
@@ -107,8 +107,8 @@ def test_reading_a_recipe_imports_no_torch_and_is_quick():
     seconds = []
     for _ in range(3):
         start = processor_seconds()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
         seconds.append(processor_seconds() - start)
     heavy = {"torch", "transformers", "numpy", "accelerate", "datasets", "bitsandbytes", "safetensors"}
-    assert not heavy & set(json.loads(done.stdout))
-    assert min(seconds) < 0.7  # 0.25 measured alone; a busy core's caches make it slower
+    assert not heavy & set(json.loads(result.stdout))
+    assert min(seconds) < 0.7  # 0.25 measured on an idle machine; a busy core's caches make it slower

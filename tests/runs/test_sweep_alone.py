@@ -1,14 +1,15 @@
-"""Each run of a sweep ends as it would alone, no bit and no loss differs; what befalls one leaves the others."""
+"""Each run of a sweep equals the same run alone, in every bit; a failure in one variant does not affect the others."""
 
 import json
 import signal
 from pathlib import Path
 
 import pytest
-from support.small_runs import differing, metrics
-from support.sweeps import Sweep, Zoo, poisoned, signalled
+from support.small_runs import differing_tensors, metrics
+from support.sweeps import Sweep, Zoo, nan_gradient, signal_in_sweep_step
 
 from qlora.errors import InputError, QloraError, Stopped
+from qlora.utils.atomic_files import sha256_of, write_json
 
 SAVING = ("train.save_every=2", "data.eval_fraction=0.2", "train.eval_every=3")
 # Everything that may differ between variants, each in some of them.
@@ -26,131 +27,147 @@ DIFFERENT = {
 
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_every_variant_ends_as_its_run_alone_would(zoo: Zoo, tmp_path: Path, dtype: str) -> None:
+def test_every_variant_equals_its_run_alone(zoo: Zoo, tmp_path: Path, dtype: str) -> None:
     sweep = Sweep(zoo("llama"), tmp_path, *SAVING, f"model.dtype={dtype}")
-    outcome = sweep.together(file=DIFFERENT)
-    assert outcome.failure is None
-    names = sweep.alone(file=DIFFERENT)
+    result = sweep.train_together(file=DIFFERENT)
+    assert result.failure is None
+    names = sweep.train_alone(file=DIFFERENT)
     assert names == list(DIFFERENT)
-    sweep.same(names)
+    sweep.assert_same_runs(names)
 
 
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize("memory", ["memory.recompute=all", "memory.weights=stream"])
-def test_however_the_layers_are_arranged(zoo: Zoo, tmp_path: Path, memory: str) -> None:
+def test_every_variant_equals_its_run_alone_under_any_policy(zoo: Zoo, tmp_path: Path, memory: str) -> None:
     sweep = Sweep(zoo("llama"), tmp_path, memory, "adapter.dropout=0.2")
-    sweep.together("adapter.kind=lora,dora")
-    sweep.same(sweep.alone("adapter.kind=lora,dora"))
+    sweep.train_together("adapter.kind=lora,dora")
+    sweep.assert_same_runs(sweep.train_alone("adapter.kind=lora,dora"))
 
 
 @pytest.mark.xdist_group("sweep")
-@pytest.mark.parametrize(("at", "log_every"), [(1, 1), (2, 1), (7, 1), (12, 1), (6, 3)])
-def test_a_signal_leaves_each_variant_an_exact_checkpoint_and_the_sweep_goes_on(
-    zoo: Zoo, tmp_path: Path, at: int, log_every: int
+@pytest.mark.parametrize(("step", "log_every"), [(1, 1), (2, 1), (7, 1), (12, 1), (6, 3)])
+def test_after_a_signal_every_variant_has_an_exact_checkpoint_to_resume(
+    zoo: Zoo, tmp_path: Path, step: int, log_every: int
 ) -> None:
-    sweep, swept = Sweep(zoo("llama"), tmp_path), ("adapter.rank=2,4", "adapter.dropout=0.1")
-    swept = (*swept, f"train.log_every={log_every}")
-    names = sweep.alone(*swept)
-    with signalled(at), pytest.raises(Stopped) as caught:
-        sweep.together(*swept)
+    sweep = Sweep(zoo("llama"), tmp_path)
+    overrides = ("adapter.rank=2,4", "adapter.dropout=0.1", f"train.log_every={log_every}")
+    names = sweep.train_alone(*overrides)
+    with signal_in_sweep_step(step), pytest.raises(Stopped) as caught:
+        sweep.train_together(*overrides)
     assert caught.value.exit_code == 143
-    for place, name in enumerate(names):
-        folder, taken = tmp_path / "together" / name, (at + 1 - place) // 2  # no step is begun after the signal
-        found = list(folder.glob("checkpoint-*"))
-        assert [checkpoint.name for checkpoint in found] == ([f"checkpoint-{taken:06d}"] if taken else [])
-        assert [line["step"] for line in metrics(folder)[-1:]] == ([taken] if taken else [])
-    sweep.together(*swept)
-    for folder in (tmp_path / "together").glob("*/checkpoint-*"):  # which the runs alone never wrote
+    for index, name in enumerate(names):
+        folder, steps = tmp_path / "together" / name, (step + 1 - index) // 2  # no step starts after the signal
+        checkpoints = list(folder.glob("checkpoint-*"))
+        assert [checkpoint.name for checkpoint in checkpoints] == ([f"checkpoint-{steps:06d}"] if steps else [])
+        assert [line["step"] for line in metrics(folder)[-1:]] == ([steps] if steps else [])
+    sweep.train_together(*overrides)
+    for folder in (tmp_path / "together").glob("*/checkpoint-*"):  # the runs alone wrote none
         folder.rename(tmp_path / f"{folder.parent.name}-{folder.name}")
-    if log_every == 1:  # else the step at which it was stopped has a line, as in a run that was stopped alone
-        sweep.same(names)
+    if log_every == 1:  # else the step of the signal has an additional line, as in a run that is stopped alone
+        sweep.assert_same_runs(names)
     for name in names:
-        assert differing(tmp_path / "together" / name, tmp_path / "alone" / name) == []
+        assert differing_tensors(tmp_path / "together" / name, tmp_path / "alone" / name) == []
 
 
 @pytest.mark.xdist_group("sweep")
-def test_a_signal_while_it_is_prepared_writes_nothing(
+def test_a_signal_before_the_first_step_writes_nothing(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora.runs.sweep import variant_run
 
-    equip = variant_run.equip
+    equip = variant_run.add_adapters_and_data
 
     def interrupted(*arguments: object) -> object:
         signal.raise_signal(signal.SIGINT)
         return equip(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(variant_run, "equip", interrupted)
+    monkeypatch.setattr(variant_run, "add_adapters_and_data", interrupted)
     with pytest.raises(Stopped) as caught:
-        Sweep(zoo("llama"), tmp_path).together("adapter.rank=2,4")
+        Sweep(zoo("llama"), tmp_path).train_together("adapter.rank=2,4")
     assert caught.value.exit_code == 130 and not (tmp_path / "together").exists()
 
 
 @pytest.mark.xdist_group("sweep")
-def test_a_step_that_is_not_finite_is_skipped_by_its_variant_alone(zoo: Zoo, tmp_path: Path) -> None:
-    sweep, swept = Sweep(zoo("llama"), tmp_path, "train.micro_batch=4"), ("adapter.rank=2,3,4",)
-    with poisoned("rank-3", [2, 5]):
-        sweep.together(*swept)
+def test_a_non_finite_step_is_skipped_by_its_variant_alone(zoo: Zoo, tmp_path: Path) -> None:
+    sweep = Sweep(zoo("llama"), tmp_path, "train.micro_batch=4")
+    with nan_gradient("rank-3", [2, 5]):
+        sweep.train_together("adapter.rank=2,3,4")
     results = [json.loads((tmp_path / "together" / f"rank-{r}" / "run.json").read_text())["result"] for r in (2, 3, 4)]
     assert [result["skipped_steps"] for result in results] == [0, 2, 0]
-    sweep.alone(*swept)
-    sweep.same(["rank-2", "rank-4"])
+    sweep.train_alone("adapter.rank=2,3,4")
+    sweep.assert_same_runs(["rank-2", "rank-4"])
 
 
 @pytest.mark.xdist_group("sweep")
-def test_a_variant_that_fails_takes_no_other_with_it(zoo: Zoo, tmp_path: Path) -> None:
-    sweep, swept = Sweep(zoo("llama"), tmp_path, "train.micro_batch=4"), ("adapter.rank=2,3,4",)
-    with poisoned("rank-3", [2, 3, 4]):
-        outcome = sweep.together(*swept)
+def test_a_variant_that_fails_does_not_end_the_others(zoo: Zoo, tmp_path: Path) -> None:
+    sweep = Sweep(zoo("llama"), tmp_path, "train.micro_batch=4")
+    with nan_gradient("rank-3", [2, 3, 4]):
+        result = sweep.train_together("adapter.rank=2,3,4")
     with pytest.raises(QloraError, match="1 of 3 variants failed: rank-3") as caught:
-        outcome.refuse_failures()
-    assert caught.value.exit_code == 1 and "3 steps in a row" in str(outcome.failure)
+        result.refuse_failures()
+    assert caught.value.exit_code == 1 and "3 steps in a row" in str(result.failure)
     assert not (tmp_path / "together" / "rank-3" / "run.json").exists()
-    sweep.alone(*swept)
-    sweep.same(["rank-2", "rank-4"])
-    assert "failed" in outcome.table() and outcome.found["variants"][1]["error"]
-    assert sweep.together(*swept).failure is None  # tries it again, and keeps the others
-    sweep.same(["rank-2", "rank-3", "rank-4"])
+    sweep.train_alone("adapter.rank=2,3,4")
+    sweep.assert_same_runs(["rank-2", "rank-4"])
+    assert "failed" in result.table() and result.summary["variants"][1]["error"]
+    assert sweep.train_together("adapter.rank=2,3,4").failure is None  # trains it again, and keeps the others
+    sweep.assert_same_runs(["rank-2", "rank-3", "rank-4"])
 
 
 @pytest.mark.xdist_group("sweep")
 def test_early_stopping_ends_one_variant_only(zoo: Zoo, tmp_path: Path) -> None:
     options = ("data.eval_fraction=0.2", "train.eval_every=1", "train.early_stop=2", "train.max_steps=25")
-    sweep, swept = Sweep(zoo("llama"), tmp_path, *options), ("optim.learning_rate=1,1e-4",)
-    outcome = sweep.together(*swept)
-    steps = [each["steps"] for each in outcome.found["variants"]]
+    sweep = Sweep(zoo("llama"), tmp_path, *options)
+    result = sweep.train_together("optim.learning_rate=1,1e-4")
+    steps = [variant["steps"] for variant in result.summary["variants"]]
     assert steps[0] < steps[1] == 25
-    sweep.same(sweep.alone(*swept))
+    sweep.assert_same_runs(sweep.train_alone("optim.learning_rate=1,1e-4"))
 
 
 @pytest.mark.xdist_group("sweep")
-def test_what_is_finished_is_kept_and_what_is_new_or_changed_is_trained(zoo: Zoo, tmp_path: Path) -> None:
+def test_finished_variants_are_kept_and_new_or_changed_ones_trained(zoo: Zoo, tmp_path: Path) -> None:
     sweep = Sweep(zoo("llama"), tmp_path)
-    sweep.together("adapter.rank=2,3")
+    sweep.train_together("adapter.rank=2,3")
     before = (tmp_path / "together" / "rank-2" / "run.json").read_bytes()
     weights = tmp_path / "together" / "rank-3" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    found = sweep.together("adapter.rank=2,3,4").found["variants"]
-    assert [each["kept"] for each in found] == [True, False, False]
+    variants = sweep.train_together("adapter.rank=2,3,4").summary["variants"]
+    assert [variant["kept"] for variant in variants] == [True, False, False]
     assert (tmp_path / "together" / "rank-2" / "run.json").read_bytes() == before
-    sweep.same(sweep.alone("adapter.rank=2,3,4"))
+    sweep.assert_same_runs(sweep.train_alone("adapter.rank=2,3,4"))
     with sweep.data.open("a") as file:
         file.write(sweep.data.read_text().splitlines()[0].replace("0 ", "77 ") + "\n")
-    assert not any(each["kept"] for each in sweep.together("adapter.rank=2,3,4").found["variants"])
+    variants = sweep.train_together("adapter.rank=2,3,4").summary["variants"]
+    assert not any(variant["kept"] for variant in variants)
 
 
 @pytest.mark.xdist_group("sweep")
-def test_an_error_before_the_first_step_names_its_variant_and_nothing_is_trained(zoo: Zoo, tmp_path: Path) -> None:
+def test_an_error_before_the_first_step_names_its_variant(zoo: Zoo, tmp_path: Path) -> None:
     sweep = Sweep(zoo("llama"), tmp_path)
     file = {"good": {"adapter.rank": 2}, "bad": {"adapter.targets": ["no_proj"]}}
     with pytest.raises(InputError, match=r"^bad: adapter\.targets: 'no_proj' matches no linear layer"):
-        sweep.together(file=file)
+        sweep.train_together(file=file)
     assert not (tmp_path / "together").exists()
 
 
 @pytest.mark.xdist_group("sweep")
 def test_other_settings_in_a_variants_folder_are_refused_with_its_name(zoo: Zoo, tmp_path: Path) -> None:
     sweep = Sweep(zoo("llama"), tmp_path, "train.save_every=2")
-    sweep.together("adapter.rank=2,3")
+    sweep.train_together("adapter.rank=2,3")
     with pytest.raises(InputError, match=r"^rank-2: .*optim\.weight_decay"):
-        sweep.together("adapter.rank=2,3", "optim.weight_decay=0.5")
+        sweep.train_together("adapter.rank=2,3", "optim.weight_decay=0.5")
+
+
+@pytest.mark.xdist_group("sweep")
+def test_a_variant_finished_under_the_old_name_of_its_optimizer_is_kept(zoo: Zoo, tmp_path: Path) -> None:
+    sweep = Sweep(zoo("llama"), tmp_path, "train.max_steps=1", "optim.kind=offloaded_adamw")
+    sweep.train_together("adapter.rank=2,3")
+    folder = tmp_path / "together" / "rank-2"
+    manifest = json.loads((folder / "run.json").read_text())
+    recipe_text = (folder / "recipe.yaml").read_text()
+    assert "kind: offloaded_adamw\n" in recipe_text
+    (folder / "recipe.yaml").write_text(recipe_text.replace("kind: offloaded_adamw\n", "kind: hosted_adamw\n"))
+    manifest["files"]["recipe.yaml"] = sha256_of(folder / "recipe.yaml")
+    write_json(folder / "run.json", manifest)
+    variants = sweep.train_together("adapter.rank=2,3", "optim.kind=hosted_adamw").summary["variants"]
+    assert [variant["kept"] for variant in variants] == [True, True]

@@ -1,4 +1,4 @@
-"""What a sweep is told: comma lists and files become recipes, each the one that a solo run would read."""
+"""Comma lists and files of variants become recipes, each the one that a run alone would read."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qlora.errors import InputError
 from qlora.recipe.recipe import dump, read
-from qlora.runs.sweep.variants import listed, variants_of
+from qlora.runs.sweep.variants import split_values, variants_of
 
 VALUES = st.text(alphabet="abc019.-+e_", min_size=1, max_size=8) | st.sampled_from(
     ["[q_proj, v_proj]", "{a: 1, b: 2}", "'a,b'", '"x, y"', "(?:a|b){1,2}"]
@@ -19,44 +19,44 @@ VALUES = st.text(alphabet="abc019.-+e_", min_size=1, max_size=8) | st.sampled_fr
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: nobody/nothing\ndata: {train: rows.jsonl}\nadapter: {rank: 4}\ntrain: {output: runs/x}\n")
+    path.write_text("model: owner/model\ndata: {train: records.jsonl}\nadapter: {rank: 4}\ntrain: {output: runs/x}\n")
     return str(path)
 
 
 @given(st.lists(VALUES, min_size=1, max_size=5))
-def test_a_list_is_its_values_with_commas_between(values: list[str]) -> None:
-    assert listed(",".join(values)) == values
-    assert listed(", ".join(values)) == values
+def test_a_comma_list_is_split_into_its_values(values: list[str]) -> None:
+    assert split_values(",".join(values)) == values
+    assert split_values(", ".join(values)) == values
 
 
 def test_lists_make_a_grid_named_after_its_values(recipe: str) -> None:
     arguments = ("adapter.rank=8,16", "--optim.learning-rate", "1e-4,2e-4,3e-4", "train.max_steps=5")
-    found = variants_of(recipe, arguments)
-    assert len(found) == 6 and len({variant.name for variant in found}) == 6
-    assert found[0].name == "rank-8_learning_rate-1e-4"
-    assert found[5].settings == {"adapter.rank": "16", "optim.learning_rate": "3e-4"}
-    assert all(variant.recipe.train.max_steps == 5 for variant in found)
+    variants = variants_of(recipe, arguments)
+    assert len(variants) == 6 and len({variant.name for variant in variants}) == 6
+    assert variants[0].name == "rank-8_learning_rate-1e-4"
+    assert variants[5].settings == {"adapter.rank": "16", "optim.learning_rate": "3e-4"}
+    assert all(variant.recipe.train.max_steps == 5 for variant in variants)
 
 
-def test_each_recipe_is_the_one_a_solo_run_would_read(recipe: str) -> None:
+def test_each_recipe_is_the_one_that_a_run_alone_would_read(recipe: str) -> None:
     for variant in variants_of(recipe, ("adapter.rank=8,16", "adapter.targets=[q_proj,v_proj],all-linear")):
-        own = [f"{key}={value}" for key, value in variant.settings.items()]
-        solo, _ = read(recipe, [*own, f"train.output=runs/x/{variant.name}"])
-        assert dump(solo) == dump(variant.recipe) and solo == variant.recipe
+        overrides = [f"{key}={value}" for key, value in variant.settings.items()]
+        expected, _ = read(recipe, [*overrides, f"train.output=runs/x/{variant.name}"])
+        assert dump(expected) == dump(variant.recipe) and expected == variant.recipe
 
 
 def test_a_file_names_its_variants_and_is_one_more_axis(recipe: str, tmp_path: Path) -> None:
     file = tmp_path / "variants.yaml"
     file.write_text("small: {adapter.rank: 2}\nlarge:\n  adapter: {rank: 64, alpha: 128}\n  optim.kind: adamw\n")
-    found = variants_of(recipe, ("train.seed=1,2",), str(file), "runs/y")
-    assert [variant.name for variant in found] == ["small_seed-1", "small_seed-2", "large_seed-1", "large_seed-2"]
-    assert found[2].recipe.adapter.alpha == 128 and found[2].recipe.train.output == "runs/y/large_seed-1"
-    assert found[0].recipe.adapter.alpha == read(recipe)[0].adapter.alpha
+    variants = variants_of(recipe, ("train.seed=1,2",), str(file), "runs/y")
+    assert [variant.name for variant in variants] == ["small_seed-1", "small_seed-2", "large_seed-1", "large_seed-2"]
+    assert variants[2].recipe.adapter.alpha == 128 and variants[2].recipe.train.output == "runs/y/large_seed-1"
+    assert variants[0].recipe.adapter.alpha == read(recipe)[0].adapter.alpha
 
 
-def test_leaves_of_one_name_are_told_apart_by_their_whole_keys(recipe: str) -> None:
-    names = [each.name for each in variants_of(recipe, ("adapter.kind=lora,dora", "optim.kind=adamw,adamw_8bit"))]
-    assert names[0] == "adapter.kind-lora_optim.kind-adamw"
+def test_settings_of_the_same_name_are_labeled_by_their_full_keys(recipe: str) -> None:
+    variants = variants_of(recipe, ("adapter.kind=lora,dora", "optim.kind=adamw,adamw_8bit"))
+    assert variants[0].name == "adapter.kind-lora_optim.kind-adamw"
 
 
 REFUSED = {
@@ -82,7 +82,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_can_not_be_swept_is_refused_by_its_key(recipe: str, reason: str) -> None:
+def test_settings_that_can_not_be_swept_are_refused_with_their_key(recipe: str, reason: str) -> None:
     with pytest.raises(InputError) as caught:
         variants_of(recipe, REFUSED[reason])
     assert reason in str(caught.value) and caught.value.exit_code == 2
@@ -101,7 +101,7 @@ def test_what_can_not_be_swept_is_refused_by_its_key(recipe: str, reason: str) -
         ("a: {train.output: b}", "train.output: each variant"),
     ],
 )
-def test_a_mistake_in_a_file_is_told_by_its_line(recipe: str, tmp_path: Path, content: str, reason: str) -> None:
+def test_a_mistake_in_a_file_is_reported_with_its_line(recipe: str, tmp_path: Path, content: str, reason: str) -> None:
     file = tmp_path / "variants.yaml"
     file.write_text(content)
     with pytest.raises(InputError) as caught:
@@ -110,12 +110,12 @@ def test_a_mistake_in_a_file_is_told_by_its_line(recipe: str, tmp_path: Path, co
 
 
 @given(st.dictionaries(st.sampled_from(["adapter.rank", "train.seed", "optim.warmup"]), st.integers(1, 9), min_size=1))
-def test_a_files_values_come_through_as_they_are(tmp_path_factory: pytest.TempPathFactory, own: dict[str, int]) -> None:
+def test_values_of_a_file_are_not_changed(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, int]) -> None:
     folder = tmp_path_factory.mktemp("files")
     path, file = folder / "recipe.yaml", folder / "variants.yaml"
-    path.write_text("model: nobody/nothing\ndata: {train: rows.jsonl}\n")
-    file.write_text(json.dumps({"one": own}))
+    path.write_text("model: owner/model\ndata: {train: records.jsonl}\n")
+    file.write_text(json.dumps({"one": settings}))
     (variant,) = variants_of(str(path), (), str(file))
-    for key, value in own.items():
-        section, leaf = key.split(".")
-        assert getattr(getattr(variant.recipe, section), leaf) == value
+    for key, value in settings.items():
+        section, name = key.split(".")
+        assert getattr(getattr(variant.recipe, section), name) == value

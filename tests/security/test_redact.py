@@ -1,4 +1,4 @@
-"""Secrets are taken out of text wherever they stand; ordinary text stays as it is."""
+"""Redaction: secrets are removed from text in every position; ordinary text is unchanged."""
 
 import io
 
@@ -23,22 +23,22 @@ ORDINARY = (
 
 
 @pytest.mark.parametrize("text", ORDINARY)
-def test_ordinary_text_stays_as_it_is(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert redacted(text) == text
 
 
 @given(st.integers(0, 10**6), st.text(max_size=20), st.text(max_size=20))
-def test_a_secret_goes_wherever_it_stands(seed: int, before: str, after: str) -> None:
+def test_a_secret_is_redacted_in_every_position(seed: int, before: str, after: str) -> None:
     _, shapes = plant(seed)
     for name, secret in shapes.items():
         for slashes in ("//", "/"):
             url = f"{before} https:{slashes}u:{secret}@h/ {after}"
-            said = url if name == "url password" else f"{before} {secret} {after}"
-            assert secret not in redacted(said) and MARK in redacted(said), name
+            text = url if name == "url password" else f"{before} {secret} {after}"
+            assert secret not in redacted(text) and MARK in redacted(text), name
 
 
 @given(st.integers(0, 10**6))
-def test_values_of_variables_named_like_secrets_go_in_every_spelling(seed: int) -> None:
+def test_values_of_secret_variables_are_redacted_in_every_escaping(seed: int) -> None:
     import json
     from urllib.parse import quote
 
@@ -51,7 +51,7 @@ def test_values_of_variables_named_like_secrets_go_in_every_spelling(seed: int) 
                 assert value not in redacted(form) and MARK in redacted(form)
 
 
-def test_paths_and_short_words_in_such_variables_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_short_words_in_secret_variables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (
         ("HF_TOKEN_PATH", "/home/me/token"),
         ("TOKENIZERS_PARALLELISM", "false"),
@@ -61,16 +61,16 @@ def test_paths_and_short_words_in_such_variables_are_no_secrets(monkeypatch: pyt
         assert redacted(f"see {value}") == f"see {value}"
 
 
-def test_values_keep_their_shape() -> None:
+def test_redacted_values_keep_their_structure() -> None:
     secret = "hf_" + "a1B2" * 8
     value = {"a": [1, None, secret, {"b": (secret, 2.5, True)}]}
     assert redacted_values(value) == {"a": [1, None, MARK, {"b": (MARK, 2.5, True)}]}
 
 
-def test_a_stream_lets_nothing_through_and_is_a_stream() -> None:
-    below = io.StringIO()
-    stream = RedactedStream(below)
+def test_a_redacted_stream_is_a_stream() -> None:
+    target = io.StringIO()
+    stream = RedactedStream(target)
     secret = "ghp_" + "a1B2" * 9
     assert stream.write(f"x {secret}\n") == len(secret) + 3
     stream.writelines([secret, "y"])
-    assert below.getvalue() == f"x {MARK}\n{MARK}y" and stream.isatty() is False
+    assert target.getvalue() == f"x {MARK}\n{MARK}y" and stream.isatty() is False

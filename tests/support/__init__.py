@@ -1,1 +1,1 @@
-"""What several tests share: tiny models, small runs, child processes, faults."""
+"""Helpers of several tests: tiny models, small runs, child processes, fault injection."""

@@ -1,4 +1,4 @@
-"""Children forked from this warm process: killed at a call or a moment, signalled in a phase, heard through a pipe."""
+"""Child processes forked from the test process, with everything imported; they report lines through a pipe."""
 
 import io
 import os
@@ -6,48 +6,50 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 
-from qlora.runs import train as walk
-from qlora.training import loop
+from qlora.runs import setup
+from qlora.runs import train as train_module
 from qlora.training.checkpoint import Checkpoints
+from qlora.training.loss import TokenLoss
+from support.training_hooks import before_forward, before_update
 
-Tell = Callable[[str], None]
-Workload = Callable[[Tell], int | None]
-GIVE_UP_SECONDS = 900.0  # of a machine that is busy with other things
+Notify = Callable[[str], None]
+ChildMain = Callable[[Notify], int | None]
+GIVE_UP_SECONDS = 900.0  # generous: the machine may be busy
 
 
 class Child:
-    """A forked child in a session of its own; what it says on stderr goes to a file."""
+    """A forked child in its own session; its stdout and stderr go to the file `log`."""
 
-    def __init__(self, work: Workload, said: Path) -> None:
-        self.said = said
+    def __init__(self, main: ChildMain, log: Path) -> None:
         self._reader, writer = os.pipe()
-        self._heard = b""
+        self._received = b""
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._reader)
-            _live(work, writer, said)
+            _run_child(main, writer, log)
         os.close(writer)
 
     def lines(self) -> list[str]:
-        """What the child has told so far."""
-        while self._reader >= 0 and select.select([self._reader], [], [], 0)[0] and self._more():
+        """The lines that the child has reported so far."""
+        while self._reader >= 0 and select.select([self._reader], [], [], 0)[0] and self._read_more():
             pass
-        return self._heard.decode().splitlines()
+        return self._received.decode().splitlines()
 
     def wait_for(self, line: str, times: int = 1) -> bool:
-        """Until the child has told `line` so often; False if it ended before."""
-        give_up = time.monotonic() + GIVE_UP_SECONDS
-        while self.lines().count(line) < times and time.monotonic() < give_up:
+        """Wait until the child has reported `line` that many times; False if it exited before."""
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while self.lines().count(line) < times and time.monotonic() < deadline:
             ready = select.select([self._reader], [], [], 1.0)[0]
-            if ready and not self._more():
+            if ready and not self._read_more():
                 return False
         return True
 
@@ -55,11 +57,11 @@ class Child:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def end(self) -> int:
-        """The exit code, 128 + n where signal n killed it; the child is gone, and so is all that it started."""
-        give_up = time.monotonic() + GIVE_UP_SECONDS
+    def wait(self) -> int:
+        """Wait for the child's exit; returns its exit code, 128 + n if signal n killed it."""
+        deadline = time.monotonic() + GIVE_UP_SECONDS
         done, status = os.waitpid(self.pid, os.WNOHANG)
-        while not done and time.monotonic() < give_up:
+        while not done and time.monotonic() < deadline:
             time.sleep(0.002)
             done, status = os.waitpid(self.pid, os.WNOHANG)
         if not done:
@@ -72,7 +74,7 @@ class Child:
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
     def orphans(self) -> int:
-        """Processes of the child's session that are still there, after a moment to go."""
+        """1 if a process of the child's session still exists after two seconds, else 0."""
         for _ in range(100):
             try:
                 os.killpg(self.pid, 0)
@@ -82,27 +84,26 @@ class Child:
         os.killpg(self.pid, signal.SIGKILL)
         return 1
 
-    def _more(self) -> bool:
-        more = os.read(self._reader, 65536)
-        self._heard += more
-        return bool(more)
+    def _read_more(self) -> bool:
+        chunk = os.read(self._reader, 65536)
+        self._received += chunk
+        return bool(chunk)
 
 
-def _live(work: Workload, writer: int, said: Path) -> None:
-    """The child's life; it never comes back into the parent's code."""
+def _run_child(main: ChildMain, writer: int, log: Path) -> None:
+    """Run `main` in the child and exit; never returns to the parent's code."""
     code = 1
     try:
         os.setsid()
-        torch.set_num_threads(
-            1
-        )  # torch makes its pool anew after a fork; two threads that ask first at once would fail
+        # torch creates its thread pool again after a fork; two threads that use it first at the same time would fail.
+        torch.set_num_threads(1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 2)
         os.dup2(handle, 1)
         sys.stderr = sys.stdout = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
-        code = work(lambda line: _tell(writer, line)) or 0
+        code = main(lambda line: _write_line(writer, line)) or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -113,55 +114,61 @@ def _live(work: Workload, writer: int, said: Path) -> None:
         os._exit(code)
 
 
-def _tell(writer: int, line: str) -> None:
+def _write_line(writer: int, line: str) -> None:
     os.write(writer, f"{line}\n".encode())
 
 
-def die_at_call(number: int) -> None:
-    """From now on the process kills itself right before its `number`-th call that reaches the file system."""
-    left = number
+def kill_at_call(number: int) -> None:
+    """From now on the process kills itself before its `number`-th call that uses the file system."""
+    remaining = number
 
-    def look(frame: FrameType, event: str, what: Any) -> None:
-        nonlocal left
-        if event == "c_call" and _touches_files(what):
-            left -= 1
-            if left == 0:
+    def profile(frame: FrameType, event: str, function: Any) -> None:
+        nonlocal remaining
+        if event == "c_call" and _uses_files(function):
+            remaining -= 1
+            if remaining == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.setprofile(look)
+    sys.setprofile(profile)
 
 
-def _touches_files(what: Any) -> bool:
-    owner = getattr(what, "__self__", None)
-    return getattr(what, "__module__", None) in ("posix", "_io", "io") or isinstance(owner, io.IOBase)
+def _uses_files(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    return getattr(function, "__module__", None) in ("posix", "_io", "io") or isinstance(owner, io.IOBase)
 
 
-PHASES = ("loading", "tokenising", "training", "evaluating", "saving", "writing")
+PHASES = ("loading", "tokenizing", "training", "evaluating", "saving", "writing")
 
 
-def tell_phases(tell: Tell) -> None:
-    """Tell each phase of a run as it begins, and each checkpoint once it is finished. For a child."""
+@contextmanager
+def notify_phases(notify: Notify) -> Iterator[None]:
+    """Inside the block a run reports each phase as it begins, and each checkpoint once it is finished."""
+    evaluating = False
 
-    def told(place: Any, name: str, phase: str) -> None:
-        work = getattr(place, name)
+    def report_evaluation(model: TokenLoss) -> None:
+        nonlocal evaluating
+        if not model.training and not evaluating:
+            notify("evaluating")
+        evaluating = not model.training
 
-        def instead(*arguments: Any, **named: Any) -> Any:
-            tell(phase)
-            return work(*arguments, **named)
+    def report(module: Any, name: str, phase: str) -> None:
+        function = getattr(module, name)
 
-        setattr(place, name, instead)
+        def reporting(*arguments: Any, **options: Any) -> Any:
+            notify(phase)
+            result = function(*arguments, **options)
+            if phase == "saving":
+                notify(f"saved {int(result.name[-6:])}")
+            return result
 
-    told(walk, "load_base", "loading")
-    told(walk, "prepare", "tokenising")
-    told(loop, "_step", "training")
-    told(loop, "evaluate", "evaluating")
-    told(walk, "leave", "writing")
-    told(Checkpoints, "save", "saving")
-    save = Checkpoints.save
+        patch.setattr(module, name, reporting)
 
-    def saved(self: Checkpoints, position: Any, *rest: Any) -> Path:
-        folder = save(self, position, *rest)
-        tell(f"saved {position.step}")
-        return folder
-
-    Checkpoints.save = saved  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        report(setup, "load_base", "loading")
+        report(setup, "prepare", "tokenizing")
+        report(train_module, "write_artifacts", "writing")
+        report(Checkpoints, "save", "saving")
+        stack.enter_context(before_update(lambda number: notify("training")))
+        stack.enter_context(before_forward(report_evaluation))
+        yield

@@ -1,4 +1,4 @@
-"""The command line called in this process, as a user would type it."""
+"""The `qlora` command line, called in the test process."""
 
 import contextlib
 import io
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from qlora.cli.app import run as run_cli
 
 
-class Said(NamedTuple):
-    """What a command ended with and said."""
+class CommandResult(NamedTuple):
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -23,12 +23,12 @@ class Said(NamedTuple):
         return json.loads(self.out)
 
 
-def qlora(*arguments: object) -> Said:
-    """`qlora ARGUMENTS`: exit code, stdout, stderr."""
+def qlora(*arguments: object) -> CommandResult:
+    """Run `qlora ARGUMENTS`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = run_cli([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-    return Said(code, out.getvalue(), err.getvalue())
+    return CommandResult(code, out.getvalue(), err.getvalue())

@@ -1,6 +1,6 @@
-"""A base of 0.75 billion random weights in one bfloat16 file, its adapter, and the peak of a process that works on it.
+"""A base of 0.75 billion random bfloat16 weights, an adapter for it, and the peak memory of a child process.
 
-Everything is written tensor by tensor, so that making it takes less memory than what is measured with it.
+Everything is written tensor by tensor, so that writing takes less memory than what is measured.
 """
 
 import json
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from qlora.adapters import peft_files
-from qlora.model.meta_model import build, linear_paths
-from qlora.model.safetensors_writer import Planned, write_model
+from qlora.model.meta_model import build_meta_model, linear_paths
+from qlora.model.safetensors_writer import PlannedTensor, write_model
 from qlora.utils.atomic_files import write_bytes, write_json
 from support.tiny_models import byte_tokenizer
 
@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 RANK = 16
 
-# Peak and present resident bytes of this process, as Linux counts them; the peak is begun anew after the imports.
+# Peak and current resident bytes of this process from Linux's /proc; the peak is reset after the imports.
 MEASURED = """
 import json, sys
 from pathlib import Path
@@ -46,15 +46,15 @@ print(json.dumps({{"before": before, "peak": resident("VmHWM")}}))
 def write_base(folder: Path) -> Path:
     """The base: one model.safetensors of 1.5 GB."""
     folder.mkdir(parents=True)
-    model = build(AutoConfig.for_model(**CONFIG.to_dict()), torch.bfloat16, "sdpa", torch.device("cpu"))
+    model = build_meta_model(AutoConfig.for_model(**CONFIG.to_dict()), torch.bfloat16, "sdpa", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
     def make(name: str, shape: torch.Size) -> Tensor:
         return torch.ones(shape) if "norm" in name else torch.empty(shape).normal_(0, 0.02, generator=generator)
 
     planned = [
-        Planned(name, tuple(each.shape), torch.bfloat16, lambda n=name, s=each.shape: make(n, s))  # type: ignore[misc]
-        for name, each in model.named_parameters()
+        PlannedTensor(name, tuple(p.shape), torch.bfloat16, lambda n=name, s=p.shape: make(n, s))  # type: ignore[misc]
+        for name, p in model.named_parameters()
     ]
     write_model(folder, planned)
     (folder / "progress.json").unlink()
@@ -64,16 +64,16 @@ def write_base(folder: Path) -> Path:
 
 
 def write_adapter(base: Path, folder: Path) -> Path:
-    """A LoRA of rank 16 beside all linear layers, small random updates."""
+    """A LoRA of rank 16 on all linear layers, with small random values."""
     folder.mkdir(parents=True)
-    model = build(AutoConfig.from_pretrained(base), torch.bfloat16, "sdpa", torch.device("cpu"))
-    generator, named = torch.Generator().manual_seed(1), {}
+    model = build_meta_model(AutoConfig.from_pretrained(base), torch.bfloat16, "sdpa", torch.device("cpu"))
+    generator, tensors = torch.Generator().manual_seed(1), {}
     for path in linear_paths(model):
         linear = model.get_submodule(path)
         for side, shape in (("A", (RANK, linear.in_features)), ("B", (linear.out_features, RANK))):
             values = torch.empty(shape).normal_(0, 0.02, generator=generator)
-            named[peft_files.PREFIX + path + peft_files.SUFFIXES[side]] = values
-    write_bytes(folder / peft_files.WEIGHTS, peft_files.serialize(named))
+            tensors[peft_files.PREFIX + path + peft_files.SUFFIXES[side]] = values
+    write_bytes(folder / peft_files.WEIGHTS, peft_files.serialize(tensors))
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "base_model_name_or_path": str(base)}
     leaves = sorted({path.rpartition(".")[2] for path in linear_paths(model)})
     write_json(folder / peft_files.CONFIG, config | {"target_modules": leaves})
@@ -81,10 +81,10 @@ def write_adapter(base: Path, folder: Path) -> Path:
 
 
 def peak_above_imports(imports: str, work: str, cache: str = "") -> int:
-    """Bytes that `work` took beyond what the process held when `imports` were done, at its highest."""
+    """Peak resident bytes of a process that runs `work`, minus what it held after `imports`."""
     code = MEASURED.format(imports=imports, work=work)
     environment = {**os.environ, "QLORA_CACHE": cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    return int(found["peak"] - found["before"])
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    resident = json.loads(process.stdout.splitlines()[-1])
+    return int(resident["peak"] - resident["before"])

@@ -1,4 +1,4 @@
-"""Where the project's folders are, seen from the tests."""
+"""Paths of the project's folders."""
 
 from pathlib import Path
 
@@ -8,4 +8,4 @@ BENCHMARKS = ROOT / "benchmarks"
 DEMO_BASE = ROOT / "qlora" / "demo" / "base"
 ATTACKS = TESTS / "security" / "attacks"
 TEMPLATES = TESTS / "support" / "templates"
-SHARED = ROOT.parent / "shared" / "data"  # larger models and data that may lie beside the checkout
+SHARED = ROOT.parent / "shared" / "data"  # larger models and data, where they exist

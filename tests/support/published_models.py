@@ -1,9 +1,15 @@
-"""What the planner reads of the config.json of models that people train, and a Work of one."""
+"""The config.json of published models, as far as the planner reads it, and workloads of them under recipe defaults."""
 
 from typing import Any
 
+from qlora.adapters import Adapter
+from qlora.data import Data
 from qlora.memory.planner.config_reader import shapes_of
+from qlora.memory.planner.shapes import Shapes
 from qlora.memory.planner.workload import AdapterSizes, Workload
+from qlora.model import Model
+from qlora.quant import Quant, build_quantizer
+from qlora.training import Optim, Train
 
 
 def _llama(vocabulary: int, hidden: int, mlp: int, layers: int, *heads: int) -> dict[str, Any]:
@@ -21,10 +27,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-32B": _llama(151936, 5120, 25600, 64, 64, 8) | {"model_type": "qwen3", "head_dim": 128},
     "Llama-3.1-70B": _llama(128256, 8192, 28672, 80, 64, 8),
 }
-BEYOND = {"Llama-3.1-405B": _llama(128256, 16384, 53248, 126, 128, 8)}  # of docs/beyond.md alone
+LARGE = {"Llama-3.1-405B": _llama(128256, 16384, 53248, 126, 128, 8)}  # only for docs/large-models.md
+GPU: dict[str, Any] = {"device": "cuda", "dtype_bytes": 2}
 
 
 def work_of(name: str, **options: Any) -> Workload:
-    """QLoRA of rank 16 on every linear layer of a model of CONFIGS or BEYOND; options as in Work, and `rank`."""
-    shapes = shapes_of((CONFIGS | BEYOND)[name], name)
-    return Workload(shapes, AdapterSizes(shapes.matrices, rank=options.pop("rank", 16)), **options)
+    """The workload of a model of CONFIGS or LARGE on a GPU; options as in `workload`."""
+    return workload(shapes_of((CONFIGS | LARGE)[name], name), **options)
+
+
+def workload(shapes: Shapes, **options: Any) -> Workload:
+    """Training of every linear layer under the defaults of a recipe; options: fields of Workload, and `rank`."""
+    adapter, data, model, optim, train = Adapter(), Data(train="-"), Model(name="-"), Optim(), Train()
+    rank = options.pop("rank", adapter.rank)
+    defaults: dict[str, Any] = {
+        "adapters": AdapterSizes(shapes.matrices, adapter.kind, rank, dropout=adapter.dropout > 0),
+        "quantizer": build_quantizer(Quant()),
+        "optimizer": optim.kind,
+        "micro_batch": train.micro_batch,
+        "max_length": data.max_length,
+        "packing": data.packing,
+        "attention": model.attention,
+    }
+    return Workload(shapes, **(GPU | defaults | options))

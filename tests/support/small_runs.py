@@ -1,4 +1,4 @@
-"""Small runs for the tests: rows on disk, a recipe around a tiny model, and a whole training run in this process."""
+"""Small runs: records on disk, a recipe for a tiny model, a training run in this process, its adapter and metrics."""
 
 import json
 import random
@@ -17,22 +17,22 @@ from qlora.training.run_log import read_metrics
 WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon")
 
 
-def write_rows(path: Path, count: int, seed: int = 0, longest: int = 6) -> Path:
-    """Conversations of different lengths, one a line."""
+def write_records(path: Path, count: int, seed: int = 0, max_words: int = 6) -> Path:
+    """Conversations of different lengths, one per line."""
     draw = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
-            asked, answer = ([draw.choice(WORDS) for _ in range(draw.randint(1, longest))] for _ in "ab")
-            turns = [
-                {"role": "user", "content": f"{number} {' '.join(asked)}"},
+            question, answer = ([draw.choice(WORDS) for _ in range(draw.randint(1, max_words))] for _ in "ab")
+            messages = [
+                {"role": "user", "content": f"{number} {' '.join(question)}"},
                 {"role": "assistant", "content": " ".join(answer)},
             ]
-            file.write(json.dumps({"messages": turns}) + "\n")
+            file.write(json.dumps({"messages": messages}) + "\n")
     return path
 
 
 def recipe_of(model: Path, data: Path, output: Path, *overrides: str, **sections: Mapping[str, Any]) -> Recipe:
-    """A short run of a tiny model: 6 steps of 4 rows, rank 4, everything else by default; the last override counts."""
+    """A short run of a tiny model: 6 steps of 4 sequences, rank 4. The last override of a key counts."""
     mapping: dict[str, Any] = {
         "model": {"name": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8},
@@ -47,24 +47,24 @@ def recipe_of(model: Path, data: Path, output: Path, *overrides: str, **sections
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
-    """`qlora train` in this process, silent."""
+    """`qlora train` in this process, without output."""
     return train(recipe, quiet=True)
 
 
 def adapter_tensors(folder: Path | str) -> dict[str, Tensor]:
-    """The adapter of a run or a checkpoint."""
-    return peft_files.read_named(Path(folder) / peft_files.WEIGHTS)
+    """The adapter tensors of a run or a checkpoint."""
+    return peft_files.read_tensors(Path(folder) / peft_files.WEIGHTS)
 
 
-def differing(one: Path | str, other: Path | str) -> list[str]:
-    """Names of the adapter tensors that are not the same bit for bit in two folders."""
-    ours, theirs = adapter_tensors(one), adapter_tensors(other)
-    assert ours.keys() == theirs.keys()
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+def differing_tensors(first: Path | str, second: Path | str) -> list[str]:
+    """Names of the adapter tensors that differ in any bit between two folders."""
+    first_tensors, second_tensors = adapter_tensors(first), adapter_tensors(second)
+    assert first_tensors.keys() == second_tensors.keys()
+    return [name for name in first_tensors if not torch.equal(first_tensors[name], second_tensors[name])]
 
 
 def metrics(folder: Path | str, event: str = "train") -> list[dict[str, Any]]:
-    """Lines of one kind out of metrics.jsonl, what a clock or a memory meter said left out."""
-    timed = ("tokens_per_second", "peak_bytes")
+    """Lines of one event in metrics.jsonl, without measured times and memory."""
+    measured = ("tokens_per_second", "peak_bytes")
     lines = [line for line in read_metrics(Path(folder)) if line["event"] == event]
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]

@@ -10,36 +10,37 @@ import torch
 from torch import Tensor
 
 from qlora.data.types import IGNORED, Example
-from qlora.runs.strategy import open_processes
-from qlora.runs.train import assemble, gather
+from qlora.runs.resources import unplanned
+from qlora.runs.setup import build_job, set_up
 from qlora.training.checkpoint import Position
-from qlora.training.loop import Job, fit
+from qlora.training.job import Job
+from qlora.training.loop import fit
 from qlora.training.run_log import Log
 from qlora.training.signals import StopSignal
-from support.small_runs import recipe_of, write_rows
+from support.small_runs import recipe_of, write_records
 
-ROWS = 16
+SEQUENCES = 16
 
 
 class Recorder(torch.optim.Optimizer):
-    """An optimiser that moves nothing and keeps the gradients of its last step."""
+    """An optimizer that changes nothing and keeps the gradients of its last step."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__([{"params": list(parameters), "peak": 1.0}], {"lr": 1.0})
-        self.seen: list[Tensor] = []
+        self.gradients: list[Tensor] = []
 
     def step(self, closure: Any = None) -> None:
-        self.seen = [p.grad.detach().clone() for p in self.param_groups[0]["params"] if p.grad is not None]
+        self.gradients = [p.grad.detach().clone() for p in self.param_groups[0]["params"] if p.grad is not None]
 
 
-def job_of(model: Path, folder: Path, *overrides: str, rows: int = 8) -> Job:
-    """A job on a tiny model whose adapters are away from their start, gradients unclipped."""
-    data = write_rows(folder / "rows.jsonl", rows, longest=9)
-    options = ("optim.max_grad_norm=null", "train.max_steps=1", f"train.global_batch={rows}", *overrides)
+def job_of(model: Path, folder: Path, *overrides: str, records: int = 8) -> Job:
+    """A job on a tiny model with random adapters, without gradient clipping."""
+    data = write_records(folder / "records.jsonl", records, max_words=9)
+    options = ("optim.max_grad_norm=null", "train.max_steps=1", f"train.global_batch={records}", *overrides)
     recipe = recipe_of(model, data, folder / "run", *options)
     log = Log(folder / "run", quiet=True)
-    log.restart(0)
-    job = assemble(gather(recipe, open_processes(recipe), None, log), log, StopSignal())
+    log.truncate(0)
+    job = build_job(set_up(recipe, unplanned(recipe), log), log, StopSignal())
     with torch.no_grad():
         for number, value in enumerate(job.trainable.values()):
             value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
@@ -47,26 +48,29 @@ def job_of(model: Path, folder: Path, *overrides: str, rows: int = 8) -> Job:
 
 
 def gradients(job: Job, **changes: Any) -> Tensor:
-    """All gradients of the first step as one vector, the settings of the run changed as told."""
-    train = changes.pop("train", job.train)
-    changed = replace(job, settings=job.settings.model_copy(update=changes), train=train, steps=1)
+    """All gradients of the first step as one vector. `changes`: other train settings, and `train`: other examples."""
+    examples = changes.pop("train", job.train_examples)
+    settings = job.settings.model_copy(update=changes)
+    sizes = [settings.micro_batch] * job.processes.world_size
+    changed = replace(job, settings=settings, train_examples=examples, micro_batch_sizes=sizes, total_steps=1)
     fit(changed, Position())
-    seen = changed.optimizer.seen  # type: ignore[attr-defined]
-    assert len(seen) == len(job.trainable)
-    return torch.cat([each.flatten() for each in seen])
+    tensors = changed.optimizer.gradients  # type: ignore[attr-defined]
+    assert len(tensors) == len(job.trainable)
+    return torch.cat([gradient.flatten() for gradient in tensors])
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    return float((actual - expected).norm() / expected.norm())
 
 
-def rows_of(seed: int) -> list[Example]:
-    """Rows of 1 to 40 tokens; some with next to nothing trained, some wholly."""
+def random_examples(seed: int) -> list[Example]:
+    """Examples of 2 to 39 tokens; in some nearly no token is trained, in some all."""
     draw = np.random.default_rng(seed)
-    made = []
-    for number in range(ROWS):
+    examples = []
+    for number in range(SEQUENCES):
         length = int(draw.integers(2, 40))
         ids = draw.integers(5, 250, length).astype(np.int32)
         trained_from = int(draw.integers(0, length))
-        made.append(Example(f"{number}", ids, np.where(np.arange(length) < trained_from, IGNORED, ids)))
-    return made
+        examples.append(Example(f"{number}", ids, np.where(np.arange(length) < trained_from, IGNORED, ids)))
+    return examples

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported architecture, saved as transformers saves them."""
+"""Tiny random models of every supported architecture, saved in transformers' format."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ CHATML = (
 
 
 def save_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """A random model of `family` and a byte tokenizer with a ChatML template, in `folder`."""
+    """Write a random model of `family` and a byte tokenizer with a ChatML template to `folder`."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def save_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = to
 
 
 def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """One token per byte, four control tokens, nothing to download."""
+    """One token per byte and five control tokens; needs no download."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     control = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {token: number for number, token in enumerate([*control, *alphabet])}

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, built in memory, and the chat templates that go with them."""
+"""Small tokenizers of every kind, built in memory, and chat templates for them."""
 
 from functools import cache
 from typing import Any
@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from support.paths import TEMPLATES
 
-WORDS = ["the quick brown fox jumps over a lazy dog", "Hello there, how are you?", "1 + 2 = 3\n\n\nThat is right."] * 8
+CORPUS = ["the quick brown fox jumps over a lazy dog", "Hello there, how are you?", "1 + 2 = 3\n\n\nThat is right."] * 8
 
-MARKS = {  # template: the tokens it is written with; those with a ! are not special
+CONTROL_TOKENS = {  # of each template; those with a ! are not special tokens
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "mistral": ["[INST]", "[/INST]"],
@@ -19,7 +19,7 @@ MARKS = {  # template: the tokens it is written with; those with a ! are not spe
     "phi": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
     "forced_thinking": ["<|User|>", "<|Assistant|>", "!<think>", "!</think>"],
 }
-ENDS = {
+END_TOKENS = {  # of an answer
     "chatml": "<|im_end|>",
     "llama3": "<|eot_id|>",
     "mistral": "</s>",
@@ -29,8 +29,7 @@ ENDS = {
     "forced_thinking": "</s>",
     "plain": "</s>",
 }
-KINDS = ("bytes", "bytes_bos", "pieces", "pieces_first", "gemma_like", "unigram")
-FAMILIES = [  # template, kind of tokenizer: as they go together in the wild
+FAMILIES = [  # template and kind of tokenizer, as released models combine them
     ("chatml", "bytes"),
     ("llama3", "bytes_bos"),
     ("mistral", "pieces"),
@@ -44,30 +43,34 @@ FAMILIES = [  # template, kind of tokenizer: as they go together in the wild
 ]
 
 
+def without_whitespace(text: str) -> str:
+    return "".join(text.split())
+
+
 def template_text(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text()
 
 
 @cache
-def tokenizer_of(kind: str, template: str = "plain", pad: str = "none") -> Any:
-    """A tokenizer of a kind with the marks of a template; pad: none, eos or own."""
+def make_tokenizer(kind: str, template: str = "plain", pad: str = "none") -> Any:
+    """A tokenizer of a kind with the control tokens of a template. pad: none, eos or own."""
     backend = BUILDERS[kind]()
-    for mark in MARKS.get(template, []):
-        token = AddedToken(mark.lstrip("!"), special=not mark.startswith("!"), normalized=False)
-        (backend.add_tokens if mark.startswith("!") else backend.add_special_tokens)([token])
+    for text in CONTROL_TOKENS.get(template, []):
+        token = AddedToken(text.lstrip("!"), special=not text.startswith("!"), normalized=False)
+        (backend.add_tokens if text.startswith("!") else backend.add_special_tokens)([token])
     if kind in ("bytes_bos", "pieces", "pieces_first", "gemma_like"):
         bos = ("<s>", backend.token_to_id("<s>"))
         backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", special_tokens=[bos])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     names |= {"none": {}, "eos": {"pad_token": "</s>"}, "own": {"pad_token": "<pad>"}}[pad]
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     if template != "plain":
-        made.chat_template = template_text(template)
-    return made
+        tokenizer.chat_template = template_text(template)
+    return tokenizer
 
 
 def _byte_level() -> Tokenizer:
-    """GPT-2, Llama-3 and Qwen: bytes first, no space put before a text."""
+    """GPT-2, Llama-3 and Qwen: bytes first, no space is added before a text."""
     backend = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -76,12 +79,12 @@ def _byte_level() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=alphabet, special_tokens=["<unk>", "<s>", "</s>", "<pad>"], show_progress=False
     )
-    backend.train_from_iterator(WORDS, trainer)
+    backend.train_from_iterator(CORPUS, trainer)
     return backend
 
 
 def _pieces() -> Tokenizer:
-    """Llama-2 of old: a space before every text, bytes where no piece fits."""
+    """Llama-2, legacy: a space is added before every text; bytes where no piece fits."""
     backend = _sentence_pieces()
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     strip = decoders.Strip(" ", 1, 0)
@@ -90,7 +93,7 @@ def _pieces() -> Tokenizer:
 
 
 def _pieces_first() -> Tokenizer:
-    """Llama-2 as it should be: a space before the first text only."""
+    """Llama-2, corrected: a space is added before the first text only."""
     backend = _sentence_pieces()
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
@@ -100,7 +103,7 @@ def _pieces_first() -> Tokenizer:
 
 
 def _gemma_like() -> Tokenizer:
-    """Gemma: pieces, and no space put anywhere; a run of line ends is one token."""
+    """Gemma: pieces, no space is added; two line breaks are one token."""
     backend = _sentence_pieces()
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -120,7 +123,7 @@ def _sentence_pieces() -> Tokenizer:
 
 
 def _unigram() -> Tokenizer:
-    """T5 and friends: control strings are pieces of the vocabulary like any other; an end token after every text."""
+    """T5: control strings are ordinary pieces of the vocabulary; an end token is added after every text."""
     letters = [chr(code) for code in range(33, 127)] + ["▁", "▁the", "ing", "é"]
     pieces = [("<unk>", 0.0), ("<s>", -1.0), ("</s>", -1.0), ("<pad>", -1.0)]
     scores = [*pieces, *((text, -3.0 - i / 100) for i, text in enumerate(letters)), ("\n", -4.0)]

@@ -1,4 +1,4 @@
-"""Packed documents give the logits and the loss they give alone, on every attention backend; the probe sees leaks."""
+"""Packed documents give the logits and loss they give alone, on every attention backend; the probe detects leaks."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from qlora.data.batching.collate import collate
-from qlora.data.batching.packing import join
+from qlora.data.batching.packing import join_documents
 from qlora.data.types import IGNORED, Example
 from qlora.errors import DataError
-from qlora.model.attention import NAME
+from qlora.model.attention import DOCUMENT_ATTENTION
 from qlora.model.lm_head import Head
 from qlora.training import packing_probe
 from qlora.training.loss import TokenLoss
@@ -24,15 +24,18 @@ from qlora.training.packing_probe import refuse_leaks
 
 Zoo = Callable[..., Path]
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gpt_neox", "phi3")  # full and sliding (32 tokens), GQA and not
-HAVE_SDPA = tuple(family for family in FAMILIES if family != "gemma2")  # it caps its scores, which SDPA can't
+HAVE_SDPA = tuple(family for family in FAMILIES if family != "gemma2")  # it soft-caps its scores, which SDPA can't
 CPU = torch.device("cpu")
-FAST = [*((family, backend) for family in HAVE_SDPA for backend in (NAME, "sdpa", "eager")), ("gemma2", "eager")]
-# Compiled for minutes on a CPU, where it runs at all.
+FAST = [
+    *((family, backend) for family in HAVE_SDPA for backend in (DOCUMENT_ATTENTION, "sdpa", "eager")),
+    ("gemma2", "eager"),
+]
+# Compiles for minutes on a CPU, if it runs there.
 SLOW = [pytest.param(family, "flex_attention", marks=pytest.mark.slow) for family in ("llama", "qwen3", "gpt_neox")]
 
 
 def loss_of(zoo: Zoo, family: str, backend: str) -> TokenLoss:
-    """A tiny random model, frozen, on a backend of transformers or our own."""
+    """A tiny random model, frozen, with an attention backend."""
     model: Any = AutoModelForCausalLM.from_pretrained(zoo(family), dtype=torch.float32).eval()
     model.requires_grad_(False)
     model.set_attn_implementation(backend)
@@ -40,31 +43,33 @@ def loss_of(zoo: Zoo, family: str, backend: str) -> TokenLoss:
 
 
 def documents(seed: int, lengths: tuple[int, ...] = (9, 50, 33, 1, 40)) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    made = []
+    rng = np.random.default_rng(seed)
+    examples = []
     for number, length in enumerate(lengths):
-        ids = draw.integers(5, 250, length).astype(np.int32)
-        made.append(Example(f"rows.jsonl:{number + 1}", ids, np.where(np.arange(length) < length // 2, IGNORED, ids)))
-    return made
+        ids = rng.integers(5, 250, length).astype(np.int32)
+        examples.append(
+            Example(f"rows.jsonl:{number + 1}", ids, np.where(np.arange(length) < length // 2, IGNORED, ids))
+        )
+    return examples
 
 
 def logits_of(loss: TokenLoss, rows: list[Example]) -> Tensor:
     batch = collate(rows, pad_id=0)
-    return loss.head(loss.head.hidden(batch.input_ids, batch.position_ids, batch.starts))
+    return loss.head(loss.head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts))
 
 
 def sum_of(loss: TokenLoss, rows: list[Example]) -> float:
     batch = collate(rows, pad_id=0)
-    return float(loss(batch.input_ids, batch.labels, batch.position_ids, batch.starts))
+    return float(loss(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts))
 
 
 def require(loss: TokenLoss, backend: str) -> None:
-    """Skip, with the reason, where this machine can't run the backend at all."""
+    """Skip the test if this machine can't run the backend."""
     if backend != "flex_attention":
         return
     try:
         logits_of(loss, documents(0)[:1])
-    except Exception as error:  # a compiler that is not there, an operator that is not built
+    except Exception as error:  # a missing compiler or operator
         pytest.skip(f"flex_attention does not run here: {type(error).__name__}: {str(error)[:80]}")
 
 
@@ -74,75 +79,75 @@ def test_packed_logits_and_loss_are_those_of_the_documents_alone(zoo: Zoo, famil
     loss = loss_of(zoo, family, backend)
     require(loss, backend)
     apart = documents(0)
-    rows = [join(apart[:3]), join(apart[3:])]  # the second one is padded
+    rows = [join_documents(apart[:3]), join_documents(apart[3:])]  # the second one is padded
     packed = logits_of(loss, rows)
     scale = max(1.0, float(packed.std()))
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         ends = (*row.boundaries, len(row))
-        for start, end in zip(row.starts(), ends, strict=True):
+        for start, end in zip(row.document_starts(), ends, strict=True):
             alone = Example("x", row.input_ids[start:end], row.labels[start:end])
-            difference = (packed[place, start:end] - logits_of(loss, [alone])[0]).abs().max()
+            difference = (packed[index, start:end] - logits_of(loss, [alone])[0]).abs().max()
             assert float(difference) <= 1e-5 * scale
     together, one_by_one = sum_of(loss, rows), sum(sum_of(loss, [example]) for example in apart)
     assert abs(together - one_by_one) <= 1e-6 * abs(one_by_one)
 
 
 @pytest.mark.parametrize(("family", "backend"), [*FAST, *SLOW])
-def test_the_probe_lets_what_is_isolated_pass(zoo: Zoo, family: str, backend: str) -> None:
+def test_the_probe_accepts_isolated_documents(zoo: Zoo, family: str, backend: str) -> None:
     loss = loss_of(zoo, family, backend)
     require(loss, backend)
     apart = documents(1)
-    found = refuse_leaks(loss, [apart[0], join(apart)], torch.float32, CPU)
-    assert found is not None and found <= 1e-5
+    difference = refuse_leaks(loss, [apart[0], join_documents(apart)], torch.float32, CPU)
+    assert difference is not None and difference <= 1e-5
     assert refuse_leaks(loss, apart, torch.float32, CPU) is None  # nothing is packed
 
 
 class Varlen:
-    """As FlashAttention in transformers: documents by running sums; without them by positions, of a single row only."""
+    """Like FlashAttention in transformers: documents by cumulative lengths, or by positions in a batch of one row."""
 
-    def __init__(self, told: bool) -> None:
-        self.told = told
+    def __init__(self, use_lengths: bool) -> None:
+        self.use_lengths = use_lengths
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         assert mask is None
-        (rows, _, length, _), sums = query.shape, options.get("cu_seq_lens_q")
-        if not self.told or sums is None:
-            sums = range(0, rows * length + 1, length) if rows > 1 else _sums_of(options["position_ids"])
+        (rows, _, length, _), bounds = query.shape, options.get("cu_seq_lens_q")
+        if not self.use_lengths or bounds is None:
+            bounds = range(0, rows * length + 1, length) if rows > 1 else _bounds_of(options["position_ids"])
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         flat = [tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1) for tensor in (query, key, value)]
-        parts = [
+        outputs = [
             F.scaled_dot_product_attention(*(tensor[None, :, a:b] for tensor in flat), is_causal=True)
-            for a, b in pairwise(int(end) for end in sums)
+            for a, b in pairwise(int(end) for end in bounds)
         ]
-        return torch.cat(parts, dim=2)[0].transpose(0, 1).unflatten(0, (rows, length)), None
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1).unflatten(0, (rows, length)), None
 
 
-def _sums_of(positions: Tensor) -> list[int]:
+def _bounds_of(positions: Tensor) -> list[int]:
     return [*(positions[0] == 0).nonzero()[:, 0].tolist(), positions.shape[1]]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 @torch.no_grad()
-def test_a_kernel_of_running_sums_keeps_several_packed_rows_apart(zoo: Zoo, family: str) -> None:
-    """FlashAttention itself needs a card; this reads the same arguments."""
-    for told in (True, False):
-        AttentionInterface.register("flash_reference", Varlen(told))
+def test_a_kernel_of_cumulative_lengths_isolates_several_packed_rows(zoo: Zoo, family: str) -> None:
+    """FlashAttention itself needs a GPU; this kernel takes the same arguments."""
+    for use_lengths in (True, False):
+        AttentionInterface.register("flash_reference", Varlen(use_lengths))
         AttentionMaskInterface.register("flash_reference", lambda *sizes, **options: None)
         loss, apart = loss_of(zoo, family, "eager"), documents(0)
-        loss.head._parts[0].config._attn_implementation = "flash_reference"  # set by name, it would be looked for
-        if not told:  # as without running sums: one packed row is kept apart, two are not, and the probe sees it
+        loss.head.decoder.config._attn_implementation = "flash_reference"  # set_attn_implementation checks the name
+        if not use_lengths:  # one packed row is isolated, two are not, and the probe detects it
             assert_refused(loss)
             continue
-        assert refuse_leaks(loss, [join(apart)], torch.float32, CPU) is not None
-        together = sum_of(loss, [join(apart[:3]), join(apart[3:])])
+        assert refuse_leaks(loss, [join_documents(apart)], torch.float32, CPU) is not None
+        together = sum_of(loss, [join_documents(apart[:3]), join_documents(apart[3:])])
         one_by_one = sum(sum_of(loss, [example]) for example in apart)
         assert abs(together - one_by_one) <= 1e-6 * abs(one_by_one)
 
 
 def all_ones_mask(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mask that trainers hand to the model for a row without pads: with it, nothing looks packed."""
-    decoder = loss.head._parts[0]
+    """The mask that trainers pass for a row without padding: with it, transformers detects no packing."""
+    decoder = loss.head.decoder
     forward = decoder.forward
 
     def masked(input_ids: Tensor, documents: Any = None, **options: Any) -> Any:
@@ -151,23 +156,23 @@ def all_ones_mask(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "forward", masked)
 
 
-def positions_that_count_on(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boundaries are lost on the way to the model."""
+def continuous_positions(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Document boundaries do not reach the model."""
     original = packing_probe.collate
 
     def flat(rows: list[Example], pad_id: int) -> Any:
-        bare = [Example(row.where, row.input_ids, row.labels) for row in rows]
-        return original(bare, pad_id)
+        unmarked = [Example(row.where, row.input_ids, row.labels) for row in rows]
+        return original(unmarked, pad_id)
 
     monkeypatch.setattr(packing_probe, "collate", flat)
 
 
 def documents_not_passed(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own kernel is not told where documents begin."""
-    monkeypatch.setattr(Head, "_boundaries", lambda self, starts, input_ids: {})
+    """The document attention kernel gets no document starts."""
+    monkeypatch.setattr(Head, "_document_kwargs", lambda self, starts, input_ids: {})
 
 
-LEAKS = {"an all-ones mask": all_ones_mask, "positions count on": positions_that_count_on}
+LEAKS = {"an all-ones mask": all_ones_mask, "continuous positions": continuous_positions}
 
 
 @pytest.mark.parametrize("leak", LEAKS)
@@ -182,18 +187,18 @@ def test_every_planted_leak_is_refused(
 
 
 @pytest.mark.parametrize("family", HAVE_SDPA)
-def test_our_kernel_not_told_of_the_documents_is_refused(
+def test_document_attention_without_documents_is_refused(
     zoo: Zoo, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = loss_of(zoo, family, NAME)
+    loss = loss_of(zoo, family, DOCUMENT_ATTENTION)
     documents_not_passed(loss, monkeypatch)
     assert_refused(loss)
 
 
 def assert_refused(loss: TokenLoss) -> None:
     for seed in range(5):
-        with pytest.raises(DataError, match="packed documents see each other"):
-            refuse_leaks(loss, [join(documents(seed))], torch.float32, CPU)
+        with pytest.raises(DataError, match="packed documents attend to each other"):
+            refuse_leaks(loss, [join_documents(documents(seed))], torch.float32, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -202,8 +207,8 @@ def test_in_half_precision_rounding_passes_and_a_leak_does_not(
     zoo: Zoo, family: str, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss = loss_of(zoo, family, backend).to(dtype)
-    rows = [join(documents(2))]
+    rows = [join_documents(documents(2))]
     assert refuse_leaks(loss, rows, dtype, CPU) is not None
     all_ones_mask(loss, monkeypatch)
-    with pytest.raises(DataError, match="packed documents see each other"):
+    with pytest.raises(DataError, match="packed documents attend to each other"):
         refuse_leaks(loss, rows, dtype, CPU)

@@ -1,4 +1,4 @@
-"""What the loop itself promises: nothing that is not finite is kept, evaluations come when asked, the best stays."""
+"""The training loop: non-finite steps are skipped, evaluations are on time, the best checkpoint is kept."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.small_runs import adapter_tensors, differing, metrics, recipe_of, run, write_rows
-from support.stopped_runs import ROWS, Zoo, poisoned
+from support.small_runs import adapter_tensors, differing_tensors, metrics, recipe_of, run, write_records
+from support.stopped_runs import RECORDS, Zoo, non_finite_gradient
 
 from qlora.errors import QloraError
 from qlora.recipe.recipe import Recipe
-from qlora.runs import train as walk
+from qlora.runs import train as train_module
 from qlora.training.checkpoint import OPTIMIZER
 
 
-def one_backward_a_step(zoo: Zoo, tmp_path: Path, *overrides: str) -> Recipe:
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+def one_backward_per_step(zoo: Zoo, tmp_path: Path, *overrides: str) -> Recipe:
+    data = write_records(tmp_path / "records.jsonl", RECORDS)
     options = ("train.micro_batch=4", "train.save_every=1", "train.keep=99", *overrides)
     return recipe_of(zoo("llama"), data, tmp_path / "run", *options)
 
@@ -29,23 +29,25 @@ def all_finite(folder: Path) -> Iterator[bool]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(zoo: Zoo, value: float, tmp_path: Path) -> None:
-    with poisoned([3, 5], value):
-        manifest = run(one_backward_a_step(zoo, tmp_path))
-    at = [tmp_path / "run" / f"checkpoint-{step:06d}" for step in range(1, 7)]
+def test_a_non_finite_step_is_skipped_and_changes_nothing(zoo: Zoo, value: float, tmp_path: Path) -> None:
+    with non_finite_gradient([3, 5], value):
+        manifest = run(one_backward_per_step(zoo, tmp_path))
+    checkpoints = [tmp_path / "run" / f"checkpoint-{step:06d}" for step in range(1, 7)]
     assert manifest["result"]["skipped_steps"] == 2
-    for before, after, moved in ((1, 2, False), (2, 3, True), (3, 4, False), (4, 5, True)):
-        assert differing(at[before - 1], at[after - 1]) != [] or moved, (before, after)
-    for skipped in (3, 5):
-        assert differing(at[skipped - 2], at[skipped - 1]) == []
-        assert (at[skipped - 2] / OPTIMIZER).read_bytes() == (at[skipped - 1] / OPTIMIZER).read_bytes()
-        assert metrics(tmp_path / "run")[skipped - 1]["loss"] is None
-    assert differing(at[3], at[5]) != [] and all(all_finite(tmp_path / "run"))
+    for before, after in ((1, 2), (3, 4)):
+        assert differing_tensors(checkpoints[before - 1], checkpoints[after - 1]) != [], (before, after)
+    for step in (3, 5):
+        before, after = checkpoints[step - 2], checkpoints[step - 1]
+        assert differing_tensors(before, after) == []
+        assert (before / OPTIMIZER).read_bytes() == (after / OPTIMIZER).read_bytes()
+        assert metrics(tmp_path / "run")[step - 1]["loss"] is None
+    assert differing_tensors(checkpoints[3], checkpoints[5]) != [] and all(all_finite(tmp_path / "run"))
 
 
-def test_three_in_a_row_end_the_run_and_nothing_of_them_is_written(zoo: Zoo, tmp_path: Path) -> None:
-    with poisoned([2, 4, 5, 6]), pytest.raises(QloraError, match=r"3 steps in a row.*rows\.jsonl:") as caught:
-        run(one_backward_a_step(zoo, tmp_path))
+def test_three_non_finite_steps_in_a_row_end_the_run_and_are_not_saved(zoo: Zoo, tmp_path: Path) -> None:
+    expected = r"3 steps in a row.*records\.jsonl:"
+    with non_finite_gradient([2, 4, 5, 6]), pytest.raises(QloraError, match=expected) as caught:
+        run(one_backward_per_step(zoo, tmp_path))
     assert caught.value.exit_code == 1
     assert all(all_finite(tmp_path / "run")) and not (tmp_path / "run" / "run.json").exists()
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -57,8 +59,8 @@ def test_three_in_a_row_end_the_run_and_nothing_of_them_is_written(zoo: Zoo, tmp
 # ---- evaluations
 
 
-def test_evaluations_are_at_the_start_at_the_end_and_in_between_as_asked(zoo: Zoo, tmp_path: Path) -> None:
-    recipe = one_backward_a_step(zoo, tmp_path, "data.eval_fraction=0.2", "train.eval_every=4")
+def test_evaluations_are_at_the_start_every_eval_every_and_at_the_end(zoo: Zoo, tmp_path: Path) -> None:
+    recipe = one_backward_per_step(zoo, tmp_path, "data.eval_fraction=0.2", "train.eval_every=4")
     result = run(recipe)["result"]
     lines = metrics(tmp_path / "run", "eval")
     assert [line["step"] for line in lines] == [0, 4, 6]
@@ -67,9 +69,9 @@ def test_evaluations_are_at_the_start_at_the_end_and_in_between_as_asked(zoo: Zo
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_that_gets_no_better_ends_early_and_stays_ended(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_run_that_does_not_improve_stops_early_and_is_finished(zoo: Zoo, tmp_path: Path) -> None:
     options = ("data.eval_fraction=0.2", "train.eval_every=1", "train.early_stop=2", "train.max_steps=40")
-    recipe = one_backward_a_step(zoo, tmp_path, *options, "optim.learning_rate=0.3")
+    recipe = one_backward_per_step(zoo, tmp_path, *options, "optim.learning_rate=0.3")
     steps = run(recipe)["result"]["steps"]
     losses = [line["eval_loss"] for line in metrics(tmp_path / "run", "eval")]
     assert steps < 40 and len(losses) == steps + 1
@@ -77,13 +79,13 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(zoo: Zoo, tmp_path
     assert run(recipe)["result"]["steps"] == steps
 
 
-def test_no_held_out_rows_no_evaluation(zoo: Zoo, tmp_path: Path) -> None:
-    result = run(one_backward_a_step(zoo, tmp_path))["result"]
+def test_without_held_out_records_there_is_no_evaluation(zoo: Zoo, tmp_path: Path) -> None:
+    result = run(one_backward_per_step(zoo, tmp_path))["result"]
     assert result["eval_loss"] is None and metrics(tmp_path / "run", "eval") == []
 
 
-def test_the_best_and_the_newest_checkpoints_stay(zoo: Zoo, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+def test_the_best_and_the_newest_checkpoints_are_kept(zoo: Zoo, tmp_path: Path) -> None:
+    data = write_records(tmp_path / "records.jsonl", RECORDS)
     options = (
         "data.eval_fraction=0.2",
         "train.eval_every=1",
@@ -93,22 +95,22 @@ def test_the_best_and_the_newest_checkpoints_stay(zoo: Zoo, tmp_path: Path) -> N
     )
     run(recipe_of(zoo("llama"), data, tmp_path / "run", *options, "optim.learning_rate=0.1"))
     best = min(metrics(tmp_path / "run", "eval")[1:], key=lambda line: line["eval_loss"])["step"]
-    found = {int(folder.name[-6:]) for folder in (tmp_path / "run").glob("checkpoint-*")}
-    assert {8, 9} <= found <= {8, 9, best}
+    steps = {int(folder.name[-6:]) for folder in (tmp_path / "run").glob("checkpoint-*")}
+    assert {8, 9} <= steps <= {8, 9, best}
 
 
-def test_a_held_out_loss_that_is_not_finite_ends_in_no_stack_trace(
+def test_a_non_finite_held_out_loss_causes_no_traceback(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assemble = walk.assemble
+    build_job = train_module.build_job
 
-    def assembled(*arguments: Any) -> Any:
-        job = assemble(*arguments)
-        job.model.register_forward_hook(lambda model, given, loss: loss if model.training else loss * float("nan"))
+    def build_patched_job(*arguments: Any) -> Any:
+        job = build_job(*arguments)
+        job.model.register_forward_hook(lambda model, inputs, loss: loss if model.training else loss * float("nan"))
         return job
 
-    monkeypatch.setattr(walk, "assemble", assembled)
-    recipe = one_backward_a_step(zoo, tmp_path, "data.eval_fraction=0.2", "train.eval_every=2")
+    monkeypatch.setattr(train_module, "build_job", build_patched_job)
+    recipe = one_backward_per_step(zoo, tmp_path, "data.eval_fraction=0.2", "train.eval_every=2")
     try:
         assert run(recipe)["result"]["eval_loss"] is None
     except QloraError as error:

@@ -1,4 +1,4 @@
-"""A choice is scored by the letters' logits alone, as an independent reading of the model scores it."""
+"""Multiple choice is scored by the letters' logits alone, as an independent implementation scores it."""
 
 import json
 from collections.abc import Callable
@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import qlora
-from support.small_runs import recipe_of, run, write_rows
+from support.small_runs import recipe_of, run, write_records
 from support.tiny_models import FAMILIES
 
-from qlora.data.conversations.encode_records import messages_of
+from qlora.data.conversations.encode_records import read_messages
 from qlora.data.types import Record
 from qlora.errors import DataError
-from qlora.runs.evaluate_and_generate import GENERAL
-from qlora.runs.load_run import LoadedRun, held_out, load_run
-from qlora.training.multiple_choice import choice_of, choice_share
+from qlora.runs.evaluate import GENERAL
+from qlora.runs.load_run import LoadedRun, held_out_examples, load_run
+from qlora.training.multiple_choice import choice_accuracy, choice_of
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("choice")
@@ -23,86 +23,90 @@ LETTERS = "ABCD"
 
 
 def questions(path: Path, count: int = 12, answer: str = "{}") -> Path:
-    """Questions of different lengths with four choices; the right letter goes round."""
-    rows = []
+    """Questions of different lengths with four choices; the correct letters are A, B, C, D, A, ..."""
+    records = []
     for number in range(count):
-        listed = "".join(f"\n{letter}. {letter * (1 + number % 3)}{number}" for letter in LETTERS)
-        asked = f"{'long ' * (number % 5)}question {number}?{listed}\nAnswer:"
-        rows.append({"prompt": asked, "completion": answer.format(LETTERS[number % 4])})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        choices = "".join(f"\n{letter}. {letter * (1 + number % 3)}{number}" for letter in LETTERS)
+        prompt = f"{'long ' * (number % 5)}question {number}?{choices}\nAnswer:"
+        records.append({"prompt": prompt, "completion": answer.format(LETTERS[number % 4])})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 @torch.no_grad()
-def read_off(opened: LoadedRun, data: Path, before: str = "") -> float:
-    """The share of right letters, a row at a time, letters as their tokens after the prompt and what precedes them."""
-    tokenizer, right = opened.base.tokenizer, 0
+def reference_accuracy(run: LoadedRun, data: Path, before: str = "") -> float:
+    """The accuracy, one question at a time, by the logits of the letters after the prompt and the text `before`."""
+    tokenizer, correct = run.base.tokenizer, 0
     lines = [json.loads(line) for line in data.read_text().splitlines()]
     for number, line in enumerate(lines):
-        ids = opened.encoder.prompt_ids(
-            messages_of(Record("x:1", {"prompt": line["prompt"], "completion": "x"}), "auto")[:1]
+        ids = run.encoder.prompt_ids(
+            read_messages(Record("x:1", {"prompt": line["prompt"], "completion": "x"}), "auto")[:1]
         )
         ids = ids + tokenizer(before, add_special_tokens=False)["input_ids"]
-        logits = opened.base.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        logits = run.base.model(input_ids=torch.tensor([ids])).logits[0, -1]
         candidates = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in LETTERS]
-        right += int(logits[candidates].argmax()) == number % 4
-    return right / len(lines)
+        correct += int(logits[candidates].argmax()) == number % 4
+    return correct / len(lines)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_score_is_that_of_the_letters_logits(zoo: Zoo, family: str, tmp_path: Path) -> None:
-    opened = load_run(str(zoo(family)))
-    data = questions(tmp_path / "rows.jsonl")
-    choices = [choice_of(row, opened.base.tokenizer) for row in held_out(opened, str(data))]
-    assert len(choices) == 12 and [each.right for each in choices] == [number % 4 for number in range(12)]
-    expected = read_off(opened, data)
-    assert {choice_share(opened.base.model, choices, batch, opened.base.device) for batch in (1, 5)} == {expected}
+    model_run = load_run(str(zoo(family)))
+    base = model_run.base
+    data = questions(tmp_path / "questions.jsonl")
+    choices = [choice_of(example, base.tokenizer) for example in held_out_examples(model_run, str(data))]
+    assert len(choices) == 12 and [choice.correct for choice in choices] == [number % 4 for number in range(12)]
+    expected = reference_accuracy(model_run, data)
+    assert {choice_accuracy(base.model, choices, micro_batch, base.device) for micro_batch in (1, 5)} == {expected}
 
 
-def test_a_letter_may_stand_in_brackets_and_only_offered_ones_count(zoo: Zoo, tmp_path: Path) -> None:
-    opened = load_run(str(zoo("llama")))
-    data = questions(tmp_path / "rows.jsonl", 8, "({}).")
-    choices = [choice_of(row, opened.base.tokenizer) for row in held_out(opened, str(data))]
-    assert choice_share(opened.base.model, choices, 3, opened.base.device) == read_off(opened, data, "(")
+def test_a_letter_may_be_in_brackets_and_only_offered_letters_count(zoo: Zoo, tmp_path: Path) -> None:
+    model_run = load_run(str(zoo("llama")))
+    base = model_run.base
+    data = questions(tmp_path / "questions.jsonl", 8, "({}).")
+    choices = [choice_of(example, base.tokenizer) for example in held_out_examples(model_run, str(data))]
+    assert choice_accuracy(base.model, choices, 3, base.device) == reference_accuracy(model_run, data, "(")
     (tmp_path / "two.jsonl").write_text(json.dumps({"question": "Which?", "choices": ["x", "y"], "answer": 1}) + "\n")
-    (row,) = held_out(opened, str(tmp_path / "two.jsonl"))
-    found = choice_of(row, opened.base.tokenizer)
-    assert opened.base.tokenizer.decode(list(found.ids)) == "AB" and found.right == 1
+    (example,) = held_out_examples(model_run, str(tmp_path / "two.jsonl"))
+    choice = choice_of(example, base.tokenizer)
+    assert base.tokenizer.decode(list(choice.letter_ids)) == "AB" and choice.correct == 1
     (tmp_path / "none.jsonl").write_text(json.dumps({"prompt": "What?", "completion": "nothing"}) + "\n")
-    (row,) = held_out(opened, str(tmp_path / "none.jsonl"))
+    (example,) = held_out_examples(model_run, str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match=r"none\.jsonl:1"):
-        choice_of(row, opened.base.tokenizer)
+        choice_of(example, base.tokenizer)
 
 
 @pytest.mark.parametrize("answer", [2, "C"])
-def test_rows_of_mmlu_are_read_as_they_are(answer: object) -> None:
-    row = Record("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": answer, "subject": "law"})
-    asked, said = messages_of(row, "auto")
-    assert asked.content == "Which?\nA. p\nB. q\nC. r\nD. s\nAnswer:" and said.content == "C"
+def test_mmlu_records_are_read_without_conversion(answer: object) -> None:
+    record = Record("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": answer, "subject": "law"})
+    question, letter = read_messages(record, "auto")
+    assert question.content == "Which?\nA. p\nB. q\nC. r\nD. s\nAnswer:" and letter.content == "C"
 
 
 @pytest.mark.parametrize(
     "wrong", [{"answer": 4}, {"answer": "E"}, {"answer": True}, {"choices": [1, 2]}, {"choices": ["p"]}]
 )
-def test_a_choice_that_is_none_is_refused(wrong: dict[str, object]) -> None:
+def test_an_invalid_choice_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(DataError, match="wrong"):
-        messages_of(Record("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": 0} | wrong), "auto")
+        read_messages(
+            Record("x:1", {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": 0} | wrong), "auto"
+        )
 
 
-def test_the_base_stands_beside_the_tuned_model(zoo: Zoo, tmp_path: Path) -> None:
-    data, choices = write_rows(tmp_path / "rows.jsonl", 8), questions(tmp_path / "choices.jsonl")
+def test_the_base_model_is_evaluated_with_the_tuned_one(zoo: Zoo, tmp_path: Path) -> None:
+    data, choices = write_records(tmp_path / "records.jsonl", 8), questions(tmp_path / "choices.jsonl")
     model = zoo("llama-tied-bias")
     run(recipe_of(model, data, tmp_path / "run", "optim.learning_rate=0.02", "train.max_steps=4"))
-    for task, rows in (("loss", data), ("choice", choices), ("exact-match", data)):
-        words = ("--data", rows, "--task", task, "--json")
-        found = qlora("eval", tmp_path / "run", *words, "--beside-base").json
-        plain, alone = qlora("eval", tmp_path / "run", *words).json, qlora("eval", model, *words).json
-        assert {key: found[key] for key in plain} == plain
-        expected = {key: value for key, value in alone.items() if key != "task"}
-        assert found["base"].pop("score") == expected.pop("score")
-        assert found["base"] == pytest.approx(expected, rel=1e-6)  # float32, in batches of another size
-        assert found["loss"] != found["base"]["loss"] and (task == "loss") == (found["score"] is None)
-    forgetting = found["forgetting"]
+    for task, file in (("loss", data), ("choice", choices), ("exact-match", data)):
+        options = ("--data", file, "--task", task, "--json")
+        both = qlora("eval", tmp_path / "run", *options, "--beside-base").json
+        tuned, base = qlora("eval", tmp_path / "run", *options).json, qlora("eval", model, *options).json
+        assert {key: both[key] for key in tuned} == tuned
+        expected = {key: value for key, value in base.items() if key != "task"}
+        assert both["base"].pop("score") == expected.pop("score")
+        assert both["base"] == pytest.approx(expected, rel=1e-6)  # float32, in batches of another size
+        assert both["loss"] != both["base"]["loss"] and (task == "loss") == (both["score"] is None)
+    forgetting = both["forgetting"]
     assert forgetting["tokens"] > len(GENERAL.read_text()) * 0.9 and forgetting["loss"] != forgetting["base_loss"]
-    said = qlora("eval", tmp_path / "run", "--data", data, "--beside-base")
-    assert said.out == "" and "the base alone: loss" in said.err and "general text" in said.err
+    result = qlora("eval", tmp_path / "run", "--data", data, "--beside-base")
+    assert result.out == "" and "base model: loss" in result.err and "general text" in result.err

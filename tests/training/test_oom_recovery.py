@@ -1,4 +1,4 @@
-"""Out of memory: the run steps down, says so, and is the run that had enough; the rehearsal changes nothing."""
+"""Out of memory: the run reduces its memory use and ends with the same adapter; the memory probe changes nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.small_runs import differing, metrics, recipe_of, run, write_rows
-from support.stopped_runs import ROWS
+from support.published_models import workload
+from support.small_runs import differing_tensors, metrics, recipe_of, run, write_records
+from support.stopped_runs import RECORDS
 
 from qlora.adapters.inject import adapted
 from qlora.data.types import Example
@@ -17,108 +18,106 @@ from qlora.errors import QloraError
 from qlora.memory.planner.config_reader import shapes_of
 from qlora.memory.planner.memory_plan import Budget, plan
 from qlora.memory.planner.search import UserChoices, next_smaller
-from qlora.memory.planner.workload import AdapterSizes, Workload
 from qlora.recipe.recipe import Recipe
-from qlora.runs import train as walk
+from qlora.runs import train as train_module
 from qlora.training.checkpoint import Position
-from qlora.training.loop import Job, rehearse
-from qlora.training.oom_recovery import longest
+from qlora.training.job import Job
+from qlora.training.memory_probe import longest_batch, probe_memory
 
 Zoo = Callable[..., Path]
 ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little.")
 
 
 @contextmanager
-def too_little(where: str, when: set[int]) -> Iterator[list[Job]]:
-    """Inside the block the n-th forward, or backward, of a layer runs out of memory for every n in `when`."""
-    patch, calls, jobs = pytest.MonkeyPatch(), [0], list[Job]()
-    assemble = walk.assemble
+def out_of_memory(where: str, calls: set[int]) -> Iterator[None]:
+    """Inside the block the n-th forward, or backward, of a layer runs out of memory for every n in `calls`."""
+    patch, count = pytest.MonkeyPatch(), [0]
+    build_job = train_module.build_job
 
     def fail(*arguments: Any) -> None:
-        calls[0] += 1
-        if calls[0] in when:
+        count[0] += 1
+        if count[0] in calls:
             raise ERROR
 
-    def assembled(*arguments: Any) -> Job:
-        job = assemble(*arguments)
-        layer: Any = list(adapted(job.model).values())[7]  # in the last layer: others have their gradients by then
+    def build_patched_job(*arguments: Any) -> Job:
+        job = build_job(*arguments)
+        layer: Any = list(adapted(job.model).values())[7]  # in the last layer: the others have gradients by then
         if where == "forward":
             layer.register_forward_pre_hook(fail)
         else:
             list(adapted(job.model).values())[2].A.register_hook(fail)
-        jobs.append(job)
         return job
 
-    patch.setattr(walk, "assemble", assembled)
-    yield jobs
+    patch.setattr(train_module, "build_job", build_patched_job)
+    yield
     patch.undo()
 
 
 def recipe(zoo: Zoo, folder: Path, *overrides: str) -> Recipe:
     options = ("adapter.dropout=0.2", "train.micro_batch=1", *overrides)
-    return recipe_of(zoo("llama"), write_rows(folder / "rows.jsonl", ROWS), folder / "run", *options)
+    return recipe_of(zoo("llama"), write_records(folder / "records.jsonl", RECORDS), folder / "run", *options)
 
 
-@pytest.mark.parametrize("when", [{1}, {6}, {3, 4}], ids=str)
+@pytest.mark.parametrize("calls", [{1}, {6}, {3, 4}], ids=str)
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_run_that_ran_out_is_the_run_that_did_not(
-    zoo: Zoo, tmp_path: Path, where: str, when: set[int], capsys: pytest.CaptureFixture[str]
+def test_a_run_that_runs_out_of_memory_gives_the_same_adapter(
+    zoo: Zoo, tmp_path: Path, where: str, calls: set[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, short = tmp_path / "whole", tmp_path / "short"
-    whole.mkdir(), short.mkdir()
-    run(recipe(zoo, whole))
-    with too_little(where, when):
-        walk.train(recipe(zoo, short))
-    assert differing(whole / "run", short / "run") == []
-    assert metrics(whole / "run") == metrics(short / "run")
-    said = capsys.readouterr().err
-    assert said.count("Tried to allocate 2.00 GiB") == len(when) and "1 of 2 layers recompute" in said
+    reference, recovered = tmp_path / "reference", tmp_path / "recovered"
+    reference.mkdir(), recovered.mkdir()
+    run(recipe(zoo, reference))
+    with out_of_memory(where, calls):
+        train_module.train(recipe(zoo, recovered))
+    assert differing_tensors(reference / "run", recovered / "run") == []
+    assert metrics(reference / "run") == metrics(recovered / "run")
+    log = capsys.readouterr().err
+    assert log.count("Tried to allocate 2.00 GiB") == len(calls) and "1 of 2 layers recompute" in log
 
 
-@pytest.mark.parametrize("way", ["memory.recompute=all", "memory.recompute=none"])
-def test_what_the_user_set_stays_and_the_error_says_what_would_help(zoo: Zoo, tmp_path: Path, way: str) -> None:
-    with too_little("forward", {1}), pytest.raises(QloraError, match=r"micro_batch.*max_length") as caught:
-        run(recipe(zoo, tmp_path, way))
+@pytest.mark.parametrize("setting", ["memory.recompute=all", "memory.recompute=none"])
+def test_settings_of_the_user_are_kept_and_the_error_gives_advice(zoo: Zoo, tmp_path: Path, setting: str) -> None:
+    with out_of_memory("forward", {1}), pytest.raises(QloraError, match=r"micro_batch.*max_length") as caught:
+        run(recipe(zoo, tmp_path, setting))
     assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("fixed", [UserChoices(), UserChoices(recompute=3), UserChoices(offload=False)], ids=str)
-def test_every_step_down_takes_less_and_there_is_an_end(fixed: UserChoices, device: Any) -> None:
+@pytest.mark.parametrize("choices", [UserChoices(), UserChoices(recompute=3), UserChoices(offload=False)], ids=str)
+def test_every_reduction_uses_less_memory_and_they_end(choices: UserChoices, device: Any) -> None:
     shapes = shapes_of({"model_type": "llama"}, "llama")
-    work = Workload(shapes, AdapterSizes(shapes.matrices), recompute=fixed.recompute or 0, device=device)
-    taken = [plan(work, Budget(0)).allocated_bytes]
-    while less := next_smaller(work, fixed):
-        work = less
-        taken.append(plan(work, Budget(0)).allocated_bytes)
-        assert len(taken) < 12
-    assert taken == sorted(taken, reverse=True)
-    assert device == "cpu" or len(set(taken)) == len(taken) > 1  # on a CPU the update may be what takes most
-    assert fixed.recompute in (None, work.recompute) and not (fixed.offload is False and work.parked)
+    work = workload(shapes, recompute=choices.recompute or 0, device=device)
+    sizes = [plan(work, Budget(0)).allocated_bytes]
+    while smaller := next_smaller(work, choices):
+        work = smaller
+        sizes.append(plan(work, Budget(0)).allocated_bytes)
+        assert len(sizes) < 12
+    assert sizes == sorted(sizes, reverse=True)
+    assert device == "cpu" or len(set(sizes)) == len(sizes) > 1  # on a CPU the update may need the most
+    assert choices.recompute in (None, work.recompute) and not (choices.offload is False and work.offloaded)
 
 
-def test_the_rehearsal_runs_the_longest_rows_and_changes_nothing(zoo: Zoo, tmp_path: Path) -> None:
-    plain, rehearsed = tmp_path / "plain", tmp_path / "rehearsed"
-    plain.mkdir(), rehearsed.mkdir()
-    run(recipe(zoo, plain))
-    patch, fit = pytest.MonkeyPatch(), walk.fit
-    seen: list[int] = []
+def test_the_memory_probe_runs_the_longest_batch_and_changes_nothing(zoo: Zoo, tmp_path: Path) -> None:
+    reference, probed = tmp_path / "reference", tmp_path / "probed"
+    reference.mkdir(), probed.mkdir()
+    run(recipe(zoo, reference))
+    patch, fit = pytest.MonkeyPatch(), train_module.fit
+    lengths: list[int] = []
 
-    def fitted(job: Job, position: Position) -> Position:
-        handle = job.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
-        rehearse(job, moment_bytes=1024)
+    def probe_and_fit(job: Job, position: Position) -> Position:
+        handle = job.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+        probe_memory(job, moment_bytes=1024)
         handle.remove()
-        assert seen == [max(len(row) for row in job.train)]
+        assert lengths == [max(len(example) for example in job.train_examples)]
         return fit(job, position)
 
-    patch.setattr(walk, "fit", fitted)
-    run(recipe(zoo, rehearsed))
+    patch.setattr(train_module, "fit", probe_and_fit)
+    run(recipe(zoo, probed))
     patch.undo()
-    assert seen and differing(plain / "run", rehearsed / "run") == []
-    assert metrics(plain / "run") == metrics(rehearsed / "run")
+    assert lengths and differing_tensors(reference / "run", probed / "run") == []
+    assert metrics(reference / "run") == metrics(probed / "run")
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 9])
-def test_no_micro_batch_is_larger_than_the_longest(micro_batch: int) -> None:
-    rows = [Example("row", np.arange(length), np.arange(length)) for length in (3, 9, 4, 9, 1)]
-    assert tuple(longest(rows, micro_batch).input_ids.shape) == (min(micro_batch, 5), 9)
+def test_no_micro_batch_is_larger_than_the_longest_batch(micro_batch: int) -> None:
+    examples = [Example("example", np.arange(length), np.arange(length)) for length in (3, 9, 4, 9, 1)]
+    assert tuple(longest_batch(examples, micro_batch).input_ids.shape) == (min(micro_batch, 5), 9)

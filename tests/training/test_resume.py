@@ -1,5 +1,6 @@
-"""A run that was stopped and went on is the run that never stopped: no bit, no line of the losses differs."""
+"""A run that was stopped and resumed equals the run that was never stopped, in every bit and every logged loss."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,67 +8,75 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.small_runs import differing, metrics, run, write_rows
-from support.stopped_runs import COMBINATIONS, ROWS, STEPS, Session, Zoo, same_run, stop_after
+from support.small_runs import differing_tensors, metrics, run, write_records
+from support.stopped_runs import COMBINATIONS, RECORDS, STEPS, ReferenceRun, Zoo, assert_same_run, signal_in_step
 
 from qlora.errors import InputError, Stopped
-from qlora.training.checkpoint import OPTIMIZER
+from qlora.recipe.recipe import dump
+from qlora.recipe.recipe import read as read_recipe
+from qlora.runs.load_run import load_run
+from qlora.training.checkpoint import MANIFEST, OPTIMIZER, POSITION
+from qlora.utils.atomic_files import sha256_of, write_json
 
 
 @pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize("step", [1, 3, 5])
-@pytest.mark.parametrize("kind", COMBINATIONS)
-def test_going_on_from_a_checkpoint_is_never_having_stopped(
-    sessions: Callable[[str], Session], kind: str, step: int, tmp_path: Path
+@pytest.mark.parametrize("optimizer", COMBINATIONS)
+def test_resuming_gives_the_uninterrupted_run(
+    reference_runs: Callable[[str], ReferenceRun], optimizer: str, step: int, tmp_path: Path
 ) -> None:
-    session = sessions(kind)
-    moments = load_file(session.folder / "whole" / "checkpoint-000006" / OPTIMIZER)
-    assert any(value.dtype == torch.uint8 for value in moments.values()) == kind.endswith("8bit")
-    output = session.stopped_at(step, tmp_path / "run")
-    run(session.recipe(output))
-    same_run(session.folder / "whole", output)
+    reference = reference_runs(optimizer)
+    moments = load_file(reference.output / "checkpoint-000006" / OPTIMIZER)
+    assert any(value.dtype == torch.uint8 for value in moments.values()) == optimizer.endswith("8bit")
+    output = reference.copy_until(step, tmp_path / "run")
+    run(reference.recipe(output))
+    assert_same_run(reference.output, output)
 
 
 @pytest.mark.xdist_group("resume")
-def test_running_twice_is_the_same_run(sessions: Callable[[str], Session], tmp_path: Path) -> None:
-    session = sessions("adamw")
-    run(session.recipe(tmp_path / "run"))
-    same_run(session.folder / "whole", tmp_path / "run")
+def test_running_twice_gives_the_same_run(reference_runs: Callable[[str], ReferenceRun], tmp_path: Path) -> None:
+    reference = reference_runs("adamw")
+    run(reference.recipe(tmp_path / "run"))
+    assert_same_run(reference.output, tmp_path / "run")
 
 
 @pytest.mark.xdist_group("resume")
-def test_a_finished_run_started_again_keeps_its_result(sessions: Callable[[str], Session], tmp_path: Path) -> None:
-    session = sessions("paged_adamw_8bit")
-    output = session.stopped_at(STEPS, tmp_path / "run")
-    run(session.recipe(output))
-    same_run(session.folder / "whole", output)
+def test_a_finished_run_keeps_its_result_when_started_again(
+    reference_runs: Callable[[str], ReferenceRun], tmp_path: Path
+) -> None:
+    reference = reference_runs("paged_adamw_8bit")
+    output = reference.copy_until(STEPS, tmp_path / "run")
+    run(reference.recipe(output))
+    assert_same_run(reference.output, output)
 
 
 @pytest.mark.xdist_group("resume")
-def test_a_named_checkpoint_is_resumed_from_anywhere(sessions: Callable[[str], Session], tmp_path: Path) -> None:
-    session = sessions("adamw")
-    checkpoint = session.folder / "whole" / "checkpoint-000002"
-    run(session.recipe(tmp_path / "run", f"train.resume={checkpoint}"))
-    assert differing(session.folder / "whole", tmp_path / "run") == []
+def test_a_named_checkpoint_may_be_in_another_folder(
+    reference_runs: Callable[[str], ReferenceRun], tmp_path: Path
+) -> None:
+    reference = reference_runs("adamw")
+    checkpoint = reference.output / "checkpoint-000002"
+    run(reference.recipe(tmp_path / "run", f"train.resume={checkpoint}"))
+    assert differing_tensors(reference.output, tmp_path / "run") == []
     with pytest.raises(InputError, match="manifest"):
-        run(session.recipe(tmp_path / "other", f"train.resume={tmp_path / 'nothing'}"))
+        run(reference.recipe(tmp_path / "other", f"train.resume={tmp_path / 'nothing'}"))
 
 
 @pytest.mark.xdist_group("resume")
 def test_a_loss_line_over_several_steps_is_the_same_after_a_crash(
-    sessions: Callable[[str], Session], tmp_path: Path
+    reference_runs: Callable[[str], ReferenceRun], tmp_path: Path
 ) -> None:
-    session, options = sessions("adamw"), ("train.log_every=3", "train.save_every=2")
-    run(session.recipe(tmp_path / "whole", *options))
-    crashed = Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
+    reference, options = reference_runs("adamw"), ("train.log_every=3", "train.save_every=2")
+    run(reference.recipe(tmp_path / "uninterrupted", *options))
+    crashed = Path(shutil.copytree(tmp_path / "uninterrupted", tmp_path / "run"))
     for folder in crashed.glob("checkpoint-*"):
         if folder.name != "checkpoint-000002":
             shutil.rmtree(folder)
-    run(session.recipe(crashed, *options))
-    assert metrics(tmp_path / "whole") == metrics(crashed)
+    run(reference.recipe(crashed, *options))
+    assert metrics(tmp_path / "uninterrupted") == metrics(crashed)
 
 
-# ---- what may not change
+# ---- settings that may not change, and settings that may
 
 
 @pytest.mark.xdist_group("resume")
@@ -98,55 +107,95 @@ def test_a_loss_line_over_several_steps_is_the_same_after_a_crash(
         ("model.dtype=bfloat16", "model.dtype"),
     ],
 )
-def test_a_change_of_the_mathematics_is_refused_by_its_key(
-    sessions: Callable[[str], Session], override: str, key: str, tmp_path: Path
+def test_a_change_that_affects_the_result_is_refused_with_its_key(
+    reference_runs: Callable[[str], ReferenceRun], override: str, key: str, tmp_path: Path
 ) -> None:
-    session = sessions("adamw")
-    output = session.stopped_at(3, tmp_path / "run")
+    reference = reference_runs("adamw")
+    output = reference.copy_until(3, tmp_path / "run")
     with pytest.raises(InputError) as caught:
-        run(session.recipe(output, override))
+        run(reference.recipe(output, override))
     assert key in str(caught.value) and "resume" in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.xdist_group("resume")
-def test_other_rows_and_another_base_are_refused(sessions: Callable[[str], Session], zoo: Zoo, tmp_path: Path) -> None:
-    session = sessions("adamw")
-    output = session.stopped_at(3, tmp_path / "run")
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS, seed=1)
+def test_other_records_and_another_base_model_are_refused(
+    reference_runs: Callable[[str], ReferenceRun], zoo: Zoo, tmp_path: Path
+) -> None:
+    reference = reference_runs("adamw")
+    output = reference.copy_until(3, tmp_path / "run")
+    data = write_records(tmp_path / "records.jsonl", RECORDS, seed=1)
     with pytest.raises(InputError, match="data sha256"):
-        run(session.recipe(output, f"data.train={rows}"))
+        run(reference.recipe(output, f"data.train={data}"))
     with pytest.raises(InputError, match="base sha256"):
-        run(session.recipe(output, f"model.name={zoo('llama', seed=1)}"))
+        run(reference.recipe(output, f"model.name={zoo('llama', seed=1)}"))
 
 
 @pytest.mark.xdist_group("resume")
-def test_what_changes_no_number_may_change(sessions: Callable[[str], Session], zoo: Zoo, tmp_path: Path) -> None:
-    session = sessions("adamw")
-    output = session.stopped_at(3, tmp_path / "run")
-    moved = Path(shutil.copytree(zoo("llama"), tmp_path / "model"))
-    rows = shutil.copy(session.data, tmp_path / "moved.jsonl")
-    run(session.recipe(output, f"model.name={moved}", f"data.train={rows}", "train.keep=2", "memory.recompute=none"))
-    assert differing(session.folder / "whole", output) == []
+def test_settings_that_change_no_number_may_change(
+    reference_runs: Callable[[str], ReferenceRun], zoo: Zoo, tmp_path: Path
+) -> None:
+    reference = reference_runs("adamw")
+    output = reference.copy_until(3, tmp_path / "run")
+    model = Path(shutil.copytree(zoo("llama"), tmp_path / "model"))
+    data = shutil.copy(reference.data, tmp_path / "copy.jsonl")
+    run(reference.recipe(output, f"model.name={model}", f"data.train={data}", "train.keep=2", "memory.recompute=none"))
+    assert differing_tensors(reference.output, output) == []
 
 
 @pytest.mark.xdist_group("resume")
-def test_a_run_may_be_made_longer(sessions: Callable[[str], Session], tmp_path: Path) -> None:
-    session = sessions("adamw")
-    run(session.recipe(tmp_path / "long", "train.max_steps=8", "optim.warmup=2"))
-    run(session.recipe(tmp_path / "run", "train.max_steps=5", "optim.warmup=2"))
-    run(session.recipe(tmp_path / "run", "train.max_steps=8", "optim.warmup=2"))
-    assert differing(tmp_path / "long", tmp_path / "run") == []
+def test_a_run_may_be_extended(reference_runs: Callable[[str], ReferenceRun], tmp_path: Path) -> None:
+    reference = reference_runs("adamw")
+    run(reference.recipe(tmp_path / "long", "train.max_steps=8", "optim.warmup=2"))
+    run(reference.recipe(tmp_path / "run", "train.max_steps=5", "optim.warmup=2"))
+    run(reference.recipe(tmp_path / "run", "train.max_steps=8", "optim.warmup=2"))
+    assert differing_tensors(tmp_path / "long", tmp_path / "run") == []
     assert metrics(tmp_path / "long") == metrics(tmp_path / "run")
 
 
 @pytest.mark.xdist_group("resume")
-def test_never_forgets_what_was_there(sessions: Callable[[str], Session], tmp_path: Path) -> None:
-    """resume=never starts a new run; when that one is interrupted, it is the one that goes on."""
-    session = sessions("adamw")
-    output = session.stopped_at(5, tmp_path / "run")
-    with stop_after(2), pytest.raises(Stopped):
-        run(session.recipe(output, "train.resume=never", "train.seed=9"))
-    run(session.recipe(output, "train.seed=9"))
-    run(session.recipe(tmp_path / "fresh", "train.seed=9"))
-    assert differing(tmp_path / "fresh", output) == []
+def test_resume_never_starts_a_new_run_that_is_then_resumed(
+    reference_runs: Callable[[str], ReferenceRun], tmp_path: Path
+) -> None:
+    reference = reference_runs("adamw")
+    output = reference.copy_until(5, tmp_path / "run")
+    with signal_in_step(2), pytest.raises(Stopped):
+        run(reference.recipe(output, "train.resume=never", "train.seed=9"))
+    run(reference.recipe(output, "train.seed=9"))
+    run(reference.recipe(tmp_path / "fresh", "train.seed=9"))
+    assert differing_tensors(tmp_path / "fresh", output) == []
+
+
+# ---- names of earlier versions
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_run_resumes_under_the_old_name_of_its_optimizer(
+    reference_runs: Callable[[str], ReferenceRun], tmp_path: Path
+) -> None:
+    reference = reference_runs("offloaded_adamw")
+    output = reference.copy_until(3, tmp_path / "run")
+    recipe_text = dump(reference.recipe(output)).replace("kind: offloaded_adamw", "kind: hosted_adamw")
+    for folder in output.glob("checkpoint-*"):
+        position = folder / POSITION
+        position.write_text(position.read_text().replace('"offloaded_adamw"', '"hosted_adamw"'))
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"][POSITION] = sha256_of(position)
+        write_json(folder / MANIFEST, manifest)
+    assert json.loads(position.read_text())["fixed"]["optim.kind"] == "hosted_adamw"
+    (tmp_path / "recipe.yaml").write_text(recipe_text)
+    recipe, notes = read_recipe(tmp_path / "recipe.yaml")
+    assert notes == ["read optim.kind: hosted_adamw as optim.kind: offloaded_adamw"]
+    run(recipe)
+    assert_same_run(reference.output, output)
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_run_folder_with_the_old_name_of_its_optimizer_is_loaded(
+    reference_runs: Callable[[str], ReferenceRun], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(reference_runs("offloaded_adamw").output, tmp_path / "run"))
+    recipe_file = folder / "recipe.yaml"
+    recipe_file.write_text(recipe_file.read_text().replace("kind: offloaded_adamw", "kind: hosted_adamw"))
+    assert "kind: hosted_adamw" in recipe_file.read_text()
+    assert load_run(str(folder)).recipe.optim.kind == "offloaded_adamw"

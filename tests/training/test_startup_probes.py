@@ -1,4 +1,4 @@
-"""What a run looks at by itself: is it the same base, does every tensor learn, does the base stay as it was?"""
+"""Checks that a run makes: the base's fingerprint, a gradient for every trainable tensor, an unchanged base."""
 
 import json
 import shutil
@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support.child_processes import Child
-from support.small_runs import adapter_tensors, recipe_of, run, write_rows
+from support.small_runs import adapter_tensors, recipe_of, run, write_records
 
 from qlora.adapters.inject import adapted
 from qlora.errors import BaseModelError, InputError, QloraError
 from qlora.model import Model
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.model.load_base import Base, load
+from qlora.quant import Quant, build_quantizer
 from qlora.quant.linear import FrozenLinear
-from qlora.quant.nf4 import Nf4
-from qlora.runs import train as walk
+from qlora.runs import train as train_run
 from qlora.training import OPTIMIZERS
 from qlora.training.checkpoint import MANIFEST, POSITION, read
 from qlora.utils.atomic_files import sha256_of
@@ -27,10 +27,10 @@ Zoo = Callable[..., Path]
 
 
 def loaded(folder: Path) -> Base:
-    return load(Model(name=str(folder), dtype="float32"), Nf4(), torch.device("cpu"))
+    return load(Model(name=str(folder), dtype="float32"), build_quantizer(Quant()), torch.device("cpu"))
 
 
-def changed(folder: Path, target: Path, **changes: Any) -> Path:
+def with_config(folder: Path, target: Path, **changes: Any) -> Path:
     """A copy of a base with another config.json."""
     copy = Path(shutil.copytree(folder, target))
     config = json.loads((copy / "config.json").read_text()) | changes
@@ -38,7 +38,7 @@ def changed(folder: Path, target: Path, **changes: Any) -> Path:
     return copy
 
 
-# ---- the same base
+# ---- the fingerprint
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def changed(folder: Path, target: Path, **changes: Any) -> Path:
         ("gemma2", {"query_pre_attn_scalar": 32}),
     ],
 )
-def test_the_same_weights_with_another_arithmetic_are_another_base(
+def test_other_numeric_settings_are_another_base(
     zoo: Zoo, family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    other = changed(zoo(family), tmp_path / "other", **changes)
+    other = with_config(zoo(family), tmp_path / "other", **changes)
     assert loaded(other).manifest.sha256 != loaded(zoo(family)).manifest.sha256
 
 
@@ -70,80 +70,82 @@ def test_the_same_weights_with_another_arithmetic_are_another_base(
         {"max_position_embeddings": 512, "pad_token_id": None, "initializer_range": 0.5, "attention_dropout": 0.5},
     ],
 )
-def test_what_changes_no_number_makes_no_other_base(zoo: Zoo, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_without_effect_on_numbers_are_the_same_base(
+    zoo: Zoo, changes: dict[str, Any], tmp_path: Path
+) -> None:
     assert (
-        loaded(changed(zoo("llama"), tmp_path / "same", **changes)).manifest.sha256
+        loaded(with_config(zoo("llama"), tmp_path / "same", **changes)).manifest.sha256
         == loaded(zoo("llama")).manifest.sha256
     )
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
 @pytest.mark.parametrize("value", [10**9, 2**63, 1e308, -(10**6)])
-def test_sizes_that_no_model_has_are_refused_at_once(zoo: Zoo, key: str, value: float, tmp_path: Path) -> None:
+def test_impossible_sizes_are_refused_at_once(zoo: Zoo, key: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=key):
-        loaded(changed(zoo("llama"), tmp_path / "giant", **{key: value}))
+        loaded(with_config(zoo("llama"), tmp_path / "giant", **{key: value}))
 
 
-# ---- the base stays
+# ---- the frozen base
 
 
-def test_every_byte_of_the_frozen_base_counts(zoo: Zoo) -> None:
+def test_every_byte_of_the_frozen_base_changes_the_digest(zoo: Zoo) -> None:
     model = loaded(zoo("llama")).model
-    whole = frozen_sha256(model)
+    digest = frozen_sha256(model)
     for value in [*model.parameters(), *model.buffers()]:
         flat = value.detach().reshape(-1).view(torch.uint8)
-        for at in (0, flat.numel() // 2, flat.numel() - 1):
-            flat[at] ^= 64
-            assert frozen_sha256(model) != whole
-            flat[at] ^= 64
-    assert frozen_sha256(model) == whole
+        for index in (0, flat.numel() // 2, flat.numel() - 1):
+            flat[index] ^= 64
+            assert frozen_sha256(model) != digest
+            flat[index] ^= 64
+    assert frozen_sha256(model) == digest
 
 
-def test_a_base_that_changes_under_training_ends_the_run(
+def test_a_base_that_changes_during_training_ends_the_run(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit = walk.fit
+    fit = train_run.fit
 
     def flipped(job: Any, position: Any) -> Any:
         layer = next(module for module in job.model.modules() if isinstance(module, FrozenLinear))
         next(layer.parameters(recurse=False)).view(-1).view(torch.uint8)[5] ^= 1
         return fit(job, position)
 
-    monkeypatch.setattr(walk, "fit", flipped)
+    monkeypatch.setattr(train_run, "fit", flipped)
     output = tmp_path / "run"
-    with pytest.raises(QloraError, match="frozen base changed") as caught:
-        run(recipe_of(zoo("llama"), write_rows(tmp_path / "rows.jsonl", 8), output))
+    with pytest.raises(QloraError, match="bytes of the frozen base model changed") as caught:
+        run(recipe_of(zoo("llama"), write_records(tmp_path / "rows.jsonl", 8), output))
     assert caught.value.exit_code == 1 and not (output / "adapter_model.safetensors").exists()
 
 
-# ---- every tensor learns
+# ---- gradients
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_tensor_that_no_gradient_reaches_is_named(
+def test_a_tensor_without_a_gradient_is_named_in_the_error(
     zoo: Zoo, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assemble = walk.assemble
+    build_job = train_run.build_job
 
-    def cut(parts: Any, *rest: Any) -> Any:
-        layer = adapted(parts.base.model)["model.layers.1.mlp.up_proj"]
+    def without_gradient(setup: Any, *rest: Any) -> Any:
+        layer = adapted(setup.base.model)["model.layers.1.mlp.up_proj"]
         layer.A.register_hook(torch.zeros_like)
-        return assemble(parts, *rest)
+        return build_job(setup, *rest)
 
-    data = write_rows(tmp_path / "rows.jsonl", 8)
+    data = write_records(tmp_path / "rows.jsonl", 8)
     options = (f"optim.kind={kind}", "train.max_steps=8")
     run(recipe_of(zoo("llama"), data, tmp_path / "good", *options))
-    monkeypatch.setattr(walk, "assemble", cut)
+    monkeypatch.setattr(train_run, "build_job", without_gradient)
     with pytest.raises(QloraError, match=r"1 of 28 trainable tensors.*layers\.1\.mlp\.up_proj\.A"):
         run(recipe_of(zoo("llama"), data, tmp_path / "run", *options))
 
 
-# ---- what may not change between two parts of a run
+# ---- what may not change on resume
 
 
-def test_dropout_ties_a_run_to_its_micro_batch(zoo: Zoo, tmp_path: Path) -> None:
-    """Masks are drawn a micro-batch at a time; without dropout another micro-batch changes no more than rounding."""
-    data = write_rows(tmp_path / "rows.jsonl", 8)
+def test_with_dropout_the_micro_batch_may_not_change(zoo: Zoo, tmp_path: Path) -> None:
+    """Dropout masks are drawn per micro-batch; without dropout its size changes rounding only."""
+    data = write_records(tmp_path / "rows.jsonl", 8)
     for dropout, name in ((0.1, "with"), (0.0, "without")):
         options = ("train.save_every=2", f"adapter.dropout={dropout}", "optim.warmup=0", "optim.schedule=constant")
         run(recipe_of(zoo("llama"), data, tmp_path / name, *options, "train.max_steps=2"))
@@ -156,7 +158,7 @@ def test_dropout_ties_a_run_to_its_micro_batch(zoo: Zoo, tmp_path: Path) -> None
 
 
 def test_another_chat_template_or_tokenizer_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    data, options = write_rows(tmp_path / "rows.jsonl", 8), ("train.save_every=2", "optim.warmup=0")
+    data, options = write_records(tmp_path / "rows.jsonl", 8), ("train.save_every=2", "optim.warmup=0")
     run(recipe_of(zoo("llama"), data, tmp_path / "run", *options, "train.max_steps=2"))
     other = Path(shutil.copytree(zoo("llama"), tmp_path / "model"))
     template = next(other.glob("chat_template*"))
@@ -167,15 +169,15 @@ def test_another_chat_template_or_tokenizer_is_refused(zoo: Zoo, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def checkpoint(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("checkpoint")
+    folder = tmp_path_factory.mktemp("checkpoint")
     options = ("train.max_steps=1", "train.save_every=1")
-    run(recipe_of(zoo("llama"), write_rows(home / "rows.jsonl", 4), home / "run", *options))
-    return home / "run" / "checkpoint-000001"
+    run(recipe_of(zoo("llama"), write_records(folder / "rows.jsonl", 4), folder / "run", *options))
+    return folder / "run" / "checkpoint-000001"
 
 
-def spoilt(checkpoint: Path, home: Path, file: str, **changes: Any) -> Path:
-    """A checkpoint with other values, whose manifest vouches for them."""
-    folder = Path(shutil.copytree(checkpoint, home / checkpoint.name))
+def edited(checkpoint: Path, parent: Path, file: str, **changes: Any) -> Path:
+    """A copy of a checkpoint with other values in a file, and its digest in the manifest."""
+    folder = Path(shutil.copytree(checkpoint, parent / checkpoint.name))
     values = json.loads((folder / file).read_text()) | changes
     (folder / file).write_text(json.dumps(values) + "\n")
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -185,14 +187,14 @@ def spoilt(checkpoint: Path, home: Path, file: str, **changes: Any) -> Path:
     return folder
 
 
-def test_a_checkpoint_that_is_written_anew_is_read(checkpoint: Path, tmp_path: Path) -> None:
-    assert read(spoilt(checkpoint, tmp_path, POSITION)).position == read(checkpoint).position
+def test_a_checkpoint_with_a_new_manifest_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    assert read(edited(checkpoint, tmp_path, POSITION)).position == read(checkpoint).position
 
 
 @pytest.mark.parametrize("number", [2, 0, "1", None, True, 1.5])
-def test_a_checkpoint_of_another_format_is_refused_by_its_number(checkpoint: Path, number: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_is_refused(checkpoint: Path, number: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"format.*reads format 1"):
-        read(spoilt(checkpoint, tmp_path, MANIFEST, format=number))
+        read(edited(checkpoint, tmp_path, MANIFEST, format=number))
 
 
 @pytest.mark.parametrize(
@@ -207,26 +209,26 @@ def test_a_checkpoint_of_another_format_is_refused_by_its_number(checkpoint: Pat
         {"fixed": 3},
     ],
 )
-def test_a_position_that_says_nonsense_is_refused(checkpoint: Path, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_position_is_refused(checkpoint: Path, changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="position"):
-        read(spoilt(checkpoint, tmp_path, POSITION, **changes))
+        read(edited(checkpoint, tmp_path, POSITION, **changes))
 
 
-# ---- the same bits again
+# ---- reproducibility
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_recipe_gives_the_same_adapter_in_every_process(zoo: Zoo, kind: str, tmp_path: Path) -> None:
-    data, digests = write_rows(tmp_path / "rows.jsonl", 12), set()
+    data, digests = write_records(tmp_path / "rows.jsonl", 12), set()
     options = (f"optim.kind={kind}", "adapter.dropout=0.1", "data.packing=true", "train.deterministic=true")
     for name in ("one", "two"):
         recipe = recipe_of(zoo("llama"), data, tmp_path / name, *options)
 
-        def work(tell: Any, recipe: Any = recipe) -> None:
-            torch.manual_seed(hash(recipe.train.output))  # what was random before a run is no part of it
-            walk.train(recipe, quiet=True)
+        def work(notify: Any, recipe: Any = recipe) -> None:
+            torch.manual_seed(hash(recipe.train.output))  # random state from before the run has no effect
+            train_run.train(recipe, quiet=True)
 
-        child = Child(work, tmp_path / "said")
-        assert child.end() == 0, (tmp_path / "said").read_text()
+        child = Child(work, tmp_path / "log")
+        assert child.wait() == 0, (tmp_path / "log").read_text()
         digests.add(sha256_of(tmp_path / name / "adapter_model.safetensors"))
     assert len(digests) == 1 and adapter_tensors(tmp_path / "one")

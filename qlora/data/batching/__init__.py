@@ -1,1 +1,1 @@
-"""From examples to micro-batches: filter, store, pack, sample, collate."""
+"""Examples as micro-batches: filter, store, cache, pack, sample, collate."""

@@ -1,7 +1,7 @@
-"""Prepared data kept between runs: found by the content of everything it was made from, verified when it is read.
+"""The cache of prepared data: found by a digest of everything that the data depends on, verified when it is read.
 
-An entry is a folder of flat arrays (columns.py) with entry.json, which holds their sha256 and the report. It is written
-aside and renamed, so a reader sees all of it or nothing; one that is damaged is made anew.
+An entry is a folder of flat arrays (column_store.py) with entry.json, which holds their sha256 and the report. It is
+written to a temporary folder and renamed, so a reader never sees half of it. A damaged entry is built again.
 """
 
 import hashlib
@@ -19,131 +19,127 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.batching import column_store
-from qlora.data.batching.column_store import Array, Columns, Unwritable
-from qlora.utils.atomic_files import ASIDE, alone, cache_home
+from qlora.data.batching.column_store import Array, Columns, ColumnWriteError
+from qlora.utils.atomic_files import PARTIAL, cache_folder, exclusive_lock
 from qlora.utils.redact import redacted_values
 
 DATA_PACKAGE = Path(__file__).parents[1]
 UNUSED_DAYS = 30  # after which an entry is removed
 _ENTRY = "entry.json"
-_OURS = re.compile(rf"({re.escape(ASIDE)})?[0-9a-f]{{64}}(-\w+|\.lock)?")  # names that may be swept
-_LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "numpy")  # whose code makes tokens out of rows
+_REMOVABLE = re.compile(rf"({re.escape(PARTIAL)})?[0-9a-f]{{64}}(-\w+|\.lock)?")  # names that this module creates
+_LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "numpy")  # whose versions may change token ids
 
 Report = Mapping[str, Any]
-Build = Callable[[Columns], tuple[Mapping[str, Array], Report]]  # fills the columns; gives them back with a report
+Build = Callable[[Columns], tuple[Mapping[str, Array], Report]]  # writes the columns; returns them with a report
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Prepared data; `note` says where it comes from."""
+    """Prepared data. `note` tells the user where it is from."""
 
     columns: Mapping[str, Array]
     report: Report
     note: str
 
 
-def folder() -> Path | None:
-    """Where entries are kept: data/ in $QLORA_CACHE or in the user's cache folder; None if $QLORA_CACHE is empty."""
-    return cache_home("data")
-
-
 def code_sha256(package: Path = DATA_PACKAGE) -> str:
-    """A digest of this package's source files and of the libraries it uses: other code may give other tokens."""
+    """A digest of this package's source files and of its libraries' versions: other code may give other tokens."""
     digest = hashlib.sha256(repr([(name, version(name)) for name in _LIBRARIES]).encode())
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def key_of(**inputs: Any) -> str:
-    """The name of the entry made from `inputs` (JSON values) by this code."""
+def cache_key(**inputs: Any) -> str:
+    """The name of the entry that this code builds from `inputs` (JSON values)."""
     text = json.dumps({**inputs, "code": code_sha256()}, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def entry(key: str, build: Build) -> Entry:
-    """The entry of `key`, made by `build` unless it is kept already. Without a writable folder it is made in memory."""
-    home = folder()
-    if home is None:
+def get_or_build(key: str, build: Build) -> Entry:
+    """The entry `key`, from the cache or else from `build`. It is in memory if the cache can't be written."""
+    folder = cache_folder("data")
+    if folder is None:
         return _in_memory(build, "prepared data is not kept: QLORA_CACHE is empty")
-    if found := _read(home / key):
-        return found
+    if entry := _read(folder / key):
+        return entry
     try:
-        with _alone(home, key):  # processes that prepare the same data at the same time wait for the first one
-            return _read(home / key) or _write(home / key, build)
-    except Unwritable as error:
-        return _in_memory(build, f"prepared data is not kept: {home} can't be written ({error.strerror})")
+        with _lock(folder, key):  # processes that prepare the same data wait for the first one
+            return _read(folder / key) or _write(folder / key, build)
+    except ColumnWriteError as error:
+        return _in_memory(build, f"prepared data is not kept: {folder} can't be written ({error.strerror})")
 
 
 def _in_memory(build: Build, note: str) -> Entry:
     return Entry(*build(Columns(None)), note)
 
 
-def _read(place: Path) -> Entry | None:
-    """The entry at `place`; None if there is none that is whole."""
+def _read(path: Path) -> Entry | None:
+    """The entry at `path`; None if there is none or it is damaged."""
     try:
-        text = (place / _ENTRY).read_text(encoding="utf-8")
-        seal, _, body = text.partition("\n")
-        if hashlib.sha256(body.encode()).hexdigest() != seal:
+        text = (path / _ENTRY).read_text(encoding="utf-8")
+        digest, _, body = text.partition("\n")
+        if hashlib.sha256(body.encode()).hexdigest() != digest:
             return None
-        known = json.loads(body)
-        found = column_store.read(place, known["columns"])
+        content = json.loads(body)
+        columns = column_store.read(path, content["columns"])
     except (OSError, ValueError, KeyError):
         return None
     with suppress(OSError):
-        os.utime(place / _ENTRY)
-    return Entry(found, known["report"], f"data: prepared before, read from {place}")
+        os.utime(path / _ENTRY)
+    return Entry(columns, content["report"], f"data: prepared before, read from {path}")
 
 
-def _write(place: Path, build: Build) -> Entry:
-    """Build the entry aside, then put it in its place. Unwritable if the folder does not take it."""
-    aside = _aside(place)
-    store = Columns(aside)
+def _write(path: Path, build: Build) -> Entry:
+    """Build the entry in a temporary folder and rename it to `path`. ColumnWriteError if it can't be written."""
+    temporary = _temporary_folder(path)
+    store = Columns(temporary)
     try:
-        found, report = build(store)
-        kept = redacted_values(report)  # its findings quote rows
-        body = json.dumps({"columns": column_store.digests_of(aside), "report": kept}, ensure_ascii=True)
-        _put(aside, place, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+        columns, report = build(store)
+        redacted = redacted_values(report)  # its findings quote records
+        body = json.dumps({"columns": column_store.digests_of(temporary), "report": redacted}, ensure_ascii=True)
+        _commit(temporary, path, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
     except BaseException:
         store.close()
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Entry(found, report, f"data: prepared, and kept in {place}")
+    return Entry(columns, report, f"data: prepared, and kept in {path}")
 
 
-def _aside(place: Path) -> Path:
-    """An empty folder beside `place`; what others left there unfinished, or long unused, is swept away."""
+def _temporary_folder(path: Path) -> Path:
+    """An empty folder next to `path`, after abandoned and long unused ones are removed."""
     try:
-        _sweep(place)
-        return Path(tempfile.mkdtemp(prefix=f"{ASIDE}{place.name}-", dir=place.parent))
+        _remove_old(path)
+        return Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{path.name}-", dir=path.parent))
     except OSError as error:
-        raise Unwritable(error.errno, error.strerror) from error
+        raise ColumnWriteError(error.errno, error.strerror) from error
 
 
-def _put(aside: Path, place: Path, text: str) -> None:
+def _commit(temporary: Path, path: Path, text: str) -> None:
     try:
-        (aside / _ENTRY).write_text(text, encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)  # a damaged one
-        os.replace(aside, place)
+        (temporary / _ENTRY).write_text(text, encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)  # a damaged entry
+        os.replace(temporary, path)
     except OSError as error:
-        raise Unwritable(error.errno, error.strerror) from error
+        raise ColumnWriteError(error.errno, error.strerror) from error
 
 
-def _sweep(place: Path) -> None:
+def _remove_old(entry: Path) -> None:
+    """Remove unfinished folders of `entry`, and entries that were not used for UNUSED_DAYS."""
     oldest = time.time() - UNUSED_DAYS * 86400
-    for path in (path for path in place.parent.iterdir() if _OURS.fullmatch(path.name)):
+    for path in (path for path in entry.parent.iterdir() if _REMOVABLE.fullmatch(path.name)):
         used = path / _ENTRY if (path / _ENTRY).exists() else path
         with suppress(OSError):
-            if path.name.startswith(f"{ASIDE}{place.name}-") or used.stat().st_mtime < oldest:
+            if path.name.startswith(f"{PARTIAL}{entry.name}-") or used.stat().st_mtime < oldest:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
-def _alone(home: Path, key: str) -> Iterator[None]:
-    """Only one process at a time is inside for `key`. Unwritable without a folder."""
+def _lock(folder: Path, key: str) -> Iterator[None]:
+    """One process at a time holds the lock for `key`. ColumnWriteError if there is no folder."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(alone(home, key))
+            stack.enter_context(exclusive_lock(folder, key))
         except OSError as error:
-            raise Unwritable(error.errno, error.strerror) from error
+            raise ColumnWriteError(error.errno, error.strerror) from error
         yield

@@ -1,4 +1,4 @@
-"""Rows put together into the tensors of a micro-batch."""
+"""Collate: sequences padded into the tensors of a micro-batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,34 +12,35 @@ from qlora.data.types import IGNORED, Example
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Pads stand on the right, so a causal mask keeps them from every real token."""
+    """One micro-batch, padded on the right: the causal mask hides the padding from every token."""
 
     input_ids: Tensor  # [B, T] int64
-    labels: Tensor  # [B, T] int64, -100 on pads and on the first token of every document
-    position_ids: Tensor  # [B, T] int64, 0 where a document begins; pads count on
-    tokens: int = 0  # without pads
-    starts: tuple[tuple[int, ...], ...] = ()  # of each row, where its documents begin
-    lengths: tuple[int, ...] = ()  # of each row, without pads
+    labels: Tensor  # [B, T] int64, -100 for padding and for the first token of every document
+    position_ids: Tensor  # [B, T] int64, 0 where a document starts; padding continues the last document
+    tokens: int = 0  # without padding
+    document_starts: tuple[tuple[int, ...], ...] = ()  # for each sequence, where its documents start
+    lengths: tuple[int, ...] = ()  # tokens of each sequence, without padding
 
     @property
     def trained_tokens(self) -> int:
-        """How many labels bear loss."""
+        """Number of labels that bear loss."""
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """The batch on another device."""
         ids, labels, positions = (
             tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.position_ids)
         )
-        return Batch(ids, labels, positions, self.tokens, self.starts, self.lengths)
+        return Batch(ids, labels, positions, self.tokens, self.document_starts, self.lengths)
 
-    def silent(self) -> "Batch":
-        """The same batch with nothing to learn, for a process that has no rows left but must take part."""
-        return Batch(self.input_ids, torch.full_like(self.labels, IGNORED), self.position_ids, starts=self.starts)
+    def without_loss(self) -> "Batch":
+        """The batch without labels, for a rank that has no sequences left and must still take part."""
+        ignored = torch.full_like(self.labels, IGNORED)
+        return Batch(self.input_ids, ignored, self.position_ids, document_starts=self.document_starts)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad `examples` on the right to the longest. Whatever `pad_id` is, pads are known by place, never by id."""
+    """Pad `examples` on the right to the longest. Padding is known by position: `pad_id` may be a trained token."""
     shape = (len(examples), max(len(example) for example in examples))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
@@ -47,10 +48,10 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     for row, example in enumerate(examples):
         input_ids[row, : len(example)] = example.input_ids
         labels[row, : len(example)] = example.labels
-        for start in example.starts():
+        for start in example.document_starts():
             position_ids[row, start:] = np.arange(shape[1] - start)
-    labels[position_ids == 0] = IGNORED  # nothing before it, or another document: no prediction to learn from
+    labels[position_ids == 0] = IGNORED  # a document's first token is predicted from nothing
     ids, targets, positions = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
-    starts = tuple(example.starts() for example in examples)
+    starts = tuple(example.document_starts() for example in examples)
     lengths = tuple(len(example) for example in examples)
     return Batch(ids, targets, positions, sum(lengths), starts, lengths)

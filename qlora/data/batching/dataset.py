@@ -1,4 +1,7 @@
-"""Rows of tokens as views of flat arrays: an Example is made when asked for, so memory does not grow with them."""
+"""Data sets of examples and sequences, as views of flat arrays: an Example is built when it is indexed.
+
+So memory does not grow with the number of examples.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -8,39 +11,40 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora.data.batching.column_store import Array, Columns
-from qlora.data.batching.packing import join
+from qlora.data.batching.packing import join_documents
 from qlora.data.types import IGNORED, Example
 
 Indices = npt.NDArray[np.int64]
 
-DOCUMENTS = ("ids", "trained", "ends", "where", "where_ends")
+EXAMPLE_COLUMNS = ("ids", "trained", "ends", "where", "where_ends")
 
 
 class ExampleWriter:
-    """Appends examples to the columns of DOCUMENTS."""
+    """Appends examples to EXAMPLE_COLUMNS."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self._tokens = self._letters = self.count = 0
+        self._tokens = self._where_bytes = self.count = 0
 
     def add(self, example: Example) -> None:
-        """One more document. Labels are kept as flags: they are the token itself or IGNORED."""
+        """Append one example. Labels are stored as flags: each is the token itself or IGNORED."""
         where = np.frombuffer(example.where.encode("utf-8", "surrogateescape"), dtype=np.uint8)
         self._tokens += len(example)
-        self._letters += len(where)
+        self._where_bytes += len(where)
         self.count += 1
         self._columns.append("ids", example.input_ids)
         self._columns.append("trained", example.labels != IGNORED)
         self._columns.append("ends", np.array([self._tokens]))
         self._columns.append("where", where)
-        self._columns.append("where_ends", np.array([self._letters]))
+        self._columns.append("where_ends", np.array([self._where_bytes]))
 
 
 class ExampleStore(Sequence[Example]):
-    """What a DocumentWriter wrote."""
+    """The examples that an ExampleWriter wrote."""
 
     def __init__(self, columns: Mapping[str, Array]) -> None:
-        self._ids, self._trained, self._ends, self._where, self._where_ends = (columns[name] for name in DOCUMENTS)
+        arrays = (columns[name] for name in EXAMPLE_COLUMNS)
+        self._ids, self._trained, self._ends, self._where, self._where_ends = arrays
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -50,49 +54,49 @@ class ExampleStore(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Document `index`, as it was added."""
+        """Example `index`, in the order of writing."""
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+            return [self[i] for i in range(*index.indices(len(self)))]
         span = _span(self._ends, range(len(self))[index])
         ids = np.array(self._ids[span], dtype=np.int32)
         return Example(self.where(index), ids, np.where(self._trained[span], ids, np.int32(IGNORED)))
 
     def where(self, index: int) -> str:
-        """The place document `index` came from."""
+        """The file:line of example `index`."""
         return bytes(self._where[_span(self._where_ends, range(len(self))[index])]).decode("utf-8", "surrogateescape")
 
     @property
     def lengths(self) -> Indices:
-        """Tokens of each document."""
+        """Tokens of each example."""
         return np.diff(self._ends, prepend=0)
 
 
 class SequenceDataset(Sequence[Example]):
-    """Rows of one or more documents: row i holds documents order[ends[i-1]:ends[i]]."""
+    """Sequences of one or more examples: sequence i joins the examples order[ends[i-1]:ends[i]]."""
 
-    def __init__(self, documents: ExampleStore, order: Array, ends: Array) -> None:
-        self.documents, self._order, self._ends = documents, order, ends
+    def __init__(self, examples: ExampleStore, order: Array, ends: Array) -> None:
+        self.examples, self._order, self._ends = examples, order, ends
 
     def __len__(self) -> int:
         return len(self._ends)
 
     @cached_property
     def lengths(self) -> Indices:
-        """Tokens of each row."""
+        """Tokens of each sequence."""
         if not len(self):
             return np.zeros(0, dtype=np.int64)
-        return np.add.reduceat(self.documents.lengths[self._order], np.append(0, self._ends[:-1]))  # type: ignore[no-any-return]
+        return np.add.reduceat(self.examples.lengths[self._order], np.append(0, self._ends[:-1]))  # type: ignore[no-any-return]
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Row `index`, its documents joined."""
+        """Sequence `index`, its examples joined."""
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+            return [self[i] for i in range(*index.indices(len(self)))]
         span = _span(self._ends, range(len(self))[index])
-        return join([self.documents[int(each)] for each in self._order[span]])
+        return join_documents([self.examples[int(i)] for i in self._order[span]])
 
 
 def _span(ends: Array, index: int) -> slice:

@@ -1,23 +1,23 @@
-"""Which rows are held out for evaluation, as a function of what they say and the seed."""
+"""The train/eval split: which examples are held out, a function of their content and the seed."""
 
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.batching.sampler import scatter
+from qlora.data.batching.sampler import random_keys
 from qlora.data.data_report import Keys
 
 
-def held_out(keys: Keys, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows are held out, as flags: about `fraction`, at least one of two; equal rows stay together."""
+def eval_mask(keys: Keys, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """True for each held-out example: about `fraction` of them, at least one of two. Equal keys stay together."""
     if fraction <= 0 or len(keys) < 2:
         return np.zeros(len(keys), dtype=bool)
-    wanted = min(max(1, round(fraction * len(keys))), len(keys) - 1)
-    said, counts = np.unique(keys, return_counts=True)
-    picked, rows = list[int](), 0
-    for group in np.argsort(scatter(seed, 0, said), kind="stable"):
-        if rows == wanted:
+    target = min(max(1, round(fraction * len(keys))), len(keys) - 1)
+    distinct, counts = np.unique(keys, return_counts=True)
+    picked, examples = list[int](), 0
+    for group in np.argsort(random_keys(seed, 0, distinct), kind="stable"):
+        if examples == target:
             break
-        if rows + counts[group] <= wanted:
+        if examples + counts[group] <= target:
             picked.append(int(group))
-            rows += int(counts[group])
-    return np.isin(keys, said[picked])
+            examples += int(counts[group])
+    return np.isin(keys, distinct[picked])

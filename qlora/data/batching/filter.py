@@ -1,4 +1,4 @@
-"""The gate that every row passes: kept, cut or dropped, counted, and named where there is something to tell."""
+"""The example filter: each record is kept, truncated or dropped, and counted, with findings for the report."""
 
 from array import array
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora.data.batching.dataset import ExampleWriter
 from qlora.data.conversations.build_example import Encoded
-from qlora.data.conversations.encode_records import Made, RawRecord
+from qlora.data.conversations.encode_records import EncodeResult, RawRecord
 from qlora.data.types import IGNORED, BadRecord, Example, Finding, Ints, Occurrences, Record, RecordError
 
 if TYPE_CHECKING:
@@ -16,115 +16,115 @@ if TYPE_CHECKING:
 
 
 class ExampleFilter:
-    """Counts rows as they pass on to `documents`; `where` stands for the data set as a whole in findings.
+    """Counts of one data set; kept examples go to `writer`. where: the recipe key, for findings about the whole set.
 
-    Of a row that is kept, 24 bytes stay here: its length is in `documents`, `keys` and `copies` are kept for the split.
+    A kept example takes 24 bytes here (`keys`, `answer_keys`, `copies`). Its tokens and length are in the column store.
     """
 
-    def __init__(self, where: str, documents: ExampleWriter) -> None:
+    def __init__(self, where: str, writer: ExampleWriter) -> None:
         self.where = where
-        self.rows = self.kept = self.truncated = self.control_rows = 0
+        self.records = self.kept = self.truncated = self.control_records = 0
         self.tokens = self.trained_tokens = 0
         self.dropped: Counter[str] = Counter()
         self.problems: list[Finding] = []
         self.warnings: list[Finding] = []
-        self.keys = array("Q")  # rows with equal keys say the same
+        self.keys = array("Q")  # equal for examples with equal tokens and labels
         self.copies = array("q")
-        self.answers = array("Q")  # rows with equal ones are trained to say the same
-        self.too_long = array("q")  # tokens of rows above data.max_length
-        self.open_ended = Occurrences()
-        self.skipped = Occurrences()
-        self.skipped_answers = 0
-        self._documents = documents
+        self.answer_keys = array("Q")  # equal for examples with equal trained tokens
+        self.overlong_lengths = array("q")  # tokens of examples above data.max_length
+        self.without_end_token = Occurrences()
+        self.with_untrained_answers = Occurrences()
+        self.untrained_answers = 0
+        self._writer = writer
 
-    def drop(self, where: str, reason: str, detail: str, fatal: bool = False) -> None:
-        """One row that is not trained, and why."""
-        self.rows += 1
+    def drop(self, where: str, reason: str, detail: str, is_problem: bool = False) -> None:
+        """Count a record that is not trained on, and why."""
+        self.records += 1
         self.dropped[reason] += 1
         message = f"dropped, {reason}: {detail}" if detail else f"dropped, {reason}"
-        (self.problems if fatal else self.warnings).append(Finding(where, message))
+        (self.problems if is_problem else self.warnings).append(Finding(where, message))
 
     def keep(self, encoded: Encoded, copies: int) -> None:
-        """One row that is trained `copies` times an epoch."""
+        """Count and store an example that is trained on `copies` times in an epoch."""
         example = encoded.example
-        self.rows += 1
+        self.records += 1
         self.kept += 1
         self.tokens += len(example)
         self.trained_tokens += example.trained_tokens()
         self.keys.append(_key(example.input_ids, example.labels))
-        self.answers.append(_key(example.labels[example.labels != IGNORED]))
+        self.answer_keys.append(_key(example.labels[example.labels != IGNORED]))
         self.copies.append(copies)
-        self._documents.add(example)
-        self._notice(encoded)
+        self._writer.add(example)
+        self._add_findings(encoded)
 
-    def _notice(self, encoded: Encoded) -> None:
-        """What a kept row gives reason to tell."""
+    def _add_findings(self, encoded: Encoded) -> None:
         where = encoded.example.where
-        if encoded.forged:
-            self.control_rows += 1
-            kinds = ", ".join(repr(text) for text in dict.fromkeys(encoded.forged))
+        if encoded.control_strings:
+            self.control_records += 1
+            kinds = ", ".join(repr(text) for text in dict.fromkeys(encoded.control_strings))
             self.warnings.append(Finding(where, f"control strings in the text, kept as text: {kinds}"))
-        if encoded.unknown:
-            self.warnings.append(Finding(where, f"{encoded.unknown} trained tokens are unknown to the tokenizer"))
-        if not encoded.ends:
-            self.open_ended.add(where)
-        if encoded.skipped:
-            self.skipped.add(where)
-            self.skipped_answers += encoded.skipped
+        if encoded.unknown_tokens:
+            message = f"{encoded.unknown_tokens} trained tokens are unknown to the tokenizer"
+            self.warnings.append(Finding(where, message))
+        if not encoded.end_trained:
+            self.without_end_token.add(where)
+        if encoded.untrained_answers:
+            self.with_untrained_answers.add(where)
+            self.untrained_answers += encoded.untrained_answers
 
     @property
     def end_trained(self) -> float:
-        """Share of the kept rows that teach the model to stop."""
-        return 1 - self.open_ended.count / self.kept if self.kept else 0.0
+        """Fraction of the kept examples that end with a trained end token."""
+        return 1 - self.without_end_token.count / self.kept if self.kept else 0.0
 
-    def fatal(self) -> list[Finding]:
-        """Why nothing at all can be learnt, if so."""
+    def blocking_problems(self) -> list[Finding]:
+        """Why the data set as a whole can't be trained on, if so."""
         if not self.kept:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.most_common())
-            found = f"no rows left of {self.rows}: {reasons or 'the data set is empty'}"
-            return [Finding(self.where, f"{found}. {self._first_reason()}")]
+            problem = f"no records left of {self.records}: {reasons or 'the data set is empty'}"
+            return [Finding(self.where, f"{problem}. {self._first_reason()}")]
         if not self.trained_tokens:
-            return [Finding(self.where, "no trained tokens in any row")]
+            return [Finding(self.where, "no trained tokens in any record")]
         return []
 
     def _first_reason(self) -> str:
-        """The first row that was dropped, which says what to do about all of them."""
+        """The first dropped record and why: usually the reason for all of them."""
         dropped = next((finding for finding in self.warnings if finding.message.startswith("dropped")), None)
-        return f"First: {dropped.where}: {dropped.message}." if dropped else "Name a file with rows."
+        return f"First: {dropped.where}: {dropped.message}." if dropped else "Name a file with records."
 
 
-def _key(*said: Ints) -> int:
-    """64 bits of what the arrays say: equal for equal ones."""
-    digest = blake2b(b"".join(one.tobytes() for one in said), digest_size=8).digest()
+def _key(*arrays: Ints) -> int:
+    """A 64-bit digest of the arrays: equal for equal ones."""
+    digest = blake2b(b"".join(item.tobytes() for item in arrays), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def admit(gate: ExampleFilter, row: RawRecord, made: Made, section: "Data") -> None:
-    """Keep, cut or drop one row."""
-    if isinstance(row, BadRecord):
-        gate.drop(row.where, row.reason, row.detail, fatal=True)
-    elif isinstance(made, RecordError):
-        gate.drop(row.where, made.reason, made.detail)
-    elif made is not None and len(made.example) <= section.max_length:
-        gate.keep(made, row.copies)
-    elif made is not None:
-        _overlong(gate, row, made, section)
+def filter_example(examples: ExampleFilter, record: RawRecord, result: EncodeResult, section: "Data") -> None:
+    """Keep, truncate or drop one record."""
+    if isinstance(record, BadRecord):
+        examples.drop(record.where, record.reason, record.detail, is_problem=True)
+    elif isinstance(result, RecordError):
+        examples.drop(record.where, result.reason, result.detail)
+    elif result is not None and len(result.example) <= section.max_length:
+        examples.keep(result, record.copies)
+    elif result is not None:
+        _filter_overlong(examples, record, result, section)
 
 
-def _overlong(gate: ExampleFilter, row: Record, made: Encoded, section: "Data") -> None:
-    found = f"{len(made.example)} tokens, data.max_length is {section.max_length}"
-    gate.too_long.append(len(made.example))
-    short = _truncated(made.example, section.max_length)
+def _filter_overlong(examples: ExampleFilter, record: Record, encoded: Encoded, section: "Data") -> None:
+    length = f"{len(encoded.example)} tokens, data.max_length is {section.max_length}"
+    examples.overlong_lengths.append(len(encoded.example))
+    short = truncate(encoded.example, section.max_length)
     if section.overlong != "truncate":
-        gate.drop(row.where, "overlong", found, fatal=section.overlong == "error")
+        examples.drop(record.where, "overlong", length, is_problem=section.overlong == "error")
     elif not short.trained_tokens():
-        gate.drop(row.where, "nothing left to train", f"{found}, and what is trained comes after")
+        examples.drop(record.where, "nothing left to train", f"{length}, and all trained tokens come after it")
     else:
-        gate.truncated += 1
-        gate.warnings.append(Finding(row.where, f"truncated: {found}"))
-        gate.keep(replace(made, example=short, ends=False), row.copies)
+        examples.truncated += 1
+        examples.warnings.append(Finding(record.where, f"truncated: {length}"))
+        examples.keep(replace(encoded, example=short, end_trained=False), record.copies)
 
 
-def _truncated(example: Example, length: int) -> Example:
+def truncate(example: Example, length: int) -> Example:
     """The first `length` tokens of an example."""
     return Example(example.where, example.input_ids[:length], example.labels[:length])

@@ -1,4 +1,4 @@
-"""Short rows into full ones by best fit; every document keeps its boundary, its labels and its place of origin."""
+"""Packing: short examples into sequences of up to max_length tokens by best fit. Documents keep labels and origins."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -12,66 +12,71 @@ Indices = npt.NDArray[np.int64]
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Put `examples` into rows of at most `max_length` tokens. Deterministic, whatever the hash seed or the machine."""
-    return [join([examples[index] for index in group]) for group in best_fit([len(e) for e in examples], max_length)]
+    """`examples` packed into sequences. Deterministic on every machine, whatever the hash seed."""
+    groups = best_fit_groups([len(example) for example in examples], max_length)
+    return [join_documents([examples[index] for index in group]) for group in groups]
 
 
-def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """`arrange` as lists of indices."""
-    order, ends = arrange(np.asarray(lengths, dtype=np.int64), room)
+def best_fit_groups(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """`best_fit` as lists of indices."""
+    order, ends = best_fit(np.asarray(lengths, dtype=np.int64), max_length)
     return [group.tolist() for group in np.split(order, ends[:-1])] if len(ends) else []
 
 
-def arrange(lengths: Indices, room: int) -> tuple[Indices, Indices]:
-    """Indices grouped so that each group's lengths sum to at most `room`: best fit, longest first.
+def best_fit(lengths: Indices, max_length: int) -> tuple[Indices, Indices]:
+    """Indices grouped so that the lengths of each group sum to at most `max_length`: best fit, longest first.
 
-    Group i is order[ends[i-1]:ends[i]]. At most 11/9 of the fewest groups possible, plus one (Johnson 1973). A length
-    above `room` is a group of its own.
+    Returns order and ends; group i is order[ends[i-1]:ends[i]]. There are at most 11/9 times the fewest possible groups
+    plus one (Johnson 1973). A length above `max_length` is a group of its own.
     """
     longest_first = np.argsort(-lengths, kind="stable")
     group_of = np.empty(len(lengths), dtype=np.int64)
-    open_at: dict[int, list[int]] = {}  # tokens still free -> groups with so many
-    free: list[int] = []  # the keys of open_at, rising
+    open_groups: dict[int, list[int]] = {}  # free tokens -> groups with so many
+    free: list[int] = []  # the keys of open_groups, ascending
     groups = 0
-    for visit, index in enumerate(longest_first):
+    for rank, index in enumerate(longest_first):
         length = int(lengths[index])
-        place = bisect_left(free, length)
-        if place == len(free):
-            group, left, groups = groups, room - length, groups + 1
+        best = bisect_left(free, length)
+        if best == len(free):
+            group, left, groups = groups, max_length - length, groups + 1
         else:
-            left = free[place] - length
-            group = open_at[free[place]].pop()
-            if not open_at[free[place]]:
-                del open_at[free.pop(place)]
-        group_of[visit] = group
+            left = free[best] - length
+            group = open_groups[free[best]].pop()
+            if not open_groups[free[best]]:
+                del open_groups[free.pop(best)]
+        group_of[rank] = group
         if left > 0:
-            if left not in open_at:
+            if left not in open_groups:
                 insort(free, left)
-            open_at.setdefault(left, []).append(group)
+            open_groups.setdefault(left, []).append(group)
     return longest_first[np.argsort(group_of, kind="stable")], np.cumsum(np.bincount(group_of, minlength=groups))
 
 
-def join(examples: Sequence[Example]) -> Example:
-    """One row out of several, in the order given."""
+def join_documents(examples: Sequence[Example]) -> Example:
+    """One sequence of several examples, in order."""
     if len(examples) == 1:
         return examples[0]
     starts = np.cumsum([0, *(len(example) for example in examples[:-1])])
-    boundaries = [int(start) + inner for start, e in zip(starts, examples, strict=True) for inner in e.starts()]
+    boundaries = [
+        int(start) + inner
+        for start, example in zip(starts, examples, strict=True)
+        for inner in example.document_starts()
+    ]
     return Example(
         where=f"{examples[0].where} and {len(examples) - 1} more",
         input_ids=np.concatenate([example.input_ids for example in examples]),
         labels=np.concatenate([example.labels for example in examples]),
         boundaries=tuple(boundaries[1:]),
-        parts=tuple(part for example in examples for part in (example.parts or (example.where,))),
+        origins=tuple(origin for example in examples for origin in (example.origins or (example.where,))),
     )
 
 
-def split(example: Example) -> list[Example]:
-    """The documents of a packed row, each a row again: the inverse of `join`."""
-    if not example.boundaries:
-        return [example]
-    ends = (*example.boundaries, len(example))
+def split_documents(sequence: Example) -> list[Example]:
+    """The documents of a packed sequence as examples: the inverse of `join_documents`."""
+    if not sequence.boundaries:
+        return [sequence]
+    ends = (*sequence.boundaries, len(sequence))
     return [
-        Example(part, example.input_ids[start:end], example.labels[start:end])
-        for part, start, end in zip(example.parts, example.starts(), ends, strict=True)
+        Example(origin, sequence.input_ids[start:end], sequence.labels[start:end])
+        for origin, start, end in zip(sequence.origins, sequence.document_starts(), ends, strict=True)
     ]

@@ -1,11 +1,11 @@
-"""A row between text and tokens: its pieces, what frames them, and how its ids and labels come out of them."""
+"""The last step from a rendered conversation to an example: ids and labels put together, the loss mask verified."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece
+from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece, without_whitespace
 from qlora.data.types import IGNORED, Example, Ints, Message, RecordError
 
 NO_IDS: Ints = np.zeros(0, dtype=np.int32)
@@ -13,72 +13,71 @@ NO_IDS: Ints = np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What is known of a row before it is tokenised. `head` and `tail` are ids put around the pieces' own."""
+    """A record after rendering and masking, before tokenization."""
 
     pieces: tuple[TextPiece, ...] = ()
-    mark: str = ""  # breaks forged control strings; never tokenised
-    forged: tuple[str, ...] = ()  # control strings in the data's text
-    skipped: int = 0  # answers left out because their prefix could not be proved
-    ends: bool = True  # the last trained stretch closes with an end token
-    head: Ints = field(default_factory=lambda: NO_IDS)  # not trained
-    tail: Ints = field(default_factory=lambda: NO_IDS)  # trained
+    break_char: str = ""  # breaks control strings of the record's text; never tokenized
+    control_strings: tuple[str, ...] = ()  # in the record's text
+    untrained_answers: int = 0  # answers without loss, because the template rewrites them in later turns
+    end_trained: bool = True  # the last trained piece ends with an end token
+    prefix_ids: Ints = field(default_factory=lambda: NO_IDS)  # before the pieces, not trained
+    suffix_ids: Ints = field(default_factory=lambda: NO_IDS)  # after the pieces, trained
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example and what was noticed on the way to it."""
+    """A record after tokenization: its example, and what the report counts."""
 
     example: Example
-    forged: tuple[str, ...] = ()
-    skipped: int = 0
-    ends: bool = True
-    unknown: int = 0  # characters the tokenizer has no token for
+    control_strings: tuple[str, ...] = ()
+    untrained_answers: int = 0
+    end_trained: bool = True
+    unknown_tokens: int = 0  # trained tokens that stand for text without a token of its own
 
 
-def assemble(where: str, draft: Draft, ids: Sequence[Ints], train_all: bool) -> Example:
-    """The example of a draft whose pieces became `ids`."""
+def build_example(where: str, draft: Draft, ids: Sequence[Ints], train_all: bool) -> Example:
+    """The example of a draft. ids: of each piece."""
     trained = [train_all, *(train_all or piece.trained for piece in draft.pieces), True]
-    parts = [draft.head, *ids, draft.tail]
-    labels = [part if t else np.full(len(part), IGNORED, np.int32) for part, t in zip(parts, trained, strict=True)]
-    return Example(where, np.concatenate(parts), np.concatenate(labels))
+    spans = [draft.prefix_ids, *ids, draft.suffix_ids]
+    labels = [span if t else np.full(len(span), IGNORED, np.int32) for span, t in zip(spans, trained, strict=True)]
+    return Example(where, np.concatenate(spans), np.concatenate(labels))
 
 
-def given(where: str, message: Message, vocabulary: int) -> Example:
-    """The example of a row that came as tokens. RowError for an id the model has no embedding for."""
+def from_token_record(where: str, message: Message, vocab_size: int) -> Example:
+    """The example of a record that is tokenized already. RecordError for an id outside the vocabulary."""
     ids, labels = message.extra["input_ids"], message.extra["labels"]
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise RecordError("unknown token", f"ids from {ids.min()} to {ids.max()}, the vocabulary has {vocabulary}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise RecordError("unknown token", f"ids from {ids.min()} to {ids.max()}, the vocabulary has {vocab_size}")
     if not (labels[1:] != IGNORED).any():
         raise RecordError("nothing to train", "every label is -100, or only the first is not")
     return Example(where, ids, labels)
 
 
-def prove(drafts: Sequence[Draft], ids: Sequence[Sequence[Ints]], tokeniser: SafeTokenizer) -> list[int | RecordError]:
-    """For each draft, that its trained ids decode to the text that should be trained: the number of unknown characters.
+def verify_masks(
+    drafts: Sequence[Draft], ids: Sequence[Sequence[Ints]], tokenizer: SafeTokenizer
+) -> list[int | RecordError]:
+    """Verify for each draft that its trained ids decode to its trained text; returns the number of unknown tokens.
 
-    RowError where they don't: a mask that can't be proved is not trained on.
+    RecordError if they do not: a loss mask that can't be verified is not trained on.
     """
-    claims = [
-        (row, piece.text.replace(draft.mark, "") if draft.mark else piece.text, part)
-        for row, (draft, parts) in enumerate(zip(drafts, ids, strict=True))
-        for piece, part in zip(draft.pieces, parts, strict=True)
+    trained = [
+        (index, piece.text.replace(draft.break_char, "") if draft.break_char else piece.text, piece_ids)
+        for index, (draft, draft_ids) in enumerate(zip(drafts, ids, strict=True))
+        for piece, piece_ids in zip(draft.pieces, draft_ids, strict=True)
         if piece.trained
     ]
-    found: list[int | RecordError] = [0] * len(drafts)
-    texts = tokeniser.decode([part for _, _, part in claims])
-    for (row, said, part), text in zip(claims, texts, strict=True):
-        unknown = int((part == tokeniser.unknown_id).sum())
-        so_far = found[row]
+    results: list[int | RecordError] = [0] * len(drafts)
+    decoded = tokenizer.decode([piece_ids for _, _, piece_ids in trained])
+    for (index, text, piece_ids), decoded_text in zip(trained, decoded, strict=True):
+        unknown = int((piece_ids == tokenizer.unknown_id).sum())
+        so_far = results[index]
         if isinstance(so_far, RecordError):
             continue
-        same = _squashed(text) == _squashed(said) or _squashed(text) == _squashed(tokeniser.normalised(said))
-        found[row] = so_far + unknown if same or unknown else _unproved(said, text)
-    return found
+        actual = without_whitespace(decoded_text)
+        same = actual == without_whitespace(text) or actual == without_whitespace(tokenizer.normalize(text))
+        results[index] = so_far + unknown if same or unknown else _not_verified(text, decoded_text)
+    return results
 
 
-def _unproved(said: str, text: str) -> RecordError:
-    return RecordError("mask not proved", f"{said[:60]!r} reads {text[:60]!r} after tokenising")
-
-
-def _squashed(text: str) -> str:
-    return "".join(text.split())
+def _not_verified(text: str, decoded: str) -> RecordError:
+    return RecordError("mask not proved", f"{text[:60]!r} reads {decoded[:60]!r} after tokenization")

@@ -1,4 +1,4 @@
-"""Messages as chat templates read them: plain objects, forged control strings broken, and which turns to train."""
+"""Messages as a conversation that a chat template renders: plain objects, control strings broken, answers to train."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,68 +10,74 @@ from qlora.data.types import TOOLS, Message, RecordError
 
 MAX_TURNS = 512  # every answer's prompt is rendered: the cost grows with the square
 
-Guarded = tuple[list[Turn], str, tuple[str, ...]]  # turns, the character that breaks, what was found
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation ready to render: `turns` as templates read them, control strings of the data broken by `mark`."""
+    """A conversation ready to render. `break_char` breaks the control strings of the record's text."""
 
     turns: list[Turn]
     tools: Sequence[Any] | None
-    wanted: tuple[bool, ...]  # which turns are to be trained
-    mark: str
-    forged: tuple[str, ...]
+    trained: tuple[bool, ...]  # whether each turn is to be trained
+    break_char: str
+    control_strings: tuple[str, ...]
 
 
-def chat_of(messages: Sequence[Message], train_on: str, tokeniser: SafeTokenizer) -> Conversation:
-    """`messages` as template turns, with the turns that `train_on` and the messages' own `train` ask for."""
+def build_conversation(messages: Sequence[Message], train_on: str, tokenizer: SafeTokenizer) -> Conversation:
+    """`messages` as template turns. `train_on` and the messages' own `train` decide which turns are trained."""
     tools = next((list(m.extra["tools"]) for m in messages if m.role == TOOLS), None)
-    said = [message for message in messages if message.role != TOOLS]
-    if not 0 < len(said) <= MAX_TURNS:
-        raise RecordError("too many turns" if said else "no messages", f"{len(said)} turns, at most {MAX_TURNS}")
-    last = max((i for i, message in enumerate(said) if message.role == "assistant"), default=-1)
-    wanted = tuple(_wanted(message, train_on, i == last) for i, message in enumerate(said))
-    values = [{"role": m.role, "content": m.content, **m.extra} for m in said]
-    assistant = [m.role == "assistant" for m in said]
-    (*turns, schemas), mark, forged = _guarded([*values, {"tools": tools}], [*assistant, False], tokeniser)
-    return Conversation(turns, schemas["tools"], wanted, mark, forged)
+    dialog = [message for message in messages if message.role != TOOLS]
+    if not 0 < len(dialog) <= MAX_TURNS:
+        raise RecordError("too many turns" if dialog else "no messages", f"{len(dialog)} turns, at most {MAX_TURNS}")
+    last = max((i for i, message in enumerate(dialog) if message.role == "assistant"), default=-1)
+    trained = tuple(_is_trained(message, train_on, i == last) for i, message in enumerate(dialog))
+    values = [{"role": m.role, "content": m.content, **m.extra} for m in dialog]
+    by_assistant = [m.role == "assistant" for m in dialog]
+    broken = _break_control_strings([*values, {"tools": tools}], [*by_assistant, False], tokenizer)
+    (*turns, schemas), break_char, control_strings = broken
+    return Conversation(turns, schemas["tools"], trained, break_char, control_strings)
 
 
-def _wanted(message: Message, train_on: str, is_last: bool) -> bool:
+def _is_trained(message: Message, train_on: str, is_last: bool) -> bool:
     if message.role != "assistant" or message.train is False:
         return False
     return is_last or train_on != "last" or message.train is True
 
 
-def _guarded(values: list[dict[str, Any]], assistant: list[bool], tokeniser: SafeTokenizer) -> Guarded:
-    """Break forged control strings in all the strings of `values`, nested ones included."""
-    found: list[tuple[str, bool]] = []
-    for value, mine in zip(values, assistant, strict=True):
-        _collect(value, mine, found)
-    texts, mark, forged = tokeniser.guard([text for text, _ in found], [mine for _, mine in found])
-    if not forged:
+def _break_control_strings(
+    values: list[dict[str, Any]], by_assistant: list[bool], tokenizer: SafeTokenizer
+) -> tuple[list[Turn], str, tuple[str, ...]]:
+    """Break the control strings in all strings of `values`, nested ones included.
+
+    Returns the new values, the character that breaks, and the control strings.
+    """
+    strings: list[tuple[str, bool]] = []
+    for value, flag in zip(values, by_assistant, strict=True):
+        _collect_strings(value, flag, strings)
+    texts, break_char, control_strings = tokenizer.break_control_strings(
+        [text for text, _ in strings], [flag for _, flag in strings]
+    )
+    if not control_strings:
         return list(values), "", ()
     queue = iter(texts)
-    return [_replace(value, queue) for value in values], mark, forged
+    return [_replace_strings(value, queue) for value in values], break_char, control_strings
 
 
-def _collect(value: Any, mine: bool, found: list[tuple[str, bool]]) -> None:
+def _collect_strings(value: Any, by_assistant: bool, strings: list[tuple[str, bool]]) -> None:
     if isinstance(value, str):
-        found.append((value, mine))
+        strings.append((value, by_assistant))
     elif isinstance(value, Mapping):
         for item in value.values():
-            _collect(item, mine, found)
+            _collect_strings(item, by_assistant, strings)
     elif isinstance(value, list | tuple):
         for item in value:
-            _collect(item, mine, found)
+            _collect_strings(item, by_assistant, strings)
 
 
-def _replace(value: Any, texts: Iterator[str]) -> Any:
+def _replace_strings(value: Any, texts: Iterator[str]) -> Any:
     if isinstance(value, str):
         return next(texts)
     if isinstance(value, Mapping):
-        return {key: _replace(item, texts) for key, item in value.items()}
+        return {key: _replace_strings(item, texts) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_replace(item, texts) for item in value]
+        return [_replace_strings(item, texts) for item in value]
     return value

@@ -1,4 +1,4 @@
-"""The chat template: which one is used, conversations rendered through it, and ceilings on what it may cost."""
+"""The chat template: which one is used, and conversations rendered with it under a size limit."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 from qlora.data.types import RecordError
 from qlora.errors import DataError
 
-Turn = Mapping[str, Any]
+Turn = Mapping[str, Any]  # a message as the template reads it: {role, content, tool_calls, ...}
 
-# For tokenizers without a template. The end token closes an answer, so the model learns to stop.
+# For tokenizers without a template. The end token closes an answer, so that the model learns to stop.
 PLAIN = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ '### Assistant:\\n' + message['content'] + eos_token }}"
@@ -21,13 +21,13 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif %}"
 )
 
-_SLACK_CHARS = 2**20  # headers, tool schemas and system prompts that a template adds to a conversation
-_GROWTH = 64  # characters rendered per character given, at most
-_DATE = "26 Jul 2024"  # Llama-3's own default: with today's date, tomorrow's resume would see other tokens
+_FREE_CHARS = 2**20  # for headers, tool schemas and system prompts that a template adds to a conversation
+_MAX_GROWTH = 64  # rendered characters per input character
+_DATE = "26 Jul 2024"  # Llama-3's default. With today's date, a run resumed tomorrow would see other tokens
 
 
 class Template:
-    """A chat template of `tokenizer`. `name` says where it comes from; `text` is its Jinja source."""
+    """The chat template of `tokenizer`. `name` describes where it is from, `text` is its Jinja source."""
 
     def __init__(self, tokenizer: Any, chat_template: str) -> None:
         self._tokenizer = tokenizer
@@ -40,7 +40,7 @@ class Template:
         return str(self._tokenizer.bos_token or "")
 
     def render(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
-        """The text of a conversation; with `prompt`, up to where the assistant begins to speak. RowError if refused."""
+        """The text of a conversation; with `prompt`, followed by the generation prompt. RecordError if refused."""
         try:
             text: str = self._tokenizer.apply_chat_template(
                 turns,
@@ -50,10 +50,10 @@ class Template:
                 tokenize=False,
                 **self._variables,
             )
-        except Exception as error:  # a template is a program of its own: it may fail in any way
+        except Exception as error:  # a template is a program: it may raise anything
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise RecordError("refused by the chat template", line) from None
-        return _within(text, turns, tools)
+        return _limit_size(text, turns, tools)
 
 
 def _choose(tokenizer: Any, chat_template: str) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def _choose(tokenizer: Any, chat_template: str) -> tuple[str, str]:
         return "the model's own chat template", tokenizer.get_chat_template()
     if tokenizer.eos_token is None:
         raise DataError(
-            "tokenizer: neither a chat template nor an end token, so a model could not learn to stop. "
+            "tokenizer: no chat template and no end token, so a model could not learn to stop. "
             "Name the token in eos_token of tokenizer_config.json, or give model.chat_template=FILE.jinja."
         )
     return "qlora's plain template (the model has none)", PLAIN
@@ -79,9 +79,10 @@ def _read(path: Path) -> str:
         raise DataError(f"model.chat_template: {path} can't be read as text: {error}") from None
 
 
-def _within(text: str, turns: Sequence[Turn], tools: Sequence[Any] | None) -> str:
-    if len(text) > _SLACK_CHARS:
-        given = len(json.dumps([list(turns), tools], default=str))
-        if len(text) > _SLACK_CHARS + _GROWTH * given:
-            raise RecordError("refused by the chat template", f"it made {len(text)} characters out of {given}")
+def _limit_size(text: str, turns: Sequence[Turn], tools: Sequence[Any] | None) -> str:
+    """`text`. RecordError if it is far longer than the conversation."""
+    if len(text) > _FREE_CHARS:
+        input_chars = len(json.dumps([list(turns), tools], default=str))
+        if len(text) > _FREE_CHARS + _MAX_GROWTH * input_chars:
+            raise RecordError("refused by the chat template", f"it made {len(text)} characters out of {input_chars}")
     return text

@@ -1,4 +1,4 @@
-"""Rows -> messages -> tokens, many rows at a time: each row with what it became, in the order of the rows."""
+"""Records encoded in chunks: each record with its encoding or the reason why it has none, in order."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -11,56 +11,57 @@ from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import BadRecord, Message, Record, RecordError
 
-CHUNK_ROWS, CHUNK_CHARS = 512, 2**20  # encoded together, at most; one row may be longer
-_AUTO = ("tokens", "messages", "sharegpt", "alpaca", "completion", "text")  # the most telling columns first
+CHUNK_RECORDS, CHUNK_CHARS = 512, 2**20  # encoded together, at most; a single record may be longer
+_DETECTION_ORDER = ("tokens", "messages", "sharegpt", "alpaca", "completion", "text")  # most specific columns first
 
 RawRecord = Record | BadRecord
-Made = Encoded | RecordError | None  # None for a line that could not be read
+EncodeResult = Encoded | RecordError | None  # None for a BadRecord
 
 
 class Format(Protocol):
-    """What a file of formats/ gives."""
+    """The interface of a file in formats/."""
 
     def matches(self, fields: Mapping[str, object]) -> bool:
         """Whether the columns are those of this format."""
 
-    def messages(self, row: Record) -> list[Message]:
-        """The messages that `row` stands for. RowError if it can't be read."""
+    def messages(self, record: Record) -> list[Message]:
+        """The messages of `record`. RecordError if it can't be read."""
 
 
-def encoded_rows(
-    rows: Iterator[RawRecord], kind: str, encoder: Encoder, crew: int = 1, chunk_rows: int = CHUNK_ROWS
-) -> Iterator[tuple[RawRecord, Made]]:
-    """Each row with what it became: encoded, or the reason why not.
+def encode_records(
+    records: Iterator[RawRecord], kind: str, encoder: Encoder, workers: int = 1, chunk_records: int | None = None
+) -> Iterator[tuple[RawRecord, EncodeResult]]:
+    """Each record with its encoding, or the reason why it has none.
 
-    crew: worker processes for a set of more than a few chunks; the result does not depend on it.
+    workers: processes, for a data set of more than a few chunks. The result does not depend on their number.
+    chunk_records: encoded together, at most; None: CHUNK_RECORDS.
     """
     encode = partial(encode_chunk, kind=kind, encoder=encoder)
-    chunks = _chunks(rows, chunk_rows)
-    first = list(islice(chunks, worker_pool.WORTH_CHUNKS)) if crew > 1 else []
-    for chunk in first:
-        yield from zip(chunk, encode(chunk), strict=True)
-    if len(first) < worker_pool.WORTH_CHUNKS:
-        crew = 1
-    for rest, made in worker_pool.in_order(encode, chunks, crew):
-        yield from zip(rest, made, strict=True)
+    chunks = _chunks(records, chunk_records or CHUNK_RECORDS)
+    first_chunks = list(islice(chunks, worker_pool.MIN_CHUNKS)) if workers > 1 else []
+    for first_chunk in first_chunks:
+        yield from zip(first_chunk, encode(first_chunk), strict=True)
+    if len(first_chunks) < worker_pool.MIN_CHUNKS:
+        workers = 1
+    for chunk, results in worker_pool.map_in_order(encode, chunks, workers):
+        yield from zip(chunk, results, strict=True)
 
 
-def _chunks(rows: Iterator[RawRecord], chunk_rows: int) -> Iterator[list[RawRecord]]:
-    """Rows in groups that are held at the same time: few of them where they are long."""
-    held, size = list[RawRecord](), 0
-    for row in rows:
-        held.append(row)
-        size += _size(row.fields) if isinstance(row, Record) else 0
-        if len(held) == chunk_rows or size >= CHUNK_CHARS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+def _chunks(records: Iterator[RawRecord], chunk_records: int) -> Iterator[list[RawRecord]]:
+    """Records in groups that are in memory together: fewer where records are long."""
+    chunk, size = list[RawRecord](), 0
+    for record in records:
+        chunk.append(record)
+        size += _size(record.fields) if isinstance(record, Record) else 0
+        if len(chunk) == chunk_records or size >= CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _size(value: object) -> int:
-    """Characters in the strings of `value`, and as many for each number as a token has."""
+    """Characters of all strings in `value`; a number counts as the characters of a token."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
@@ -68,38 +69,38 @@ def _size(value: object) -> int:
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 4
 
 
-def encode_chunk(chunk: Sequence[RawRecord], kind: str, encoder: Encoder) -> list[Made]:
-    """What each row of `chunk` becomes."""
-    read = [_read(row, kind) if isinstance(row, Record) else None for row in chunk]
-    items = [(row.where, m) for row, m in zip(chunk, read, strict=True) if isinstance(m, list)]
-    made = iter(encoder.encode_all(items))
-    return [next(made) if isinstance(m, list) else m for m in read]
+def encode_chunk(chunk: Sequence[RawRecord], kind: str, encoder: Encoder) -> list[EncodeResult]:
+    """The encoding of each record of `chunk`, or the reason why it has none."""
+    parsed = [_parse(record, kind) if isinstance(record, Record) else None for record in chunk]
+    items = [(record.where, m) for record, m in zip(chunk, parsed, strict=True) if isinstance(m, list)]
+    encoded = iter(encoder.encode_batch(items))
+    return [next(encoded) if isinstance(m, list) else m for m in parsed]
 
 
-def messages_of(row: Record, kind: str) -> list[Message]:
-    """The messages of `row` read as format `kind`, or, for auto, as the first format that has its columns. RowError."""
+def read_messages(record: Record, kind: str) -> list[Message]:
+    """The messages of `record`, read as format `kind`. For auto: the first format with its columns. RecordError."""
     if kind != "auto":
-        return _format(kind).messages(row)
-    found = format_of(row)
-    if found:
-        return _format(found).messages(row)
-    columns = ", ".join(str(name) for name in row.fields)
+        return _format(kind).messages(record)
+    detected = detect_format(record)
+    if detected:
+        return _format(detected).messages(record)
+    columns = ", ".join(str(name) for name in record.fields)
     raise RecordError("no known format", f"columns {columns or '(none)'}; name data.format or map data.train.columns")
 
 
-def format_of(row: Record) -> str | None:
-    """The first format that has the columns of `row`, the most telling ones first; None if there is none."""
-    return next((name for name in _AUTO if _format(name).matches(row.fields)), None)
+def detect_format(record: Record) -> str | None:
+    """The first format with the columns of `record`, most specific columns first; None if there is none."""
+    return next((name for name in _DETECTION_ORDER if _format(name).matches(record.fields)), None)
 
 
 @cache
 def _format(kind: str) -> Format:
-    made: Format = FORMATS[kind]()
-    return made
+    instance: Format = FORMATS[kind]()
+    return instance
 
 
-def _read(row: Record, kind: str) -> list[Message] | RecordError:
+def _parse(record: Record, kind: str) -> list[Message] | RecordError:
     try:
-        return messages_of(row, kind)
+        return read_messages(record, kind)
     except RecordError as error:
         return error

@@ -1,16 +1,23 @@
-"""Messages -> examples: one way of tokenising for training, evaluation and prompts, with a proved mask."""
+"""The encoder: messages -> examples with verified loss masks, and prompts tokenized the same way."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from qlora.data.conversations import record_limits
-from qlora.data.conversations.build_example import NO_IDS, Draft, Encoded, assemble, given, prove
-from qlora.data.conversations.chat_messages import Conversation, chat_of
+from qlora.data.conversations.build_example import (
+    NO_IDS,
+    Draft,
+    Encoded,
+    build_example,
+    from_token_record,
+    verify_masks,
+)
+from qlora.data.conversations.chat_messages import Conversation, build_conversation
 from qlora.data.conversations.chat_template import PLAIN, Template
 from qlora.data.conversations.loss_mask import LossMasker, MaskedText
 from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece
@@ -22,150 +29,167 @@ Item = tuple[str, Sequence[Message]]  # where, messages
 
 
 class Encoder:
-    """Turns messages into token ids with the template of `tokenizer` (a PreTrainedTokenizerFast).
+    """Tokenizes messages with the chat template of `tokenizer` (a PreTrainedTokenizerFast).
 
-    train_on: assistant (every answer), last (the last one), all (every token). DataError for an unusable template.
+    train_on: assistant (every answer), last (the last answer), all (every token). DataError for an unusable template.
     """
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant", chat_template: str = "auto") -> None:
         self.train_on = train_on
         self.template = Template(tokenizer, chat_template)
         probe(self.template)
-        self.tokeniser = SafeTokenizer(tokenizer, self.template.text)
-        self.vocabulary = len(tokenizer)
-        self._special = json.dumps([tokenizer.special_tokens_map, self.vocabulary], sort_keys=True, default=str)
+        self.tokenizer = SafeTokenizer(tokenizer, self.template.text)
+        self.vocab_size = len(tokenizer)
+        self._special = json.dumps([tokenizer.special_tokens_map, self.vocab_size], sort_keys=True, default=str)
         eos = tokenizer.eos_token_id
         self._eos = NO_IDS if eos is None else np.array([eos], dtype=np.int32)
-        try:  # what the probe's child could not hold, jinja2 may have folded into the code it compiles here
+        try:  # jinja2 computes constant expressions when it compiles the template, in this process for the first time
             with record_limits.memory(), record_limits.time_limit():
-                self._cutter = LossMasker(self.template, self.tokeniser)
+                self._loss_masker = LossMasker(self.template, self.tokenizer)
         except (RecordError, MemoryError) as error:
-            why = str(error) or "takes too much memory to compile"
-            raise DataError(f"{self.template.name}: {why}. Give another one with model.chat_template.") from None
+            reason = str(error) or "takes too much memory to compile"
+            raise DataError(f"{self.template.name}: {reason}. Give another one with model.chat_template.") from None
 
     @cached_property
     def sha256(self) -> str:
-        """A digest of all that decides which tokens a row becomes: vocabulary, merges, control tokens, template."""
-        said = [self.tokeniser.as_json(), self._special, self.template.text, self.train_on]
-        return hashlib.sha256("\0".join(said).encode("utf-8", "surrogatepass")).hexdigest()
+        """A digest of all that the token ids depend on: vocabulary, merges, control tokens, template, train_on."""
+        inputs = [self.tokenizer.as_json(), self._special, self.template.text, self.train_on]
+        return hashlib.sha256("\0".join(inputs).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
-    def is_plain(self) -> bool:
-        """Whether conversations are written with our plain template, for want of one of the model's own."""
+    def uses_plain_template(self) -> bool:
+        """Whether conversations are rendered with qlora's plain template, because the model has none."""
         return self.template.text == PLAIN
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about this template before training with it."""
-        ending, found = self._cutter.ending, [f"conversations are written with {self.template.name}"]
+        """What a user should know about the chat template before training with it."""
+        ending, notes = self._loss_masker.ending, [f"conversations are rendered with {self.template.name}"]
         if not ending.token:
             closing = repr(ending.text) if ending.text else "nothing"
-            found.append(f"it closes an answer with {closing}, no token: the end token is put after the last one")
-        if ending.rest:
-            found.append("its prompt goes on differently from its answers: they are trained from where the two part")
-        return tuple(found)
+            notes.append(f"it closes an answer with {closing}, no token: the end token is added after the last answer")
+        if ending.prompt_only_chars:
+            notes.append("its prompt differs from its rendered answers: each is trained from where the two differ")
+        return tuple(notes)
 
     def encode(self, where: str, messages: Sequence[Message]) -> Example:
-        """The example that `messages` make. RowError if they can't be trained on."""
-        made = self.encode_all([(where, messages)])[0]
-        if isinstance(made, RecordError):
-            raise made
-        return made.example
+        """The example of `messages`. RecordError if they can't be trained on."""
+        result = self.encode_batch([(where, messages)])[0]
+        if isinstance(result, RecordError):
+            raise result
+        return result.example
 
-    def encode_all(self, items: Sequence[Item]) -> list[Encoded | RecordError]:
-        """`encode` for many rows at once, which is much faster; a RowError in the place of each that can't be used."""
+    def encode_batch(self, items: Sequence[Item]) -> list[Encoded | RecordError]:
+        """`encode` for many records, which is much faster, with a RecordError for each that can't be used."""
         with record_limits.memory():
             drafts = [self._draft(messages) for _, messages in items]
-        ready = [draft for draft in drafts if isinstance(draft, Draft)]
-        ids = self.tokeniser.encode([(draft.pieces, draft.mark) for draft in ready])
-        sound = [(draft, parts) for draft, parts in zip(ready, ids, strict=True) if not isinstance(parts, RecordError)]
-        proofs = iter(prove([draft for draft, _ in sound], [parts for _, parts in sound], self.tokeniser))
-        each = iter(ids)
+        valid_drafts = [draft for draft in drafts if isinstance(draft, Draft)]
+        ids = self.tokenizer.encode([(draft.pieces, draft.break_char) for draft in valid_drafts])
+        tokenized = [
+            (d, piece_ids) for d, piece_ids in zip(valid_drafts, ids, strict=True) if isinstance(piece_ids, list)
+        ]
+        verified = iter(
+            verify_masks([d for d, _ in tokenized], [piece_ids for _, piece_ids in tokenized], self.tokenizer)
+        )
+        remaining_ids = iter(ids)
         return [
-            self._finish(item, draft, next(each) if isinstance(draft, Draft) else draft, proofs)
+            self._finish(item, draft, next(remaining_ids) if isinstance(draft, Draft) else draft, verified)
             for item, draft in zip(items, drafts, strict=True)
         ]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids a model goes on from: those that training puts before the next answer. RowError if refused."""
+        """The ids of a prompt: those that training puts before the next answer. RecordError if refused."""
         with record_limits.memory():
-            draft = self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages, prompt=True)
+            draft = self._text(messages[0]) if _is(messages, TEXT) else self._conversation(messages, prompt=True)
         if isinstance(draft, RecordError):
             raise draft
-        ids = self.tokeniser.encode([(draft.pieces, draft.mark)])[0]
+        ids = self.tokenizer.encode([(draft.pieces, draft.break_char)])[0]
         if isinstance(ids, RecordError):
             raise ids
-        return [int(token) for token in np.concatenate([draft.head, *ids])]
+        return [int(token) for token in np.concatenate([draft.prefix_ids, *ids])]
 
     def decode(self, ids: Sequence[int] | Ints) -> str:
-        """The text of `ids`, control tokens written out."""
-        return self.tokeniser.decode([np.asarray(ids, dtype=np.int32)])[0]
+        """The text of `ids`, control tokens included."""
+        return self.tokenizer.decode([np.asarray(ids, dtype=np.int32)])[0]
 
     def _draft(self, messages: Sequence[Message]) -> Draft | RecordError:
-        """The draft of a row; one that is tokens already gets an empty one."""
+        """The draft of a record; empty for one that is tokenized already."""
         if _is(messages, TOKENS):
             return Draft()
-        return self._document(messages[0]) if _is(messages, TEXT) else self._chat(messages)
+        return self._text(messages[0]) if _is(messages, TEXT) else self._conversation(messages)
 
-    def _document(self, message: Message) -> Draft | RecordError:
+    def _text(self, message: Message) -> Draft | RecordError:
         try:
-            (text,), mark, forged = self.tokeniser.guard([message.content], [True])
+            (text,), break_char, control_strings = self.tokenizer.break_control_strings([message.content], [True])
         except RecordError as error:
             return error
-        head, tail = (np.array(ids, dtype=np.int32) for ids in (self.tokeniser.head, self.tokeniser.tail))
-        if not np.array_equal(tail[-1:], self._eos):
-            tail = np.concatenate([tail, self._eos])
-        return Draft((TextPiece(text, True),), mark, forged, head=head, tail=tail)
+        added = (self.tokenizer.prefix_ids, self.tokenizer.suffix_ids)
+        prefix_ids, suffix_ids = (np.array(ids, dtype=np.int32) for ids in added)
+        if not np.array_equal(suffix_ids[-1:], self._eos):
+            suffix_ids = np.concatenate([suffix_ids, self._eos])
+        piece = TextPiece(text, True)
+        return Draft((piece,), break_char, control_strings, prefix_ids=prefix_ids, suffix_ids=suffix_ids)
 
-    def _chat(self, messages: Sequence[Message], prompt: bool = False) -> Draft | RecordError:
+    def _conversation(self, messages: Sequence[Message], prompt: bool = False) -> Draft | RecordError:
         try:
             with record_limits.time_limit():
-                chat = chat_of(messages, self.train_on, self.tokeniser)
-                if chat.tools and "tools" not in self.template.text:
-                    raise RecordError("the template does not write tools", f"{len(chat.tools)} tools would be lost")
-                cut = self._cutter.cut(chat, prompt)
+                conversation = build_conversation(messages, self.train_on, self.tokenizer)
+                if conversation.tools and "tools" not in self.template.text:
+                    detail = f"{len(conversation.tools)} tools would be lost"
+                    raise RecordError("the template does not write tools", detail)
+                masked = self._loss_masker.mask(conversation, prompt)
         except RecordError as error:
             return error
         except MemoryError:
             return RecordError("takes too much memory to render")
-        if not prompt and self.train_on != "all" and not any(piece.trained for piece in cut.pieces):
-            return _nothing(chat, cut)
-        tail = self._eos if cut.bare and chat.wanted[-1] else NO_IDS
-        return Draft(cut.pieces, chat.mark, chat.forged, cut.skipped, cut.ends or len(tail) > 0, self._bos(cut), tail)
+        if not prompt and self.train_on != "all" and not any(piece.trained for piece in masked.pieces):
+            return _nothing_to_train(conversation, masked)
+        eos = self._eos if masked.needs_eos and conversation.trained[-1] else NO_IDS
+        return Draft(
+            masked.pieces,
+            conversation.break_char,
+            conversation.control_strings,
+            masked.untrained_answers,
+            masked.end_trained or len(eos) > 0,
+            self._bos(masked),
+            eos,
+        )
 
-    def _bos(self, cut: MaskedText) -> Ints:
-        """The beginning-of-text token, if this tokenizer wants one and the template does not write it."""
-        text = cut.pieces[0].text if cut.pieces else ""
-        if not self.tokeniser.adds_bos or text.startswith(self.tokeniser.bos):
+    def _bos(self, masked: MaskedText) -> Ints:
+        """The beginning-of-text token, if the tokenizer adds one and the template does not write it."""
+        text = masked.pieces[0].text if masked.pieces else ""
+        if not self.tokenizer.adds_bos or text.startswith(self.tokenizer.bos):
             return NO_IDS
-        return np.array([self.tokeniser.bos_id], dtype=np.int32)
+        return np.array([self.tokenizer.bos_id], dtype=np.int32)
 
-    def _finish(self, item: Item, draft: Any, ids: Any, proofs: Any) -> Encoded | RecordError:
+    def _finish(self, item: Item, draft: Any, ids: Any, verified: Iterator[int | RecordError]) -> Encoded | RecordError:
+        """The result for one item. ids: of its draft's pieces, or the reason why it has none."""
         where, messages = item
         if isinstance(ids, RecordError):
             return ids
-        unknown = next(proofs)
-        if isinstance(unknown, RecordError):
-            return unknown
+        unknown_tokens = next(verified)
+        if isinstance(unknown_tokens, RecordError):
+            return unknown_tokens
         if not _is(messages, TOKENS):
-            example = assemble(where, draft, ids, self.train_on == "all")
-            return Encoded(example, draft.forged, draft.skipped, draft.ends, unknown)
+            example = build_example(where, draft, ids, self.train_on == "all")
+            return Encoded(example, draft.control_strings, draft.untrained_answers, draft.end_trained, unknown_tokens)
         try:
-            example = given(where, messages[0], self.vocabulary)
+            example = from_token_record(where, messages[0], self.vocab_size)
         except RecordError as error:
             return error
-        return Encoded(example, ends=self.tokeniser.is_control(int(example.labels[example.labels != IGNORED][-1])))
+        last = int(example.labels[example.labels != IGNORED][-1])
+        return Encoded(example, end_trained=self.tokenizer.is_control(last))
 
 
 def _is(messages: Sequence[Message], role: str) -> bool:
     return len(messages) == 1 and messages[0].role == role
 
 
-def _nothing(chat: Conversation, cut: MaskedText) -> RecordError:
-    if cut.skipped:
-        return RecordError(
-            "prefix not kept", "the template gives no prompt that its rendering of the answer begins with"
-        )
-    if not any(turn["role"] == "assistant" for turn in chat.turns):
+def _nothing_to_train(conversation: Conversation, masked: MaskedText) -> RecordError:
+    """Why no piece of a conversation is trained."""
+    if masked.untrained_answers:
+        detail = "the template's prompt for the answer is not the beginning of its rendering with the answer"
+        return RecordError("prefix not kept", detail)
+    if not any(turn["role"] == "assistant" for turn in conversation.turns):
         return RecordError("no assistant turn")
-    return RecordError("nothing to train", "no answer is asked for by train_on and the messages' own train")
+    return RecordError("nothing to train", "data.train_on and the messages' own train select no answer")

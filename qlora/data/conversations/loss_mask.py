@@ -1,8 +1,8 @@
-"""Which stretches of a rendered conversation the assistant must produce itself: found by prefix rendering, and proved.
+"""The loss mask: which spans of a rendered conversation the assistant must produce, located by rendering prefixes.
 
-The prompt that the template gives for the turns before an answer must be the beginning of the rendering with the
-answer, and that, up to the end-of-turn token, the beginning of the rendering of all turns. Where this holds, an
-inference engine that is at this place sees exactly what training saw. Where it doesn't, the turn is not trained.
+Let P be the prompt that the template renders for the turns before an answer, A the rendering that ends with the answer,
+and F the rendering of all turns. P must be the beginning of A, and A, up to the end-of-turn token, the beginning of F.
+Then inference, when it generates this answer, sees exactly what training saw. Otherwise the answer is not trained.
 """
 
 from collections.abc import Mapping
@@ -10,122 +10,121 @@ from dataclasses import dataclass
 
 from qlora.data.conversations.chat_messages import Conversation
 from qlora.data.conversations.chat_template import Template, Turn
-from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece
+from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece, without_whitespace
 from qlora.data.types import RecordError
 
-_SENTINEL = "Sphinx of black quartz"
+_SAMPLE_ANSWER = "Sphinx of black quartz"
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedText:
-    """A rendered conversation in pieces; `skipped` counts answers that could not be shown to keep their prefix."""
+    """A rendered conversation in pieces, each trained or not."""
 
     pieces: tuple[TextPiece, ...]
-    skipped: int
-    ends: bool  # the last trained piece closes with an end-of-turn token
-    bare: bool  # the conversation ends with an answer that no control token closes
+    untrained_answers: int  # answers to be trained whose prompt is not a prefix of the rendering
+    end_trained: bool  # the last trained piece ends with an end-of-turn token
+    needs_eos: bool  # the conversation ends with an answer that no control token closes
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How the template closes an answer. `token` is empty where it writes no control token."""
+class AnswerEnding:
+    """How a template closes an answer. `token` is empty if it writes no control token."""
 
     text: str
     token: str
-    rest: int  # characters of its generation prompt that its rendering of an answer does not have
+    prompt_only_chars: int  # at the end of its generation prompt, not in its rendering of an answer
 
 
-def ending_of(template: Template, tokeniser: SafeTokenizer) -> Ending:
-    """How `template` closes an answer, seen on a probe conversation."""
-    asked: list[Turn] = [{"role": "user", "content": "Judge my vow."}]
-    prompt = template.render(asked, prompt=True)
-    text = template.render([*asked, {"role": "assistant", "content": _SENTINEL}])
-    if _SENTINEL not in text:
-        raise RecordError("refused by the chat template", "it does not write what the assistant says")
-    after = text[text.index(_SENTINEL) + len(_SENTINEL) :]
-    token = tokeniser.control.search(after)
+def find_ending(template: Template, tokenizer: SafeTokenizer) -> AnswerEnding:
+    """How `template` closes an answer, measured on a sample conversation."""
+    question: list[Turn] = [{"role": "user", "content": "Judge my vow."}]
+    prompt = template.render(question, prompt=True)
+    text = template.render([*question, {"role": "assistant", "content": _SAMPLE_ANSWER}])
+    if _SAMPLE_ANSWER not in text:
+        raise RecordError("refused by the chat template", "it does not write the assistant's messages")
+    after = text[text.index(_SAMPLE_ANSWER) + len(_SAMPLE_ANSWER) :]
+    token = tokenizer.control_pattern.search(after)
     closing = after[: token.end()] if token else (after.rstrip() or after)
-    shared = min(text.index(_SENTINEL), len(prompt))
-    parting = next((i for i in range(shared) if prompt[i] != text[i]), shared)
-    return Ending(closing, token[0] if token else "", len(prompt) - parting)
+    longest = min(text.index(_SAMPLE_ANSWER), len(prompt))
+    common = next((i for i in range(longest) if prompt[i] != text[i]), longest)
+    return AnswerEnding(closing, token[0] if token else "", len(prompt) - common)
 
 
 class LossMasker:
-    """Cuts conversations into pieces at the answers."""
+    """Splits rendered conversations into pieces at the answers."""
 
-    def __init__(self, template: Template, tokeniser: SafeTokenizer) -> None:
+    def __init__(self, template: Template, tokenizer: SafeTokenizer) -> None:
         self._template = template
-        self._tokeniser = tokeniser
-        self.ending = ending_of(template, tokeniser)
+        self._tokenizer = tokenizer
+        self.ending = find_ending(template, tokenizer)
 
-    def cut(self, chat: Conversation, prompt: bool = False) -> MaskedText:
-        """The pieces of a conversation; with `prompt`, of the prompt for its next answer. RowError where refused."""
-        full = self._template.render(chat.turns, chat.tools, prompt)
-        pieces, at, ends, bare = list[TextPiece](), 0, False, False
-        skipped = int(chat.wanted[0])  # the prompt of the very first word can't be rendered
-        for i in (i for i, turn in enumerate(chat.turns) if i > 0 and turn["role"] == "assistant"):
-            span = self._span(chat, i, full, prompt)
+    def mask(self, conversation: Conversation, prompt: bool = False) -> MaskedText:
+        """The pieces of a conversation; with `prompt`, of the prompt for its next answer. RecordError if refused."""
+        turns, trained = conversation.turns, conversation.trained
+        full = self._template.render(turns, conversation.tools, prompt)
+        pieces, at, end_trained, needs_eos = list[TextPiece](), 0, False, False
+        untrained = int(trained[0])  # a first message has no prompt that could be rendered
+        for i in (i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "assistant"):
+            span = self._answer_span(conversation, i, full, prompt)
             if span is None or span[0] < at:
-                skipped += chat.wanted[i]
+                untrained += trained[i]
                 continue
-            pieces += [TextPiece(full[at : span[0]]), TextPiece(full[span[0] : span[1]], chat.wanted[i])]
+            pieces += [TextPiece(full[at : span[0]]), TextPiece(full[span[0] : span[1]], trained[i])]
             at = span[1]
-            closed = self._closes(pieces[-1].text)
-            ends = closed if chat.wanted[i] else ends
-            bare = i == len(chat.turns) - 1 and not closed
-        if not bare:  # where the end token is still to come, it follows the answer at once
+            closed = self._ends_with_control_string(pieces[-1].text)
+            end_trained = closed if trained[i] else end_trained
+            needs_eos = i == len(turns) - 1 and not closed
+        if not needs_eos:  # an end token that is added later follows the answer directly
             pieces.append(TextPiece(full[at:]))
-        return MaskedText(tuple(piece for piece in pieces if piece.text), skipped, ends, bare)
+        return MaskedText(tuple(piece for piece in pieces if piece.text), untrained, end_trained, needs_eos)
 
-    def _span(self, chat: Conversation, i: int, full: str, prompt: bool) -> tuple[int, int] | None:
-        """Where in `full` answer `i` stands, its end token included; None if the prefix law does not hold."""
+    def _answer_span(self, conversation: Conversation, i: int, full: str, prompt: bool) -> tuple[int, int] | None:
+        """Start and end of answer `i` in `full`, its end token included; None if a prefix differs."""
+        turns, tools = conversation.turns, conversation.tools
         try:
-            before = self._template.render(chat.turns[:i], chat.tools, prompt=True)
-            whole = i + 1 == len(chat.turns) and not prompt
-            after = full if whole else self._template.render(chat.turns[: i + 1], chat.tools)
+            before = self._template.render(turns[:i], tools, prompt=True)
+            is_full = i + 1 == len(turns) and not prompt
+            after = full if is_full else self._template.render(turns[: i + 1], tools)
         except RecordError:  # some templates refuse a conversation that stops here
             return None
-        content = str(chat.turns[i].get("content") or "").strip()
-        start = len(before) - (0 if after.startswith(before) else self.ending.rest)
-        end = start + self._end(after[start:], content)
+        content = str(turns[i].get("content") or "").strip()
+        start = len(before) - (0 if after.startswith(before) else self.ending.prompt_only_chars)
+        end = start + self._answer_end(after[start:], content)
         if not after.startswith(before[:start]) or not full.startswith(after[:end]):
             return None
-        _prove(chat.turns[i], content, before, after[start:end])
+        _require_complete(turns[i], content, before, after[start:end])
         return start, end
 
-    def _end(self, said: str, content: str) -> int:
-        """Where the answer's closing ends in `said`."""
+    def _answer_end(self, text: str, content: str) -> int:
+        """Where the answer at the beginning of `text` ends, its closing included."""
         closing = self.ending.text
-        at = said.rfind(closing) if closing else -1
+        at = text.rfind(closing) if closing else -1
         if at >= 0 and (self.ending.token or at >= len(content)):
             return at + len(closing)
-        past = said.find(content) + len(content) if content and content in said else 0
-        tokens = [token.end() for token in self._tokeniser.special.finditer(said, past)]
-        return (tokens[0] if past else tokens[-1]) if tokens else len(said)
+        content_end = text.find(content) + len(content) if content and content in text else 0
+        token_ends = [token.end() for token in self._tokenizer.special_pattern.finditer(text, content_end)]
+        return (token_ends[0] if content_end else token_ends[-1]) if token_ends else len(text)
 
-    def _closes(self, text: str) -> bool:
-        found = self._tokeniser.control.findall(text)
-        return bool(found) and text.endswith(found[-1])
+    def _ends_with_control_string(self, text: str) -> bool:
+        control_strings = self._tokenizer.control_pattern.findall(text)
+        return bool(control_strings) and text.endswith(control_strings[-1])
 
 
-def _prove(turn: Turn, content: str, before: str, said: str) -> None:
-    """RowError unless the stretch to be trained holds all that the assistant says in the data, spacing aside.
+def _require_complete(turn: Turn, content: str, before: str, answer: str) -> None:
+    """RecordError unless `answer`, the span to be trained, has all of the turn's content, whitespace aside.
 
-    The first words may stand at the end of the prompt: templates that force a thought open it there.
+    The content may start at the end of the prompt: a template that forces a thought opens it there.
     """
-    if content and content not in said and not _continues(_squashed(before[-len(content) :]), _squashed(said), content):
+    if content and content not in answer and not _continues(before[-len(content) :], answer, content):
         raise RecordError("the template drops part of an answer", f"{content[:60]!r}")
     for call in turn.get("tool_calls") or ():
         name = str(call.get("function", call).get("name", "")) if isinstance(call, Mapping) else ""
-        if not name or name not in said:
+        if not name or name not in answer:
             raise RecordError("the template does not write tool calls", name[:60])
 
 
-def _continues(asked: str, said: str, content: str) -> bool:
-    words = _squashed(content)
-    at = (asked + said).rfind(words)
-    return at >= 0 and at + len(words) > len(asked)
-
-
-def _squashed(text: str) -> str:
-    return "".join(text.split())
+def _continues(before: str, answer: str, content: str) -> bool:
+    """Whether `content`, whitespace aside, starts in `before` and ends in `answer`, or is all in `answer`."""
+    before, answer, content = (without_whitespace(text) for text in (before, answer, content))
+    at = (before + answer).rfind(content)
+    return at >= 0 and at + len(content) > len(before)

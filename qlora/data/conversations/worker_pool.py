@@ -1,7 +1,7 @@
-"""Chunks of rows encoded in forked worker processes, results in order; the chunk of a dead worker is redone.
+"""A pool of forked worker processes that encode chunks of records. Results are in order, lost chunks are encoded again.
 
-What a worker gives is what this process would have given: a row's encoding depends on nothing but the row. Pickle is
-spoken only over pipes between a process and its own children.
+A worker's result is what this process would compute: the encoding of a record depends on nothing but the record. Pickle
+is used only in the pipes between a process and its own children.
 """
 
 import multiprocessing as mp
@@ -19,50 +19,53 @@ from typing import Any, Protocol
 from qlora.errors import DataError
 
 
-class Placed(Protocol):
-    """What can be encoded: a row with the place it came from."""
+class WorkItem(Protocol):
+    """A record with its location."""
 
     where: str
 
 
-Chunk = Sequence[Any]  # of Placed
-Workload = Callable[[Chunk], list[Any]]  # as many results as rows
+Chunk = Sequence[Any]  # of WorkItem
+ChunkFunction = Callable[[Chunk], list[Any]]  # returns one result per item
 
-WORTH_CHUNKS = 2  # encoded before workers are started: a smaller set is done sooner than they are
+MIN_CHUNKS = 2  # encoded before workers start: a smaller data set is done before they would be ready
 _MAX_WORKERS = 16
-_WORKER_BYTES = 256 * 2**20  # what a worker may come to hold of its own
-_CHUNK_SECONDS = 30.0  # of silence, before a worker is taken for lost; an honest chunk takes one or two
-_ROW_SECONDS = 8.0  # for one row alone, once its chunk was lost
+_WORKER_BYTES = 256 * 2**20  # memory that a worker may allocate itself
+_CHUNK_SECONDS = 30.0  # without an answer, before a worker counts as lost; an honest chunk takes one or two
+_RECORD_SECONDS = 8.0  # for a single record, after its chunk was lost
 
 
-def available() -> int:
-    """Worker processes that this machine has cores and memory for; 1 where it can't fork."""
+def available_workers() -> int:
+    """The number of worker processes that this machine has cores and memory for; 1 if it can't fork."""
     if not hasattr(os, "fork") or mp.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, StopIteration):  # not Linux: no bound by memory
+    with suppress(OSError, StopIteration):  # not Linux: no limit by memory
         lines = Path("/proc/meminfo").read_text().splitlines()
         kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         cores = min(cores, int(kibibytes) * 1024 // _WORKER_BYTES)
     return max(1, min(cores, _MAX_WORKERS))
 
 
-def in_order(work: Workload, chunks: Iterator[Chunk], count: int) -> Iterator[tuple[Chunk, list[Any]]]:
-    """Each chunk with what `work` makes of it, by `count` workers (1: by this process). DataError for a deadly row."""
-    if count < 2:
-        yield from ((chunk, work(chunk)) for chunk in chunks)
+def map_in_order(function: ChunkFunction, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, list[Any]]]:
+    """Each chunk with the results of `function`, computed by `workers` processes (1: this process), in order.
+
+    DataError for a record that ends its worker.
+    """
+    if workers < 2:
+        yield from ((chunk, function(chunk)) for chunk in chunks)
         return
-    crew = WorkerPool(work, count)
+    pool = WorkerPool(function, workers)
     try:
-        yield from crew.run(chunks)
+        yield from pool.map(chunks)
     finally:
-        crew.close()
+        pool.close()
 
 
 @dataclass(eq=False)
 class _Task:
     chunk: Chunk
-    made: list[Any] | None = None
+    results: list[Any] | None = None
 
 
 @dataclass(eq=False)
@@ -70,136 +73,136 @@ class _Worker:
     process: Any
     pipe: Connection
     task: _Task | None = None
-    since: float = 0.0
+    sent_at: float = 0.0
 
-    def give(self, task: _Task) -> None:
-        """Hand over a chunk; a dead worker is noticed when it is asked for the answer."""
-        self.task, self.since = task, time.monotonic()
+    def send(self, task: _Task) -> None:
+        """Send a chunk. That a worker is dead is noticed when its results are received."""
+        self.task, self.sent_at = task, time.monotonic()
         with suppress(OSError):
             self.pipe.send(task.chunk)
 
 
 class WorkerPool:
-    """Worker processes that encode chunks."""
+    """Forked worker processes that apply `function` to chunks."""
 
-    def __init__(self, work: Workload, count: int) -> None:
-        self._work, self._context = work, mp.get_context("fork")
+    def __init__(self, function: ChunkFunction, workers: int) -> None:
+        self._function, self._context = function, mp.get_context("fork")
         self._workers: list[_Worker] = []
-        self._spare: _Worker | None = None  # redoes rows one by one
-        for _ in range(count):
-            self._workers.append(self._hire())
+        self._retry_worker: _Worker | None = None  # encodes the records of a lost chunk one by one
+        for _ in range(workers):
+            self._workers.append(self._start_worker())
 
-    def run(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Any]]]:
-        """Each chunk with its results; at most two chunks a worker are held."""
+    def map(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Any]]]:
+        """Each chunk with its results. At most two chunks per worker are in memory."""
         tasks: deque[_Task] = deque()
         while True:
-            while len(tasks) < 2 * len(self._workers) and (idle := self._idle()):
+            while len(tasks) < 2 * len(self._workers) and (idle := self._idle_worker()):
                 if (chunk := next(chunks, None)) is None:
                     break
                 tasks.append(_Task(chunk))
-                idle.give(tasks[-1])
+                idle.send(tasks[-1])
             if not tasks:
                 return
-            while tasks and (made := tasks[0].made) is not None:
-                yield tasks.popleft().chunk, made
-            if tasks and tasks[0].made is None:
+            while tasks and (results := tasks[0].results) is not None:
+                yield tasks.popleft().chunk, results
+            if tasks and tasks[0].results is None:
                 self._collect()
 
     def close(self) -> None:
-        """End all workers; none is waited for longer than it takes to die."""
-        for worker in [*self._workers, *([self._spare] if self._spare else [])]:
-            _dismiss(worker)
-        self._workers, self._spare = [], None
+        """Kill all workers."""
+        for worker in [*self._workers, *([self._retry_worker] if self._retry_worker else [])]:
+            _stop(worker)
+        self._workers, self._retry_worker = [], None
 
-    def _idle(self) -> _Worker | None:
+    def _idle_worker(self) -> _Worker | None:
         return next((worker for worker in self._workers if worker.task is None), None)
 
     def _collect(self) -> None:
-        """Take what workers have finished; put a new one in the place of each that died or fell silent."""
+        """Receive finished results; replace each worker that died or is silent for too long."""
         busy = {worker.pipe: worker for worker in self._workers if worker.task}
         ready = wait(list(busy), timeout=1.0)
         for pipe, worker in busy.items():
-            lost = time.monotonic() - worker.since > _CHUNK_SECONDS
-            if pipe in ready or lost:
-                self._take(worker, lost and pipe not in ready)
+            timed_out = time.monotonic() - worker.sent_at > _CHUNK_SECONDS
+            if pipe in ready or timed_out:
+                self._receive(worker, timed_out and pipe not in ready)
 
-    def _take(self, worker: _Worker, silent: bool) -> None:
+    def _receive(self, worker: _Worker, timed_out: bool) -> None:
         task, worker.task = worker.task, None
-        made = None if silent else _answer(worker, _CHUNK_SECONDS)
-        if task and made is None:
-            _dismiss(worker)
-            made = self._redo(task.chunk)
-            self._workers[self._workers.index(worker)] = self._hire()
+        results = None if timed_out else _results(worker, _CHUNK_SECONDS)
+        if task and results is None:
+            _stop(worker)
+            results = self._retry(task.chunk)
+            self._workers[self._workers.index(worker)] = self._start_worker()
         if task:
-            task.made = made
+            task.results = results
 
-    def _redo(self, chunk: Chunk) -> list[Any]:
-        """A lost chunk again, row by row, so that a row that ends its worker twice can be named."""
-        made = []
-        for row in chunk:
-            found = self._alone(row)
-            if found is None:
+    def _retry(self, chunk: Chunk) -> list[Any]:
+        """The results of a lost chunk, record by record. DataError names a record that ends its worker again."""
+        results = []
+        for record in chunk:
+            result = self._retry_record(record)
+            if result is None:
                 raise DataError(
-                    f"{row.where}: encoding this row ends its worker process or takes more than {_ROW_SECONDS:.0f} s "
-                    "(out of memory?). Take the row out, or shorten it."
+                    f"{record.where}: encoding this record ends its worker process or takes more than "
+                    f"{_RECORD_SECONDS:.0f} s (out of memory?). Remove or shorten it."
                 )
-            made += found
-        return made
+            results += result
+        return results
 
-    def _alone(self, row: Placed) -> list[Any] | None:
-        """What a worker of its own makes of a row; of two of them where the first one died. None for a deadly row."""
+    def _retry_record(self, record: WorkItem) -> list[Any] | None:
+        """The result for one record, from a second worker if the first one dies. None if the record ends both."""
         for _ in range(2):
-            self._spare = self._spare or self._hire()
-            self._spare.give(_Task([row]))
-            made = _answer(self._spare, _ROW_SECONDS)
-            if made is not None:
-                return made
-            silent = time.monotonic() - self._spare.since >= _ROW_SECONDS
-            _dismiss(self._spare)
-            self._spare = None
-            if silent:
+            self._retry_worker = self._retry_worker or self._start_worker()
+            self._retry_worker.send(_Task([record]))
+            result = _results(self._retry_worker, _RECORD_SECONDS)
+            if result is not None:
+                return result
+            timed_out = time.monotonic() - self._retry_worker.sent_at >= _RECORD_SECONDS
+            _stop(self._retry_worker)
+            self._retry_worker = None
+            if timed_out:
                 break
         return None
 
-    def _hire(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        others = [*self._workers, *([self._spare] if self._spare else [])]
-        inherited = [ours, *(worker.pipe for worker in others if not worker.pipe.closed)]
-        process = self._context.Process(target=_serve, args=(self._work, theirs, inherited), daemon=True)
+    def _start_worker(self) -> _Worker:
+        parent_end, child_end = self._context.Pipe()
+        others = [*self._workers, *([self._retry_worker] if self._retry_worker else [])]
+        inherited = [parent_end, *(worker.pipe for worker in others if not worker.pipe.closed)]
+        process = self._context.Process(target=_run_worker, args=(self._function, child_end, inherited), daemon=True)
         process.start()
-        theirs.close()
-        return _Worker(process, ours)
+        child_end.close()
+        return _Worker(process, parent_end)
 
 
-def _answer(worker: _Worker, seconds: float) -> list[Any] | None:
-    """What a worker sends; None if it died or sends nothing in time. An error of the work itself is raised here."""
+def _results(worker: _Worker, seconds: float) -> list[Any] | None:
+    """The results that a worker sends; None if it died or exceeds the time. An exception of the function is raised."""
     try:
-        made = worker.pipe.recv() if worker.pipe.poll(seconds) else None
+        results = worker.pipe.recv() if worker.pipe.poll(seconds) else None
     except (EOFError, OSError):
         return None
-    if isinstance(made, Exception):
-        raise made
-    return made  # type: ignore[no-any-return]
+    if isinstance(results, Exception):
+        raise results
+    return results  # type: ignore[no-any-return]
 
 
-def _dismiss(worker: _Worker) -> None:
+def _stop(worker: _Worker) -> None:
     worker.pipe.close()
     worker.process.kill()
     worker.process.join()
 
 
-def _serve(work: Workload, pipe: Connection, inherited: Sequence[Connection]) -> None:
-    """A worker's life: chunks in, results out, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+def _run_worker(function: ChunkFunction, pipe: Connection, inherited: Sequence[Connection]) -> None:
+    """The main loop of a worker: receive chunks and send results until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in inherited:  # held open here, they would hide the parent's end from the other workers
-        other.close()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along through the fork
+    for connection in inherited:  # left open, they would hide the parent's exit from the other workers
+        connection.close()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     with suppress(EOFError, OSError):
         while True:
             chunk = pipe.recv()
             try:
-                made: Any = work(chunk)
-            except Exception as error:  # told to the parent, who raises it
-                made = error
-            pipe.send(made)
+                results: Any = function(chunk)
+            except Exception as error:  # raised again in the parent
+                results = error
+            pipe.send(results)

@@ -1,1 +1,1 @@
-"""One file per format: which rows it recognises by their columns, and the messages it reads out of one."""
+"""One file per format: the columns that identify it, and how it reads the messages of a record."""

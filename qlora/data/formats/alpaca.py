@@ -1,4 +1,4 @@
-"""instruction, input, output (+ system, history): one user turn and one assistant turn, earlier pairs before them."""
+"""The alpaca format: instruction, input, output (+ system, history with earlier turns)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,23 +8,23 @@ from qlora.data.types import Message, Record, RecordError
 
 
 class Alpaca:
-    """Rows of Stanford Alpaca's columns."""
+    """Records with the columns of Stanford Alpaca."""
 
     def matches(self, fields: Mapping[str, Any]) -> bool:
         """Whether the columns are those of this format."""
         return "instruction" in fields and "output" in fields
 
-    def messages(self, row: Record) -> list[Message]:
-        """The turns of `row`; `input` follows the instruction after a blank line. RowError if one can't be read."""
-        instruction = record_fields.text(row.fields, "instruction")
-        context = record_fields.optional_text(row.fields, "input")
-        system = record_fields.optional_text(row.fields, "system")
-        return record_fields.answered(
+    def messages(self, record: Record) -> list[Message]:
+        """The messages of `record`, with `input` below the instruction. RecordError if one can't be read."""
+        instruction = record_fields.text(record.fields, "instruction")
+        context = record_fields.optional_text(record.fields, "input")
+        system = record_fields.optional_text(record.fields, "system")
+        return record_fields.require_answers(
             [
                 *([Message("system", system)] if system else []),
-                *_history(row.fields.get("history")),
+                *_history(record.fields.get("history")),
                 Message("user", f"{instruction}\n\n{context}" if context else instruction),
-                Message("assistant", record_fields.text(row.fields, "output")),
+                Message("assistant", record_fields.text(record.fields, "output")),
             ]
         )
 
@@ -34,9 +34,9 @@ def _history(pairs: Any) -> list[Message]:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise RecordError("wrong type", "history must be a list of [question, answer] pairs")
-    turns = []
+    messages = []
     for number, (question, answer) in enumerate(pairs, 1):
         pair = {"question": question, "answer": answer}
-        turns.append(Message("user", record_fields.text(pair, "question", f"history {number}: ")))
-        turns.append(Message("assistant", record_fields.text(pair, "answer", f"history {number}: ")))
-    return turns
+        messages.append(Message("user", record_fields.text(pair, "question", f"history {number}: ")))
+        messages.append(Message("assistant", record_fields.text(pair, "answer", f"history {number}: ")))
+    return messages

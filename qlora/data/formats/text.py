@@ -1,4 +1,4 @@
-"""text: a document, trained whole, with the end token after it."""
+"""The text format: text: plain text, all of it trained, with the end token after it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,15 +8,15 @@ from qlora.data.types import TEXT, Message, Record, RecordError
 
 
 class Text:
-    """Rows of plain text."""
+    """Records of plain text."""
 
     def matches(self, fields: Mapping[str, Any]) -> bool:
         """Whether the columns are those of this format."""
         return "text" in fields
 
-    def messages(self, row: Record) -> list[Message]:
-        """One message that is the document. RowError if there is none."""
-        document = record_fields.text(row.fields, "text")
-        if not document.strip():
+    def messages(self, record: Record) -> list[Message]:
+        """One TEXT message. RecordError if the text is missing or empty."""
+        text = record_fields.text(record.fields, "text")
+        if not text.strip():
             raise RecordError("empty text")
-        return [Message(TEXT, document, True)]
+        return [Message(TEXT, text, True)]

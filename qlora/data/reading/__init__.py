@@ -1,1 +1,1 @@
-"""Records from files, folders, globs and the hub, each with its place in the source."""
+"""Records with file:line from files, folders, globs and the hub."""

@@ -1,22 +1,22 @@
-"""The objects of a JSON array, decoded while the file is read: what is held is one object, whatever the file's size."""
+"""A streaming reader of JSON arrays: memory is that of one object and one block, whatever the size of the file."""
 
 import codecs
 import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from qlora.data.reading.strict_json import DECODER, MAX_ROW_BYTES, checked, unreadable
+from qlora.data.reading.strict_json import DECODER, MAX_RECORD_BYTES, check, decoder_error
 from qlora.data.types import RecordError
 
-_PIECE_BYTES = 2**20
+_BLOCK_BYTES = 2**20
 _TOO_LARGE = "row too large"
-_LOST = "the rest of the file is not read"
+_REST_UNREAD = "the rest of the file is not read"
 
 
 def items(file: BinaryIO) -> Iterator[dict[str, Any] | RecordError]:
-    """The objects of the array in `file`, one by one; a RowError in the place of each that can't be used.
+    """The objects of the array in `file`, one by one, with a RecordError in place of each that can't be used.
 
-    `file` stands at its beginning, a byte-order mark behind it.
+    `file` is at its beginning, after a byte-order mark.
     """
     window = _Window(file)
     try:
@@ -25,7 +25,8 @@ def items(file: BinaryIO) -> Iterator[dict[str, Any] | RecordError]:
         while (sign := window.peek()) not in ("", "]"):
             yield window.item()
             if (sign := window.peek()) not in (",", "]"):
-                raise RecordError("not JSON", f"a comma or a bracket is missing at character {window.place}; {_LOST}")
+                problem = f"a comma or a bracket is missing at character {window.position}; {_REST_UNREAD}"
+                raise RecordError("not JSON", problem)
             if sign == ",":
                 window.take()
         if not sign or window.take() != "]" or window.peek():
@@ -35,79 +36,82 @@ def items(file: BinaryIO) -> Iterator[dict[str, Any] | RecordError]:
 
 
 class _Window:
-    """The text of a file from where the reader stands, as far as it was needed."""
+    """The part of a file that has been read and not yet consumed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._bytes_before = 0  # of this piece, for errors
-        self._dropped = 0  # characters
+        self._bytes_before = 0  # before this block, for errors
+        self._chars_before = 0  # before `_text`
         self._text, self._at, self._ended = "", 0, False
 
     @property
-    def place(self) -> int:
-        """The character of the file that comes next, from 1."""
-        return self._dropped + self._at + 1
+    def position(self) -> int:
+        """The number of the next character in the file, from 1."""
+        return self._chars_before + self._at + 1
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end of the file."""
+        """The next character that is not whitespace; empty at the end of the file."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1
             if self._at < len(self._text):
                 return self._text[self._at]
-            if not self._more():
+            if not self._read_block():
                 return ""
 
     def take(self) -> str:
-        """Step over the next character."""
+        """Consume the next character."""
         self._at += 1
         return self._text[self._at - 1]
 
     def item(self) -> dict[str, Any] | RecordError:
-        """The value that begins here. RowError raised if its end can't be found, returned if it can't be used."""
+        """The value that starts here. A RecordError is raised if its end can't be found, returned if it is unusable."""
         while True:
-            found, end = self._decoded()
+            value, end = self._decode()
             held = len(self._text) - self._at
             if end is not None and (end < len(self._text) or self._ended):
                 size, self._at = end - self._at, end
-                return RecordError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes") if size > MAX_ROW_BYTES else found
-            if held > MAX_ROW_BYTES:
-                raise RecordError(_TOO_LARGE, f"at most {MAX_ROW_BYTES} bytes, or its end is missing; {_LOST}")
-            if not self._more() and end is None:
-                assert isinstance(found, RecordError)
-                raise RecordError(found.reason, f"{found.detail}; {_LOST}")
+                return (
+                    RecordError(_TOO_LARGE, f"at most {MAX_RECORD_BYTES} bytes") if size > MAX_RECORD_BYTES else value
+                )
+            if held > MAX_RECORD_BYTES:
+                problem = f"at most {MAX_RECORD_BYTES} bytes, or its end is missing; {_REST_UNREAD}"
+                raise RecordError(_TOO_LARGE, problem)
+            if not self._read_block() and end is None:
+                assert isinstance(value, RecordError)
+                raise RecordError(value.reason, f"{value.detail}; {_REST_UNREAD}")
 
-    def _decoded(self) -> tuple[dict[str, Any] | RecordError, int | None]:
-        """What the text says here, and where it ends; no end if there is none in what was read so far."""
+    def _decode(self) -> tuple[dict[str, Any] | RecordError, int | None]:
+        """The value that starts here and where it ends; None if the text read so far does not contain its end."""
         try:
             value, end = DECODER.raw_decode(self._text, self._at)
-            return checked(value, self._text[self._at : end]), end
+            return check(value, self._text[self._at : end]), end
         except RecordError as error:
-            found = error
+            problem = error
         except json.JSONDecodeError as error:
-            return RecordError("not JSON", f"{error.msg} at character {self._dropped + error.pos + 1}"), None
+            return RecordError("not JSON", f"{error.msg} at character {self._chars_before + error.pos + 1}"), None
         except (ValueError, RecursionError) as error:
-            found = unreadable(error)
+            problem = decoder_error(error)
         try:
-            return found, json.JSONDecoder().raw_decode(self._text, self._at)[1]
+            return problem, json.JSONDecoder().raw_decode(self._text, self._at)[1]
         except (ValueError, RecursionError):
-            return found, None
+            return problem, None
 
-    def _more(self) -> bool:
-        """Read another piece; False at the end of the file. RowError for bytes that are no text."""
+    def _read_block(self) -> bool:
+        """Read one more block; False at the end of the file. RecordError for bytes that are not text."""
         if self._ended:
             return False
-        piece = self._file.read(_PIECE_BYTES)
-        if b"\0" in piece:
-            raise RecordError("NUL character", f"at byte {self._bytes_before + piece.index(0) + 1}; {_LOST}")
+        block = self._file.read(_BLOCK_BYTES)
+        if b"\0" in block:
+            raise RecordError("NUL character", f"at byte {self._bytes_before + block.index(0) + 1}; {_REST_UNREAD}")
         try:
-            text = self._decoder.decode(piece, final=not piece)
+            text = self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            waiting = len(error.object) - len(piece)  # bytes of a character that the piece before began
-            at = self._bytes_before - waiting + error.start + 1
-            raise RecordError("not UTF-8", f"at byte {at}; {_LOST}") from None
-        self._bytes_before += len(piece)
-        self._dropped += self._at
-        self._text, self._at, self._ended = self._text[self._at :] + text, 0, not piece
-        return bool(piece)
+            pending = len(error.object) - len(block)  # bytes of a character that started in the block before
+            at = self._bytes_before - pending + error.start + 1
+            raise RecordError("not UTF-8", f"at byte {at}; {_REST_UNREAD}") from None
+        self._bytes_before += len(block)
+        self._chars_before += self._at
+        self._text, self._at, self._ended = self._text[self._at :] + text, 0, not block
+        return bool(block)

@@ -1,18 +1,18 @@
-"""The table of architectures: how a decoder layer is built, as far as its shapes, weights and kept activations go.
+"""The table of architectures: how a decoder layer is built, as far as shapes, weights and saved activations go.
 
-One entry per model_type; `defaults` are what config.json may leave out. Each is tested against transformers' model.
+One entry per model_type; `defaults` are what config.json may omit. Each is tested against transformers' model.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ConfigSwitch = bool | str  # always, never, or the key of config.json that says so
+ConfigSwitch = bool | str  # True, False, or the key of config.json that decides
 
 
 @dataclass(frozen=True)
 class Family:
-    """What one architecture does where they differ."""
+    """The ways in which one architecture differs from others."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     layers_path: str = "model.layers"
@@ -25,8 +25,8 @@ class Family:
     layer_norm: bool = False  # LayerNorm with a bias, in the compute dtype; else RMSNorm in float32
     wide_norms: int = 2  # norms over the hidden size in one layer
     head_norms: bool = False  # a norm over each head's query and key
-    softcap: bool = False  # of attention scores: transformers computes attention eagerly then, T x T scores in memory
-    scaled: bool = False  # the logits are
+    softcap: bool = False  # of attention scores: attention is eager then, with T x T scores in memory
+    scaled: bool = False  # the logits are multiplied by a scale
     window: ConfigSwitch = False  # whether `sliding_window` is used
 
     @property
@@ -36,7 +36,7 @@ class Family:
 
 
 def _sizes(*values: int, **others: Any) -> dict[str, Any]:
-    """Defaults, in the order in which the six sizes are always listed here."""
+    """Default values of config.json: the six sizes by position, other keys by name."""
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return {**dict(zip((*keys, "num_key_value_heads"), values, strict=False)), **others}
 
@@ -81,7 +81,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }  # fmt: skip
 
-# A model with a vision tower in front: its text model is `text_config`, found one level deeper.
+# Models with a vision tower: the text model is configured by `text_config`, its modules are one level deeper.
 NESTED: Mapping[str, str] = {"gemma3": "gemma3_text"}
 SIGLIP: Mapping[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,

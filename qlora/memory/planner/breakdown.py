@@ -1,6 +1,25 @@
-"""Bytes by owner in every phase of a run: what stands, what trains, what waits for backward, what passes.
+"""Memory of one rank by component, in every phase of a run: load, loss, backward, update, evaluation, save.
 
-What is alive together is added up, what is not is compared: the loss, a layer's backward and the update never meet.
+Components that are in memory at the same time are added; the peak is the largest phase. Bytes, with b of a value of the
+compute dtype, T tokens of a micro-batch, H hidden and V vocabulary size, N trained values, n shards of the base:
+
+    component              bytes                                                        phases
+    packed_base            quantizer.stored_bytes of the resident layers / n            all
+    embeddings, head       V H b each / n; 0 for a tied head or an embedding on the host all
+    norms, vision          their values * b (norms and biases / n)                      all
+    adapters               4 N; pissa keeps the initial A and B too                     all but load
+    optimizer              moments on the device (optimizer_state.py)                   all but load
+    gradients              4 N, with several ranks a DDP bucket more                    loss, backward, update
+    boundaries             T H b for each recomputed layer; two in evaluation           loss, backward, evaluation
+    kept_activations       kept_bytes for each layer that neither recomputes nor offloads   loss, backward
+    layer_working_set      head_bytes / recompute_bytes + backward_bytes / forward_bytes    loss / backward / evaluation
+    logits_chunk           float32 logits computed at a time                            loss, evaluation
+    dequantisation_buffer  the largest matrix W, and the quantizer's scratch            load, backward, evaluation
+    stream_buffers         packed bytes of two streamed layers / n                      backward, evaluation
+    gathered               all-gathered layers, embedding or head of a sharded base     load, loss, backward, evaluation
+    device_context, runtime, fragmentation_reserve   not tensors (overhead.py)          all
+
+The formulas of activations are in activations.py; the names are those of `qlora plan --json`.
 """
 
 from typing import NamedTuple
@@ -14,215 +33,166 @@ from qlora.memory.planner.activations import (
     recompute_bytes,
     widest_bytes,
 )
-from qlora.memory.planner.cost_model import boundary_bytes, parked_bytes
+from qlora.memory.planner.cost_model import boundary_bytes, offloaded_bytes
+from qlora.memory.planner.optimizer_state import checkpoint_copies, device_moments, host_moments, moment_bytes
+from qlora.memory.planner.overhead import RUNTIME_BYTES, UNTRACKED, overhead
 from qlora.memory.planner.workload import Workload
 
-Owners = dict[str, int]
+Components = dict[str, int]
 
-LASTING = ("packed_base", "embeddings", "head", "norms", "vision", "adapters", "gradients", "optimizer")
-PASSING = (
+PERSISTENT = ("packed_base", "embeddings", "head", "norms", "vision", "adapters", "gradients", "optimizer")
+TRANSIENT = (
     "boundaries", "kept_activations", "layer_working_set", "logits_chunk", "dequantisation_buffer", "stream_buffers",
     "gathered",
 )  # fmt: skip
-OUTSIDE = ("device_context", "runtime", "fragmentation_reserve")  # not counted by torch's allocator
-OWNERS = LASTING + PASSING + OUTSIDE
+COMPONENTS = PERSISTENT + TRANSIENT + UNTRACKED
 
-CONTEXT_BYTES = 600_000_000  # a CUDA context with its modules and cuBLAS workspaces: 0.4 to 0.7 GB
-IN_FLIGHT = 2  # layers whose parked tensors, or whose packed weights, are on the device at a time
-HOSTED_PIECE_BYTES = 32 * 2**20  # both moments of a piece of hosted_adamw
-COPIES = 3  # of the moments while a checkpoint is written: out of the optimiser, as bytes, with a header
-GATHERED = 3  # layers of a sharded base that are whole at a time: in use, on its way, and as it arrived
-BUCKET_BYTES = 25 * 2**20  # of gradients that DDP exchanges at a time
-NCCL_BYTES = 300_000_000  # its buffers: 0.2 to 0.5 GB
-RUNTIME_BYTES = 520 * 2**20  # all libraries, and a step of next to nothing: 497 MiB measured on Linux
-# Of what comes and goes. CUDA: 2 to 4 % with expandable segments. CPU: glibc's heap, which allocator.py keeps; its
-# aligned allocations seldom fit what was freed just before. Fitted to results/cpu_peaks.json.
-FRAGMENTATION = {"cuda": 0.04, "cpu": 0.6}
-HOLES = 2.1  # on a CPU, of what recomputing takes: boundaries stay where the tensors between them were
+IN_FLIGHT = 2  # layers whose offloaded activations, or whose packed weights, are on the device at a time
+GATHERED = 3  # layers of a sharded base in memory at a time: one in use, one arriving, and its all-gather buffer
+BUCKET_BYTES = 25 * 2**20  # of gradients that DDP reduces at a time
 
 
-def phases_of(work: Workload) -> dict[str, Owners]:
-    """Bytes by owner, all owners in their order, for load, loss, backward, update, evaluation and save."""
-    return {phase: _whole(work, owners) for phase, owners in _phases(work).items()}
+def phases_of(work: Workload) -> dict[str, Components]:
+    """Bytes by component, all of COMPONENTS in their order, for each phase."""
+    return {phase: _complete(work, components) for phase, components in _phases(work).items()}
 
 
 def host_bytes(work: Workload) -> int:
-    """Main memory of a process that trains on a card: itself, the streamed layers, what is offloaded, one tensor."""
+    """Host memory of a GPU's rank: process, streamed layers, moments, and the largest of what is there in turn."""
     shapes, b = work.shapes, work.dtype_bytes
-    embeddings = shapes.embedding * b if work.embeds_on_host else 0
-    reading = 2 * max(shapes.embedding, *(each.weights for each in shapes.block))
-    hosted = work.optimizer.startswith("hosted")
-    moments = work.beside.host_moments + (moment_bytes(work.adapters.values, work.optimizer) if hosted else 0)
-    saving = COPIES * moment_bytes(work.adapters.values, work.optimizer) if work.adapters.kind == "full" else 0
-    streamed = _shared(work.streamed * work.layer_bytes, work)
-    return RUNTIME_BYTES + streamed + embeddings + moments + max(parked_bytes(work), reading, saving)
+    embeddings = shapes.embedding * b if work.embedding_on_host else 0
+    reading = 2 * max(shapes.embedding, *(matrix.weights for matrix in shapes.block))
+    streamed = _shard(work.streamed * work.layer_bytes, work)
+    in_turn = max(offloaded_bytes(work), reading, checkpoint_copies(work))
+    return RUNTIME_BYTES + streamed + embeddings + host_moments(work) + in_turn
 
 
-def standing_bytes(work: Workload) -> int:
-    """What stands in the device's memory while a trained model is used: the base and its adapters."""
+def model_bytes(work: Workload) -> int:
+    """Device memory of a trained model in use, without activations: the base and its adapters."""
     return sum(_frozen(work).values()) + work.adapters.held_bytes + _stream_buffers(work)
 
 
-def outside_bytes(work: Workload, passing: int) -> int:
-    """What lies outside the allocator while so many bytes come and go."""
-    return sum(_outside(work, passing).values())
+def overhead_bytes(work: Workload, transient: int) -> int:
+    """Device memory outside of tensors, when so many bytes of tensors are transient."""
+    return sum(overhead(work, transient).values())
 
 
-def _phases(work: Workload) -> dict[str, Owners]:
-    """Each phase's owners that are not zero, what lies outside the allocator left out."""
-    frozen, whole = _frozen(work), _whole_bytes(work)
-    held = {"adapters": work.adapters.held_bytes + work.beside.adapters}
-    learning = frozen | held | _moments(work, updating=False)
-    training = learning | {"gradients": _gradient_bytes(work)}
-    stay = work.shapes.layers - max(work.recomputed, work.parked)
-    waiting = {"boundaries": _boundaries(work), "kept_activations": stay * kept_bytes(work)}
-    rebuilt = {"dequantisation_buffer": max(_rebuilt(work), whole.inside), "stream_buffers": _stream_buffers(work)}
+def _complete(work: Workload, components: Components) -> Components:
+    """All components in their order, with those outside of tensors."""
+    known = components | overhead(work, sum(components.get(name, 0) for name in TRANSIENT))
+    return {name: known.get(name, 0) for name in COMPONENTS}
+
+
+def _phases(work: Workload) -> dict[str, Components]:
+    """The components of each phase that are not zero, without those outside of tensors."""
+    frozen, full = _frozen(work), _full_modules(work)
+    adapters = {"adapters": work.adapters.held_bytes + work.waiting.adapters}
+    idle = frozen | adapters | {"optimizer": device_moments(work, updating=False)}
+    training = idle | {"gradients": _gradient_bytes(work)}
+    keeping = work.shapes.layers - max(work.recomputed, work.offloaded)
+    saved = {"boundaries": _boundaries(work), "kept_activations": keeping * kept_bytes(work)}
+    weights = {
+        "dequantisation_buffer": max(work.dequantized_bytes, full.inside),
+        "stream_buffers": _stream_buffers(work),
+    }
     forward = {"boundaries": 2 * boundary_bytes(work), "layer_working_set": forward_bytes(work) + head_bytes(work)}
-    backward = _backward(work, waiting)
-    gathered, scored = _gathered(work), {"logits_chunk": logits_bytes(work)}
-    loss = {"layer_working_set": head_bytes(work), "dequantisation_buffer": whole.head, "gathered": gathered["ends"]}
-    shown = max(gathered["ends"], gathered["layers"])
+    backward = _backward(work, saved)
+    gathered, logits = _gathered(work), {"logits_chunk": logits_bytes(work)}
+    loss = {"layer_working_set": head_bytes(work), "dequantisation_buffer": full.head, "gathered": gathered["ends"]}
     return {
         "load": frozen | {"dequantisation_buffer": widest_bytes(work), "gathered": gathered["load"]},
-        "loss": training | waiting | loss | scored,
-        "backward": training | backward | rebuilt | {"gathered": gathered["layers"]},
-        "update": training | _moments(work, updating=True),
-        "evaluation": learning | forward | rebuilt | {"gathered": shown} | scored,
-        "save": learning | _saving(work),
+        "loss": training | saved | loss | logits,
+        "backward": training | backward | weights | {"gathered": gathered["layers"]},
+        "update": training | {"optimizer": device_moments(work, updating=True)},
+        "evaluation": idle | forward | weights | {"gathered": max(gathered["ends"], gathered["layers"])} | logits,
+        "save": idle | _saving(work),
     }
 
 
-class _Whole(NamedTuple):
-    """What a module that trains whole needs while it is used: its cast copy, and its gradient on the way."""
+class _FullModules(NamedTuple):
+    """Bytes that a fully trained module needs while it is used: its copy in the compute dtype, and its gradient."""
 
-    inside: int  # a layer's widest matrix, where they train
+    inside: int  # the widest matrix of a layer, if layers train
     head: int
 
 
-def _whole_bytes(work: Workload) -> _Whole:
-    """A copy in the compute dtype where that is not float32, the product in that dtype, and its float32 form."""
-    each = 4 if work.dtype_bytes == 4 else 2 * work.dtype_bytes + 4
-    inside = each * widest_bytes(work) // work.dtype_bytes if work.adapters.kind == "full" else 0
-    return _Whole(inside, each * work.shapes.embedding if work.adapters.whole_head else 0)
+def _full_modules(work: Workload) -> _FullModules:
+    """A copy in the compute dtype unless that is float32, the gradient in that dtype, and the gradient in float32."""
+    per_value = 4 if work.dtype_bytes == 4 else 2 * work.dtype_bytes + 4
+    inside = per_value * widest_bytes(work) // work.dtype_bytes if work.adapters.kind == "full" else 0
+    return _FullModules(inside, per_value * work.shapes.embedding if work.adapters.head_trains else 0)
 
 
-def _gathered(work: Workload) -> Owners:
-    """What of a shared base is whole on a process: while it loads, around an end of the model, in its layers.
+def _gathered(work: Workload) -> Components:
+    """What a rank holds unsharded of a sharded base: while it loads, around embedding or head, in the layers.
 
-    Whatever is gathered arrives in one buffer and is then laid out as it was: for a moment it is there twice.
+    An all-gather arrives in one buffer and is then copied to its layout, so that for a moment it takes twice the bytes.
     """
     shapes, b = work.shapes, work.dtype_bytes
     layer = work.layer_bytes + (shapes.norms + shapes.biases) * b // shapes.layers
     ends = max(shapes.embedding, shapes.head) * b
-    read = max(layer, ends) * (2 if work.sharded else 1) if work.processes > 1 or work.sharded else 0
+    load = max(layer, ends) * (2 if work.sharded else 1) if work.processes > 1 or work.sharded else 0
     if not work.sharded:
-        return {"load": read, "ends": 0, "layers": 0}
-    return {"load": read, "ends": 0 if shapes.tied else 2 * ends, "layers": min(GATHERED, shapes.layers) * layer}
+        return {"load": load, "ends": 0, "layers": 0}
+    return {"load": load, "ends": 0 if shapes.tied else 2 * ends, "layers": min(GATHERED, shapes.layers) * layer}
 
 
-def _shared(size: int, work: Workload) -> int:
-    """A process's part of so many frozen bytes."""
-    return -(-size // work.share)
+def _shard(size: int, work: Workload) -> int:
+    """A rank's shard of so many frozen bytes."""
+    return -(-size // work.shards)
 
 
-def _backward(work: Workload, waiting: Owners) -> Owners:
-    """Kept layers go first, then kept ones from the host, then recomputed ones; `waiting` as the loss leaves it."""
-    fetched = min(IN_FLIGHT, max(0, work.parked - work.recomputed)) * kept_bytes(work)
-    kept = max(waiting["kept_activations"], fetched)
-    again = recompute_bytes(work) if work.recomputed else 0
-    inside = {"layer_working_set": backward_bytes(work)}
-    if again <= kept:
-        return waiting | {"kept_activations": kept} | inside
-    return waiting | {"kept_activations": 0, "layer_working_set": again + inside["layer_working_set"]}
+def _backward(work: Workload, saved: Components) -> Components:
+    """The largest moment of backward: it uses kept layers first, then offloaded ones, then recomputed ones.
+
+    `saved`: what forward left.
+    """
+    fetched = min(IN_FLIGHT, max(0, work.offloaded - work.recomputed)) * kept_bytes(work)
+    kept = max(saved["kept_activations"], fetched)
+    recomputed = recompute_bytes(work) if work.recomputed else 0
+    working_set = backward_bytes(work)
+    if recomputed <= kept:
+        return saved | {"kept_activations": kept, "layer_working_set": working_set}
+    return saved | {"kept_activations": 0, "layer_working_set": recomputed + working_set}
 
 
-def _frozen(work: Workload) -> Owners:
-    """What never changes; where every weight trains, what stands beside the decoder."""
+def _frozen(work: Workload) -> Components:
+    """What is frozen; where every weight trains, only a vision tower."""
     shapes, b = work.shapes, work.dtype_bytes
     if work.adapters.kind == "full":
         return {"vision": shapes.vision * b}
-    ends = _shared(shapes.embedding * b, work)
-    # A CPU has one memory: what streams lies in it too.
+    embeddings = shapes.embedding * b
+    # On a CPU, streamed layers are in the same memory.
     resident = shapes.layers - (work.streamed if work.device == "cuda" else 0)
     return {
-        "packed_base": _shared(resident * work.layer_bytes, work),
-        # Tied ends stay whole: they are needed first and last.
-        "embeddings": 0 if work.embeds_on_host else shapes.embedding * b if shapes.tied else ends,
-        "head": _shared(shapes.head * b, work),
-        "norms": _shared((shapes.norms + shapes.biases) * b, work),
+        "packed_base": _shard(resident * work.layer_bytes, work),
+        # A tied embedding is not sharded: it is used first and last.
+        "embeddings": 0 if work.embedding_on_host else embeddings if shapes.tied else _shard(embeddings, work),
+        "head": _shard(shapes.head * b, work),
+        "norms": _shard((shapes.norms + shapes.biases) * b, work),
         "vision": shapes.vision * b,
     }
 
 
-def _moments(work: Workload, updating: bool) -> Owners:
-    """AdamW's two moments; paged ones give way to activations, so they count in the update alone, hosted ones pass."""
-    size, cuda = moment_bytes(work.adapters.values, work.optimizer), work.device == "cuda"
-    waiting = work.beside.moments + (0 if cuda else work.beside.host_moments)
-    if work.optimizer.startswith("hosted"):
-        passing = min(2 * HOSTED_PIECE_BYTES, 2 * size)
-        return {"optimizer": waiting + (passing * updating if cuda else size + passing)}
-    away = work.optimizer.startswith("paged") and cuda and not updating
-    return {"optimizer": waiting + (0 if away else size)}
-
-
-def _saving(work: Workload) -> Owners:
-    """On a CPU: the moments and their copies on the way into a file, which count where every weight trains."""
+def _saving(work: Workload) -> Components:
+    """On a CPU where every weight trains: the moments, and their copies on the way into a file."""
     if work.adapters.kind != "full" or work.device == "cuda":
         return {}
-    return {"optimizer": (1 + COPIES) * moment_bytes(work.adapters.values, work.optimizer)}
-
-
-def moments_wait(optimizer: str) -> bool:
-    """Whether its moments can be in main memory while others need the device: paged, or hosted."""
-    return optimizer.startswith(("paged", "hosted"))
-
-
-def moment_bytes(values: int, optimizer: str) -> int:
-    """Bytes of AdamW's moments: 8 a value, or 2 and an absmax of 4 for every 256."""
-    return 2 * values + 8 * -(-values // 256) if "8bit" in optimizer else 8 * values
+    return {"optimizer": moment_bytes(work.adapters.values, work.optimizer) + checkpoint_copies(work)}
 
 
 def _gradient_bytes(work: Workload) -> int:
-    """float32 gradients; with several processes they lie in DDP's buckets, one of which is filled at a time."""
+    """Float32 gradients; with several ranks they are in DDP's buckets, one of which is filled at a time."""
     return 4 * work.adapters.values + (min(BUCKET_BYTES, 4 * work.adapters.values) if work.processes > 1 else 0)
 
 
 def _boundaries(work: Workload) -> int:
-    """The inputs of recomputed layers; of parked ones two are on the device at a time, after the others are gone."""
-    parked = min(work.recomputed, work.parked)
-    here = max(work.recomputed - parked, min(IN_FLIGHT, parked)) * boundary_bytes(work)
-    return here + (parked_bytes(work) if work.device == "cpu" else 0)  # a CPU parks in the memory it works in
-
-
-def _rebuilt(work: Workload) -> int:
-    """The widest matrix rebuilt, with its absmax; a dense one in its own dtype is used as it lies."""
-    scratch = work.storage.scratch_bytes(widest_bytes(work) // work.dtype_bytes)
-    return 0 if work.storage.kind == "dense" else widest_bytes(work) + scratch
+    """The inputs of recomputed layers; of offloaded ones two are on the device at a time, after the others."""
+    offloaded = min(work.recomputed, work.offloaded)
+    on_device = max(work.recomputed - offloaded, min(IN_FLIGHT, offloaded)) * boundary_bytes(work)
+    return on_device + (offloaded_bytes(work) if work.device == "cpu" else 0)  # a CPU offloads into the same memory
 
 
 def _stream_buffers(work: Workload) -> int:
-    """Packed matrices of two layers, or of this process's share of them: one in use, one on its way."""
-    return _shared(min(IN_FLIGHT, work.streamed) * work.layer_bytes, work)
-
-
-def _whole(work: Workload, owners: Owners) -> Owners:
-    """All owners in their order, with what lies outside the allocator."""
-    outside = _outside(work, sum(owners.get(owner, 0) for owner in PASSING))
-    return {owner: (owners | outside).get(owner, 0) for owner in OWNERS}
-
-
-def _outside(work: Workload, passing: int) -> Owners:
-    cuda = work.device == "cuda"
-    return {
-        "device_context": (CONTEXT_BYTES + (NCCL_BYTES if work.processes > 1 else 0)) if cuda else 0,
-        "runtime": 0 if cuda else RUNTIME_BYTES,
-        "fragmentation_reserve": int(FRAGMENTATION[work.device] * passing) + bool(passing) * _holes(work),
-    }
-
-
-def _holes(work: Workload) -> int:
-    """What recomputing leaves unused in a CPU's heap."""
-    if work.device == "cuda" or not work.recomputed:
-        return 0
-    taken = work.recomputed * boundary_bytes(work) + recompute_bytes(work) + backward_bytes(work)
-    return int(HOLES * taken)
+    """Packed matrices of two layers, or this rank's shards of them: one in use, one being copied."""
+    return _shard(min(IN_FLIGHT, work.streamed) * work.layer_bytes, work)

@@ -1,4 +1,4 @@
-"""Values of the modules that train whole beside low-rank updates, by the names that a recipe gives them."""
+"""Sizes of modules to save: modules that train in full next to low-rank updates, by their names in a recipe."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ WIDE_NORMS = (
 LAST_NORMS, HEAD_NORMS = ("norm", "final_layer_norm"), ("q_norm", "k_norm")
 
 
-def whole_values(shapes: Shapes, names: Iterable[str]) -> dict[str, int]:
-    """Path -> values of each module that `names` mean (paths or their ends); what is tied counts once.
+def full_module_values(shapes: Shapes, names: Iterable[str]) -> dict[str, int]:
+    """Path -> values of each module that matches `names` (paths or ends of paths); a tied matrix counts once.
 
-    Names that mean nothing are left for the model itself to refuse.
+    Names that match no module are refused when the model is loaded, not here.
     """
     known = _known(shapes)
     chosen = {path for path in known for name in names if path == name or path.endswith(f".{name}")}
@@ -23,19 +23,20 @@ def whole_values(shapes: Shapes, names: Iterable[str]) -> dict[str, int]:
     return {path: known[path] for path in known if path in chosen}
 
 
-def head_trains(shapes: Shapes, whole: Iterable[str]) -> bool:
-    """Whether the head is among the modules that train whole."""
-    ends = HEADS + (EMBEDDINGS if shapes.tied else ())
-    return any(path.rpartition(".")[2] in ends for path in whole)
+def head_trains(shapes: Shapes, paths: Iterable[str]) -> bool:
+    """Whether the LM head is among the modules that train in full."""
+    names = HEADS + (EMBEDDINGS if shapes.tied else ())
+    return any(path.rpartition(".")[2] in names for path in paths)
 
 
 def _known(shapes: Shapes) -> dict[str, int]:
+    """Path -> values of every module that can train in full."""
     layer_norm = shapes.family.layer_norm
     wide = shapes.hidden * (2 if layer_norm else 1)
     inside = dict.fromkeys(WIDE_NORMS[: shapes.family.wide_norms], wide)
     if shapes.family.head_norms:
         inside |= {f"{shapes.family.attention}.{name}": shapes.head_dim for name in HEAD_NORMS}
-    inside |= {each.path: each.weights + (each.out_features if each.bias else 0) for each in shapes.block}
+    inside |= {matrix.path: matrix.weights + (matrix.out_features if matrix.bias else 0) for matrix in shapes.block}
     root = shapes.layers_path.rpartition(".")[0]
     known = {_embedding(shapes): shapes.embedding}
     for layer in range(shapes.layers):

@@ -1,26 +1,31 @@
-"""The plan: every byte of every phase against a budget, from shapes alone; and what other ways to train would need."""
+"""The memory plan: bytes by component and phase against a budget, and what other ways to train would need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora.memory.planner.breakdown import OUTSIDE, Owners, host_bytes, phases_of
+from qlora.adapters import Adapter
+from qlora.memory.planner.breakdown import Components, host_bytes, phases_of
 from qlora.memory.planner.export_and_disk import disk_bytes, export_bytes
-from qlora.memory.planner.workload import AdapterSizes, Storage, WaitingAdapters, Workload
+from qlora.memory.planner.overhead import UNTRACKED
+from qlora.memory.planner.workload import AdapterSizes, WaitingAdapters, Workload
+from qlora.quant import Quant, build_quantizer
+from qlora.utils.machine import gib_or_mib
 
-GIB = 2**30
-DISK = {"base": "the base's files", "kept_base": "kept in 4 bits", "run": "a run's folder", "merged": "a merged model"}
+DISK = {
+    "base": "base model", "kept_base": "its quantized copy", "run": "run folder", "merged": "merged model",
+}  # fmt: skip
 COMPARED = {
     "full_finetune_bytes": "full fine-tuning",
     "lora_16bit_bytes": "16-bit LoRA",
     "qlora_bytes": "QLoRA with all layers recomputed",
 }
-FULL_BYTES = 16  # a weight of full fine-tuning: 2 + 2 in 16 bit with its gradient, float32 master and two moments 12
+FULL_BYTES = 16  # per weight of full fine-tuning: weight and gradient in 16 bit, float32 master weight and two moments
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What there is: bytes of the card (on a CPU: main memory) and of main memory; None: not known, not checked."""
+    """Available bytes of the GPU (on a CPU: of host memory), and of host memory; None: not known, not checked."""
 
     device_bytes: int
     host_bytes: int | None = None
@@ -28,14 +33,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every byte goes, by phase, against a budget."""
+    """Predicted bytes by phase and component, and the budget."""
 
     work: Workload
     budget: Budget
-    phases: Mapping[str, Mapping[str, int]]  # phase -> owner -> bytes
+    phases: Mapping[str, Mapping[str, int]]  # phase -> component -> bytes
     host_bytes: int
-    checkpoints: int = 0  # that the run leaves on the disk
-    advice: str = ""  # when it does not fit: why, and what would make it fit
+    checkpoints: int = 0  # that the run keeps on disk
+    advice: str = ""  # if it does not fit: why, and what would fit
 
     @property
     def peak_phase(self) -> str:
@@ -44,22 +49,25 @@ class Plan:
 
     @property
     def owners(self) -> Mapping[str, int]:
-        """Bytes by owner at the peak."""
+        """Bytes by component at the peak, under the name that they have in JSON."""
         return self.phases[self.peak_phase]
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is needed at any time."""
+        """Bytes of the largest phase."""
         return sum(self.owners.values())
 
     @property
     def allocated_bytes(self) -> int:
         """The part of the peak that `torch.cuda.max_memory_allocated` counts."""
-        return max(sum(size for owner, size in phase.items() if owner not in OUTSIDE) for phase in self.phases.values())
+        return max(
+            sum(size for name, size in components.items() if name not in UNTRACKED)
+            for components in self.phases.values()
+        )
 
     @property
     def fits(self) -> bool:
-        """Whether card and main memory hold it."""
+        """Whether it fits the GPU and host memory."""
         return self.fits_device and self.fits_host
 
     @property
@@ -69,11 +77,11 @@ class Plan:
 
     @property
     def fits_host(self) -> bool:
-        """Whether main memory holds its part; true when that is not known."""
+        """Whether host memory is sufficient; true if its size is not known."""
         return self.budget.host_bytes is None or self.host_bytes <= self.budget.host_bytes
 
     def __str__(self) -> str:
-        return table(self)
+        return format_plan(self)
 
     def as_json(self) -> dict[str, Any]:
         """The object of `plan --json`."""
@@ -87,20 +95,20 @@ class Plan:
             "peak_phase": self.peak_phase,
             "allocated_bytes": self.allocated_bytes,
             "owners": dict(self.owners),
-            "phases": {phase: sum(owners.values()) for phase, owners in self.phases.items()},
+            "phases": {phase: sum(components.values()) for phase, components in self.phases.items()},
             "fits": self.fits,
             "advice": self.advice,
             "choice": {
-                "recompute": _layers_in_words(work.recomputed, work.shapes.layers),
-                "offload_activations": work.parked > 0,
-                "offloaded_layers": work.parked,
+                "recompute": _layers_as_word(work.recomputed, work.shapes.layers),
+                "offload_activations": work.offloaded > 0,
+                "offloaded_layers": work.offloaded,
                 "weights": work.weights,
-                "embedding": "host" if work.embeds_on_host else "device",
+                "embedding": "host" if work.embedding_on_host else "device",
                 "resident_layers": work.shapes.layers - work.streamed,
                 "micro_batch": work.micro_batch,
             },
             "cards": work.processes,
-            "distributed": kind_of(work),
+            "distributed": strategy_of(work),
             "host_bytes": self.host_bytes,
             "export_bytes": export_bytes(work),
             "disk": disk_bytes(work, self.checkpoints),
@@ -109,73 +117,70 @@ class Plan:
 
 
 def plan(work: Workload, budget: Budget) -> Plan:
-    """The plan of `work` exactly as it is set, whether it fits or not."""
+    """The plan of `work` with its settings unchanged, whether it fits or not."""
     phases = phases_of(work)
     return Plan(work, budget, phases, _peak(phases) if work.device == "cpu" else host_bytes(work))
 
 
-def kind_of(work: Workload) -> str:
-    """How the processes share the work, as a recipe says it."""
+def strategy_of(work: Workload) -> str:
+    """The strategy, as in distributed.kind."""
     return "fsdp" if work.sharded else "ddp" if work.processes > 1 else "single"
 
 
 def compare(work: Workload) -> dict[str, int]:
-    """What full fine-tuning, 16-bit LoRA and QLoRA need on the card for the same rows, all layers recomputed."""
-    alone = replace(work, processes=1, sharded=False, beside=WaitingAdapters())
-    same = replace(alone, recompute=None, offloaded=0, weights="resident")
-    quantised = same if work.storage.kind != "dense" else replace(same, storage=Storage())
+    """The peaks of full fine-tuning, 16-bit LoRA and QLoRA on one GPU with the same batch, all layers recomputed."""
+    default, dense = build_quantizer(Quant()), build_quantizer(Quant(kind="dense"))
+    one_gpu = replace(work, processes=1, sharded=False, waiting=WaitingAdapters())
+    resident = replace(one_gpu, recompute=None, offload=0, weights="resident")
+    qlora = replace(resident, quantizer=default if work.quantizer == dense else work.quantizer)
     if work.adapters.kind == "full":
-        quantised = replace(quantised, adapters=AdapterSizes(work.shapes.matrices))
-    dense = replace(quantised, storage=Storage("dense"), dtype_bytes=2)
-    bare = replace(dense, adapters=AdapterSizes(()))
-    full = _peak(phases_of(bare)) + (FULL_BYTES - 2) * work.shapes.parameters
+        adapter = Adapter()
+        qlora = replace(qlora, adapters=AdapterSizes(work.shapes.matrices, adapter.kind, adapter.rank, dropout=False))
+    lora = replace(qlora, quantizer=dense, dtype_bytes=2)
+    no_adapters = replace(lora, adapters=AdapterSizes((), kind="lora", rank=0, dropout=False))
+    full = _peak(phases_of(no_adapters)) + (FULL_BYTES - 2) * work.shapes.parameters
     return {
         "full_finetune_bytes": full,
-        "lora_16bit_bytes": _peak(phases_of(dense)),
-        "qlora_bytes": _peak(phases_of(quantised)),
+        "lora_16bit_bytes": _peak(phases_of(lora)),
+        "qlora_bytes": _peak(phases_of(qlora)),
     }
 
 
-def _peak(phases: Mapping[str, Owners]) -> int:
-    return max(sum(owners.values()) for owners in phases.values())
+def _peak(phases: Mapping[str, Components]) -> int:
+    return max(sum(components.values()) for components in phases.values())
 
 
-def _layers_in_words(layers: int, of: int) -> int | str:
-    """`all`, `none`, or how many, as a recipe says it."""
-    return {of: "all", 0: "none"}.get(layers, layers)
+def _layers_as_word(layers: int, total: int) -> int | str:
+    """`all`, `none`, or the number, as in memory.recompute."""
+    return {total: "all", 0: "none"}.get(layers, layers)
 
 
-def table(plan: Plan) -> str:
-    """The plan for people: owners by size, the phases, the choice, and what other ways of training would need."""
-    found = plan.as_json()
-    choice = found["choice"]
-    owners = sorted(found["owners"].items(), key=lambda item: -item[1])
+def format_plan(plan: Plan) -> str:
+    """The plan as text: components by size, phases, the choice, and what other ways to train would need."""
+    values = plan.as_json()
+    components = sorted(values["owners"].items(), key=lambda item: -item[1])
     lines = [
-        f"{found['model']}: {found['parameters']:,} parameters, {found['trainable_parameters']:,} of them trainable",
-        *(f"  {name.replace('_', ' '):26}{gib(size)}" for name, size in owners if size),
-        f"  {'peak, ' + found['peak_phase']:26}{gib(found['peak_bytes'])}  of {gib(found['gpu_bytes']).strip()}",
-        "  phases: " + ", ".join(f"{name} {gib(size).strip()}" for name, size in found["phases"].items()),
-        f"  {'main memory':26}{gib(found['host_bytes'])}",
-        f"  {'a merged export':26}{gib(found['export_bytes'])}",
-        "  disk: " + ", ".join(f"{DISK[name]} {gib(size).strip()}" for name, size in found["disk"].items()),
-        f"{in_words(plan)}, micro-batch {choice['micro_batch']}",
+        f"{values['model']}: {values['parameters']:,} parameters, {values['trainable_parameters']:,} of them trainable",
+        *(f"  {name.replace('_', ' '):26}{gib_or_mib(size):>12}" for name, size in components if size),
+        f"  {'peak, ' + values['peak_phase']:26}{gib_or_mib(values['peak_bytes']):>12}"
+        f"  of {gib_or_mib(values['gpu_bytes'])}",
+        "  phases: " + ", ".join(f"{name} {gib_or_mib(size)}" for name, size in values["phases"].items()),
+        f"  {'host memory':26}{gib_or_mib(values['host_bytes']):>12}",
+        f"  {'merged export':26}{gib_or_mib(values['export_bytes']):>12}",
+        "  disk: " + ", ".join(f"{DISK[name]} {gib_or_mib(size)}" for name, size in values["disk"].items()),
+        f"{plan_summary(plan)}, micro-batch {values['choice']['micro_batch']}",
         "for comparison: "
-        + ", ".join(f"{words} {gib(found['compare'][key]).strip()}" for key, words in COMPARED.items()),
-        "fits (predicted)" if found["fits"] else f"does not fit: {found['advice']}",
+        + ", ".join(f"{label} {gib_or_mib(values['compare'][key])}" for key, label in COMPARED.items()),
+        "fits (predicted)" if values["fits"] else f"does not fit: {values['advice']}",
     ]
     return "\n".join(lines)
 
 
-def in_words(plan: Plan) -> str:
-    """How it runs, in half a line: `recompute 20 layers of 32, 29 park in main memory, weights resident`."""
+def plan_summary(plan: Plan) -> str:
+    """The choice in half a line: `20 of 32 layers recompute, 29 offload activations, weights resident`."""
     work, layers = plan.work, plan.work.shapes.layers
-    parked = f", {work.parked} park in main memory" if work.parked else ""
-    weights = f"{work.streamed} layers stream from main memory" if work.streamed else "weights resident"
-    embedding = ", the embedding in main memory" if work.embeds_on_host else ""
-    embedding += f", the base shared by {work.processes} processes" if work.sharded else ""
-    return f"{work.recomputed} of {layers} layers recompute{parked}, {weights}{embedding}"
-
-
-def gib(size: int) -> str:
-    """Bytes in GiB, small ones in MiB, set for a column."""
-    return f"{size / GIB:8.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:8.2f} MiB"
+    offloaded = f", {work.offloaded} offload activations" if work.offloaded else ""
+    weights = f"{work.streamed} layers stream from host memory" if work.streamed else "weights resident"
+    embedding = ", embedding in host memory" if work.embedding_on_host else ""
+    sharded = f", base model sharded over {work.processes} processes" if work.sharded else ""
+    return f"{work.recomputed} of {layers} layers recompute{offloaded}, {weights}{embedding}{sharded}"

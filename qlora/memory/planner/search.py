@@ -1,7 +1,7 @@
-"""The settings that fit a budget and run fastest in it; and when none do, what would make it fit.
+"""The settings that fit a budget and run fastest; if none fit, what would.
 
-Among the ways that fit, the one with the fastest predicted step (pace.py) is taken; one that moves tensors through the
-link has to win clearly. What the user set stays.
+Of the workloads that fit, the one with the fastest predicted step (cost_model.py) is chosen; one that moves tensors
+over the host-device link must be clearly faster. Settings of the user are not changed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from itertools import product
 from typing import Any
 
 from qlora.memory import Memory
-from qlora.memory.planner.advice import How, advise
+from qlora.memory.planner.advice import Source, advise
 from qlora.memory.planner.cost_model import seconds
 from qlora.memory.planner.memory_plan import Budget, Plan, plan
 from qlora.memory.planner.workload import Weights, Workload
 
-# How much faster a way must promise to be whose activations or weights come and go, or which waits for its tokens.
-PARKING, STREAMING, GATHERING = 1.05, 1.15, 1.01
+# By how much a workload that moves activations, weights or embeddings must be faster in the prediction.
+OFFLOAD_MARGIN, STREAM_MARGIN, HOST_EMBEDDING_MARGIN = 1.05, 1.15, 1.01
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class UserChoices:
     weights: Weights | None = None
 
 
-def fixed_by(section: Memory, layers: int) -> UserChoices:
-    """What a recipe's memory section sets for a model of so many decoder layers."""
+def choices_of(section: Memory, layers: int) -> UserChoices:
+    """What a recipe's memory section sets, for a model with so many decoder layers."""
     words = {"auto": None, "all": layers, "none": 0}
     recompute = words[section.recompute] if isinstance(section.recompute, str) else section.recompute
     return UserChoices(
@@ -39,63 +39,65 @@ def fixed_by(section: Memory, layers: int) -> UserChoices:
     )
 
 
-def choose(work: Workload, budget: Budget, fixed: UserChoices | None = None) -> Plan:
-    """The fastest plan of `work` that fits the budget; if none does, the one nearest to it, with advice."""
-    fixed = fixed or UserChoices()
-    found = _best(work, budget, fixed)
-    if found.fits:
-        return found
+def choose(work: Workload, budget: Budget, choices: UserChoices | None = None) -> Plan:
+    """The fastest plan of `work` that fits the budget; if none does, the nearest one, with advice."""
+    choices = choices or UserChoices()
+    best = _best(work, budget, choices)
+    if best.fits:
+        return best
 
-    def fits(other: Workload, how: How) -> bool:
-        return _best(other, budget, fixed if how == "as set" else UserChoices()).fits
+    def fits(other: Workload, source: Source) -> bool:
+        return _best(other, budget, choices if source == "user" else UserChoices()).fits
 
-    return replace(found, advice=advise(found, fits))
+    return replace(best, advice=advise(best, fits))
 
 
-def next_smaller(work: Workload, fixed: UserChoices) -> Workload | None:
-    """The next way down from `work` that takes less of the device, for a run that ran out; None at the end.
+def next_smaller(work: Workload, choices: UserChoices) -> Workload | None:
+    """The next workload that takes less device memory, for a run that ran out of it; None if there is none.
 
-    First half of the layers that keep recompute, then all; then all park. What the user set stays.
+    Half of the layers that do not recompute start to, then all; then all offload. Settings of the user are not changed.
     """
     layers = work.shapes.layers
-    if fixed.recompute is None and work.recomputed < layers:
+    if choices.recompute is None and work.recomputed < layers:
         return replace(work, recompute=work.recomputed + max(1, (layers - work.recomputed + 1) // 2))
-    if fixed.offload is None and work.parked < layers - 1 and work.device != "cpu":
-        return replace(work, offloaded=layers - 1)
+    if choices.offload is None and work.offloaded < layers - 1 and work.device != "cpu":
+        return replace(work, offload=layers - 1)
     return None
 
 
-def price(found: Plan) -> float:
-    """The predicted seconds of a micro-batch, with a handicap on what moves: a link is shared, a prediction is one."""
-    work = found.work
-    handicap = (PARKING if work.parked else 1.0) * (STREAMING if work.streamed else 1.0)
-    return seconds(work) * handicap * (GATHERING if work.embeds_on_host else 1.0)
+def estimated_cost(plan: Plan) -> float:
+    """Predicted seconds of a micro-batch, times margins for what moves: links may be shared, predictions inexact."""
+    work = plan.work
+    margin = (OFFLOAD_MARGIN if work.offloaded else 1.0) * (STREAM_MARGIN if work.streamed else 1.0)
+    return seconds(work) * margin * (HOST_EMBEDDING_MARGIN if work.embedding_on_host else 1.0)
 
 
-def _best(work: Workload, budget: Budget, fixed: UserChoices) -> Plan:
-    """The fastest way that fits; else the nearest: the least on the card, or if that fits, in main memory."""
-    plans = list(_ways(work, budget, fixed))
-    fast = [each for each in plans if each.fits]
-    if fast:
-        return min(fast, key=price)
-    return min(plans, key=lambda each: (0, each.host_bytes) if each.fits_device else (1, each.peak_bytes))
+def _best(work: Workload, budget: Budget, choices: UserChoices) -> Plan:
+    """The fastest plan that fits; else the one with the least host memory, or if no peak fits, the smallest peak."""
+    plans = list(_candidates(work, budget, choices))
+    fitting = [candidate for candidate in plans if candidate.fits]
+    if fitting:
+        return min(fitting, key=estimated_cost)
+    return min(plans, key=lambda plan: (0, plan.host_bytes) if plan.fits_device else (1, plan.peak_bytes))
 
 
-def _ways(work: Workload, budget: Budget, fixed: UserChoices) -> Iterator[Plan]:
-    """Every number of layers that recompute, with as few parking or streaming as fit the card."""
-    layers, elsewhere = work.shapes.layers, work.device != "cpu"  # a CPU run has no other memory to move to
-    parks = {True: [layers - 1], False: [0], None: _spread(layers) if elsewhere else [0]}[fixed.offload]
-    every = range(layers + 1) if fixed.recompute is None else [fixed.recompute]
-    if fixed.weights != "stream":
-        # An embedding that trains, or rows of it, stays where the optimiser is.
-        gathers = (False, True) if elsewhere and not work.shapes.tied and not work.adapters.whole else (False,)
-        for recompute, gather in product(every, gathers):
-            way = replace(work, recompute=recompute, gathers=gather)
-            yield _fewest(way, "offloaded", range(parks[0], parks[-1] + 1), budget)
-    if fixed.weights == "stream" or (fixed.weights is None and elsewhere):
-        for recompute, offloaded in product(_spread(layers) if fixed.recompute is None else every, parks):
-            way = replace(work, recompute=recompute, offloaded=offloaded, weights="stream")
-            yield _fewest(way, "resident_layers", range(layers - 1, -1, -1), budget)
+def _candidates(work: Workload, budget: Budget, choices: UserChoices) -> Iterator[Plan]:
+    """A plan for each number of recomputed layers, with as few offloaded or streamed layers as fit the GPU."""
+    layers, on_gpu = work.shapes.layers, work.device != "cpu"  # on a CPU there is no other memory to move to
+    offload_numbers = {True: [layers - 1], False: [0], None: _spread(layers) if on_gpu else [0]}[choices.offload]
+    recompute_numbers = range(layers + 1) if choices.recompute is None else [choices.recompute]
+    if choices.weights != "stream":
+        # An embedding that trains stays with the optimizer on the device.
+        movable = on_gpu and not work.shapes.tied and not work.adapters.full_values
+        for recompute, host_embedding in product(recompute_numbers, (False, True) if movable else (False,)):
+            candidate = replace(work, recompute=recompute, host_embedding=host_embedding)
+            offload = range(offload_numbers[0], offload_numbers[-1] + 1)
+            yield _first_that_fits(candidate, "offload", offload, budget)
+    if choices.weights == "stream" or (choices.weights is None and on_gpu):
+        few = _spread(layers) if choices.recompute is None else recompute_numbers
+        for recompute, number in product(few, offload_numbers):
+            candidate = replace(work, recompute=recompute, offload=number, weights="stream")
+            yield _first_that_fits(candidate, "resident_layers", range(layers - 1, -1, -1), budget)
 
 
 def _spread(layers: int) -> list[int]:
@@ -103,8 +105,8 @@ def _spread(layers: int) -> list[int]:
     return sorted({layers * eighth // 8 for eighth in range(9)})
 
 
-def _fewest(work: Workload, field: str, values: Sequence[int], budget: Budget) -> Plan:
-    """The plan with the first of `values` in `field` that fits the card, later ones taking less; else with the last."""
+def _first_that_fits(work: Workload, field: str, values: Sequence[int], budget: Budget) -> Plan:
+    """The plan with the first of `values` that fits the GPU, else with the last. Later values take less memory."""
     low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2

@@ -1,18 +1,18 @@
-"""The exact shapes of a base model: its linear layers, norms, embedding and head, and how many values each has."""
+"""The shapes of a base model: linear layers, norms, embedding and head, and how many values each has."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qlora.memory.planner.architectures import Family
 
-# What a linear layer reads; layers that read the same tensor keep it once.
+# The input of a linear layer; layers that read the same tensor save it once.
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention_input", "attention_output"
 MLP_INPUT, MLP_HIDDEN = "mlp_input", "mlp_hidden"
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer: W [O, I], perhaps a bias [O], and which tensor of its decoder layer it reads."""
+    """A linear layer: W [O, I], its bias [O] if any, and which tensor of its decoder layer it reads."""
 
     path: str
     out_features: int
@@ -22,17 +22,17 @@ class Matrix:
 
     @property
     def weights(self) -> int:
-        """Values of W, the bias left out."""
+        """Values of W, without the bias."""
         return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A decoder whose layers are all alike, its embedding, its head and what stands beside it."""
+    """A decoder with identical layers, its embedding, its head, and a vision tower if the model has one."""
 
     name: str
     family: Family
-    dtype: str | None  # the base's own, as its config.json names it
+    dtype: str | None  # as in config.json
     vocabulary: int
     hidden: int
     intermediate: int
@@ -40,20 +40,20 @@ class Shapes:
     heads: int
     kv_heads: int
     head_dim: int
-    tied: bool  # the head is the embedding
-    block: tuple[Matrix, ...]  # of one layer, paths within it
+    tied: bool  # the head is the embedding matrix
+    block: tuple[Matrix, ...]  # the linear layers of one decoder layer, with paths within it
     layers_path: str
     parallel: bool  # attention and MLP read the same hidden state
-    window: int | None  # tokens a sliding attention sees
+    window: int | None  # tokens of sliding window attention
     vision: int  # parameters of a vision tower and its projector
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """The linear layers of the decoder by their paths in the model, in order: what is quantised and adapted."""
+        """The linear layers of the decoder, with paths in the model, in order: what is quantized and adapted."""
         return tuple(
-            replace(each, path=f"{self.layers_path}.{layer}.{each.path}")
+            replace(matrix, path=f"{self.layers_path}.{layer}.{matrix.path}")
             for layer in range(self.layers)
-            for each in self.block
+            for matrix in self.block
         )
 
     @property
@@ -63,7 +63,7 @@ class Shapes:
 
     @property
     def key_value(self) -> int:
-        """Features of all key heads together; of all value heads as well."""
+        """Features of all key heads together, and of all value heads together."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -73,12 +73,12 @@ class Shapes:
 
     @property
     def head(self) -> int:
-        """Values of the output head; 0 if it is the embedding."""
+        """Values of the LM head; 0 if it is tied to the embedding."""
         return 0 if self.tied else self.embedding
 
     @cached_property
     def norms(self) -> int:
-        """Values of all norms, their biases included."""
+        """Values of all norms, with their biases."""
         wide = self.hidden * (2 if self.family.layer_norm else 1)
         heads = 2 * self.head_dim if self.family.head_norms else 0
         return self.layers * (self.family.wide_norms * wide + heads) + wide
@@ -86,14 +86,14 @@ class Shapes:
     @cached_property
     def biases(self) -> int:
         """Values of the linear layers' biases."""
-        return self.layers * sum(each.out_features for each in self.block if each.bias)
+        return self.layers * sum(matrix.out_features for matrix in self.block if matrix.bias)
 
     @cached_property
-    def quantised(self) -> int:
-        """Values of the linear layers' matrices: what is stored in 4 bits."""
-        return self.layers * sum(each.weights for each in self.block)
+    def quantized(self) -> int:
+        """Values of the linear layers' matrices: what is quantized."""
+        return self.layers * sum(matrix.weights for matrix in self.block)
 
     @property
     def parameters(self) -> int:
         """All parameters of the model, a tied head counted once."""
-        return self.quantised + self.biases + self.norms + self.embedding + self.head + self.vision
+        return self.quantized + self.biases + self.norms + self.embedding + self.head + self.vision

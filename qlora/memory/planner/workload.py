@@ -1,4 +1,7 @@
-"""What is to be planned, in plain values: shapes of the base, how it is stored, what trains, on how much at a time."""
+"""The workload of one rank in plain values: base model, quantizer, trained parameters, batch, policy of the layers.
+
+What the sections of a recipe set has no default here: the recipe's own defaults are the only ones.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,112 +10,92 @@ from functools import cached_property
 from typing import Literal
 
 from qlora.memory.planner.shapes import Matrix, Shapes
+from qlora.model.logits_chunk import LOGITS_CHUNK_BYTES
+from qlora.quant import Quantizer
 
 Weights = Literal["resident", "stream"]
-
-LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # of float32 logits at a time, as the loss chunks them
-NESTED_BLOCK = 256  # absmax values that share one nested absmax
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How the frozen matrices are stored; `block` and `double` mean nothing for `dense`."""
-
-    kind: str = "nf4"
-    double: bool = True
-    block: int = 64
-
-    def matrix_bytes(self, weights: int, dtype_bytes: int) -> int:
-        """Bytes of one matrix: 0.51587 a weight in 4 bits with double quantisation (block 64), 0.5625 without."""
-        if self.kind == "dense":
-            return weights * dtype_bytes
-        codes, blocks = -(-weights // 2), -(-weights // self.block)
-        return codes + (blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks)
-
-    def scratch_bytes(self, weights: int) -> int:
-        """Bytes held beside W while it is rebuilt: the absmax in float32, before and after its offset is added."""
-        return 0 if self.kind == "dense" or not self.double else 8 * -(-weights // self.block)
 
 
 @dataclass(frozen=True)
 class AdapterSizes:
-    """The low-rank layers: float32 A [R, I] and B [O, R] beside each of `matrices`."""
+    """The parameters that train: float32 A [R, I] and B [O, R] of each of `matrices`, and modules to save."""
 
     matrices: tuple[Matrix, ...]
-    kind: str = "lora"
-    rank: int = 16
-    dropout: bool = False
-    starts: bool = False  # where A and B started is kept beside them
-    ranks: Mapping[str, int] = field(default_factory=dict)  # path -> rank, where it is another one
-    whole: int = 0  # values of modules that train whole; of kind full, all that train
-    whole_head: bool = False  # whether the head is one of them
+    kind: str
+    rank: int
+    dropout: bool
+    keeps_init: bool = False  # the initial A and B are stored too (pissa)
+    ranks: Mapping[str, int] = field(default_factory=dict)  # path -> rank, where it is not `rank`
+    full_values: int = 0  # values of modules to save; of kind full, of all weights that train
+    head_trains: bool = False  # whether the LM head is one of these modules
 
     @property
     def values(self) -> int:
         """Values that train."""
-        return self.low_rank + self.whole
+        return self.low_rank + self.full_values
 
     @cached_property
     def low_rank(self) -> int:
-        """Values of the updates; dora trains one magnitude a row as well."""
-        return self.rows + sum(
-            self.ranks.get(each.path, self.rank) * (each.in_features + each.out_features) for each in self.matrices
+        """Values of A and B, and of dora's magnitudes."""
+        return self.magnitudes + sum(
+            self.ranks.get(matrix.path, self.rank) * (matrix.in_features + matrix.out_features)
+            for matrix in self.matrices
         )
 
     @cached_property
-    def rows(self) -> int:
-        """Rows whose length dora trains; it also holds the square of each."""
-        return sum(each.out_features for each in self.matrices) if self.kind == "dora" else 0
+    def magnitudes(self) -> int:
+        """Values of dora's magnitudes, one for each row of W; dora also stores the square of each row's norm."""
+        return sum(matrix.out_features for matrix in self.matrices) if self.kind == "dora" else 0
 
     @property
     def held_bytes(self) -> int:
-        """What stands for the adapters, all of it float32."""
-        return 4 * ((2 if self.starts else 1) * self.low_rank + self.rows + self.whole)
+        """Bytes of the adapters' tensors, all of them float32."""
+        return 4 * ((2 if self.keeps_init else 1) * self.low_rank + self.magnitudes + self.full_values)
 
     @cached_property
     def paths_in_block(self) -> frozenset[str]:
         """The paths within a decoder layer that are adapted in any layer: `self_attn.q_proj`."""
-        return frozenset(re.split(r"\.\d+\.", each.path, maxsplit=1)[-1] for each in self.matrices)
+        return frozenset(re.split(r"\.\d+\.", matrix.path, maxsplit=1)[-1] for matrix in self.matrices)
 
 
 @dataclass(frozen=True)
 class WaitingAdapters:
-    """Bytes of adapters that wait while this one has its turn: themselves, and the moments of their optimisers.
+    """Bytes of the other adapters of a sweep while one of them trains: their values and their optimizer moments.
 
-    Gradients last a step, so nobody has any who waits.
+    Gradients exist only during a step, so a waiting adapter has none.
     """
 
     adapters: int = 0
     moments: int = 0
-    host_moments: int = 0  # of paged and hosted optimisers, which wait in main memory
+    host_moments: int = 0  # of paged and offloaded optimizers, in host memory
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One process's share of a training run, as far as its memory goes."""
+    """One rank's part of a training run, as far as its memory goes."""
 
     shapes: Shapes
     adapters: AdapterSizes
-    storage: Storage = field(default_factory=Storage)
-    dtype_bytes: int = 2  # of the compute dtype: embeddings, head, norms, activations
-    optimizer: str = "paged_adamw_32bit"
-    micro_batch: int = 1
-    max_length: int = 2048  # tokens of a row
-    packing: bool = True  # rows hold several documents
-    attention: str = "auto"  # the kernel, as model.attention says it
-    recompute: int | None = None  # the first layers, recomputed in backward; None: all
-    offloaded: int = 0  # the first layers, which park what they keep in host memory; the last one never does
+    quantizer: Quantizer
+    dtype_bytes: int  # of the compute dtype: embeddings, head, norms, activations
+    optimizer: str  # optim.kind
+    micro_batch: int  # sequences
+    max_length: int  # tokens of a sequence
+    packing: bool  # sequences hold several documents
+    attention: str  # the kernel, as in model.attention
+    device: Literal["cuda", "cpu"]
+    recompute: int | None = None  # how many layers, from the first, recompute in backward; None: all
+    offload: int = 0  # how many layers, from the first, offload their activations; the last one never does
     weights: Weights = "resident"
     resident_layers: int = 0  # of a streamed base, how many layers stay on the device
-    gathers: bool = False  # the rows of the embedding come from main memory, as they always do while layers stream
-    device: Literal["cuda", "cpu"] = "cuda"
+    host_embedding: bool = False  # the embedding is in host memory; it always is while layers stream
     processes: int = 1
-    beside: WaitingAdapters = field(default_factory=WaitingAdapters)
-    sharded: bool = False  # every process holds its share of what is frozen, and gathers a layer when it is its turn
+    waiting: WaitingAdapters = field(default_factory=WaitingAdapters)
+    sharded: bool = False  # FSDP: every rank holds a shard of the frozen base and all-gathers a layer when it is used
 
     @property
-    def share(self) -> int:
-        """Processes that share what is frozen."""
+    def shards(self) -> int:
+        """The number of shards of the frozen base."""
         return self.processes if self.sharded else 1
 
     @property
@@ -122,64 +105,77 @@ class Workload:
 
     @property
     def logits_bytes(self) -> int:
-        """Bytes of float32 logits that are computed at a time."""
-        return LOGITS_BYTES[self.device]
+        """Bytes of the float32 logits that are computed at a time."""
+        return LOGITS_CHUNK_BYTES[self.device]
 
     @property
-    def squares(self) -> int:
-        """Pairs of tokens in a micro-batch, T x T of every row."""
+    def token_pairs(self) -> int:
+        """Pairs of tokens in a micro-batch: T x T of every sequence."""
         return self.micro_batch * self.max_length**2
 
     @property
     def eager(self) -> bool:
-        """Whether every head's T x T scores exist: asked for, or since no kernel here caps them."""
+        """Whether every head's T x T scores are in memory: set by the recipe, or since no kernel has a soft cap."""
         return self.attention == "eager" or (self.attention == "auto" and self.shapes.family.softcap)
 
     @property
     def masked(self) -> bool:
-        """Whether attention takes a T x T mask: for documents under `sdpa`, for a window shorter than the row."""
+        """Whether attention takes a T x T mask: for documents under `sdpa`, or for a window below max_length."""
         windowed = self.shapes.window is not None and self.shapes.window < self.max_length
         if self.attention == "auto":
-            return windowed and self.device == "cpu" and not self.eager and not self.in_blocks
+            return windowed and self.device == "cpu" and not self.eager and not self.cpu_kernel
         return self.attention == "sdpa" and (windowed or self.packing)
 
     @property
-    def cut(self) -> bool:
-        """Whether attention goes document by document and joins the parts."""
+    def by_document(self) -> bool:
+        """Whether attention runs document by document and concatenates the outputs."""
         on_cpu = self.attention == "auto" and self.device == "cpu" and not self.eager
-        return self.packing and on_cpu and not self.in_blocks
+        return self.packing and on_cpu and not self.cpu_kernel
 
     @property
-    def in_blocks(self) -> bool:
-        """Whether attention runs in the CPU's own kernel, which takes 16 bits and keeps nothing but what it reads."""
+    def cpu_kernel(self) -> bool:
+        """Whether attention runs in model/cpu_attention.py, which takes 16 bits and saves only its inputs."""
         return self.attention == "auto" and self.device == "cpu" and not self.eager and self.dtype_bytes == 2
 
-    def reads(self, what: str) -> bool:
-        """Whether an adapter of any layer reads, and so keeps, that tensor of its layer."""
-        return any(each.reads == what and each.path in self.adapters.paths_in_block for each in self.shapes.block)
+    def adapter_reads(self, tensor: str) -> bool:
+        """Whether an adapter of any layer reads, and so saves, that tensor of its layer."""
+        return any(
+            matrix.reads == tensor and matrix.path in self.adapters.paths_in_block for matrix in self.shapes.block
+        )
 
     @property
     def recomputed(self) -> int:
-        """Layers that recompute."""
+        """The number of layers that recompute."""
         return self.shapes.layers if self.recompute is None else min(self.recompute, self.shapes.layers)
 
     @property
-    def parked(self) -> int:
-        """Layers that park what they keep."""
-        return min(self.offloaded, self.shapes.layers - 1)
+    def offloaded(self) -> int:
+        """The number of layers that offload their activations."""
+        return min(self.offload, self.shapes.layers - 1)
 
     @property
     def streamed(self) -> int:
-        """Layers whose frozen matrices come from host memory each time."""
+        """The number of layers whose frozen matrices are copied from host memory whenever they are used."""
         return max(0, self.shapes.layers - self.resident_layers) if self.weights == "stream" else 0
 
     @property
-    def embeds_on_host(self) -> bool:
-        """Whether the embedding stays in main memory: not where it is the head too, nor where processes share it."""
-        apart = self.device == "cuda" and not self.shapes.tied and self.processes == 1 and not self.sharded
-        return apart and (self.gathers or self.weights == "stream")
+    def embedding_on_host(self) -> bool:
+        """Whether the embedding is in host memory: never if it is tied to the head or there are several ranks."""
+        can_be = self.device == "cuda" and not self.shapes.tied and self.processes == 1 and not self.sharded
+        return can_be and (self.host_embedding or self.weights == "stream")
 
     @cached_property
     def layer_bytes(self) -> int:
         """Stored bytes of one layer's matrices."""
-        return sum(self.storage.matrix_bytes(each.weights, self.dtype_bytes) for each in self.shapes.block)
+        return sum(
+            self.quantizer.stored_bytes(matrix.out_features, matrix.in_features, self.dtype_bytes)
+            for matrix in self.shapes.block
+        )
+
+    @cached_property
+    def dequantized_bytes(self) -> int:
+        """Bytes of the largest matrix of a layer while it is rebuilt, with what the quantizer needs on top of it."""
+        return max(
+            self.quantizer.scratch_bytes(matrix.out_features, matrix.in_features, self.dtype_bytes)
+            for matrix in self.shapes.block
+        )

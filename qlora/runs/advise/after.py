@@ -1,47 +1,49 @@
 """`qlora advise RUN`: did it learn, did it forget, is the rank right, and what to change next."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.runs.artifacts import MANIFEST
-from qlora.runs.evaluate_and_generate import measure
 from qlora.errors import InputError
-from qlora.utils.atomic_files import read_json
-from qlora.runs.inspect_adapter import inspect_adapter
 from qlora.runs.advise.verdict import Reason
+from qlora.runs.artifacts import MANIFEST, read_manifest
+from qlora.runs.evaluate import evaluate_run
+from qlora.runs.inspect_adapter import inspect_adapter
 from qlora.runs.load_run import load_run
+from qlora.runs.memory_setup import Log
 from qlora.training.run_log import read_metrics
 
-LEARNT = 0.02  # rule of thumb: of the held-out loss; less may be noise
-FORGOT = 0.05  # rule of thumb: rise of the loss on general text
-OVERFITTED = 0.02  # rule of thumb: how much the last evaluation may be worse than the best
-BY_HEART = 0.5  # rule of thumb: training loss below so much of the held-out one
-Say = Callable[[str], None]
+LEARNED = 0.02  # rule of thumb: relative fall of the held-out loss; less may be noise
+FORGOT = 0.05  # rule of thumb: relative rise of the loss on general text
+OVERFITTED = 0.02  # rule of thumb: how much worse the last evaluation may be than the best
+MEMORIZED = 0.5  # rule of thumb: training loss over held-out loss, below this
 
 
-def advise_after(run: str, say: Say = lambda line: None) -> dict[str, Any]:
-    """What `qlora advise RUN --json` answers. InputError for a folder that is no finished run."""
-    manifest = _manifest(Path(run))
-    learnt = learnt_by(manifest, read_metrics(Path(run)))
-    measured = measure(load_run(run, None, say), None, "loss", beside_base=True, say=say)
+def advise_after(run: str, log: Log = lambda line: None) -> dict[str, Any]:
+    """The object of `qlora advise RUN --json`. InputError for a folder that is not a finished run."""
+    manifest = read_manifest(Path(run))
+    if manifest is None:
+        raise InputError(f"{run}: neither a recipe file nor a finished run: it has no {MANIFEST}.")
+    summary = learning_summary(manifest, read_metrics(Path(run)))
+    measured = evaluate_run(load_run(run, None, log), None, "loss", beside_base=True, log=log)
     general = measured["forgetting"]
     change = general["loss"] / general["base_loss"] - 1 if general["base_loss"] else 0.0
-    rank = inspect_adapter(run, curve=False, picture=None, say=say)
-    found = {
-        "learnt": learnt | {"base_loss": measured["base"]["loss"], "loss": measured["loss"], "rows": measured["rows"]},
+    rank = inspect_adapter(run, curve=False, picture=None, log=log)
+    result = {
+        "learnt": summary | {"base_loss": measured["base"]["loss"], "loss": measured["loss"], "rows": measured["rows"]},
         "forgot": {**general, "change": change},
         "rank": {key: rank[key] for key in ("verdict", "suggested_rank", "reason")},
     }
-    return found | {"reasons": [asdict(reason) for reason in (*_learning(found), *_forgetting(found), *_rank(found))]}
+    reasons = (*_learning(result), *_forgetting(result), *_rank(result))
+    return result | {"reasons": [asdict(reason) for reason in reasons]}
 
 
-def learnt_by(manifest: Mapping[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the run wrote down of its own learning."""
+def learning_summary(manifest: Mapping[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps and losses from the run's manifest and metrics."""
     result = manifest.get("result", {})
     losses = [line["loss"] for line in metrics if line.get("event") == "train" and line.get("loss") is not None]
-    last = losses[-max(1, len(losses) // 10) :]  # the last tenth: one step's loss is noise
+    last = losses[-max(1, len(losses) // 10) :]  # the last tenth: the loss of a single step is noisy
     return {
         "steps": result.get("steps"),
         "train_loss": sum(last) / len(last) if last else None,
@@ -51,64 +53,55 @@ def learnt_by(manifest: Mapping[str, Any], metrics: list[dict[str, Any]]) -> dic
     }
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: is neither a recipe's file nor a finished run: it has no {MANIFEST}.")
-    try:
-        return read_json(folder / MANIFEST)
-    except ValueError as error:
-        raise InputError(f"{folder / MANIFEST}: is damaged ({error}).") from None
-
-
-def _learning(found: Mapping[str, Any]) -> Iterator[Reason]:
-    learnt = found["learnt"]
-    before, after = learnt["base_loss"], learnt["loss"]
+def _learning(result: Mapping[str, Any]) -> Iterator[Reason]:
+    summary = result["learnt"]
+    before, after = summary["base_loss"], summary["loss"]
     share = 1 - after / before if before else 0.0
-    told = f"held-out loss {before:.4f} -> {after:.4f} ({-share:+.1%}) on {learnt['rows']:,} rows"
-    if share < LEARNT:
-        yield Reason(f"it hardly learnt: {told}. More steps, a higher optim.learning_rate, or are the rows learnable?")
+    losses = f"held-out loss {before:.4f} -> {after:.4f} ({-share:+.1%}) on {summary['rows']:,} examples"
+    if share < LEARNED:
+        yield Reason(f"it hardly learned: {losses}. Try more steps or a higher optim.learning_rate, and check the data")
     else:
-        yield Reason(f"it learnt: {told}")
-    yield from _overfitting(learnt)
+        yield Reason(f"it learned: {losses}")
+    yield from _overfitting(summary)
 
 
-def _overfitting(learnt: Mapping[str, Any]) -> Iterator[Reason]:
-    best, last, train = learnt["best_eval_loss"], learnt["eval_loss"], learnt["train_loss"]
+def _overfitting(summary: Mapping[str, Any]) -> Iterator[Reason]:
+    best, last, train = summary["best_eval_loss"], summary["eval_loss"], summary["train_loss"]
     if best is not None and last is not None and last > best * (1 + OVERFITTED):
         yield Reason(
-            f"the best held-out loss was {best:.4f} at step {learnt['best_step']}, the last is {last:.4f}: it "
-            "overfits. Fewer epochs, or train.early_stop"
+            f"it overfits: the best held-out loss was {best:.4f} at step {summary['best_step']}, the last is "
+            f"{last:.4f}. Use fewer epochs, or train.early_stop"
         )
-    if train is not None and last and train < BY_HEART * last:
+    if train is not None and last and train < MEMORIZED * last:
         yield Reason(
-            f"training loss {train:.4f} against {last:.4f} on held-out rows: rows are learnt by heart. "
-            "More rows, fewer epochs, or adapter.dropout"
+            f"it memorizes: training loss {train:.4f}, held-out loss {last:.4f}. "
+            "Use more data, fewer epochs, or adapter.dropout"
         )
 
 
-def _forgetting(found: Mapping[str, Any]) -> Iterator[Reason]:
-    general = found["forgot"]
-    told = f"loss on general text {general['base_loss']:.4f} -> {general['loss']:.4f} ({general['change']:+.1%})"
+def _forgetting(result: Mapping[str, Any]) -> Iterator[Reason]:
+    general = result["forgot"]
+    losses = f"loss on general text {general['base_loss']:.4f} -> {general['loss']:.4f} ({general['change']:+.1%})"
     if general["change"] <= FORGOT:
-        yield Reason(f"it did not forget: {told} on {general['tokens']:,} tokens")
+        yield Reason(f"it did not forget: {losses} on {general['tokens']:,} tokens")
         return
     yield Reason(
-        f"it forgot: {told}. A lower optim.learning_rate, fewer steps, or some general rows among the training rows",
-        "the limit is a rule of thumb; that LoRA forgets less than full fine-tuning: arXiv:2405.09673",
+        f"it forgot: {losses}. Use a lower optim.learning_rate or fewer steps, or add general text to the data",
+        "the limit is a rule of thumb; LoRA forgets less than full fine-tuning: arXiv:2405.09673",
     )
 
 
-def _rank(found: Mapping[str, Any]) -> Iterator[Reason]:
-    rank = found["rank"]
-    ending = {
-        "too high": f"rank {rank['suggested_rank']} would do",
+def _rank(result: Mapping[str, Any]) -> Iterator[Reason]:
+    rank = result["rank"]
+    advice = {
+        "too high": f"rank {rank['suggested_rank']} is enough",
         "saturated": f"try rank {rank['suggested_rank']}",
         "fits": "the rank is right",
-        "untrained": "nothing was learnt",
+        "untrained": "the adapter learned nothing",
     }
-    yield Reason(f"rank: {rank['verdict']}; {rank['reason']}: {ending[rank['verdict']]}", "qlora inspect")
+    yield Reason(f"rank: {rank['verdict']}; {rank['reason']}: {advice[rank['verdict']]}", "qlora inspect")
 
 
-def as_lines(found: Mapping[str, Any]) -> list[str]:
-    """The answer for people."""
-    return [f"- {reason['text']}  [{reason['source']}]" for reason in found["reasons"]]
+def as_lines(result: Mapping[str, Any]) -> list[str]:
+    """The result as text."""
+    return [f"- {reason['text']}  [{reason['source']}]" for reason in result["reasons"]]

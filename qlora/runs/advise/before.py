@@ -1,6 +1,6 @@
-"""`qlora advise RECIPE`: what the rows are like and what the base can do already: prompt, retrieve, or train, and how.
+"""`qlora advise RECIPE`: measurements of the data and of the base model: prompt, retrieve, or train, and how.
 
-Every figure is measured here; judgement.py says what they come to.
+verdict.py turns the figures into a recommendation.
 """
 
 import re
@@ -16,41 +16,38 @@ from qlora.data.prepare import Prepared, prepare
 from qlora.data.types import IGNORED, Example
 from qlora.distributed.single import Single
 from qlora.errors import DataError
-from qlora.runs.advise.verdict import GRAM, LARGEST_RANK, NEAR, judge
-from qlora.runs.memory_setup import load_base, plan_here
-from qlora.recipe.planning import Machine, plan_of
+from qlora.recipe.dataset_profile import build_encoder, context_length
+from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
-from qlora.recipe.dataset_profile import context_of, encoder_of
+from qlora.runs.advise.verdict import LARGEST_RANK, NEAR, NGRAM, judge
+from qlora.runs.memory_setup import Log, load_base, plan_if_known
 from qlora.training.eval_loss import evaluate
 from qlora.training.loss import TokenLoss
 
-COMPARED_ROWS = 256  # held-out rows that are looked up among the training rows
-SHOTS = 4  # training rows shown to the base before a held-out one
-WORD, CONTROL = re.compile(r"[^\W_]{3,}"), re.compile(r"<[^<>\s]{1,24}>")  # control tokens are no words
-Say = Callable[[str], None]
+COMPARED_ROWS = 256  # held-out examples that are compared with the training set
+SHOTS = 4  # training examples in the prompt before a held-out one
+WORD, CONTROL = re.compile(r"[^\W_]{3,}"), re.compile(r"<[^<>\s]{1,24}>")  # control tokens do not count as words
 
 
-def advise_before(recipe: Recipe, rows: int, say: Say = lambda line: None) -> dict[str, Any]:
-    """What `qlora advise RECIPE --json` answers; `rows` held-out rows are scored with the base, 0 leaves that out.
+def advise_before(recipe: Recipe, rows: int, log: Log = lambda line: None) -> dict[str, Any]:
+    """The object of `qlora advise RECIPE --json`; `rows` held-out examples are evaluated with the base model.
 
-    DataError if no row can be trained on, or none is held out; BaseModelError.
+    DataError if no record can be trained on, or no example is held out; BaseModelError.
     """
-    encoder = encoder_of(recipe)
-    prepared = prepare(_unpacked(recipe), encoder, recipe.train.seed)
-    prepared.report.refuse()
+    encoder = build_encoder(recipe)
+    prepared = prepare(recipe.data.model_copy(update={"packing": False}), encoder, recipe.train.seed)
+    prepared.report.raise_for_problems()
     if not prepared.eval:
-        raise DataError("data.eval_fraction: no rows are held out, so nothing can be told from them. Hold some out.")
-    found = {
+        raise DataError(
+            "data.eval_fraction: no examples are held out, and advise measures on held-out ones. Set it above 0."
+        )
+    result = {
         "data": _data(recipe, prepared),
-        "novelty": novelty(prepared, encoder.decode),
-        "few_shot": few_shot(recipe, prepared, rows, say) if rows else None,
+        "novelty": measure_novelty(prepared, encoder.decode),
+        "few_shot": measure_few_shot(recipe, prepared, rows, log) if rows else None,
     }
-    verdict, reasons = judge(found)
-    return {**found, "verdict": verdict, "reasons": [asdict(reason) for reason in reasons]}
-
-
-def _unpacked(recipe: Recipe) -> Any:
-    return recipe.data.model_copy(update={"packing": False})
+    verdict, reasons = judge(result)
+    return {**result, "verdict": verdict, "reasons": [asdict(reason) for reason in reasons]}
 
 
 def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -63,103 +60,108 @@ def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "trained_tokens": report.trained_tokens,
         "duplicates": report.duplicates,
         "overlap": report.overlap,
-        "contradictions": contradictions(prepared.train),
-        "largest_adapter_parameters": plan_of(largest, Machine(2**50)).work.adapters.values,
+        "contradictions": count_contradictions(prepared.train),
+        "largest_adapter_parameters": Planner(largest).plan(Machine(2**50)).work.adapters.values,
     }
 
 
-def contradictions(rows: Sequence[Example]) -> int:
-    """Rows whose prompt stands elsewhere with another answer: noise that no training can fit."""
+def count_contradictions(examples: Sequence[Example]) -> int:
+    """Examples whose prompt also occurs with another answer: noise that no training can fit."""
     answers: dict[bytes, Counter[bytes]] = {}
-    for row in rows:
-        begins = int(np.argmax(row.labels != IGNORED))
-        prompt, answer = row.input_ids[:begins].tobytes(), row.input_ids[begins:].tobytes()
+    for example in examples:
+        start = int(np.argmax(example.labels != IGNORED))
+        prompt, answer = example.input_ids[:start].tobytes(), example.input_ids[start:].tobytes()
         answers.setdefault(prompt, Counter())[answer] += 1
     return sum(
         sum(counts.values()) - counts.most_common(1)[0][1] for prompt, counts in answers.items() if prompt and counts
     )
 
 
-def novelty(prepared: Prepared, decode: Callable[[Any], str]) -> dict[str, Any]:
-    """How new the held-out rows are: the share near a training row, and of their answers' words seen nowhere before."""
-    held = prepared.eval[:COMPARED_ROWS]
-    return {"rows": len(held), "near": _near(prepared.train, held), "unseen_words": _unseen(prepared, held, decode)}
+def measure_novelty(prepared: Prepared, decode: Callable[[Any], str]) -> dict[str, Any]:
+    """How new the held-out examples are: the share near a training example, and the share of unseen answer words."""
+    held_out = prepared.eval[:COMPARED_ROWS]
+    near, unseen = _near_share(prepared.train, held_out), _unseen_words(prepared, held_out, decode)
+    return {"rows": len(held_out), "near": near, "unseen_words": unseen}
 
 
-def _near(train: Sequence[Example], held: Sequence[Example]) -> float:
-    """The share of `held` that share NEAR of their runs with one training row; what frames every row is no run."""
-    wanted = [grams(row) for row in held]
-    asked = set().union(*wanted)
-    places: dict[bytes, list[int]] = {}
-    for index, row in enumerate(train):
-        for gram in grams(row) & asked:
-            places.setdefault(gram, []).append(index)
-    frame = {gram for gram, rows in places.items() if len(rows) > len(train) / 2}
+def _near_share(train: Sequence[Example], held_out: Sequence[Example]) -> float:
+    """The share of held-out examples with NEAR of their n-grams in one training example.
+
+    N-grams in more than half of the training examples come from the template and are not counted.
+    """
+    held_out_ngrams = [ngrams(example) for example in held_out]
+    candidates = set().union(*held_out_ngrams)
+    index: dict[bytes, list[int]] = {}
+    for number, example in enumerate(train):
+        for ngram in ngrams(example) & candidates:
+            index.setdefault(ngram, []).append(number)
+    template = {ngram for ngram, numbers in index.items() if len(numbers) > len(train) / 2}
     near = 0
-    for runs in wanted:
-        telling = runs - frame
-        shared = Counter(index for gram in telling for index in places.get(gram, ()))
-        near += bool(telling) and shared.total() > 0 and shared.most_common(1)[0][1] >= NEAR * len(telling)
-    return near / len(held)
+    for ngrams_of_example in held_out_ngrams:
+        content = ngrams_of_example - template
+        shared = Counter(number for ngram in content for number in index.get(ngram, ()))
+        near += bool(content) and shared.total() > 0 and shared.most_common(1)[0][1] >= NEAR * len(content)
+    return near / len(held_out)
 
 
-def grams(row: Example) -> set[bytes]:
-    """The runs of GRAM tokens in a row; a shorter row is one run."""
-    ids = row.input_ids
-    return {ids[start : start + GRAM].tobytes() for start in range(max(1, len(ids) - GRAM + 1))}
+def ngrams(example: Example) -> set[bytes]:
+    """All NGRAM consecutive tokens of an example; a shorter example is one n-gram."""
+    ids = example.input_ids
+    return {ids[start : start + NGRAM].tobytes() for start in range(max(1, len(ids) - NGRAM + 1))}
 
 
-def _unseen(prepared: Prepared, held: Sequence[Example], decode: Callable[[Any], str]) -> float:
-    """Of the words in the held-out answers, the share that is neither in the row's prompt nor in a training answer."""
+def _unseen_words(prepared: Prepared, held_out: Sequence[Example], decode: Callable[[Any], str]) -> float:
+    """The share of the words in held-out answers that are neither in their prompt nor in any training answer."""
     seen: set[str] = set()
-    for row in prepared.train:
-        seen |= _words(decode(row.input_ids[row.labels != IGNORED]))
-    new = told = 0
-    for row in held:
-        words = _words(decode(row.input_ids[row.labels != IGNORED]))
-        told += len(words)
-        new += len(words - seen - _words(decode(row.input_ids[row.labels == IGNORED])))
-    return new / told if told else 0.0
+    for example in prepared.train:
+        seen |= _words(decode(example.input_ids[example.labels != IGNORED]))
+    unseen = total = 0
+    for example in held_out:
+        words = _words(decode(example.input_ids[example.labels != IGNORED]))
+        total += len(words)
+        unseen += len(words - seen - _words(decode(example.input_ids[example.labels == IGNORED])))
+    return unseen / total if total else 0.0
 
 
 def _words(text: str) -> set[str]:
     return {word.lower() for word in WORD.findall(CONTROL.sub(" ", text))}
 
 
-def few_shot(recipe: Recipe, prepared: Prepared, rows: int, say: Say) -> dict[str, Any]:
-    """The base's loss on held-out rows, asked plainly and after a few training rows: what a prompt alone gives.
+def measure_few_shot(recipe: Recipe, prepared: Prepared, rows: int, log: Log) -> dict[str, Any]:
+    """The base model's loss on held-out examples, zero-shot and few-shot: what a prompt alone achieves.
 
-    In-context examples as in Brown et al. 2020, arXiv:2005.14165. Both losses are over the same rows: those that leave
-    room for the examples in the model's context.
+    In-context examples as in Brown et al. 2020, arXiv:2005.14165. Both losses are over the same examples: those that
+    fit into the model's context together with the shots.
     """
-    room = context_of(recipe.model.name, recipe.model.revision)
-    shots = shown(prepared.train, room // 2)
-    room -= sum(map(len, shots))
-    held = [row for row in prepared.eval if len(row) <= room][:rows] if shots else list(prepared.eval[:rows])
-    base = load_base(recipe, Single().device, plan_here(recipe), say)
-    scored = [held, [behind(shots, row) for row in held]] if shots else [held]
-    found = [evaluate(TokenLoss(base.model), each, recipe.train.micro_batch, Single()) for each in scored]
-    losses = [each.loss for each in found if each]
+    context = context_length(recipe.model.name, recipe.model.revision)
+    shots = choose_shots(prepared.train, context // 2)
+    context -= sum(map(len, shots))
+    fitting = [example for example in prepared.eval if len(example) <= context] if shots else prepared.eval
+    held_out = list(fitting[:rows])
+    base = load_base(recipe, Single().device, plan_if_known(recipe), log)
+    sets = [held_out, [append_to_shots(shots, example) for example in held_out]] if shots else [held_out]
+    evaluations = [evaluate(TokenLoss(base.model), examples, recipe.train.micro_batch, Single()) for examples in sets]
+    losses = [evaluation.loss for evaluation in evaluations if evaluation]
     return {
-        "rows": len(held),
+        "rows": len(held_out),
         "shots": len(shots),
         "loss": losses[0],
         "few_shot_loss": losses[1] if shots else None,
     }
 
 
-def shown(train: Sequence[Example], room: int) -> list[Example]:
-    """The first training rows that fit together in `room` tokens, at most SHOTS of them."""
-    found: list[Example] = []
-    for row in train[: 16 * SHOTS]:
-        if len(found) < SHOTS and sum(map(len, found)) + len(row) <= room:
-            found.append(row)
-    return found
+def choose_shots(train: Sequence[Example], limit: int) -> list[Example]:
+    """The first training examples that together have at most `limit` tokens, at most SHOTS of them."""
+    shots: list[Example] = []
+    for example in train[: 16 * SHOTS]:
+        if len(shots) < SHOTS and sum(map(len, shots)) + len(example) <= limit:
+            shots.append(example)
+    return shots
 
 
-def behind(shots: Sequence[Example], row: Example) -> Example:
-    """`row` after `shots` in one document: only its own tokens are scored."""
-    ids = np.concatenate([*(each.input_ids for each in shots), row.input_ids])
-    silent = np.full(len(ids) - len(row), IGNORED, dtype=row.labels.dtype)
-    labels = np.concatenate([silent, row.labels])
-    return Example(row.where, ids, labels)
+def append_to_shots(shots: Sequence[Example], example: Example) -> Example:
+    """The shots and `example` as one document; only the tokens of `example` bear loss."""
+    ids = np.concatenate([*(shot.input_ids for shot in shots), example.input_ids])
+    ignored = np.full(len(ids) - len(example), IGNORED, dtype=example.labels.dtype)
+    labels = np.concatenate([ignored, example.labels])
+    return Example(example.where, ids, labels)

@@ -1,120 +1,121 @@
-"""What the figures of `qlora advise RECIPE` come to: a verdict, and reasons with their numbers and sources.
+"""The verdict of `qlora advise RECIPE`: thresholds, their sources, and the recommendation with its reasons.
 
-A threshold with a source is that source's; the others are rules of thumb and say so.
+A threshold without a named source is a rule of thumb, and is reported as one.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.data.types import counted
+from qlora.data.types import count_of
 
-GRAM, NEAR = 5, 0.8  # runs of tokens, and the share of them in one other row: Lee et al. 2022, arXiv:2107.06499
-LARGEST_RANK = 256  # what Schulman et al. 2025 (LoRA Without Regret) found as good as full fine-tuning on such sets
-FEW_ROWS = 100  # rule of thumb: below, a prompt is worth trying first
-ENOUGH_ROWS = 1_000  # of good quality teach a style: Zhou et al. 2023 (LIMA), arXiv:2305.11206
-KNOWN_LOSS = 0.3  # nats a token, rule of thumb: of the base's guesses three in four are right
-PROMPTED = 0.3  # rule of thumb: so much less loss with a few rows shown is mostly format
-UNSEEN = 0.3  # rule of thumb: of an answer's words, neither asked about nor in any training answer
-NOISY = 0.2  # rule of thumb: share of rows that repeat or contradict others
-Found = Mapping[str, Any]
+NGRAM, NEAR = 5, 0.8  # tokens of an n-gram; share of n-grams in one other example: Lee et al. 2022, arXiv:2107.06499
+LARGEST_RANK = 256  # as good as full fine-tuning on such data sets: Schulman et al. 2025 (LoRA Without Regret)
+FEW_RECORDS = 100  # rule of thumb: below, try a prompt first
+ENOUGH_RECORDS = 1_000  # of good quality teach a style: Zhou et al. 2023 (LIMA), arXiv:2305.11206
+KNOWN_LOSS = 0.3  # nats per token, rule of thumb: three of four of the base model's guesses are right
+PROMPTED = 0.3  # rule of thumb: a larger relative fall of the loss with a few examples in the prompt is mostly format
+UNSEEN = 0.3  # rule of thumb: share of an answer's words that are in no prompt and no training answer
+NOISY = 0.2  # rule of thumb: share of records that repeat or contradict others
+Figures = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One finding: what was measured, in words with its number, and where the threshold is from."""
+    """One finding with its number, and the source of the threshold."""
 
     text: str
     source: str = "rule of thumb"
 
 
-def judge(found: Found) -> tuple[str, list[Reason]]:
-    """`clean`, `prompt`, `retrieve`, `lora` or `full`, and why."""
-    data, novel, shot = found["data"], found["novelty"], found["few_shot"]
-    reasons = [*_about_data(data), *_about_novelty(novel), *_about_base(shot)]
+def judge(figures: Figures) -> tuple[str, list[Reason]]:
+    """`clean`, `prompt`, `retrieve`, `lora` or `full`, and the reasons."""
+    data, novelty, shot = figures["data"], figures["novelty"], figures["few_shot"]
+    reasons = [*_data_reasons(data), *_novelty_reasons(novelty), *_base_reasons(shot)]
     gain = _gain(shot)
     if data["duplicates"] + data["contradictions"] > NOISY * max(1, data["kept"]):
         return "clean", reasons
     if shot and shot["loss"] < KNOWN_LOSS:
         return "prompt", reasons
-    if novel["unseen_words"] > UNSEEN:
+    if novelty["unseen_words"] > UNSEEN:
         return "retrieve", reasons
-    if data["kept"] < FEW_ROWS and gain > PROMPTED:
+    if data["kept"] < FEW_RECORDS and gain > PROMPTED:
         return "prompt", reasons
-    return ("full" if _too_much(data) else "lora"), reasons
+    return ("full" if _exceeds_adapter(data) else "lora"), reasons
 
 
-def _about_data(data: Found) -> Iterable[Reason]:
+def _data_reasons(data: Figures) -> Iterable[Reason]:
     kept, tokens = max(1, data["kept"]), data["trained_tokens"]
     yield Reason(
-        f"{data['kept']:,} rows, {tokens:,} trained tokens: "
-        + ("few; a prompt may do as well" if kept < FEW_ROWS else "enough for a style or a format")
-        + ("" if kept < FEW_ROWS or kept >= ENOUGH_ROWS else ", if they are good; 1,000 good ones teach it well"),
-        "rule of thumb" if kept < FEW_ROWS else "Zhou et al. 2023 (LIMA), arXiv:2305.11206",
+        f"{data['kept']:,} records, {tokens:,} trained tokens: "
+        + ("few; a prompt may do as well" if kept < FEW_RECORDS else "enough for a style or a format")
+        + ("" if kept < FEW_RECORDS or kept >= ENOUGH_RECORDS else ", if they are good; 1,000 good ones teach it well"),
+        "rule of thumb" if kept < FEW_RECORDS else "Zhou et al. 2023 (LIMA), arXiv:2305.11206",
     )
-    lost = data["rows"] - data["kept"]
-    if lost:
-        yield Reason(f"{lost:,} of {data['rows']:,} rows are dropped: `qlora check` names each", "counted")
+    dropped = data["rows"] - data["kept"]
+    if dropped:
+        yield Reason(f"{dropped:,} of {data['rows']:,} records are dropped: `qlora check --json` lists them", "counted")
     if data["duplicates"]:
-        again = f"{data['duplicates']:,} rows say the same as another ({data['duplicates'] / kept:.1%})"
-        yield Reason(f"{again}: they are learnt by heart first; take them out", "Lee et al. 2022, arXiv:2107.06499")
+        count = f"{data['duplicates']:,} records are duplicates ({data['duplicates'] / kept:.1%})"
+        yield Reason(f"{count}: they are memorized first; remove them", "Lee et al. 2022, arXiv:2107.06499")
     if data["contradictions"]:
-        yield Reason(f"{data['contradictions']:,} rows give another answer to a prompt that stands there twice: noise")
+        yield Reason(f"{data['contradictions']:,} records have another answer to a prompt that occurs twice: noise")
     capacity = 2 * data["largest_adapter_parameters"]
-    told = "more than" if _too_much(data) else "within"
+    relation = "more than" if _exceeds_adapter(data) else "within"
     yield Reason(
-        f"{tokens:,} trained tokens are {told} the {capacity:,} bits that an adapter of rank {LARGEST_RANK} holds",
+        f"{tokens:,} trained tokens are {relation} the {capacity:,} bits of an adapter of rank {LARGEST_RANK}",
         "Schulman et al. 2025, LoRA Without Regret: two bits a parameter, one a token",
     )
 
 
-def _too_much(data: Found) -> bool:
+def _exceeds_adapter(data: Figures) -> bool:
     return bool(data["trained_tokens"] > 2 * data["largest_adapter_parameters"])
 
 
-def _about_novelty(novel: Found) -> Iterable[Reason]:
-    near = f"{novel['near']:.0%} of the held-out rows are nearly a training row"
-    ending = ": their loss will flatter the run" if novel["near"] > 0.1 else ": the held-out loss can be trusted"
-    yield Reason(near + ending, f"near: {NEAR:.0%} of its runs of {GRAM} tokens in one row, Lee et al. 2022")
-    if novel["unseen_words"] > UNSEEN:
+def _novelty_reasons(novelty: Figures) -> Iterable[Reason]:
+    near = f"{novelty['near']:.0%} of the held-out examples are nearly a training example"
+    conclusion = "the held-out loss is too optimistic" if novelty["near"] > 0.1 else "the held-out loss can be trusted"
+    yield Reason(f"{near}: {conclusion}", f"near: {NEAR:.0%} of its {NGRAM}-grams in one example, Lee et al. 2022")
+    if novelty["unseen_words"] > UNSEEN:
         yield Reason(
-            f"{novel['unseen_words']:.0%} of the words in held-out answers are neither in their prompt nor in any "
-            "training answer: knowledge that these rows do not bring; put it into the prompt by retrieval (RAG)",
-            "Ovadia et al. 2023, arXiv:2312.05934, that retrieval beats tuning for knowledge; the limit is ours",
+            f"{novelty['unseen_words']:.0%} of the words in held-out answers are neither in their prompt nor in any "
+            "training answer: the records do not contain this knowledge; add it to the prompt by retrieval (RAG)",
+            "Ovadia et al. 2023, arXiv:2312.05934: retrieval beats tuning for knowledge; the limit is a rule of thumb",
         )
 
 
-def _about_base(shot: Found | None) -> Iterable[Reason]:
+def _base_reasons(shot: Figures | None) -> Iterable[Reason]:
     if not shot:
         return
     if shot["loss"] < KNOWN_LOSS:
-        yield Reason(f"the base's loss on held-out rows is {shot['loss']:.3f} already: it can do this when asked")
+        yield Reason(f"the base model's loss on held-out examples is {shot['loss']:.3f} already: a prompt is enough")
     if shot["few_shot_loss"] is None:
-        yield Reason("no training row fits beside a held-out one in the model's context: few-shot was left out")
+        yield Reason("no training example fits into the model's context together with a held-out one: no few-shot loss")
         return
-    told = f"{counted(shot['shots'])} shown first: loss {shot['loss']:.3f} -> {shot['few_shot_loss']:.3f}"
-    much = _gain(shot) > PROMPTED
-    ending = "much of it is format, which a prompt gives too" if much else "a prompt alone does not do it"
-    yield Reason(f"{told} ({-_gain(shot):+.0%}): {ending}")
+    examples = count_of(shot["shots"], "example")
+    losses = f"loss {shot['loss']:.3f} -> {shot['few_shot_loss']:.3f} with {examples} in the prompt"
+    mostly_format = _gain(shot) > PROMPTED
+    conclusion = "much of the gain is format, which a prompt gives too" if mostly_format else "a prompt is not enough"
+    yield Reason(f"{losses} ({-_gain(shot):+.0%}): {conclusion}")
 
 
-def _gain(shot: Found | None) -> float:
-    """The share of the loss that goes when a few rows are shown."""
+def _gain(shot: Figures | None) -> float:
+    """The relative fall of the loss with a few examples in the prompt."""
     if not shot or shot["few_shot_loss"] is None or not shot["loss"]:
         return 0.0
     return float(1 - shot["few_shot_loss"] / shot["loss"])
 
 
 VERDICTS = {
-    "clean": "clean the rows first: too many repeat or contradict each other",
-    "prompt": "try a prompt with a few of these rows first; train when it costs too many tokens or is not good enough",
+    "clean": "clean the records first: too many repeat or contradict each other",
+    "prompt": "try a prompt with a few of these records first; train if it costs too many tokens or is not good enough",
     "retrieve": "retrieve the knowledge (RAG), and train at most how to use it",
-    "lora": "train: LoRA on the frozen base is the right tool",
-    "full": "there is more in these rows than an adapter holds: full fine-tuning, or fewer of them",
+    "lora": "train: LoRA on the frozen base model fits these records",
+    "full": "these records hold more than an adapter can: use full fine-tuning, or fewer records",
 }
 
 
-def as_lines(found: Found) -> list[str]:
-    """The answer for people."""
-    lines = [f"- {reason['text']}  [{reason['source']}]" for reason in found["reasons"]]
-    return [*lines, f"so: {VERDICTS[found['verdict']]}"]
+def as_lines(figures: Figures) -> list[str]:
+    """The verdict and its reasons as text."""
+    lines = [f"- {reason['text']}  [{reason['source']}]" for reason in figures["reasons"]]
+    return [*lines, f"verdict: {VERDICTS[figures['verdict']]}"]

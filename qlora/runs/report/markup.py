@@ -1,4 +1,4 @@
-"""HTML that can't be broken by its content: whatever is not Markup is escaped on its way into a tag."""
+"""HTML that its content can't break: everything that is not `Markup` is escaped when it is put into a tag."""
 
 from collections.abc import Iterable
 from html import escape
@@ -15,17 +15,17 @@ class Markup(str):
 
 
 def text(value: object) -> Markup:
-    """`value` as HTML text: escaped, control characters shown, lone surrogates replaced; Markup stays as it is."""
+    """`value` as HTML text: escaped, control characters visible, lone surrogates replaced; Markup is not changed."""
     return value if isinstance(value, Markup) else Markup(escape(str(value).translate(_CLEAN), quote=True))
 
 
-def join(parts: Iterable[object]) -> Markup:
-    """Several pieces, one after the other; None is nothing."""
-    return Markup("".join(text(part) for part in parts if part is not None))
+def join(items: Iterable[object]) -> Markup:
+    """Several pieces, one after the other; None is left out."""
+    return Markup("".join(text(item) for item in items if item is not None))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """One element. `class_` is the attribute class, `_` in a name becomes `-`, None is left out."""
-    named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
-    head = name + "".join(f' {key}="{text(value)}"' for key, value in named.items())
+    values = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
+    head = name + "".join(f' {key}="{text(value)}"' for key, value in values.items())
     return Markup(f"<{head}>") if name in VOID else Markup(f"<{head}>{join(children)}</{name}>")

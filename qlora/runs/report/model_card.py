@@ -1,63 +1,59 @@
-"""README.md of an adapter folder: what it is, what it learnt, how good it got, and how to load it."""
+"""README.md of a run folder, a model card: what was trained, on what, how good it is, and how to load it."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.runs.report.run_data import number, section, word
+from qlora.runs.report.run_data import number, section, string
+from qlora.utils.machine import GIB
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
-    """The card as Markdown with the hub's front matter; base and data sets are named only where they are hub names."""
-    base = word(manifest, "base", "name")
-    shown = base if is_hub(base) else "a local base model"
+    """The model card as Markdown with the hub's front matter; a base model that is a local folder is not named."""
     adapter = section(manifest, "adapter")
     if adapter.get("kind") == "full":
-        return whole_card(manifest, recipe_text)
+        return full_model_card(manifest, recipe_text)
+    base = string(manifest, "base", "name")
+    name = base if is_hub_name(base) else "a local base model"
     return "\n".join(
         [
             *front_matter(base),
-            f"# A {adapter.get('kind', 'LoRA')} adapter for {shown}",
+            f"# A {adapter.get('kind', 'LoRA')} adapter for {name}",
             "",
             f"Rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, dropout {adapter.get('dropout')}: "
-            f"{_count(adapter.get('trainable_parameters'))} trained parameters beside "
-            f"{_count(adapter.get('parameters'))} frozen ones, stored as {stored(manifest)}.",
+            f"{_count(adapter.get('trainable_parameters'))} trained parameters and "
+            f"{_count(adapter.get('parameters'))} frozen ones, stored as {storage(manifest)}.",
             "",
-            *training(manifest),
-            "Nothing beyond that was evaluated.",
+            *training_section(manifest),
+            "Nothing else was evaluated.",
             "",
-            *(f"{line}\n" for line in caution(manifest)),
-            *loading(shown),
-            "## Recipe",
-            "",
-            "```yaml",
-            without_local_paths(recipe_text).rstrip(),
-            "```",
-            "",
-            f"The base's fingerprint is sha256 `{word(manifest, 'base', 'sha256')}`; `run.json` has the rest.",
+            *(f"{line}\n" for line in base_warning(manifest)),
+            *loading_section(name),
+            *recipe_section(recipe_text),
+            f"The base model's fingerprint is sha256 `{string(manifest, 'base', 'sha256')}`; `run.json` has the rest.",
             "",
         ]
     )
 
 
-def caution(manifest: Mapping[str, Any]) -> list[str]:
-    """What a user of the adapter must know of the base it is added to, where that is not any base."""
-    init = word(manifest, "adapter", "init")
+def base_warning(manifest: Mapping[str, Any]) -> list[str]:
+    """A warning for an adapter that must not be added to the 16-bit base model."""
+    init = string(manifest, "adapter", "init")
     if init not in ("pissa", "loftq") or not number(manifest, "adapter", "quantization_error", "error_before"):
         return []
     return [
-        f"Trained from init {init} on a base stored as {stored(manifest)}: the adapter also holds part of what storing "
-        "it so took away. On the 16-bit base that part counts twice, and the sum is not the model that was trained. "
-        "Load the base as it was stored in training, or merge with `qlora export --to merged`."
+        f"Trained from init {init} on a base model stored as {storage(manifest)}: the adapter also holds part of the "
+        "quantization error. On the 16-bit base model that part counts twice, and the sum is not the model that was "
+        "trained. Load the base model as it was stored in training, or merge with `qlora export --to merged`."
     ]
 
 
-def whole_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
-    """The card of a run that trained every weight: a model, not an adapter."""
-    base = word(manifest, "base", "name")
-    hub = [f"base_model: {base}", "base_model_relation: finetune"] if is_hub(base) else []
+def full_model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
+    """The model card of a run that trained every weight: a model, not an adapter."""
+    base = string(manifest, "base", "name")
+    hub = [f"base_model: {base}", "base_model_relation: finetune"] if is_hub_name(base) else []
     count = _count(section(manifest, "adapter").get("trainable_parameters"))
     return "\n".join(
         [
@@ -71,38 +67,39 @@ def whole_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
                 "---",
                 "",
             ),
-            f"# A fine-tuned model of {base if is_hub(base) else 'a local base model'}",
+            f"# A fine-tuned model of {base if is_hub_name(base) else 'a local base model'}",
             "",
-            f"All {count} parameters were trained, float32 masters, stored in {word(manifest, 'base', 'dtype')}.",
+            f"All {count} parameters were trained, with float32 master weights; stored in "
+            f"{string(manifest, 'base', 'dtype')}.",
             "",
-            *training(manifest),
-            "Nothing beyond that was evaluated.",
+            *training_section(manifest),
+            "Nothing else was evaluated.",
             "",
             *("## Loading", "", "```python", "from transformers import AutoModelForCausalLM", ""),
             *('model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")', "```", ""),
-            *("## Recipe", "", "```yaml", without_local_paths(recipe_text).rstrip(), "```", ""),
+            *recipe_section(recipe_text),
         ]
     )
 
 
-def training(manifest: Mapping[str, Any]) -> list[str]:
-    """How it was trained and how well it did, as far as the manifest says."""
+def training_section(manifest: Mapping[str, Any]) -> list[str]:
+    """How it was trained and how good it is, as far as the manifest has it."""
     data, result = section(manifest, "data"), section(manifest, "result")
     return [
         "## Training",
         "",
         f"{_count(result.get('steps'))} optimizer steps on {_count(data.get('kept'))} of "
-        f"{_count(data.get('rows'))} rows ({_count(data.get('trained_tokens'))} trained tokens) "
-        f"in {_seconds(manifest)}, {_peak(manifest)} of memory at the peak.",
+        f"{_count(data.get('rows'))} records ({_count(data.get('trained_tokens'))} trained tokens) "
+        f"in {_seconds(manifest)}, {_peak(manifest)} of peak memory.",
         "",
         *_losses(result),
     ]
 
 
 def front_matter(base: str) -> list[str]:
-    """What the hub reads of an adapter; the base is named only where it is a hub name."""
+    """The hub's metadata of an adapter; the base model is named only if it has a hub name."""
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- qlora"]
-    if is_hub(base):
+    if is_hub_name(base):
         lines += [f"- base_model:adapter:{base}", f"base_model: {base}"]
     return [*lines, "---", ""]
 
@@ -114,9 +111,9 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
     return ["| held-out loss | before | after |", "|---|---|---|", f"| | {before:.4f} | {after:.4f} |", ""]
 
 
-def loading(base: str) -> list[str]:
-    """How an adapter is loaded."""
-    name = base if is_hub(base) else "BASE"
+def loading_section(base: str) -> list[str]:
+    """How to load an adapter."""
+    name = base if is_hub_name(base) else "BASE"
     return [
         "## Loading",
         "",
@@ -132,22 +129,29 @@ def loading(base: str) -> list[str]:
     ]
 
 
-def stored(manifest: Mapping[str, Any]) -> str:
-    """How the base was stored in training, in words."""
+def recipe_section(recipe_text: str) -> list[str]:
+    """The recipe, without local paths."""
+    return ["## Recipe", "", "```yaml", without_local_paths(recipe_text).rstrip(), "```", ""]
+
+
+def storage(manifest: Mapping[str, Any]) -> str:
+    """How the base model was stored in training: `nf4, block 64, double quantization`."""
     layers = section(manifest, "base", "quantized")
-    first = next((layer for layer in layers.values() if isinstance(layer, Mapping)), {})
-    parts = [str(first.get("kind", "they came"))]
-    parts += [f"block {first['block']}"] if "block" in first else []
-    return ", ".join([*parts, "double quantisation"] if first.get("double") else parts)
+    first = next((layer for layer in layers.values() if isinstance(layer, Mapping)), None)
+    if first is None:
+        return "in its checkpoint"
+    terms = [str(first.get("kind", "unknown"))]
+    terms += [f"block {first['block']}"] if "block" in first else []
+    return ", ".join([*terms, "double quantization"] if first.get("double") else terms)
 
 
 def without_local_paths(recipe_text: str) -> str:
-    """The recipe with absolute paths cut to their last name: a card goes out, a home folder should not."""
+    """The recipe with absolute paths cut to their last name, because a model card is published."""
     return re.sub(r"(?<![\w.])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",]+)+[/\\]([^\s/\\'\",]+)", r"\1", recipe_text)
 
 
-def is_hub(name: str) -> bool:
-    """Whether a base's name is one of the hub's, rather than a folder here."""
+def is_hub_name(name: str) -> bool:
+    """Whether the name of a base model is a hub name, not a local folder."""
     return bool(HUB_NAME.fullmatch(name))
 
 
@@ -162,4 +166,4 @@ def _seconds(manifest: Mapping[str, Any]) -> str:
 
 def _peak(manifest: Mapping[str, Any]) -> str:
     peak = number(manifest, "memory", "peak_bytes")
-    return "?" if peak is None else f"{peak / 2**30:.2f} GiB"
+    return "?" if peak is None else f"{peak / GIB:.2f} GiB"

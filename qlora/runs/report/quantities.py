@@ -1,4 +1,4 @@
-"""Quantities that keep their number until it is known beside which others they stand: a row of a table has one unit."""
+"""Quantities with a unit. They stay numbers until a table row is written, so that a row has one unit."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from qlora.runs.report import number_format
 
 
 class Quantity(float):
-    """A value with a unit; as text by itself it takes the unit that suits it."""
+    """A value with a unit; `str` picks the unit that suits the value."""
 
 
 class Size(Quantity):
@@ -30,7 +30,7 @@ class Energy(Quantity):
         return number_format.energy(float(self))
 
 
-LADDERS = {
+UNITS = {
     Size: (*number_format.UNITS, ("bytes", 1)),
     Duration: (("h", 3600), ("min", 60), ("s", 1)),
     Energy: (("kWh", 3.6e6), ("Wh", 3600), ("J", 1)),
@@ -38,12 +38,12 @@ LADDERS = {
 Value = str | Quantity
 
 
-def alike(values: Sequence[Value]) -> list[str]:
-    """The values of one row as text: all of one kind in the unit of the largest, so that they can be compared."""
+def in_one_unit(values: Sequence[Value]) -> list[str]:
+    """The values of a row as text: quantities of one kind in the unit of the largest, so that they can be compared."""
     kinds = {type(value) for value in values if value != ""}
-    if len(kinds) != 1 or not kinds & LADDERS.keys() or sum(value != "" for value in values) < 2:
+    if len(kinds) != 1 or not kinds & UNITS.keys() or sum(value != "" for value in values) < 2:
         return [str(value) for value in values]
-    ladder = LADDERS[kinds.pop()]  # type: ignore[index]
-    most = max(abs(float(value)) for value in values if value != "")
-    unit, one = next(((name, each) for name, each in ladder if most >= each), ladder[-1])
-    return ["" if value == "" else f"{float(value) / one:,.2f} {unit}" for value in values]
+    units = UNITS[kinds.pop()]  # type: ignore[index]
+    largest = max(abs(float(value)) for value in values if value != "")
+    name, unit = next(((name, unit) for name, unit in units if largest >= unit), units[-1])
+    return ["" if value == "" else f"{float(value) / unit:,.2f} {name}" for value in values]

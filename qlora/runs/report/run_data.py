@@ -1,4 +1,4 @@
-"""One run as plain data, and how its manifest is read: any key may be missing or null."""
+"""One run as plain data, and readers of its manifest, in which any key may be missing or null."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from qlora.runs.report.series import finite
 
 @dataclass(frozen=True)
 class RunData:
-    """What a page needs of a run; everything but the name may be empty, as it is while the run goes on."""
+    """What a page needs of a run; everything but the name may be empty while the run is in progress."""
 
     name: str
     manifest: Mapping[str, Any] = field(default_factory=dict)  # run.json
@@ -19,25 +19,25 @@ class RunData:
 
 
 def section(manifest: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The mapping found under `keys`, one within the other; an empty one if there is none."""
-    found = dig(manifest, *keys)
-    return found if isinstance(found, Mapping) else {}
+    """The mapping at the path `keys`; an empty one if there is none."""
+    value = value_at(manifest, *keys)
+    return value if isinstance(value, Mapping) else {}
 
 
 def number(manifest: Mapping[str, Any], *keys: str) -> float | None:
-    """The finite number under `keys`, or None."""
-    found = dig(manifest, *keys)
-    return found if finite(found) else None
+    """The finite number at the path `keys`, or None."""
+    value = value_at(manifest, *keys)
+    return value if finite(value) else None
 
 
-def word(manifest: Mapping[str, Any], *keys: str) -> str:
-    """The text or number under `keys` as text; empty if there is none."""
-    found = dig(manifest, *keys)
-    return str(found) if isinstance(found, str | int | float) else ""
+def string(manifest: Mapping[str, Any], *keys: str) -> str:
+    """The text or number at the path `keys` as text; empty if there is none."""
+    value = value_at(manifest, *keys)
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
-def dig(manifest: Any, *keys: str) -> Any:
-    """What lies under `keys`, one within the other, or None."""
+def value_at(manifest: Any, *keys: str) -> Any:
+    """The value at the path `keys`, or None."""
     for key in keys:
         manifest = manifest.get(key) if isinstance(manifest, Mapping) else None
     return manifest

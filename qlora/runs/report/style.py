@@ -1,7 +1,7 @@
-"""How a report looks: one column, little ink, both colour schemes, a phone, a printed page.
+"""The style sheet of a report: one column, light and dark scheme, for screens, phones and print.
 
-The colours of runs are those of Okabe and Ito (2008), told apart with every common kind of colour vision; for the dark
-scheme their lighter kin.
+The colors of runs are those of Okabe and Ito (2008), which people with any common kind of color vision can tell apart;
+the dark scheme has lighter versions of them.
 """
 
 STYLE = """
@@ -58,7 +58,7 @@ path { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; stro
 .several .raw { opacity: .16; }
 .held-out { stroke-width: 1; opacity: .75; }
 .dot { fill: currentColor; stroke: var(--paper); stroke-width: 1; opacity: 1; }
-.again { stroke-dasharray: 5 3; }
+.dashed { stroke-dasharray: 5 3; }
 .bar { fill: currentColor; opacity: .8; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
@@ -81,10 +81,8 @@ td, thead th { padding-left: 1.25rem; text-align: right; overflow-wrap: anywhere
 tbody th { color: var(--quiet); }
 thead th { font-weight: 600; }
 thead tr { border-top: 0; }
-.heat { width: auto; font-size: .75rem; } .heat tr { border: 0; }
-.heat th, .heat td { padding: .1rem .45rem; text-align: center; overflow-wrap: normal; min-width: 2.6rem; }
-.heat thead th, .heat tbody th { font-weight: 400; color: var(--quiet); min-width: 0; }
-.heat td { background: color-mix(in srgb, var(--c0) calc(var(--used, 0%) * .6), var(--paper)); }
+.spectrum { display: block; font-size: 12px; }
+.spectrum text { fill: var(--ink); } .spectrum .quiet { fill: var(--quiet); } .spectrum .cell { fill: var(--c0); }
 .state { color: var(--mark); }
 pre { margin: 0 0 1rem; padding: .9rem 0; border: solid var(--hair); border-width: 1px 0; overflow-x: auto;
   font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }

@@ -1,5 +1,5 @@
-"""Several variants of one recipe, trained at once on one resident base.
+"""Sweeps: several variants of one recipe, trained at once on one base model.
 
-A variant is a recipe with some settings of its own; it steps in turn with the others, in its own adapter, and leaves
-the folder that `qlora train` of its recipe would leave, bit for bit on a CPU.
+A variant is a recipe with some settings changed. The variants take their steps in turn, each with its own adapter, and
+write the run folders that `qlora train` of their recipes would write; on a CPU bit for bit.
 """

@@ -1,4 +1,4 @@
-"""How a sweep ended: a table, a JSON object, sweep.json, and all runs on one page."""
+"""The result of a sweep: a table, a JSON object, sweep.json, and a page that compares all runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,107 +8,111 @@ from typing import Any
 
 import numpy as np
 
-from qlora.runs.compare import MOST_RUNS, draw
 from qlora.data.types import Example
 from qlora.errors import QloraError
-from qlora.utils.atomic_files import write_json
 from qlora.memory.meter import peak_bytes
-from qlora.runs.sweep.variant_run import Runner, in_a_line
+from qlora.runs.compare import MAX_RUNS, write_report_page
+from qlora.runs.sweep.variant_run import VariantRun, error_text
+from qlora.utils.atomic_files import write_json
 
-RECORD, PAGE = "sweep.json", "comparison.html"
-Ended = dict[str, Any]  # how one variant ended
+SWEEP_JSON, PAGE = "sweep.json", "comparison.html"
+VariantResult = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """All variants in the order they were named, and what they took together."""
+class SweepResult:
+    """The results of all variants in the order of the variants, and of the sweep as a whole."""
 
-    found: Mapping[str, Any]  # as `--json` answers
+    summary: Mapping[str, Any]  # what `--json` prints
     failure: Exception | None  # the first one
 
     def table(self) -> str:
-        """A line for each variant, the best held-out loss first."""
-        ended: Sequence[Ended] = self.found["variants"]
+        """A line for each variant, lowest held-out loss first."""
+        variants: Sequence[VariantResult] = self.summary["variants"]
         rows = [("variant", "steps", "loss", "held-out loss", "seconds")]
-        for each in sorted(ended, key=_rank):
-            last = "failed" if each["error"] else _figure(each["eval_loss"])
-            seconds = "kept" if each["kept"] else f"{each['seconds']:.1f}"
-            rows.append((each["name"], str(each["steps"] or 0), _figure(each["loss"]), last, seconds))
+        for variant in sorted(variants, key=_sort_key):
+            eval_loss = "failed" if variant["error"] else _loss_text(variant["eval_loss"])
+            seconds = "kept" if variant["kept"] else f"{variant['seconds']:.1f}"
+            rows.append((variant["name"], str(variant["steps"] or 0), _loss_text(variant["loss"]), eval_loss, seconds))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[at].rjust(widths[at]) for at in range(1, len(row)))])
+            "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in range(1, len(row)))])
             for row in rows
         ]
-        return "\n".join(lines + list(self.found["notes"]))
+        return "\n".join(lines + list(self.summary["notes"]))
 
     def refuse_failures(self) -> None:
-        """QloraError if a variant failed; the others' folders are whole."""
-        failed = [each["name"] for each in self.found["variants"] if each["error"]]
+        """QloraError if a variant failed; the run folders of the others are complete."""
+        variants = self.summary["variants"]
+        failed = [variant["name"] for variant in variants if variant["error"]]
         if failed:
             raise QloraError(
-                f"{len(failed)} of {len(self.found['variants'])} variants failed: {', '.join(failed)}. "
-                "The others are done; the same command tries these again."
+                f"{len(failed)} of {len(variants)} variants failed: {', '.join(failed)}. "
+                "The others are complete; the same command tries these again."
             ) from self.failure
 
 
-def outcome_of(runners: Sequence[Runner], out: Path, seconds: float) -> Outcome:
+def write_result(runs: Sequence[VariantRun], out: Path, seconds: float) -> SweepResult:
     """Write sweep.json and comparison.html into `out`."""
-    ended = [_ended(runner) for runner in runners]
-    alike = len({_digest(rows) for rows in {id(r.parts.data): r.parts.data.eval for r in runners}.values()}) == 1
-    good = sorted((each for each in ended if not each["error"]), key=_rank)
-    scored = [each for each in good if each["eval_loss"] is not None]
-    notes = [] if alike else ["The variants hold out other rows, so that their held-out losses don't compare."]
-    if len(good) > MOST_RUNS:
-        notes.append(f"{PAGE} shows the best {MOST_RUNS} of {len(good)}.")
-    page = str(out / PAGE) if good else None
+    variants = [_variant_result(run) for run in runs]
+    eval_sets = {id(run.setup.data): run.setup.data.eval for run in runs}
+    same_eval_set = len({_digest(examples) for examples in eval_sets.values()}) == 1
+    succeeded = sorted((variant for variant in variants if not variant["error"]), key=_sort_key)
+    evaluated = [variant for variant in succeeded if variant["eval_loss"] is not None]
+    notes = (
+        [] if same_eval_set else ["The variants hold out different examples, so their held-out losses don't compare."]
+    )
+    if len(succeeded) > MAX_RUNS:
+        notes.append(f"{PAGE} shows the best {MAX_RUNS} of {len(succeeded)}.")
+    page = str(out / PAGE) if succeeded else None
     if page:
-        draw([each["output"] for each in good[:MOST_RUNS]], page)
-    shared = runners[0].shared
-    found = {
+        write_report_page([variant["output"] for variant in succeeded[:MAX_RUNS]], page)
+    shared = runs[0].shared
+    summary = {
         "output": str(out),
-        "best": scored[0]["name"] if scored and alike else None,
+        "best": evaluated[0]["name"] if evaluated and same_eval_set else None,
         "seconds": round(seconds, 3),
         "planned_bytes": shared.plan.peak_bytes if shared.plan else None,
         "peak_bytes": peak_bytes(shared.base.device),
         "page": page,
         "notes": notes,
-        "variants": ended,
+        "variants": variants,
     }
-    write_json(out / RECORD, found)
-    return Outcome(found, next((runner.error for runner in runners if runner.error), None))
+    write_json(out / SWEEP_JSON, summary)
+    return SweepResult(summary, next((run.error for run in runs if run.error), None))
 
 
-def _ended(runner: Runner) -> Ended:
-    """How one variant ended. `eval_loss` is that of the adapter that was left: with early stopping, of the best."""
-    result = dict((runner.manifest or {}).get("result", {}))
-    best = runner.variant.recipe.train.early_stop is not None and result.get("best_eval_loss") is not None
+def _variant_result(run: VariantRun) -> VariantResult:
+    """The result of one variant. `eval_loss` is that of the final adapter: with early stopping, of the best one."""
+    result = dict((run.manifest or {}).get("result", {}))
+    is_best = run.variant.recipe.train.early_stop is not None and result.get("best_eval_loss") is not None
     return {
-        "name": runner.name,
-        "output": str(runner.folder),
-        "settings": dict(runner.variant.settings),
+        "name": run.name,
+        "output": str(run.folder),
+        "settings": dict(run.variant.settings),
         "steps": result.get("steps"),
         "loss": result.get("loss"),
-        "eval_loss": result.get("best_eval_loss" if best else "eval_loss"),
-        "trainable_parameters": runner.parts.injected.trainable_parameters,
-        "seconds": round(runner.seconds, 3),
-        "kept": runner.kept,
-        "error": in_a_line(runner.error) if runner.error else None,
+        "eval_loss": result.get("best_eval_loss" if is_best else "eval_loss"),
+        "trainable_parameters": run.setup.injection.trainable_parameters,
+        "seconds": round(run.seconds, 3),
+        "kept": run.kept,
+        "error": error_text(run.error) if run.error else None,
     }
 
 
-def _rank(each: Ended) -> tuple[bool, bool, float]:
-    loss = each["eval_loss"]
-    return each["error"] is not None, loss is None, 0.0 if loss is None else loss
+def _sort_key(variant: VariantResult) -> tuple[bool, bool, float]:
+    loss = variant["eval_loss"]
+    return variant["error"] is not None, loss is None, 0.0 if loss is None else loss
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _loss_text(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
-def _digest(rows: Sequence[Example]) -> str:
-    """Names held-out rows by their tokens and labels."""
+def _digest(examples: Sequence[Example]) -> str:
+    """Identifies held-out examples by their tokens and labels."""
     digest = sha256()
-    for row in rows:
-        for values in (row.input_ids, row.labels):
+    for example in examples:
+        for values in (example.input_ids, example.labels):
             digest.update(np.asarray(values, np.int64).tobytes())
     return digest.hexdigest()

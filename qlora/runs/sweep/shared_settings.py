@@ -1,4 +1,4 @@
-"""What all variants of a sweep have in common: the base, how it is stored and where; the rest is each one's own."""
+"""Settings that all variants of a sweep share: base model, quantization, memory and processes. Others may differ."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,55 +9,63 @@ from qlora.recipe.recipe import Recipe
 
 SECTIONS = ("model", "quant", "memory", "distributed")
 KEYS = ("train.compile", "train.deterministic")
-ONE_A_PROCESS = "all of its runs at once would be one to it. Leave it out, or use tensorboard"
-TRACKERS = {"tensorboard"}  # that can follow several runs of one process
+TRACKERS = {"tensorboard"}  # trackers that support several runs at once in a process
 
 
-def refuse_apart(recipes: Mapping[str, Recipe]) -> None:
-    """InputError, naming variant and key, unless the recipes can train on one base and none is another's twin."""
-    (first, leader), *others = recipes.items()
+def refuse_incompatible(recipes: Mapping[str, Recipe]) -> None:
+    """InputError, naming variant and key, if the recipes can't share a base model or two of them are the same."""
+    (first_name, first_recipe), *others = recipes.items()
     for name, recipe in recipes.items():
-        _refuse_alone(name, recipe)
-    shared = _shared(leader)
+        _refuse_unsupported(name, recipe)
+    shared = _shared_settings(first_recipe)
     for name, recipe in others:
-        for key, value in _shared(recipe).items():
+        for key, value in _shared_settings(recipe).items():
             if value != shared[key]:
                 raise InputError(
-                    f"{key}: {value!r} in {name}, {shared[key]!r} in {first}. All variants train on one base, so "
-                    f"{', '.join(f'{each}.*' for each in SECTIONS)}, {' and '.join(KEYS)} are the same for all. "
-                    "Make it a sweep of its own."
+                    f"{key}: {value!r} in {name}, {shared[key]!r} in {first_name}. All variants train on one base "
+                    f"model, so {', '.join(f'{section}.*' for section in SECTIONS)}, {' and '.join(KEYS)} must be the "
+                    "same for all. Start a separate sweep for each value."
                 )
-    seen: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, recipe in recipes.items():
-        twin = seen.setdefault(_without_output(recipe), name)
-        if twin != name:
-            raise InputError(f"{twin} and {name} are the same run: every setting is the same. Leave one of them out.")
+        other = names.setdefault(_without_output(recipe), name)
+        if other != name:
+            raise InputError(f"{other} and {name} are the same run: every setting is the same. Leave one of them out.")
 
 
-def _refuse_alone(name: str, recipe: Recipe) -> None:
-    """InputError for a setting that no run of a sweep can have."""
+def _refuse_unsupported(name: str, recipe: Recipe) -> None:
+    """InputError for a setting that a sweep does not support."""
     train = recipe.train
-    trained = recipe.adapter.of_the_base()
+    trained = recipe.adapter.trains_base_weights()
     if trained:
-        raise InputError(f"{trained} trains the base itself ({name}), which the variants share. Leave it out.")
+        raise InputError(
+            f"{trained} trains weights of the base model ({name}), which the variants share. Leave it out."
+        )
     if recipe.distributed.kind == "fsdp":
-        raise InputError("distributed.kind: fsdp shares one run out over cards; a sweep is one process. Use auto.")
+        raise InputError(
+            "distributed.kind: fsdp shards a run over several processes; a sweep is one process. Use auto."
+        )
     if train.compile:
         raise InputError(
-            "train.compile: a compiled layer holds one adapter, and a sweep changes it at every step. Leave it out."
+            "train.compile: a compiled layer has one adapter, and a sweep switches it at every step. Leave it out."
         )
     if train.resume not in ("auto", "never"):
-        raise InputError(f"train.resume: {train.resume} is one run's. Use auto: each variant resumes from its own.")
-    odd = next((each for each in train.report_to if each not in TRACKERS), None)
-    if odd:
-        raise InputError(f"train.report_to: {odd} follows one run a process; {ONE_A_PROCESS}.")
+        raise InputError(
+            f"train.resume: {train.resume} is a checkpoint of one run. Use auto: each variant resumes from its own."
+        )
+    tracker = next((tracker for tracker in train.report_to if tracker not in TRACKERS), None)
+    if tracker:
+        raise InputError(
+            f"train.report_to: {tracker} supports one run per process, and would report all variants as one. "
+            "Leave it out, or use tensorboard."
+        )
 
 
-def _shared(recipe: Recipe) -> dict[str, Any]:
-    """The settings that are the same for all, by key."""
-    said = recipe.model_dump(mode="json")
-    found = {f"{name}.{key}": value for name in SECTIONS for key, value in said[name].items()}
-    return found | {key: said["train"][key.removeprefix("train.")] for key in KEYS}
+def _shared_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that must be the same for all variants, by key."""
+    values = recipe.model_dump(mode="json")
+    settings = {f"{section}.{key}": value for section in SECTIONS for key, value in values[section].items()}
+    return settings | {key: values["train"][key.removeprefix("train.")] for key in KEYS}
 
 
 def _without_output(recipe: Recipe) -> str:
@@ -65,8 +73,8 @@ def _without_output(recipe: Recipe) -> str:
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
-    """Let an error inside the block say which variant's it is."""
+def name_in_errors(name: str) -> Iterator[None]:
+    """Prefix errors raised inside the block with the variant's name."""
     try:
         yield
     except QloraError as error:

@@ -1,127 +1,135 @@
-"""The memory of a sweep: one base, one step's activations and gradients, and every variant's adapter and moments."""
+"""Memory plan of a sweep: one base model, activations and gradients of one step, all adapters and their moments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora.model.download import find_config
 from qlora.errors import DoesNotFit
-from qlora.memory.planner.search import UserChoices, choose, price
-from qlora.memory.planner.breakdown import moment_bytes, moments_wait
-from qlora.memory.planner.memory_plan import Budget, Plan, plan
 from qlora.memory.planner.config_reader import read
-from qlora.memory.planner.memory_plan import in_words
+from qlora.memory.planner.memory_plan import Budget, Plan, plan, plan_summary
+from qlora.memory.planner.optimizer_state import moment_bytes, moments_leave_device
+from qlora.memory.planner.search import UserChoices, choose, estimated_cost
 from qlora.memory.planner.workload import WaitingAdapters, Workload
-from qlora.recipe.planning import Machine, left_open, work_of
+from qlora.model.download import find_config
+from qlora.recipe.planning import Machine, user_choices, workload_of
 from qlora.recipe.recipe import Recipe
-from qlora.runs.sweep.shared_settings import named
+from qlora.runs.sweep.shared_settings import name_in_errors
+from qlora.utils.machine import GIB
 
-GIB = 2**30
-APART = "No one arrangement of the layers fits all of them. Set memory.recompute=all, or sweep rows of like length."
+NO_COMMON_POLICY = "No activation policy fits all variants. Set memory.recompute=all, or sweep similar data.max_length."
 
 
 @dataclass(frozen=True)
-class Together:
-    """Each variant's turn while the others wait, all under one arrangement of the layers."""
+class SweepPlan:
+    """A plan for each variant's steps while the other adapters wait; activation policies are the same in all plans."""
 
-    turns: Mapping[str, Plan]
-    alone: Mapping[str, Plan]  # what each would choose with the machine to itself
+    variants: Mapping[str, Plan]
+    alone: Mapping[str, Plan]  # of each variant as a separate run
 
     @property
-    def most(self) -> Plan:
-        """The turn that needs most: what the sweep needs."""
-        return max(self.turns.values(), key=lambda turn: (not turn.fits, turn.peak_bytes))
+    def largest(self) -> Plan:
+        """The plan with the highest peak: what the sweep needs."""
+        return max(self.variants.values(), key=lambda plan: (not plan.fits, plan.peak_bytes))
 
     def as_json(self) -> dict[str, Any]:
-        """As `plan --json` answers, and the same by variant."""
+        """What `qlora plan --json` prints, for the sweep and for each variant."""
         variants = [
             {
                 "name": name,
-                "trainable_parameters": turn.work.adapters.values,
-                "peak_bytes": turn.peak_bytes,
+                "trainable_parameters": plan.work.adapters.values,
+                "peak_bytes": plan.peak_bytes,
                 "alone_bytes": self.alone[name].peak_bytes,
-                "fits": turn.fits,
+                "fits": plan.fits,
             }
-            for name, turn in self.turns.items()
+            for name, plan in self.variants.items()
         ]
-        trainable = sum(turn.work.adapters.values for turn in self.turns.values())
-        said = self.most.as_json() | {"trainable_parameters": trainable, "fits": all(v["fits"] for v in variants)}
-        return said | {"alone_bytes": sum(each.peak_bytes for each in self.alone.values()), "variants": variants}
+        trainable = sum(plan.work.adapters.values for plan in self.variants.values())
+        values = self.largest.as_json() | {"trainable_parameters": trainable, "fits": all(v["fits"] for v in variants)}
+        return values | {"alone_bytes": sum(plan.peak_bytes for plan in self.alone.values()), "variants": variants}
 
 
-def table(found: Together) -> str:
-    """The plan for people: each variant's turn, what all take together, and what they would take apart."""
-    said = found.as_json()
-    width = max(len(each["name"]) for each in said["variants"])
+def format_plan(plan: SweepPlan) -> str:
+    """The plan as text: a line for each variant, the memory of the sweep, and that of separate runs at once."""
+    values = plan.as_json()
+    width = max(len(variant["name"]) for variant in values["variants"])
     lines = [
-        f"  {each['name']:{width}}  {each['trainable_parameters']:>13,} trainable  {each['peak_bytes'] / GIB:7.2f} GiB "
-        f"in its turn, {each['alone_bytes'] / GIB:.2f} GiB alone"
-        for each in said["variants"]
+        f"  {variant['name']:{width}}  {variant['trainable_parameters']:>13,} trainable  "
+        f"{variant['peak_bytes'] / GIB:7.2f} GiB in the sweep, {variant['alone_bytes'] / GIB:.2f} GiB alone"
+        for variant in values["variants"]
     ]
-    whole = (
-        f"{len(lines)} adapters on one base: {said['peak_bytes'] / GIB:.2f} GiB of {said['gpu_bytes'] / GIB:.2f} GiB"
+    total = (
+        f"{len(lines)} adapters on one base model: {values['peak_bytes'] / GIB:.2f} GiB of "
+        f"{values['gpu_bytes'] / GIB:.2f} GiB"
     )
-    apart = f"as runs of their own at once: {said['alone_bytes'] / GIB:.2f} GiB"
-    verdict = "fits (predicted)" if said["fits"] else f"does not fit: {said['advice']}"
-    return "\n".join([*lines, f"{whole}, {in_words(found.most)}", apart, verdict])
+    separate = f"as separate runs at once: {values['alone_bytes'] / GIB:.2f} GiB"
+    verdict = "fits (predicted)" if values["fits"] else f"does not fit: {values['advice']}"
+    return "\n".join([*lines, f"{total}, {plan_summary(plan.largest)}", separate, verdict])
 
 
-def plan_sweep(recipes: Mapping[str, Recipe], machine: Machine) -> Together:
-    """The plan of variants on a machine. BaseModelError if the model's shapes are not known."""
-    leader = next(iter(recipes.values()))
-    shapes = read(find_config(leader.model.name, leader.model.revision), leader.model.name)
-    works = {}
+def plan_sweep(recipes: Mapping[str, Recipe], machine: Machine) -> SweepPlan:
+    """The plan of a sweep on a machine. BaseModelError if the model's shapes are not known."""
+    first = next(iter(recipes.values()))  # model, quant and memory settings are the same in all recipes
+    shapes = read(find_config(first.model.name, first.model.revision), first.model.name)
+    workloads = {}
     for name, recipe in recipes.items():
-        with named(name):
-            works[name] = work_of(recipe, shapes, machine)
-    budget, fixed = machine.budget(leader), left_open(leader, shapes.layers)
-    alone = {name: choose(work, budget, fixed) for name, work in works.items()}
-    return Together(arranged(_waiting(works), budget, fixed), alone)
+        with name_in_errors(name):
+            workloads[name] = workload_of(recipe, shapes, machine)
+    budget, choices = machine.budget(first), user_choices(first, shapes.layers)
+    alone = {name: choose(work, budget, choices) for name, work in workloads.items()}
+    return SweepPlan(plan_common_policy(_with_waiting_adapters(workloads), budget, choices), alone)
 
 
-def refuse_too_much(found: Together) -> None:
-    """DoesNotFit, with what would make it fit, if one of the turns does not."""
-    name, worst = next(((name, turn) for name, turn in found.turns.items() if turn is found.most))
-    if not worst.fits:
-        each = "" if len(found.turns) == 1 else f" Or train fewer than {len(found.turns)} variants at once."
-        raise DoesNotFit(f"memory: {name}, while the others wait: {worst.advice}{each}")
+def refuse_oversized(plan: SweepPlan) -> None:
+    """DoesNotFit, with what would make it fit, if the plan of a variant exceeds the memory."""
+    name, largest = next((name, variant) for name, variant in plan.variants.items() if variant is plan.largest)
+    if not largest.fits:
+        count = len(plan.variants)
+        fewer = "" if count == 1 else f" Or train fewer than {count} variants at once."
+        raise DoesNotFit(f"memory: {name}, while the other adapters wait: {largest.advice}{fewer}")
 
 
-def arranged(works: Mapping[str, Workload], budget: Budget, fixed: UserChoices) -> dict[str, Plan]:
-    """Each turn's plan under one arrangement: of those that single turns choose, the fastest that fits all of them."""
-    chosen = {name: choose(work, budget, fixed) for name, work in works.items()}
-    if not all(each.fits for each in chosen.values()):
+def plan_common_policy(
+    workloads: Mapping[str, Workload], budget: Budget, choices: UserChoices | None
+) -> dict[str, Plan]:
+    """The variants' plans under one activation policy: of those that variants choose, the fastest that fits all."""
+    chosen = {name: choose(work, budget, choices) for name, work in workloads.items()}
+    if not all(plan.fits for plan in chosen.values()):
         return chosen
-    for leader in sorted(chosen.values(), key=price):
-        turns = {name: plan(_arranged_as(leader.work, work), budget) for name, work in works.items()}
-        if all(turn.fits for turn in turns.values()):
-            return turns
-    return {name: turn if turn.fits else replace(turn, advice=APART) for name, turn in turns.items()}
+    for candidate in sorted(chosen.values(), key=estimated_cost):
+        plans = {name: plan(_with_policy_of(candidate.work, work), budget) for name, work in workloads.items()}
+        if all(variant.fits for variant in plans.values()):
+            return plans
+    return {
+        name: variant if variant.fits else replace(variant, advice=NO_COMMON_POLICY) for name, variant in plans.items()
+    }
 
 
-def _arranged_as(like: Workload, work: Workload) -> Workload:
-    """`work` with its layers where those of `like` are: of that one everything but what is each variant's own."""
+def _with_policy_of(candidate: Workload, work: Workload) -> Workload:
+    """`candidate` with what differs between variants taken from `work`."""
     return replace(
-        like,
+        candidate,
         adapters=work.adapters,
         optimizer=work.optimizer,
         micro_batch=work.micro_batch,
         max_length=work.max_length,
         packing=work.packing,
-        beside=work.beside,
+        waiting=work.waiting,
     )
 
 
-def _waiting(works: Mapping[str, Workload]) -> dict[str, Workload]:
-    """Each work beside all others' adapters and moments."""
-    held = {name: _held(work) for name, work in works.items()}
-    whole = [sum(column) for column in zip(*held.values(), strict=True)]
-    others = {name: WaitingAdapters(*(all_ - own for all_, own in zip(whole, held[name], strict=True))) for name in works}
-    return {name: replace(work, beside=others[name]) for name, work in works.items()}
+def _with_waiting_adapters(workloads: Mapping[str, Workload]) -> dict[str, Workload]:
+    """Each workload with the adapters and moments of all others."""
+    sizes = {name: _waiting_bytes(work) for name, work in workloads.items()}
+    totals = [sum(column) for column in zip(*sizes.values(), strict=True)]
+    others = {
+        name: WaitingAdapters(*(total - size for total, size in zip(totals, sizes[name], strict=True)))
+        for name in workloads
+    }
+    return {name: replace(work, waiting=others[name]) for name, work in workloads.items()}
 
 
-def _held(work: Workload) -> tuple[int, int, int]:
-    """Bytes of an adapter, of its moments, and of its moments where they wait in main memory."""
+def _waiting_bytes(work: Workload) -> tuple[int, int, int]:
+    """Bytes of an adapter, of its moments on the device, and of its moments in host memory."""
     moments = moment_bytes(work.adapters.values, work.optimizer)
-    away = moments_wait(work.optimizer)
-    return work.adapters.held_bytes, 0 if away else moments, moments if away else 0
+    on_host = moments_leave_device(work.optimizer)
+    return work.adapters.held_bytes, 0 if on_host else moments, moments if on_host else 0

@@ -1,114 +1,114 @@
-"""The walk of a sweep: one base, every variant equipped on it, steps in turn, and what each run leaves."""
+"""Train the variants of a sweep: one base model, an adapter for each variant, one step of each in turn."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from qlora.adapters.round_robin import RoundRobin
-from qlora.model.frozen_digest import frozen_sha256
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError
 from qlora.memory.malloc import keep_freed_memory
-from qlora.memory.planner.memory_plan import Plan
-from qlora.memory.planner.memory_plan import in_words
-from qlora.recipe.planning import here
+from qlora.memory.planner.memory_plan import Plan, plan_summary
+from qlora.model.frozen_digest import frozen_sha256
+from qlora.recipe.planning import Machine
 from qlora.recipe.recipe import Recipe
-from qlora.runs.train import ReadRows, Rows, arrange_layers, choose_kernels, open_base, read_rows
-from qlora.runs.strategy import open_processes
-from qlora.runs.sweep.result import Outcome, outcome_of
-from qlora.runs.sweep.sweep_plan import plan_sweep, refuse_too_much
-from qlora.runs.sweep.variant_run import Runner, Shared
+from qlora.runs.resources import open_processes
+from qlora.runs.setup import EncodedData, ReadData, open_base, read_data, set_activation_policies
+from qlora.runs.sweep.result import SweepResult, write_result
+from qlora.runs.sweep.sweep_plan import plan_sweep, refuse_oversized
+from qlora.runs.sweep.variant_run import SharedBase, VariantRun
 from qlora.runs.sweep.variants import Variant
+from qlora.runs.train import choose_kernels
+from qlora.training.run_log import Log, live_display
 from qlora.training.signals import Interrupted, StopSignal, stop_signals
-from qlora.training.run_log import Log, watching
-
-GIB = 2**30
+from qlora.utils.machine import GIB
 
 
-def train_together(variants: Sequence[Variant], out: Path, quiet: bool = False) -> Outcome:
-    """Train every variant to its end on one resident base; a run that fails takes no other with it.
+def train_together(variants: Sequence[Variant], out: Path, quiet: bool = False) -> SweepResult:
+    """Train all variants on one base model; a run that fails does not end the others.
 
-    QloraError for what is wrong before the first step; Stopped after a signal, each run with its exact checkpoint.
+    QloraError for errors before the first step; Stopped after a signal, each run with an exact checkpoint.
     """
     refuse_several_processes()
     try:
-        return _walk(variants, out, quiet)
-    except Interrupted as abandoned:  # a signal that came while another error was on its way out
-        raise abandoned.error from None
+        return _train_together(variants, out, quiet)
+    except Interrupted as interrupted:  # a signal that arrived while another error was being raised
+        raise interrupted.error from None
 
 
 def refuse_several_processes() -> None:
     """InputError under a launcher of several processes."""
-    if Processes.launched() > 1:
+    world_size = Processes.launched_world_size()
+    if world_size > 1:
         raise InputError(
-            f"a sweep trains in one process, but the launcher started {Processes.launched()}. Start `qlora sweep` "
-            "without it; for several cards, one sweep a card: CUDA_VISIBLE_DEVICES=1 qlora sweep ..."
+            f"a sweep trains in one process, but the launcher started {world_size}. Start `qlora sweep` without a "
+            "launcher; for several GPUs, one sweep per GPU: CUDA_VISIBLE_DEVICES=1 qlora sweep ..."
         )
 
 
-def _walk(variants: Sequence[Variant], out: Path, quiet: bool) -> Outcome:
-    started, leader = time.monotonic(), variants[0].recipe
+def _train_together(variants: Sequence[Variant], out: Path, quiet: bool) -> SweepResult:
+    started, recipe = time.monotonic(), variants[0].recipe  # what the runs share is the same in all recipes
     with stop_signals() as stop:
-        log, processes = Log(out, quiet=quiet), open_processes(leader)
-        choose_kernels(leader.train.deterministic)
-        plan = planned(variants, log)
-        base = open_base(leader, processes, plan, log)
+        log, processes = Log(out, quiet=quiet), open_processes(recipe)
+        choose_kernels(recipe.train.deterministic)
+        plan = plan_memory(variants, log)
+        base = open_base(recipe, processes, plan, log)
         if processes.device.type == "cpu":
             keep_freed_memory()
-        shared = Shared(base, RoundRobin(base.model), plan, reading_once())
-        runners = [Runner(variant, shared, quiet) for variant in variants]
-        _train([runner for runner in runners if not runner.found_finished()], stop)
-        if any(runner.stopped for runner in runners):
-            raise stop.error("every variant has a checkpoint of its last step; the same command goes on with all")
-        return outcome_of(runners, out, time.monotonic() - started)
+        shared = SharedBase(base, RoundRobin(base.model), plan, cached_read_data())
+        runs = [VariantRun(variant, shared, quiet) for variant in variants]
+        _train([run for run in runs if not run.load_finished()], stop)
+        if any(run.stopped for run in runs):
+            raise stop.error("every variant has a checkpoint of its last step; the same command resumes them")
+        return write_result(runs, out, time.monotonic() - started)
 
 
-def planned(variants: Sequence[Variant], log: Log) -> Plan | None:
-    """The memory plan that all turns obey; None, said in a line, for a model whose shapes are not known."""
+def plan_memory(variants: Sequence[Variant], log: Log) -> Plan | None:
+    """The memory plan of the whole sweep, logged in a line; None for a model whose shapes the planner does not know."""
     try:
-        found = plan_sweep({variant.name: variant.recipe for variant in variants}, here())
+        plan = plan_sweep({variant.name: variant.recipe for variant in variants}, Machine.local())
     except BaseModelError as error:
-        log.say(f"no memory plan: {error}")
+        log.print(f"no memory plan: {error}")
         return None
-    refuse_too_much(found)
-    said = found.as_json()
-    log.say(
-        f"memory: {said['peak_bytes'] / GIB:.2f} GiB predicted of {said['gpu_bytes'] / GIB:.2f} GiB for "
-        f"{len(variants)} adapters on one base ({said['alone_bytes'] / GIB:.2f} GiB as runs of their own at once), "
-        f"{in_words(found.most)}"
+    refuse_oversized(plan)
+    values = plan.as_json()
+    log.print(
+        f"memory: {values['peak_bytes'] / GIB:.2f} GiB predicted of {values['gpu_bytes'] / GIB:.2f} GiB for "
+        f"{len(variants)} adapters on one base model ({values['alone_bytes'] / GIB:.2f} GiB as separate runs at once), "
+        f"{plan_summary(plan.largest)}"
     )
-    return found.most
+    return plan.largest
 
 
-def reading_once() -> ReadRows:
-    """`read_rows` that reads the same data for several variants only once."""
-    known: dict[str, Rows] = {}
+def cached_read_data() -> ReadData:
+    """`read_data` that reads data shared by several variants only once."""
+    cache: dict[str, EncodedData] = {}
 
-    def read(recipe: Recipe, *rest: object) -> Rows:
+    def read(recipe: Recipe, *arguments: object) -> EncodedData:
         key = f"{recipe.train.seed} {recipe.data.model_dump_json()}"
-        if key not in known:
-            known[key] = read_rows(recipe, *rest)  # type: ignore[arg-type]
-        return known[key]
+        if key not in cache:
+            cache[key] = read_data(recipe, *arguments)  # type: ignore[arg-type]
+        return cache[key]
 
     return read
 
 
-def _train(runners: Sequence[Runner], stop: StopSignal) -> None:
-    """A step of each in turn, until all have ended."""
-    if not runners:
+def _train(runs: Sequence[VariantRun], stop: StopSignal) -> None:
+    """One step of each run in turn, until all have ended."""
+    if not runs:
         return
-    shared = runners[0].shared
-    step_down = arrange_layers(runners[0].parts)
-    for runner in runners:
-        runner.assemble(stop, step_down)
-    stop.at_once = False  # from here on files are written, and a signal waits until they are whole
-    shared.turns.use(None)
-    before = frozen_sha256(shared.base.model)
-    moment_bytes = sum([runner.resume() for runner in runners])
-    if shared.base.device.type == "cuda":  # a CPU does not raise when it runs out
-        for runner in runners:
-            runner.rehearse(moment_bytes)
-    waiting = list(runners)
-    with watching({runner.log: runner.job.steps for runner in runners}, lambda: stop.came):
-        while waiting:
-            waiting = [runner for runner in waiting if runner.turn(before)]
+    shared = runs[0].shared
+    step_down = set_activation_policies(runs[0].setup)
+    for run in runs:
+        run.build_job(stop, step_down)
+    stop.immediate = False  # from here on files are written, and a signal waits until they are complete
+    shared.adapters.activate(None)
+    base_sha256 = frozen_sha256(shared.base.model)
+    moment_bytes = sum([run.resume() for run in runs])
+    if shared.base.device.type == "cuda":  # a CPU does not raise when it runs out of memory
+        for run in runs:
+            run.probe_memory(moment_bytes)
+    active = list(runs)
+    with live_display({run.log: run.job.total_steps for run in runs}, lambda: stop.received):
+        while active:
+            active = [run for run in active if run.advance(base_sha256)]

@@ -1,1 +1,1 @@
-"""Faults and the judges of what they leave: used by the tests at a small size, by `make faults` at full size."""
+"""Fault injection, and checks of what a fault leaves: small in the test suite, full size in `make faults`."""

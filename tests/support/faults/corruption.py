@@ -1,4 +1,4 @@
-"""Flipped bits and cuts in every file of a checkpoint and of a finished run: is one ever read as if it were whole?"""
+"""Flipped bits and truncations in every file of a checkpoint and of a finished run: does one ever go unnoticed?"""
 
 import random
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from pathlib import Path
 from qlora.adapters import peft_files
 from qlora.errors import QloraError
 from qlora.runs.artifacts import MANIFEST as RUN_MANIFEST
-from qlora.runs.load_run import intact
-from qlora.training.checkpoint import Saved, read
+from qlora.runs.load_run import read_verified_adapter
+from qlora.training.checkpoint import Checkpoint, read
 
 
 @dataclass
-class Found:
-    """What became of the damage."""
+class Result:
+    """Counts of damaged files, and of those that were read without an error."""
 
     flips: int = 0
     cuts: int = 0
-    undetected: int = 0  # read without a word, and not the same as before
+    undetected: int = 0  # read without an error or a warning, with different contents
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -26,52 +26,53 @@ class Found:
         return not self.undetected
 
 
-def damage(folder: Path, flips: int, cuts: int, seed: int, report: Callable[[Found], None]) -> Found:
-    """Damage a file of a checkpoint or a run's folder, open it as resuming or serving does, mend it again."""
-    draw, found = random.Random(seed), Found()
+def damage_files(folder: Path, flips: int, cuts: int, seed: int, report: Callable[[Result], None]) -> Result:
+    """Damage a file of a checkpoint or a run folder, read the folder as resuming or loading does, restore the file."""
+    rng, result = random.Random(seed), Result()
     files = sorted(path for path in folder.iterdir() if path.is_file() and _is_read(folder, path))
-    whole = _opened(folder)
+    intact = _read(folder)
     for number in range(flips + cuts):
         path = files[number % len(files)]
         content = path.read_bytes()
-        path.write_bytes(_flipped(content, draw) if number < flips else content[: draw.randrange(len(content))])
+        path.write_bytes(_flip_bit(content, rng) if number < flips else content[: rng.randrange(len(content))])
         try:
-            again = _opened(folder)
-            if not _same(whole, again):
-                found.undetected += 1
-                found.notes.append(path.name)
+            if not _same(intact, _read(folder)):
+                result.undetected += 1
+                result.notes.append(path.name)
         except QloraError:
             pass
         finally:
             path.write_bytes(content)
-        found.flips += number < flips
-        found.cuts += number >= flips
-        report(found)
-    return found
+        result.flips += number < flips
+        result.cuts += number >= flips
+        report(result)
+    return result
 
 
 def _is_read(folder: Path, path: Path) -> bool:
-    """All of a checkpoint; of a finished run what its manifest vouches for, and the manifest."""
+    """All files of a checkpoint; of a finished run the manifest and the files whose digests it holds."""
     return (folder / "position.json").is_file() or path.name in (RUN_MANIFEST, peft_files.WEIGHTS, peft_files.CONFIG)
 
 
-def _flipped(content: bytes, draw: random.Random) -> bytes:
+def _flip_bit(content: bytes, rng: random.Random) -> bytes:
     damaged = bytearray(content)
-    damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
     return bytes(damaged)
 
 
-def _opened(folder: Path) -> tuple[Saved | None, peft_files.AdapterFile]:
-    said: list[str] = []
-    adapter = intact(folder, said.append)
-    # Cloned: what safetensors gives is a map of the file, which is about to be spoilt.
+def _read(folder: Path) -> tuple[Checkpoint | None, peft_files.AdapterFile]:
+    warnings: list[str] = []
+    adapter = read_verified_adapter(folder, warnings.append)
+    # Cloned: safetensors maps the file, which is about to be damaged.
     adapter = replace(adapter, pairs={path: (a.clone(), b.clone()) for path, (a, b) in adapter.pairs.items()})
-    if said:
-        raise QloraError(said[0])
+    if warnings:
+        raise QloraError(warnings[0])
     return read(folder) if (folder / "position.json").is_file() else None, adapter
 
 
-def _same(one: tuple[Saved | None, peft_files.AdapterFile], other: tuple[Saved | None, peft_files.AdapterFile]) -> bool:
+def _same(
+    one: tuple[Checkpoint | None, peft_files.AdapterFile], other: tuple[Checkpoint | None, peft_files.AdapterFile]
+) -> bool:
     """Whether what was read is the same: then the damage was to something that nobody reads."""
     (saved, adapter), (saved_again, adapter_again) = one, other
     pairs = adapter.pairs.keys() == adapter_again.pairs.keys() and all(

@@ -1,10 +1,11 @@
-"""NaN and infinity put into the loss, a gradient or an activation, in one process or two: is any of it ever kept?"""
+"""NaN and infinity injected into the loss, a gradient or an activation of one rank: is a non-finite value ever kept?"""
 
 import json
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora.adapters.inject import adapted
-from qlora.runs import train as walk
-from qlora.training import loop
+from qlora.runs.train import train
 from qlora.training.checkpoint import OPTIMIZER
-from support.child_processes import Tell
+from qlora.training.loss import TokenLoss
+from support.child_processes import Child, Notify
 from support.rank_processes import pair
-from support.small_runs import adapter_tensors, recipe_of, write_rows
+from support.small_runs import adapter_tensors, recipe_of, write_records
+from support.training_hooks import before_first_forward, before_forward, trainable
 
 PLACES = ("loss", "gradient", "activation")
 VALUES = (float("nan"), float("inf"), float("-inf"))
@@ -27,8 +29,8 @@ STEPS = 5
 
 
 @dataclass(frozen=True)
-class Dose:
-    """What is put where, in which step (from 1), by which rank, in which of the trainable tensors."""
+class Injection:
+    """A value added to a tensor of one rank, in one step (from 1); `tensor` selects a parameter or an adapted layer."""
 
     place: str
     value: float
@@ -37,20 +39,20 @@ class Dose:
     tensor: int
 
     @classmethod
-    def drawn(cls, draw: random.Random, world: int) -> "Dose":
-        step, tensor = draw.randint(1, STEPS), draw.randrange(100)
-        return cls(draw.choice(PLACES), draw.choice(VALUES), step, draw.randrange(world), tensor)
+    def draw(cls, rng: random.Random, world: int) -> "Injection":
+        step, tensor = rng.randint(1, STEPS), rng.randrange(100)
+        return cls(rng.choice(PLACES), rng.choice(VALUES), step, rng.randrange(world), tensor)
 
 
 @dataclass
-class Found:
-    """What became of the doses."""
+class Result:
+    """Counts of runs with an injection each, and of what went wrong."""
 
     runs: int = 0
-    non_finite_values: int = 0  # in any file written
-    moved: int = 0  # skipped steps that changed a weight or the optimiser's state
-    unskipped: int = 0  # poisoned steps that were not skipped
-    failed: int = 0  # runs that did not end well
+    non_finite_values: int = 0  # in any file of the run
+    moved: int = 0  # skipped steps that changed a weight or the optimizer state
+    unskipped: int = 0  # non-finite steps that were not skipped
+    failed: int = 0  # runs with another exit code than 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -58,85 +60,83 @@ class Found:
         return not (self.non_finite_values or self.moved or self.unskipped or self.failed)
 
 
-def poisoned_job(dose: Dose, rank: int) -> None:
-    """From now on every job of this process gets the dose. For a child, which ends with it."""
-    assemble, take = walk.assemble, loop._step
-    at = {"step": 0}
+@contextmanager
+def inject_into_run(injection: Injection, rank: int) -> Iterator[None]:
+    """Inside the block the value is added in this process's runs, whose steps must be one micro-batch each."""
+    step = 0
 
-    def step(job: Any, number: int) -> Any:
-        at["step"] = number + 1
-        return take(job, number)
+    def count_step(model: TokenLoss) -> None:
+        nonlocal step
+        step += model.training
 
-    def now() -> bool:
-        return at["step"] == dose.step and rank == dose.rank
+    def add_value(tensor: Tensor) -> Tensor:
+        return tensor + injection.value if step == injection.step and rank == injection.rank else tensor
 
-    def spoil(value: Tensor) -> Tensor:
-        return value + dose.value if now() else value
-
-    def assembled(*arguments: Any) -> Any:
-        job = assemble(*arguments)
-        if dose.place == "gradient":
-            each = list(job.trainable.values())
-            each[dose.tensor % len(each)].register_hook(spoil)
-        elif dose.place == "loss":
-            job.model.register_forward_hook(lambda model, given, loss: spoil(loss) if model.training else loss)
+    def register_hook(model: TokenLoss) -> None:
+        if injection.place == "gradient":
+            parameters = list(trainable(model).values())
+            parameters[injection.tensor % len(parameters)].register_hook(add_value)
+        elif injection.place == "loss":
+            model.register_forward_hook(lambda module, inputs, loss: add_value(loss) if module.training else loss)
         else:
-            layers = list(adapted(arguments[0].base.model).values())
-            layers[dose.tensor % len(layers)].register_forward_hook(
-                lambda layer, given, out: spoil(out) if layer.training else out
+            layers = list(adapted(model.model).values())
+            layers[injection.tensor % len(layers)].register_forward_hook(
+                lambda layer, inputs, output: add_value(output) if layer.training else output
             )
-        return job
 
-    walk.assemble, loop._step = assembled, step
+    with before_first_forward(register_hook), before_forward(count_step):
+        yield
 
 
-def poison(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None], world: int = 1) -> Found:
-    """`count` runs with a dose each; every file they leave is read."""
-    draw, found = random.Random(seed), Found()
-    data = write_rows(home / "rows.jsonl", 10)
+def inject_non_finite(
+    model: Path, home: Path, count: int, seed: int, report: Callable[[Result], None], world: int = 1
+) -> Result:
+    """`count` runs with an injection each; all their files are read."""
+    rng, result = random.Random(seed), Result()
+    data = write_records(home / "rows.jsonl", 10)
     for _ in range(count):
-        dose, output = Dose.drawn(draw, world), home / "poisoned"
+        injection, output = Injection.draw(rng, world), home / "injected"
         shutil.rmtree(output, ignore_errors=True)
         options = ("train.save_every=1", "train.keep=99", f"train.max_steps={STEPS}", "adapter.dropout=0.1")
-        recipe = recipe_of(model, data, output, *options)
+        recipe = recipe_of(model, data, output, *options, "train.micro_batch=4")  # one micro-batch a step
 
-        def work(rank: int, tell: Tell, dose: Dose = dose, recipe: Any = recipe) -> None:
-            poisoned_job(dose, rank)
-            walk.train(recipe, quiet=rank > 0)
+        def work(rank: int, notify: Notify, injection: Injection = injection, recipe: Any = recipe) -> None:
+            with inject_into_run(injection, rank):
+                train(recipe, quiet=rank > 0)
 
         children = pair(work, home) if world == 2 else [_single(work, home)]
-        codes = [child.end() for child in children]
-        found.runs += 1
+        codes = [child.wait() for child in children]
+        result.runs += 1
         if any(codes):
-            found.failed += 1
-            found.notes.append(f"{dose}: {codes} {(home / 'said-0').read_text()[-300:]}")
+            result.failed += 1
+            result.notes.append(f"{injection}: {codes} {(home / 'log-0').read_text()[-300:]}")
         else:
-            judge(output, dose, found)
-        (home / "said-0").unlink(missing_ok=True)
-        report(found)
-    shutil.rmtree(home / "poisoned", ignore_errors=True)
-    return found
+            check_files(output, injection, result)
+        (home / "log-0").unlink(missing_ok=True)
+        report(result)
+    shutil.rmtree(home / "injected", ignore_errors=True)
+    return result
 
 
-def _single(work: Callable[[int, Tell], Any], home: Path) -> Any:
-    from support.child_processes import Child
-
-    return Child(lambda tell: work(0, tell), home / "said-0")
+def _single(work: Callable[[int, Notify], None], home: Path) -> Child:
+    return Child(lambda notify: work(0, notify), home / "log-0")
 
 
-def judge(output: Path, dose: Dose, found: Found) -> None:
-    """Read every file; the poisoned step must have been skipped, and left all as it was."""
+def check_files(output: Path, injection: Injection, result: Result) -> None:
+    """No file holds a non-finite value; the step was skipped and changed neither weights nor optimizer state."""
     for path in output.rglob("*"):
         if path.suffix == ".safetensors":
-            found.non_finite_values += sum(int((~value.float().isfinite()).sum()) for value in load_file(path).values())
+            result.non_finite_values += sum(
+                int((~value.float().isfinite()).sum()) for value in load_file(path).values()
+            )
         elif path.suffix in (".json", ".jsonl"):
-            found.non_finite_values += len(re.findall(r"\bNaN\b|\bInfinity\b", path.read_text()))
+            result.non_finite_values += len(re.findall(r"\bNaN\b|\bInfinity\b", path.read_text()))
     skipped = json.loads((output / "run.json").read_text())["result"]["skipped_steps"]
-    found.unskipped += skipped != 1
-    before, after = (output / f"checkpoint-{step:06d}" for step in (dose.step - 1, dose.step))
-    if dose.step > 1:
-        ours, theirs = adapter_tensors(before), adapter_tensors(after)
-        same = all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        found.moved += not (same and (before / OPTIMIZER).read_bytes() == (after / OPTIMIZER).read_bytes())
+    result.unskipped += skipped != 1
+    before, after = (output / f"checkpoint-{step:06d}" for step in (injection.step - 1, injection.step))
+    if injection.step > 1:
+        old, new = adapter_tensors(before), adapter_tensors(after)
+        same = all(torch.equal(old[name], new[name]) for name in new)
+        result.moved += not (same and (before / OPTIMIZER).read_bytes() == (after / OPTIMIZER).read_bytes())
     if skipped != 1:
-        found.notes.append(f"{dose}: {skipped} steps skipped")
+        result.notes.append(f"{injection}: {skipped} steps skipped")

@@ -1,4 +1,4 @@
-"""Twenty secrets planted in environment, arguments, URLs, rows and error texts: is one in any byte written?"""
+"""Twenty secrets in environment, arguments, URLs, data and error messages: is one ever written to a file?"""
 
 import base64
 import json
@@ -13,19 +13,19 @@ from pathlib import Path
 from qlora.cli.app import main
 from qlora.recipe.recipe import dump
 from qlora.utils.redact import MARK
-from support.child_processes import Child, Tell
-from support.small_runs import recipe_of, write_rows
+from support.child_processes import Child, Notify
+from support.small_runs import recipe_of, write_records
 
 LETTERS = string.ascii_letters + string.digits
 
 
 @dataclass
-class Found:
-    """What became of the secrets."""
+class Result:
+    """Counts of secrets, of the bytes searched, and of what was found in them."""
 
     secrets: int = 0
     bytes_read: int = 0
-    redactions: int = 0  # places where one would have stood
+    redactions: int = 0  # places where a secret was replaced
     hits: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -35,11 +35,11 @@ class Found:
 
 
 def plant(seed: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Secrets that only their variable's name gives away, and secrets of known shapes; made here, so none is stored."""
-    draw = random.Random(seed)
+    """Secrets recognizable by their variable's name, and secrets of known shapes; generated, so that none is stored."""
+    rng = random.Random(seed)
 
     def some(length: int, letters: str = LETTERS) -> str:
-        return "".join(draw.choice(letters) for _ in range(length))
+        return "".join(rng.choice(letters) for _ in range(length))
 
     variables = {
         "HF_TOKEN": "hf_" + some(34),
@@ -69,24 +69,19 @@ def plant(seed: int) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def commands(home: Path, model: Path, shapes: dict[str, str]) -> list[list[str]]:
-    """Runs that train, fail, go on and export, with the secrets wherever a user may let them slip."""
-    rows, output = write_rows(home / "secret-rows.jsonl", 8), home / "out" / "run"
+    """Commands that check, train, fail, resume, evaluate and export, with secrets wherever a user might put one."""
+    rows, output = write_records(home / "secret-rows.jsonl", 8), home / "out" / "run"
     with rows.open("a") as file:
         for name, secret in shapes.items():
-            said = f"my {name} is {secret}" if name != "url password" else f"see https://me:{secret}@host/x"
-            turns = [{"role": "user", "content": said}, {"role": "assistant", "content": f"{said}, thanks"}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    spoilt = home / "spoilt-rows.jsonl"
-    spoilt.write_text(
-        json.dumps({"messages": f"Authorization: Bearer {shapes['openai']}"})
-        + "\n"
-        + '{"no": "'
-        + shapes["github"]
-        + "\n"
-    )
-    sections = ("data.max_length=1024", "data.eval_fraction=0.4", "train.max_steps=2", "train.save_every=1")
+            text = f"my {name} is {secret}" if name != "url password" else f"see https://me:{secret}@host/x"
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"{text}, thanks"}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    invalid = home / "invalid-rows.jsonl"
+    message = json.dumps({"messages": f"Authorization: Bearer {shapes['openai']}"})
+    invalid.write_text(f'{message}\n{{"no": "{shapes["github"]}\n')
+    options = ("data.max_length=1024", "data.eval_fraction=0.4", "train.max_steps=2", "train.save_every=1")
     recipe, bad = home / "secret.yaml", home / "bad.yaml"
-    recipe.write_text(dump(recipe_of(model, rows, output, *sections)))
+    recipe.write_text(dump(recipe_of(model, rows, output, *options)))
     address = f"https://me:{shapes['url password']}@host/data.jsonl"
     bad.write_text(f"model: {model}\ndata: {{train: '{address}'}}\ntrain: {{outptu: {shapes['gitlab']}}}\n")
     return [
@@ -94,8 +89,8 @@ def commands(home: Path, model: Path, shapes: dict[str, str]) -> list[list[str]]
         ["train", str(recipe)],
         ["train", str(recipe), "train.max_steps=3", "optim.warmup=1"],
         ["train", str(bad)],
-        ["check", str(recipe), f"data.train={spoilt}"],
-        ["train", str(recipe), f"data.train={spoilt}"],
+        ["check", str(recipe), f"data.train={invalid}"],
+        ["train", str(recipe), f"data.train={invalid}"],
         ["train", str(recipe), f"data.train={address}"],
         ["train", str(recipe), f"model.name=me/{shapes['aws id']}", "--debug"],
         ["train", str(recipe), f"model.name=https://me:{shapes['url password']}@host/me/base"],
@@ -107,13 +102,13 @@ def commands(home: Path, model: Path, shapes: dict[str, str]) -> list[list[str]]
     ]
 
 
-def search(model: Path, home: Path, seed: int, report: Callable[[Found], None]) -> Found:
-    """Run all commands, then look through every byte that they wrote or said."""
+def search(model: Path, home: Path, seed: int, report: Callable[[Result], None]) -> Result:
+    """Run all commands, then search all files and output that they wrote."""
     variables, shapes = plant(seed)
-    found, out = Found(secrets=len(variables) + len(shapes)), home / "out"
+    result, out = Result(secrets=len(variables) + len(shapes)), home / "out"
     out.mkdir()
 
-    def work(tell: Tell) -> None:
+    def work(notify: Notify) -> None:
         import sys
 
         os.environ |= variables
@@ -122,30 +117,30 @@ def search(model: Path, home: Path, seed: int, report: Callable[[Found], None]) 
             sys.argv = ["qlora", *command]
             try:
                 main()
-            except SystemExit as end:
-                tell(f"{end.code} {command[0]}")
-        # A crash whose text quotes the environment, and one in a library's own words.
+            except SystemExit as stop:
+                notify(f"{stop.code} {command[0]}")
+        # A crash report that quotes the environment, and one in a library's format.
         sys.stderr.write(f"crash: {variables}\n")
         for name, value in variables.items():
             sys.stderr.write(f"{name} repr {value!r} {json.dumps({name: value})}\n")
 
-    child = Child(work, out / "said")
-    child.end()
-    found.notes = child.lines()
+    child = Child(work, out / "log")
+    child.wait()
+    result.notes = child.lines()
     for path in (path for path in out.rglob("*") if path.is_file()):
-        _look(path, variables | shapes, found)
-    report(found)
+        _search_file(path, variables | shapes, result)
+    report(result)
     shutil.rmtree(out)
-    return found
+    return result
 
 
-def _look(path: Path, secrets: dict[str, str], found: Found) -> None:
-    """Look for every secret in a file: as it is, and as JSON, Python and base64 write it."""
+def _search_file(path: Path, secrets: dict[str, str], result: Result) -> None:
+    """Search a file for every secret: plain, and as JSON, Python and base64 write it."""
     content = path.read_bytes()
-    found.bytes_read += len(content)
-    found.redactions += content.count(MARK.encode())
+    result.bytes_read += len(content)
+    result.redactions += content.count(MARK.encode())
     for name, secret in secrets.items():
         forms = {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], base64.b64encode(secret.encode()).decode()}
         if any(form.encode() in content for form in forms):
-            found.hits += 1
-            found.notes.append(f"{name} in {path.name}")
+            result.hits += 1
+            result.notes.append(f"{name} in {path.name}")

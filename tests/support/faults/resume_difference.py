@@ -1,4 +1,4 @@
-"""A run that went on from a checkpoint against the run that never stopped: the largest difference, which must be 0."""
+"""Largest difference between a run resumed from a checkpoint and the uninterrupted run: it must be 0."""
 
 import itertools
 import shutil
@@ -13,16 +13,16 @@ from qlora.recipe.recipe import Recipe
 from qlora.runs.train import train
 from qlora.training import OPTIMIZERS
 from qlora.training.checkpoint import OPTIMIZER
-from support.child_processes import Child, Tell
+from support.child_processes import Child, Notify
 from support.rank_processes import pair
-from support.small_runs import adapter_tensors, metrics, recipe_of, write_rows
+from support.small_runs import adapter_tensors, metrics, recipe_of, write_records
 
 STEPS = 6
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train."""
+    """A combination of settings."""
 
     optimizer: str
     packing: bool
@@ -39,13 +39,13 @@ class Case:
 
 
 @dataclass
-class Found:
-    """How far resumed runs are from those that never stopped."""
+class Result:
+    """Counts of resumed runs, and their differences from uninterrupted ones."""
 
     cases: int = 0
     resumes: int = 0
-    max_difference: float = 0.0  # over all weights and all moments of the optimiser
-    other_lines: int = 0  # runs whose lines of metrics differ
+    max_difference: float = 0.0  # over all weights and the optimizer state
+    other_lines: int = 0  # runs whose metrics differ
     failed: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -60,54 +60,55 @@ def cases() -> Iterator[Case]:
 
 
 def resume_all(
-    model: Path, home: Path, chosen: list[Case], steps: tuple[int, ...], report: Callable[[Found], None]
-) -> Found:
-    """Each case run whole, then from its checkpoint after each of `steps`."""
-    found, data = Found(), write_rows(home / "rows.jsonl", 12)
-    for case in chosen:
-        whole, part = home / "exact-whole", home / "exact-part"
-        shutil.rmtree(whole, ignore_errors=True)
-        _run(case, case.recipe(model, data, whole), home, found)
-        found.cases += 1
+    model: Path, home: Path, selection: list[Case], steps: tuple[int, ...], report: Callable[[Result], None]
+) -> Result:
+    """Run each case without interruption, then from its checkpoint after each of `steps`."""
+    result, data = Result(), write_records(home / "rows.jsonl", 12)
+    uninterrupted, resumed = home / "uninterrupted-run", home / "resumed-run"
+    for case in selection:
+        shutil.rmtree(uninterrupted, ignore_errors=True)
+        _run(case, case.recipe(model, data, uninterrupted), home, result)
+        result.cases += 1
         for step in steps:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            shutil.copy(whole / "metrics.jsonl", part)
-            shutil.copytree(whole / f"checkpoint-{step:06d}", part / f"checkpoint-{step:06d}")
-            _run(case, case.recipe(model, data, part), home, found)
-            found.resumes += 1
-            difference = _difference(whole, part)
-            found.max_difference = max(found.max_difference, difference)
-            found.other_lines += any(metrics(whole, event) != metrics(part, event) for event in ("train", "eval"))
+            shutil.rmtree(resumed, ignore_errors=True)
+            resumed.mkdir()
+            shutil.copy(uninterrupted / "metrics.jsonl", resumed)
+            shutil.copytree(uninterrupted / f"checkpoint-{step:06d}", resumed / f"checkpoint-{step:06d}")
+            _run(case, case.recipe(model, data, resumed), home, result)
+            result.resumes += 1
+            difference = _difference(uninterrupted, resumed)
+            result.max_difference = max(result.max_difference, difference)
+            events = ("train", "eval")
+            result.other_lines += any(metrics(uninterrupted, event) != metrics(resumed, event) for event in events)
             if difference:
-                found.notes.append(f"{case} from step {step}: {difference}")
-            report(found)
-    for folder in ("exact-whole", "exact-part"):
-        shutil.rmtree(home / folder, ignore_errors=True)
-    return found
+                result.notes.append(f"{case} from step {step}: {difference}")
+            report(result)
+    for folder in (uninterrupted, resumed):
+        shutil.rmtree(folder, ignore_errors=True)
+    return result
 
 
-def _run(case: Case, recipe: Recipe, home: Path, found: Found) -> None:
-    def work(rank: int, tell: Tell) -> None:
+def _run(case: Case, recipe: Recipe, home: Path, result: Result) -> None:
+    def work(rank: int, notify: Notify) -> None:
         train(recipe, quiet=True)
 
-    children = pair(work, home) if case.world == 2 else [Child(lambda tell: work(0, tell), home / "said-0")]
-    if any(child.end() for child in children):
-        found.failed += 1
-        found.notes.append(f"{case}: {(home / 'said-0').read_text()[-500:]}")
-    (home / "said-0").unlink(missing_ok=True)
+    children = pair(work, home) if case.world == 2 else [Child(lambda notify: work(0, notify), home / "log-0")]
+    if any(child.wait() for child in children):
+        result.failed += 1
+        result.notes.append(f"{case}: {(home / 'log-0').read_text()[-500:]}")
+    (home / "log-0").unlink(missing_ok=True)
 
 
-def _difference(whole: Path, part: Path) -> float:
-    """Between the adapters, and between the last checkpoints' optimiser states."""
+def _difference(one: Path, other: Path) -> float:
+    """The largest difference between the adapters and between the last checkpoints' optimizer states."""
     last = f"checkpoint-{STEPS:06d}/{OPTIMIZER}"
-    tables = (
-        (adapter_tensors(whole), adapter_tensors(part)),
-        (peft_files.read_named(whole / last), peft_files.read_named(part / last)),
+    pairs = (
+        (adapter_tensors(one), adapter_tensors(other)),
+        (peft_files.read_tensors(one / last), peft_files.read_tensors(other / last)),
     )
-    worst = 0.0
-    for ours, theirs in tables:
-        assert ours.keys() == theirs.keys()
-        worst = max(worst, *(float((ours[n].double() - theirs[n].double()).abs().max()) for n in ours))
-        assert worst or all(torch.equal(ours[name], theirs[name]) for name in ours)
-    return worst
+    largest = 0.0
+    for a, b in pairs:
+        assert a.keys() == b.keys()
+        largest = max(largest, *(float((a[name].double() - b[name].double()).abs().max()) for name in a))
+        assert largest or all(torch.equal(a[name], b[name]) for name in a)
+    return largest

@@ -16,24 +16,24 @@ from pathlib import Path
 from qlora.cli.app import run as run_cli
 from qlora.recipe.recipe import Recipe, dump
 from qlora.training.checkpoint import Checkpoints
-from support.child_processes import GIVE_UP_SECONDS, PHASES, Child, Tell, tell_phases
+from support.child_processes import GIVE_UP_SECONDS, PHASES, Child, Notify, notify_phases
 from support.paths import ROOT
 from support.rank_processes import pair
-from support.small_runs import differing, metrics, recipe_of, run, write_rows
+from support.small_runs import differing_tensors, metrics, recipe_of, run, write_records
 
 STEPS = 6
 LAUNCHES = ((1, "auto"), (2, "fsdp"), (2, "ddp"))
 
 
 @dataclass
-class Found:
-    """What became of the signals."""
+class Result:
+    """Counts of signals, and of how the runs ended."""
 
     signals: int = 0
-    exact: int = 0  # stopped at a checkpoint of the step logged last; resumed, the run is the one never stopped
-    refused: int = 0  # before the first step: nothing was written that was not there
-    finished: int = 0  # came when the last step was done: the run ended as if nothing had been
-    wrong: int = 0
+    exact: int = 0  # with a checkpoint of the step logged last; the resumed run equals the uninterrupted one
+    refused: int = 0  # before the first step, without a checkpoint
+    finished: int = 0  # normally, because the signal came after the last step
+    wrong: int = 0  # in any other way
     orphans: int = 0
     phases: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -43,143 +43,144 @@ class Found:
         return not (self.wrong or self.orphans)
 
 
-def recipe_of_stops(model: Path, data: Path, output: Path, *more: str) -> Recipe:
+def recipe_of_stops(model: Path, data: Path, output: Path, *overrides: str) -> Recipe:
     options = ("data.eval_fraction=0.2", "train.eval_every=2", "adapter.dropout=0.1", f"train.max_steps={STEPS}")
-    # train_on all: then there are no questions for the report's samples, whose answers would take most of the time.
-    return recipe_of(model, data, output, *options, "train.save_every=3", "train.keep=99", "data.train_on=all", *more)
+    # train_on all: without prompts the report generates no samples, which would take most of the time.
+    options += ("train.save_every=3", "train.keep=99", "data.train_on=all")
+    return recipe_of(model, data, output, *options, *overrides)
 
 
-def stop(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None], world: int = 1) -> Found:
-    """`count` signals, spread evenly over the phases, each at a random moment after its phase began."""
-    draw, found = random.Random(seed), Found()
-    data = write_rows(home / "rows.jsonl", 12)
-    whole = home / f"whole-{world}"
+def send_signals(
+    model: Path, home: Path, count: int, seed: int, report: Callable[[Result], None], world: int = 1
+) -> Result:
+    """Send `count` signals, spread evenly over the phases, each at a random moment after its phase began."""
+    rng, result = random.Random(seed), Result()
+    data = write_records(home / "rows.jsonl", 12)
+    uninterrupted = home / f"uninterrupted-{world}"
     if world == 1:
-        run(recipe_of_stops(model, data, whole))
+        run(recipe_of_stops(model, data, uninterrupted))
     else:
-        assert [child.end() for child in pair(_in_two(recipe_of_stops(model, data, whole), home), home)] == [0, 0]
-    while found.signals < count:
-        phase = PHASES[found.signals % len(PHASES)]
-        number = draw.choice((signal.SIGTERM, signal.SIGINT))
+        recipe = recipe_of_stops(model, data, uninterrupted)
+        assert [child.wait() for child in _start(recipe, home, world)] == [0, 0]
+    while result.signals < count:
+        phase = PHASES[result.signals % len(PHASES)]
+        number = rng.choice((signal.SIGTERM, signal.SIGINT))
         output = home / "stopped"
         shutil.rmtree(output, ignore_errors=True)
-        # Two processes with a whole base each, or with shares of one, give the same bits.
-        strategy = "single" if world == 1 else draw.choice(("ddp", "fsdp"))
+        # Two ranks give the same bits with DDP and FSDP.
+        strategy = "single" if world == 1 else rng.choice(("ddp", "fsdp"))
         recipe = recipe_of_stops(model, data, output, f"distributed.kind={strategy}")
-        children = _started(recipe, home, world)
-        heard = children[0].wait_for(phase, times=draw.randint(1, {"training": STEPS, "evaluating": 3}.get(phase, 1)))
-        time.sleep(draw.uniform(0, 0.05))
+        children = _start(recipe, home, world)
+        reached = children[0].wait_for(phase, times=rng.randint(1, {"training": STEPS, "evaluating": 3}.get(phase, 1)))
+        time.sleep(rng.uniform(0, 0.05))
         for child in children:
             child.send(number)
-        codes = [child.end() for child in children]
-        found.signals += 1
-        met = phase if heard else "finished"
-        found.phases[met] = found.phases.get(met, 0) + 1
-        found.orphans += sum(child.orphans() for child in children)
-        before = found.wrong, "".join(path.read_text()[-400:] for path in home.glob("said*"))
-        _judge(codes, number, output, found)
+        codes = [child.wait() for child in children]
+        result.signals += 1
+        label = phase if reached else "finished"
+        result.phases[label] = result.phases.get(label, 0) + 1
+        result.orphans += sum(child.orphans() for child in children)
+        wrong_before, logs = result.wrong, "".join(path.read_text()[-400:] for path in home.glob("log*"))
+        _check_exit(codes, number, output, result)
         if codes[0]:
-            again = [child.end() for child in _started(recipe, home, world)]
-            same = all(metrics(whole, event) == metrics(output, event) for event in ("train", "eval"))
-            if any(again) or differing(whole, output) or not same:
-                found.wrong += 1
-        if found.wrong > before[0]:
-            found.notes.append(f"{phase} {number}: codes {codes}, {before[1]}")
-        for path in home.glob("said*"):
+            resumed_codes = [child.wait() for child in _start(recipe, home, world)]
+            same = all(metrics(uninterrupted, event) == metrics(output, event) for event in ("train", "eval"))
+            if any(resumed_codes) or differing_tensors(uninterrupted, output) or not same:
+                result.wrong += 1
+        if result.wrong > wrong_before:
+            result.notes.append(f"{phase} {number}: codes {codes}, {logs}")
+        for path in home.glob("log*"):
             path.unlink()
-        report(found)
+        report(result)
     shutil.rmtree(home / "stopped", ignore_errors=True)
-    return found
+    return result
 
 
-def stop_launched(model: Path, home: Path, count: int, seed: int, report: Callable[[Found], None]) -> Found:
-    """`count` signals to `accelerate launch`, each a random while after the first line: one process, DDP, FSDP."""
-    draw, found = random.Random(seed), Found()
-    data, file, output = write_rows(home / "rows.jsonl", 12), home / "recipe.yaml", home / "launched"
+def signal_launchers(model: Path, home: Path, count: int, seed: int, report: Callable[[Result], None]) -> Result:
+    """Send `count` signals to `accelerate launch` at a random moment of training: one process, DDP, FSDP."""
+    rng, result = random.Random(seed), Result()
+    data, file, output = write_records(home / "rows.jsonl", 12), home / "recipe.yaml", home / "launched"
     endless = ("train.max_steps=100000", "train.save_every=null", "optim.warmup=0", "data.eval_fraction=0")
     for number in range(count):
         shutil.rmtree(output, ignore_errors=True)
         world, strategy = LAUNCHES[number % len(LAUNCHES)]
         file.write_text(dump(recipe_of(model, data, output, *endless, f"distributed.kind={strategy}")))
-        kind = draw.choice((signal.SIGTERM, signal.SIGINT))
+        number = rng.choice((signal.SIGTERM, signal.SIGINT))
         launcher = _launch(world, file, home)
-        give_up = time.monotonic() + GIVE_UP_SECONDS
-        while (
-            not (metrics(output) if output.is_dir() else []) and time.monotonic() < give_up and launcher.poll() is None
-        ):
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while not (output.is_dir() and metrics(output)) and time.monotonic() < deadline and launcher.poll() is None:
             time.sleep(0.1)
-        time.sleep(draw.uniform(0, 2))
-        family = _family(launcher.pid)
-        trainers = _trainers(family)
-        launcher.send_signal(kind)
+        time.sleep(rng.uniform(0, 2))
+        processes = _descendants(launcher.pid)
+        trainers = _count_trainers(processes)
+        launcher.send_signal(number)
         launcher.wait(timeout=GIVE_UP_SECONDS)
-        found.signals += 1
-        found.orphans += _left(family)
+        result.signals += 1
+        result.orphans += _count_orphans(processes)
         last = metrics(output)[-1]["step"]
         saved, skipped = Checkpoints(output, 9, lambda folder: None, {}).newest()
         exact = saved is not None and saved.position.step == last and not skipped and trainers == world
-        found.exact += exact
-        found.wrong += not exact
+        result.exact += exact
+        result.wrong += not exact
         if not exact:
-            found.notes.append(
-                f"{kind} {trainers} of {world} {strategy}: logged {last}, saved {saved and saved.folder.name}"
+            result.notes.append(
+                f"{number} {trainers} of {world} {strategy}: logged {last}, saved {saved and saved.folder.name}"
             )
-        report(found)
+        report(result)
     shutil.rmtree(output, ignore_errors=True)
-    return found
+    return result
 
 
 def _launch(world: int, file: Path, home: Path) -> "subprocess.Popen[bytes]":
-    # With --cpu accelerate starts one process only; --multi_gpu starts several, which without cards meet over gloo.
-    where = "--cpu" if world == 1 else "--multi_gpu"
-    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", where)
+    # With --cpu accelerate starts one process only; --multi_gpu starts several, which use gloo without GPUs.
+    device = "--cpu" if world == 1 else "--multi_gpu"
+    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", device)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = ["-m", "accelerate.commands.launch", "--num_processes", str(world), *options, "--main_process_port", port]
-    with (home / "said-launcher").open("wb") as said:
+    with (home / "launcher-log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, *command, "-m", "qlora", "train", str(file)], stdout=said, stderr=said,
-            start_new_session=True, cwd=ROOT, preexec_fn=_hears_interrupts,
+            [sys.executable, *command, "-m", "qlora", "train", str(file)], stdout=log, stderr=log,
+            start_new_session=True, cwd=ROOT, preexec_fn=_reset_interrupts,
         )  # fmt: skip
 
 
-def _hears_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and so would all that it starts."""
+def _reset_interrupts() -> None:
+    """A shell's background processes, and their children, ignore SIGINT unless it is reset."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _left(family: Mapping[int, str]) -> int:
-    """Processes of a launch that are still there after a minute: a busy machine stops slowly."""
+def _count_orphans(processes: Mapping[int, str]) -> int:
+    """Processes of a launch that still exist after a minute: a busy machine stops slowly."""
     for _ in range(600):
-        there = [pid for pid, began in family.items() if _stat_of(pid)[1] == began]
-        if not there:
+        running = [pid for pid, started in processes.items() if _parent_and_start(pid)[1] == started]
+        if not running:
             return 0
         time.sleep(0.1)
-    for pid in there:
+    for pid in running:
         os.kill(pid, signal.SIGKILL)
-    return len(there)
+    return len(running)
 
 
-def _family(ancestor: int) -> dict[int, str]:
-    """A process and all that it has started, directly or not, with the time of their starts; sessions differ."""
-    stats = {int(path.name): _stat_of(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
-    family = {ancestor}
-    while more := {pid for pid, (parent, _) in stats.items() if parent in family} - family:
-        family |= more
-    return {pid: stats[pid][1] for pid in family if stats.get(pid, (0, ""))[1]}
+def _descendants(ancestor: int) -> dict[int, str]:
+    """A process and all its descendants, with their start times; they are in different sessions."""
+    stats = {int(path.name): _parent_and_start(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    pids = {ancestor}
+    while children := {pid for pid, (parent, _) in stats.items() if parent in pids} - pids:
+        pids |= children
+    return {pid: stats[pid][1] for pid in pids if stats.get(pid, (0, ""))[1]}
 
 
-def _trainers(family: Iterable[int]) -> int:
+def _count_trainers(pids: Iterable[int]) -> int:
     """How many of these processes train."""
-    said = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5] for pid in family]
-    return sum(
-        words[-4:-1] == [b"-m", b"qlora", b"train"] or words[-3:] == [b"-m", b"qlora", b"train"] for words in said
-    )
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5] for pid in pids]
+    train = [b"-m", b"qlora", b"train"]
+    return sum(command[-4:-1] == train or command[-3:] == train for command in commands)
 
 
-def _stat_of(pid: int) -> tuple[int, str]:
-    """Parent and start of a process; no start for one that is gone or only waits to be buried."""
+def _parent_and_start(pid: int) -> tuple[int, str]:
+    """Parent and start time of a process; an empty start if the process has exited or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -187,43 +188,34 @@ def _stat_of(pid: int) -> tuple[int, str]:
     return (0, "") if fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
-def _started(recipe: Recipe, home: Path, world: int) -> list[Child]:
-    if world == 2:
-        return pair(_in_two(recipe, home), home)
-    return [Child(_in_one(recipe, home), home / "said")]
-
-
-def _in_one(recipe: Recipe, home: Path) -> Callable[[Tell], int]:
-    """`qlora train` as a user types it."""
+def _start(recipe: Recipe, home: Path, world: int) -> list[Child]:
+    """`qlora train` in one process or two ranks."""
     file = home / "recipe.yaml"
     file.write_text(dump(recipe))
 
-    def work(tell: Tell) -> int:
-        tell_phases(tell)
-        return run_cli(["train", str(file)])
+    def work(notify: Notify) -> int:
+        with notify_phases(notify):
+            return run_cli(["train", str(file)])
 
-    return work
-
-
-def _in_two(recipe: Recipe, home: Path) -> Callable[[int, Tell], int]:
-    single = _in_one(recipe, home)
-    return lambda rank, tell: single(tell)
+    if world == 2:
+        return pair(lambda rank, notify: work(notify), home)
+    return [Child(work, home / "log")]
 
 
-def _judge(codes: list[int], number: int, output: Path, found: Found) -> None:
-    """The exit codes, and whether the newest checkpoint is of the very step logged last."""
+def _check_exit(codes: list[int], number: int, output: Path, result: Result) -> None:
+    """The exit codes are right, and the newest checkpoint is of the step logged last."""
     lines = [line["step"] for line in metrics(output)] if output.is_dir() else []
     saved, skipped = Checkpoints(output, 9, lambda folder: None, {}).newest() if output.is_dir() else (None, [])
-    if codes[0] == 0:  # another rank, which writes nothing, may be in its last breath when the signal comes
+    if codes[0] == 0:  # the other rank, which writes nothing, may receive the signal while it exits
         done = (output / "run.json").is_file() and json.loads((output / "run.json").read_text())["result"]["steps"]
-        found.finished += done == STEPS
-        found.wrong += done != STEPS
+        result.finished += done == STEPS
+        result.wrong += done != STEPS
     elif set(codes) != {128 + number} or skipped:
-        found.wrong += 1
+        result.wrong += 1
     elif not lines:
-        found.refused += saved is None
-        found.wrong += saved is not None
+        result.refused += saved is None
+        result.wrong += saved is not None
     else:
         exact = saved is not None and saved.position.step == lines[-1]
-        found.exact += exact
-        found.wrong += not exact
+        result.exact += exact
+        result.wrong += not exact

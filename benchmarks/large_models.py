@@ -1,0 +1,87 @@
+"""Tables of docs/large-models.md, predicted by the memory planner: python benchmarks/large_models.py redraws them."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support.published_models import work_of  # noqa: E402 - shapes that the tests compare with the real configurations
+
+from qlora.memory.planner.cost_model import DeviceSpeed, seconds  # noqa: E402
+from qlora.memory.planner.memory_plan import Budget  # noqa: E402
+from qlora.memory.planner.search import choose  # noqa: E402
+from qlora.memory.planner.workload import Workload  # noqa: E402
+
+PAGE = ROOT / "docs/large-models.md"
+GIB = 2**30
+PLANS = (
+    ("Llama-3.1-405B", 80, 256),
+    ("Llama-3.1-70B", 12, 64),
+    ("Llama-3.1-70B", 16, 64),
+)  # GPU and host memory in GiB
+LENGTHS = (512, 2048, 4096, 8192)
+REACHED = 0.65  # of a GPU's dense bfloat16 peak: the best published values are 0.62 to 0.71
+GPUS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "A100": 312e12}  # FLOP/s
+LINKS = {"3 x8": 6.25e9, "3 x16 or 4 x8": 12.5e9, "4 x16 or 5 x8": 25e9, "5 x16": 50e9}  # bytes/s of a copy, as reached
+STEP, MOST = 32, 65_536  # tokens
+
+
+def plans_table() -> str:
+    """The planner's choice for models that exceed the GPU's memory."""
+    lines = [
+        "| model | GPU | host memory | tokens | GPU peak | host peak | recomputed / offloaded / streamed | layers |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for name, gpu_gib, host_gib in PLANS:
+        for length in LENGTHS:
+            work = work_of(name, max_length=length)
+            cells = _planned(work, gpu_gib, host_gib)
+            lines.append(f"| {name} | {gpu_gib} GiB | {host_gib} GiB | {length:,} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _planned(work: Workload, gpu_gib: int, host_gib: int) -> str:
+    plan = choose(work, Budget(gpu_gib * GIB, host_gib * GIB))
+    if not plan.fits:
+        return "does not fit | | |"
+    layers = f"{plan.work.recomputed} / {plan.work.offloaded} / {plan.work.streamed}"
+    return f"{plan.peak_bytes / GIB:.1f} GiB | {plan.host_bytes / GIB:.1f} GiB | {layers} | {work.shapes.layers}"
+
+
+def free_table() -> str:
+    """Tokens a micro-batch from which a fully streamed 70B takes no longer than a resident one."""
+    lines = ["| GPU | " + " | ".join(f"PCIe {link}" for link in LINKS) + " |", "|---" * (len(LINKS) + 1) + "|"]
+    for gpu, peak in GPUS.items():
+        cells = [f"{free_from(DeviceSpeed(REACHED * peak, link)):,}" for link in LINKS.values()]
+        lines.append(f"| {gpu} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def free_from(speed: DeviceSpeed) -> int:
+    """The fewest tokens, in steps of STEP, at which computation hides every copy, with all layers recomputed."""
+    work = work_of("Llama-3.1-70B")
+    for tokens in range(STEP, MOST, STEP):
+        resident = replace(work, max_length=tokens)
+        if seconds(replace(resident, weights="stream"), speed) <= seconds(resident, speed):
+            return tokens
+    raise ValueError(f"streaming is never free at {speed}")
+
+
+TABLES: dict[str, Callable[[], str]] = {"plans": plans_table, "free": free_table}
+
+
+def redraw(text: str, tables: dict[str, Any] = TABLES) -> str:
+    """`text` with every table between its markers redrawn."""
+    for name, table in tables.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        text = before + begin + table() + end + after
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(redraw(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

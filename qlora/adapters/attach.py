@@ -1,0 +1,115 @@
+"""An adapter file's layers put on a model, after checking that the file fits the model's base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapters.dora import DoraLinear
+from qlora.adapters.inject import frozen_linears
+from qlora.adapters.lora import LoraLinear
+from qlora.adapters.modules_to_save import build_modules_to_save
+from qlora.adapters.peft_config import MAX_RANK, has_layer_filter, module_settings
+from qlora.adapters.peft_files import AdapterFile
+from qlora.adapters.trainable_tokens import build_token_rows
+from qlora.errors import AdapterError
+from qlora.model.module_tree import set_by_path
+
+
+def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False) -> str | None:
+    """Put an adapter file's layers on `model`; returns a line to show when its base can't be checked.
+
+    AdapterError if it was trained on other weights, or one of its tensors matches no module or has another shape.
+    """
+    layers, note = build_layers(model, file, base_sha256, allow_other_base)
+    for path, layer in layers.items():
+        set_by_path(model, path, layer)
+    return note
+
+
+def build_layers(
+    model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False
+) -> tuple[dict[str, nn.Module], str | None]:
+    """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrix."""
+    note = _check_base(file, base_sha256, allow_other_base)
+    frozen = frozen_linears(model)
+    modules, module_problems = build_modules_to_save(model, file.modules)
+    rows, row_problems = build_token_rows(model, file.config, file.rows)
+    problems = _pair_problems(file, frozen) + module_problems + row_problems + _missing_modules(file)
+    if problems:
+        listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
+    layers: dict[str, nn.Module] = {**modules, **rows}
+    for path, (a, b) in file.pairs.items():
+        kind = DoraLinear if path in file.magnitudes else LoraLinear
+        scaling = module_settings(file.config, path, a.shape[0]).scaling
+        layers[path] = layer = kind(frozen[path], a.shape[0], scaling, 0.0)
+        layer.load_pair(a, b)
+        if isinstance(layer, DoraLinear):
+            layer.magnitude.data.copy_(file.magnitudes[path])
+    return layers, note
+
+
+def _check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> str | None:
+    if file.base_sha256 is None:
+        return f"{file.folder} carries no fingerprint of its base: that it belongs to this one can't be checked."
+    if file.base_sha256 != base_sha256 and not allow_other_base:
+        name = file.config.get("base_model_name_or_path")
+        raise AdapterError(
+            f"{file.folder}: was trained on other weights (base {name!r}, sha256 {file.base_sha256[:12]}...; "
+            f"this base is {base_sha256[:12]}...). Load the base it was trained on."
+        )
+    return None
+
+
+def _pair_problems(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
+    """Why the file's A, B and magnitudes can't be those of the frozen layers, one line per problem."""
+    problems = [problem for path, pair in file.pairs.items() if (problem := _pair_problem(path, pair, frozen))]
+    problems += [problem for path, m in file.magnitudes.items() if (problem := _magnitude_problem(path, m, frozen))]
+    return problems + [f"{path} is named by target_modules, but the file lacks it" for path in _missing(file, frozen)]
+
+
+def _pair_problem(path: str, pair: tuple[Tensor, Tensor], frozen: Mapping[str, Any]) -> str | None:
+    a, b = pair
+    if path not in frozen:
+        return f"{path} is not a linear layer of this base"
+    layer = frozen[path]
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return f"{path} is stored as {a.dtype}, needed: floating-point numbers"
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK:
+        return f"{path} has A {list(a.shape)} and B {list(b.shape)}"
+    if (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
+        shape = [layer.out_features, layer.in_features]
+        return f"{path} has an update of shape {[b.shape[0], a.shape[1]]}, the base's matrix is {shape}"
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return f"{path} has values that are not finite"
+    return None
+
+
+def _magnitude_problem(path: str, magnitude: Tensor, frozen: Mapping[str, Any]) -> str | None:
+    rows = frozen[path].out_features if path in frozen else len(magnitude)
+    if magnitude.shape != (rows,) or not magnitude.is_floating_point() or not torch.isfinite(magnitude).all():
+        return f"{path} has a magnitude {list(magnitude.shape)} of {magnitude.dtype}, needed: {rows} finite numbers"
+    return None
+
+
+def _missing(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
+    """Layers of the base that `target_modules` names, but the file does not hold."""
+    names = file.config.get("target_modules")
+    if has_layer_filter(file.config) or not isinstance(names, list):
+        return []
+    named = [path for path in frozen if any(path == name or path.endswith(f".{name}") for name in names)]
+    return [path for path in named if path not in file.pairs]
+
+
+def _missing_modules(file: AdapterFile) -> list[str]:
+    """Modules to save and trainable tokens that the config names, but the file does not hold."""
+    paths = [key.rpartition(".")[0] for key in file.modules]
+    names = file.config.get("modules_to_save") or []
+    missing = [
+        f"{name} is named by modules_to_save" for name in names if not any(path.endswith(name) for path in paths)
+    ]
+    if file.config.get("trainable_token_indices") and not file.rows:
+        missing.append("rows are named by trainable_token_indices")
+    return [f"{problem}, but the file lacks it" for problem in missing]

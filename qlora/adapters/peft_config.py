@@ -1,0 +1,154 @@
+"""PEFT's adapter_config.json: read and check it, build it for an adapter, look up a module's rank and alpha."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qlora.adapters.dora import Dora
+from qlora.adapters.inject import adapted
+from qlora.adapters.lora import Lora
+from qlora.adapters.modules_to_save import names_for_peft
+from qlora.adapters.patterns import by_pattern
+from qlora.adapters.rslora import RsLora
+from qlora.adapters.trainable_tokens import trainable_token_indices
+from qlora.errors import AdapterError
+from qlora.utils.atomic_files import read_json
+from qlora.utils.sandbox import LimitExceeded, within_limits
+
+MAX_RANK = 65_536
+MAX_PATTERN_LENGTH = 500  # characters of a key of rank_pattern or alpha_pattern
+PEFT_ALPHA = 8  # PEFT's default of lora_alpha
+PEFT_FIELDS: Mapping[str, Any] = {  # the fields that every PEFT since 0.10 knows, with their values here
+    "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False,
+    "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
+    "loftq_config": {}, "lora_alpha": None, "lora_dropout": 0.0, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "r": None, "rank_pattern": {},
+    "revision": None, "target_modules": None, "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
+}  # fmt: skip
+UNSUPPORTED = (  # settings that change what an adapter computes, in ways that are not implemented
+    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
+    "target_parameters", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
+    "monteclora_config", "arrow_config",
+)  # fmt: skip
+LAYER_FILTERS = ("layers_to_transform", "layers_pattern", "exclude_modules")  # narrow what target_modules matches
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of an adapter_config.json. AdapterError if it is damaged or of an adapter that is not supported."""
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise AdapterError(f"{path} is not a JSON object: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type: found {str(config.get('peft_type'))[:80]!r}, allowed: LORA.")
+    unsupported = next((key for key in UNSUPPORTED if config.get(key)), None)
+    if unsupported:
+        raise AdapterError(f"{path}: {unsupported} is not supported.")
+    _check_patterns(path, config)
+    _check_values(path, config)
+    return config
+
+
+def build_config(model: nn.Module, adapter: Lora, name: str, revision: str | None) -> dict[str, Any]:
+    """The adapter_config.json of a model's adapter; `name` and `revision` are those of its base."""
+    path, layer = next(iter(adapted(model).items()))
+    stored = adapter.with_rank_times(layer.pair()[0].shape[0] // adapter.for_module(path).rank)
+    token_indices = trainable_token_indices(model)
+    return dict(PEFT_FIELDS) | {
+        "alpha_pattern": {key: _plain_number(alpha) for key, alpha in stored.alpha_pattern.items()},
+        "base_model_name_or_path": name,
+        "lora_alpha": _plain_number(stored.alpha),
+        "lora_dropout": adapter.dropout,
+        "modules_to_save": names_for_peft(model),
+        "r": stored.rank,
+        "rank_pattern": dict(stored.rank_pattern),
+        "revision": revision,
+        "target_modules": target_names(model),
+        **({"trainable_token_indices": token_indices} if token_indices else {}),
+        "use_dora": isinstance(adapter, Dora),
+        "use_rslora": isinstance(adapter, RsLora),
+    }
+
+
+def build_plain_config(source: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
+    """The adapter_config.json of a plain LoRA with a scaling of 1; base, revision and dropout are those of `source`."""
+    return dict(PEFT_FIELDS) | {
+        "base_model_name_or_path": source.get("base_model_name_or_path"),
+        "lora_alpha": rank,
+        "lora_dropout": float(source.get("lora_dropout") or 0.0),
+        "r": rank,
+        "revision": source.get("revision"),
+        "target_modules": targets,
+    }
+
+
+def target_names(model: nn.Module) -> list[str]:
+    """The shortest names that match exactly the adapted layers: leaf names (servers expect those), else full paths."""
+    chosen = set(adapted(model))
+    leaves = {path.rpartition(".")[2] for path in chosen}
+    # PEFT matches names against every module, so a leaf must not occur outside the adapted layers.
+    matched = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in leaves}
+    return sorted(leaves if matched == chosen else chosen)
+
+
+def has_layer_filter(config: Mapping[str, Any]) -> bool:
+    """Whether the config adapts fewer layers than `target_modules` matches."""
+    return any(config.get(key) for key in LAYER_FILTERS)
+
+
+def module_settings(config: Mapping[str, Any], path: str, rank: int) -> Lora:
+    """Kind, rank and alpha of one module, with the config's patterns applied."""
+    alpha = _by_pattern_in_time(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", PEFT_ALPHA))
+    kind = RsLora if config.get("use_rslora") else Lora
+    return kind(rank=rank, alpha=float(alpha), dropout=float(config.get("lora_dropout") or 0.0))
+
+
+def _by_pattern_in_time(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """`by_pattern`, for expressions of an untrusted file. AdapterError for one that takes too long."""
+    if not patterns:
+        return default
+    try:
+        return within_limits(lambda: by_pattern(patterns, path, default))
+    except (LimitExceeded, MemoryError):
+        raise AdapterError(
+            f"adapter_config.json: alpha_pattern: one of its expressions takes too long to match {path!r}."
+        ) from None
+
+
+def _check_patterns(path: Path, config: Mapping[str, Any]) -> None:
+    """AdapterError unless rank_pattern and alpha_pattern map expressions to a rank, or to some value."""
+    alphas, ranks = (config.get(key) or {} for key in ("alpha_pattern", "rank_pattern"))
+    for key, patterns in (("alpha_pattern", alphas), ("rank_pattern", ranks)):
+        if not isinstance(patterns, dict) or not all(_is_expression(expression) for expression in patterns):
+            raise AdapterError(f"{path}: {key} must map expressions for module names to numbers.")
+    if not all(type(rank) is int and 1 <= rank <= MAX_RANK for rank in ranks.values()):
+        raise AdapterError(f"{path}: rank_pattern: found {str(ranks)[:80]}, allowed: whole numbers from 1.")
+
+
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """AdapterError unless every alpha, the modules to save and the dropout have allowed values."""
+    for alpha in (config.get("lora_alpha", PEFT_ALPHA), *(config.get("alpha_pattern") or {}).values()):
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+            raise AdapterError(f"{path}: lora_alpha: found {alpha!r}, allowed: a number above 0.")
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(f"{path}: modules_to_save must be a list of names.")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise AdapterError(f"{path}: lora_dropout: found {dropout!r}, allowed: a number from 0 to below 1.")
+
+
+def _is_expression(key: Any) -> bool:
+    try:
+        return isinstance(key, str) and len(key) < MAX_PATTERN_LENGTH and re.compile(rf"(?:.*\.)?(?:{key})") is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _plain_number(alpha: float) -> float:
+    """An int where the value is one: Ollama reads nothing else."""
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -1,0 +1,9 @@
+"""Block sizes of blockwise quantization. Imports no torch: the recipe's schema and the memory planner read them too."""
+
+from typing import Literal, get_args
+
+Block = Literal[
+    32, 64, 128, 256, 512, 1024, 2048, 4096
+]  # weights that share one absmax: what bitsandbytes' kernels take
+BLOCKS: tuple[int, ...] = get_args(Block)
+NESTED_BLOCK = 256  # absmax values that share one nested absmax in double quantization; fixed by bitsandbytes

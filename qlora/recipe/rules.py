@@ -1,0 +1,84 @@
+"""Rules across sections of a recipe: which settings exclude each other, or leave another without effect."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qlora.adapters import Adapter
+from qlora.data import Data
+from qlora.memory import Memory
+from qlora.quant import Quant
+from qlora.training import Optim, Train
+
+
+def conflicts_between(sections: Mapping[str, Any]) -> dict[str, str]:
+    """`key: message` of every conflict. A rule is checked if all its sections are present."""
+    conflicts: dict[str, str] = {}
+    for names, rule in RULES:
+        if sections.keys() >= set(names):
+            conflicts |= rule(*(sections[name] for name in names))
+    return conflicts
+
+
+def _full_needs_dense(adapter: Adapter, quant: Quant) -> dict[str, str]:
+    if adapter.kind != "full" or quant.kind == "dense":
+        return {}
+    message = f"full trains every weight, and {quant.kind} weights can't be trained. Set quant.kind: dense."
+    return {"adapter.kind": message}
+
+
+def _loftq_needs_quantization(adapter: Adapter, quant: Quant) -> dict[str, str]:
+    if adapter.kind == "full" or adapter.init != "loftq" or quant.kind != "dense":
+        return {}
+    return {"adapter.init": "loftq starts from the quantization error, and quant.kind dense has none. Remove it."}
+
+
+def _loraplus_needs_lora(adapter: Adapter, optim: Optim) -> dict[str, str]:
+    if adapter.kind != "full" or optim.loraplus_ratio is None:
+        return {}
+    return {"optim.loraplus_ratio": "has no effect: adapter.kind full has no A and B. Remove it."}
+
+
+def _full_is_resident(adapter: Adapter, memory: Memory) -> dict[str, str]:
+    if adapter.kind != "full" or memory.weights != "stream":
+        return {}
+    return {"memory.weights": "stream: only frozen weights stream; adapter.kind full trains all. Remove it."}
+
+
+def _embedding_is_resident(adapter: Adapter, memory: Memory) -> dict[str, str]:
+    key = next((key for key in ("save_modules", "tokens", "new_tokens") if getattr(adapter, key)), None)
+    if key is None or memory.weights != "stream":
+        return {}
+    return {"memory.weights": f"stream: only frozen weights stream; adapter.{key} trains some. Remove one of the two."}
+
+
+def _evaluation_needs_data(train: Train, data: Data) -> dict[str, str]:
+    if data.eval is not None or data.eval_fraction > 0:
+        return {}
+    keys = [key for key in ("eval_every", "early_stop") if getattr(train, key) is not None]
+    reason = "there is no evaluation data (data.eval null, data.eval_fraction 0)"
+    return {f"train.{key}": f"has no effect: {reason}. Remove it, or set one of them." for key in keys}
+
+
+def _early_stop_needs_evaluations(train: Train) -> dict[str, str]:
+    if train.early_stop is None or train.eval_every is not None:
+        return {}
+    return {"train.early_stop": "has no effect: there are no evaluations during training. Set train.eval_every too."}
+
+
+def _compiled_is_resident(train: Train, memory: Memory) -> dict[str, str]:
+    """A compiled layer is one graph: no copy can be placed inside it."""
+    settings = {"memory.weights": memory.weights == "stream", "memory.offload_activations": memory.offload_activations}
+    reason = "compiled layers neither stream nor offload. Remove it, or train.compile."
+    return {key: reason for key, value in settings.items() if train.compile and value is True}
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
+    (("adapter", "quant"), _full_needs_dense),
+    (("adapter", "quant"), _loftq_needs_quantization),
+    (("adapter", "optim"), _loraplus_needs_lora),
+    (("adapter", "memory"), _full_is_resident),
+    (("adapter", "memory"), _embedding_is_resident),
+    (("train",), _early_stop_needs_evaluations),
+    (("train", "data"), _evaluation_needs_data),
+    (("train", "memory"), _compiled_is_resident),
+)

@@ -1,0 +1,1 @@
+"""What a user does with a recipe or a run: train, resume, load, evaluate, generate, chat."""

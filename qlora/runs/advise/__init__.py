@@ -1,0 +1,1 @@
+"""`qlora advise`: before a run whether training is the right tool, after it what the run learned."""

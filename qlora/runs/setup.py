@@ -1,0 +1,214 @@
+"""What is set up before the first step: base model, adapters, data, and the training loop's job."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qlora.adapters import ADAPTERS
+from qlora.adapters.full import Full
+from qlora.adapters.init import initialize
+from qlora.adapters.inject import Injection, count, inject
+from qlora.adapters.lora import Lora
+from qlora.adapters.modules_to_save import add_modules_to_save
+from qlora.adapters.trainable_tokens import PARAMETER_SUFFIX, token_ids, train_token_rows
+from qlora.data.conversations.encoder import Encoder
+from qlora.data.data_report import DataReport
+from qlora.data.prepare import Prepared, prepare
+from qlora.data.types import count_of
+from qlora.distributed.processes import Processes
+from qlora.errors import InputError
+from qlora.memory.planner.memory_plan import Plan
+from qlora.memory.planner.optimizer_state import moment_bytes, moments_leave_device
+from qlora.model.load_base import Base
+from qlora.model.original_weights import iter_weights
+from qlora.recipe.planning import user_choices
+from qlora.recipe.recipe import Recipe
+from qlora.recipe.recommendations import recommend_settings
+from qlora.runs.memory_setup import MemoryFallback, arrange_unplanned, load_base
+from qlora.runs.resources import Resources
+from qlora.runs.resume import unchangeable_settings
+from qlora.runs.write_artifacts import RunSetup, write_running_report, write_trained
+from qlora.training import OPTIMIZERS
+from qlora.training.checkpoint import Checkpoints, Position
+from qlora.training.compile import compile_layers
+from qlora.training.gradient_check import watch_gradients
+from qlora.training.job import Job
+from qlora.training.loss import TokenLoss
+from qlora.training.oom_recovery import OomRecovery, StepDown
+from qlora.training.optimizers import parameter_groups
+from qlora.training.packing_probe import refuse_leaks
+from qlora.training.run_log import Log
+from qlora.training.schedule import count_steps
+from qlora.training.signals import StopSignal
+from qlora.utils.progress import ProgressReporter
+
+EncodedData = tuple[Prepared, str]  # and the sha256 of tokenizer and template, which decide the tokens of a record
+ReadData = Callable[[Recipe, Processes, Base, Log], EncodedData]
+
+WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
+
+
+def set_up(recipe: Recipe, resources: Resources, log: Log) -> RunSetup:
+    """Base model, adapters and data of a recipe, each announced in a line."""
+    base = open_base(recipe, resources.processes, resources.plan, log)
+    return add_adapters_and_data(recipe, resources, base, log)
+
+
+def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Base:
+    """The base model, placed as planned. InputError if it can't be trained on in its dtype."""
+    base = load_base(recipe, processes.device, plan, log.print, processes)
+    if base.dtype == torch.float16:
+        raise InputError(
+            "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
+        )
+    return base
+
+
+def read_data(recipe: Recipe, processes: Processes, base: Base, log: Log) -> EncodedData:
+    """The tokenized data of a recipe. DataError if it can't be trained on."""
+    encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
+    # The first rank to arrive prepares for all, so every rank may print progress.
+    progress = ProgressReporter(log.print if processes.is_main else log.print_always, "data")
+    data = prepare(recipe.data, encoder, recipe.train.seed, progress)
+    log_report(data.report, log)
+    data.report.raise_for_problems()
+    return data, encoder.sha256
+
+
+def add_adapters_and_data(
+    recipe: Recipe, resources: Resources, base: Base, log: Log, read: ReadData = read_data
+) -> RunSetup:
+    """Adapters on a base model, and data for them."""
+    adapter = build_adapter(recipe)
+    injection = add_adapter(recipe, adapter, base)
+    log.print(f"{recipe.model.name}: {injection}")
+    init = recipe.adapter.init or "default"
+    init_result = initialize(base.model, init, partial(iter_weights, base.folder.path), recipe.train.seed)
+    if init_result:
+        log.print(f"adapter.init {init}: {init_result}")
+    data, encoder_sha256 = read(recipe, resources.processes, base, log)
+    steps = count_steps(recipe.train, len(data.train))
+    for key, message in recommend_settings(recipe, data.report, steps, injection.trainable_parameters):
+        log.print(f"{key}: {message}")
+    return RunSetup(recipe, resources, base, adapter, injection, data, encoder_sha256, init_result)
+
+
+def log_report(report: DataReport, log: Log) -> None:
+    """Log what was read: records dropped by reason, the first warnings, how conversations are rendered."""
+    for note in report.notes:
+        log.print(note)
+    for reason, records in report.dropped.items():
+        first = next((f.where for f in (*report.problems, *report.warnings) if reason in f.message), "")
+        log.print(f"dropped {count_of(records)}: {reason} (first: {first}; `qlora check --json` names each)")
+    warnings = [finding for finding in report.warnings if not finding.message.startswith("dropped")]
+    for finding in warnings[:WARNINGS_SHOWN]:
+        log.print(f"{finding.where}: {finding.message}")
+    for line in report.summary():
+        log.print(line)
+
+
+def build_adapter(recipe: Recipe) -> Lora | Full:
+    """The adapter kind of the recipe."""
+    section = recipe.adapter
+    if section.kind == "full":
+        return Full()
+    patterns = (dict(section.rank_pattern or {}), dict(section.alpha_pattern or {}))
+    return ADAPTERS[section.kind](section.rank, section.alpha, section.dropout, *patterns)  # type: ignore[no-any-return]
+
+
+def add_adapter(recipe: Recipe, adapter: Lora | Full, base: Base) -> Injection:
+    """Add what the recipe trains: low-rank updates, modules to save, trainable tokens; or every weight."""
+    model, section = base.model, recipe.adapter
+    if isinstance(adapter, Full):
+        return adapter.train_all(model)
+    injection = inject(model, adapter, target_modules(recipe), recipe.train.seed)
+    full_modules = add_modules_to_save(model, section.save_modules)
+    if section.tokens or section.new_tokens:
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        full_modules += train_token_rows(model, token_ids(base.tokenizer, (*section.tokens, *section.new_tokens), rows))
+    return (
+        replace(count(model, injection.linear_layers), trained_modules=tuple(full_modules))
+        if full_modules
+        else injection
+    )
+
+
+def target_modules(recipe: Recipe) -> str | Sequence[str]:
+    """Which layers are adapted: `all-linear` unless the recipe names others."""
+    return recipe.adapter.targets or "all-linear"
+
+
+def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown | None = None) -> Job:
+    """The training loop's job: the model wrapped for its ranks, optimizer, checkpoints.
+
+    `step_down`: how a model whose activation policies are set already can use less memory.
+    """
+    recipe, model, processes = setup.recipe, setup.base.model, setup.processes
+    step_down = step_down or set_activation_policies(setup)
+    if recipe.train.compile:
+        compile_layers(model, processes.device)
+    loss = TokenLoss(model)
+    isolation_error = refuse_leaks(loss, setup.data.train, setup.base.dtype, processes.device)
+    if isolation_error is not None:
+        log.print(
+            f"packing: documents see only themselves (logits differ by {isolation_error:.1e} standard deviations)"
+        )
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    steps = count_steps(recipe.train, len(setup.data.train))
+    log.redraw_report = partial(write_running_report, setup, steps)
+    return Job(
+        model=processes.wrap(loss.train()),
+        trainable=trainable,
+        optimizer=_build_optimizer(recipe, trainable),
+        train_examples=setup.data.train,
+        eval_examples=setup.data.eval,
+        data_order=recipe.data.order,
+        settings=recipe.train,
+        optim=recipe.optim,
+        total_steps=steps,
+        processes=processes,
+        micro_batch_sizes=setup.resources.micro_batches,
+        log=log,
+        checkpoints=_checkpoints(setup, steps),
+        stop_signal=stop,
+        oom_recovery=OomRecovery(trainable.values(), step_down, log.print),
+    )
+
+
+def _build_optimizer(recipe: Recipe, trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    optim = recipe.optim
+    groups = parameter_groups(trainable, optim.learning_rate, optim.loraplus_ratio)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[optim.kind].build(groups, optim.betas, optim.weight_decay)
+    # A trainable token that occurs in no sequence of these steps has no gradient yet.
+    watch_gradients(
+        optimizer, {name: value for name, value in trainable.items() if not name.endswith(PARAMETER_SUFFIX)}
+    )
+    return optimizer
+
+
+def _checkpoints(setup: RunSetup, steps: int) -> Checkpoints:
+    train = setup.recipe.train
+    write = partial(write_trained, setup, final=False)
+    return Checkpoints(Path(train.output), train.keep, write, unchangeable_settings(setup, steps))
+
+
+def set_activation_policies(setup: RunSetup) -> StepDown:
+    """Let layers keep, recompute or offload as planned; returns how the run can use less of the device's memory."""
+    model, processes, plan = setup.base.model, setup.processes, setup.resources.plan
+    if plan is None:
+        arrange_unplanned(model, setup.recipe, processes.device)
+        return lambda: None
+    choices = user_choices(setup.recipe, plan.work.shapes.layers)
+    fallback = MemoryFallback(model, plan.work, choices, processes.device)
+    # The other ranks would wait for this one's gradients while it repeats its step.
+    return fallback.step_down if processes.world_size == 1 else lambda: None
+
+
+def moments_due_bytes(setup: RunSetup, position: Position) -> int:
+    """Device memory that the optimizer allocates at the first step; 0 after it, or where its state can be on the host."""
+    optimizer = setup.recipe.optim.kind
+    due = position.step == 0 and not moments_leave_device(optimizer)
+    return moment_bytes(setup.injection.trainable_parameters, optimizer) if due else 0

@@ -1,0 +1,105 @@
+"""What follows an optimizer step: logging, evaluation, checkpoints and early stopping, each when it is due."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlora.data.batching.sampler import steps_per_epoch
+from qlora.memory.meter import peak_bytes
+from qlora.training.checkpoint import Position
+from qlora.training.eval_loss import Evaluation, evaluate
+from qlora.training.job import Job, StepResult
+from qlora.training.schedule import learning_rate_factor, rates_sha256
+
+
+def advance(position: Position, result: StepResult) -> Position:
+    """The position after one more step."""
+    return replace(
+        position,
+        step=position.step + 1,
+        skipped_steps=position.skipped_steps + (not result.trained_tokens),
+        open_loss=position.open_loss + result.loss,
+        open_trained_tokens=position.open_trained_tokens + result.trained_tokens,
+    )
+
+
+def log_steps(job: Job, position: Position, window: Sequence[StepResult]) -> Position:
+    """Log the steps since the last line. `window`: those of this process, for the speed; a resumed run has fewer."""
+    trained_tokens = position.open_trained_tokens
+    loss = position.open_loss / trained_tokens if trained_tokens else None
+    line = {
+        "step": position.step,
+        "epoch": _epoch(job, position),
+        "loss": loss,
+        "learning_rate": job.optim.learning_rate * learning_rate_factor(job.optim, position.step - 1, job.total_steps),
+        "grad_norm": window[-1].grad_norm,
+        "trained_tokens": trained_tokens,
+        "tokens_per_second": sum(step.tokens for step in window) / max(1e-9, sum(step.seconds for step in window)),
+        "peak_bytes": peak_bytes(job.processes.device),
+    }
+    if job.processes.is_main:
+        job.log.log_step(line)
+    return replace(position, loss=loss, open_loss=0.0, open_trained_tokens=0)
+
+
+def evaluate_if_due(job: Job, position: Position) -> tuple[Position, bool]:
+    """Evaluate if it is due; the second value says whether a stop signal was received, before it or during it.
+
+    An evaluation that a signal prevents or interrupts is left to the resumed run.
+    """
+    stopping = job.processes.any(job.stop_signal.received)
+    is_end = position.step in (0, job.total_steps)
+    is_open = job.eval_examples and position.evaluated_step != position.step
+    if stopping or not is_open or not (is_end or is_due(position.step, job.settings.eval_every)):
+        return position, stopping
+    evaluation = evaluate(
+        job.processes.unwrap(job.model),
+        job.eval_examples,
+        min(job.micro_batch_sizes),
+        job.processes,
+        lambda: job.stop_signal.received,
+        job.log.progress("evaluating"),
+    )
+    if evaluation is None:
+        return position, True
+    return _log_evaluation(job, position, evaluation), job.processes.any(job.stop_signal.received)
+
+
+def _log_evaluation(job: Job, position: Position, evaluation: Evaluation) -> Position:
+    """Log an evaluation; returns the position that includes it."""
+    loss = evaluation.loss
+    line = {"step": position.step, "eval_loss": loss, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
+    line |= {"epoch": _epoch(job, position), "peak_bytes": peak_bytes(job.processes.device)}
+    if job.processes.is_main:
+        job.log.log_evaluation(line)
+    finite_loss = loss if math.isfinite(loss) else None
+    position = replace(position, eval_loss=finite_loss, evaluated_step=position.step)
+    if finite_loss is not None and (position.best_loss is None or finite_loss < position.best_loss):
+        return replace(position, best_loss=finite_loss, best_step=position.step, evaluations_since_best=0)
+    return replace(position, evaluations_since_best=position.evaluations_since_best + 1)
+
+
+def save_if_due(job: Job, position: Position, stopping: bool) -> None:
+    """Save every `save_every` steps, at the end, at the best evaluation (with early stopping), and on a signal."""
+    settings = job.settings
+    due = settings.save_every and (is_due(position.step, settings.save_every) or position.step == job.total_steps)
+    best = settings.early_stop and position.best_step == position.step
+    if (stopping or due or best) and job.processes.writes:
+        digest = rates_sha256(job.optim, position.step, job.total_steps)
+        job.checkpoints.save(replace(position, rates_sha256=digest), job.optimizer, job.trainable)
+    job.processes.barrier()
+
+
+def stops_early(job: Job, position: Position) -> bool:
+    """Whether `early_stop` evaluations in a row brought no lower loss."""
+    patience = job.settings.early_stop
+    return patience is not None and position.evaluations_since_best >= patience
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something done every `every` steps (None: never) is due at `step`."""
+    return every is not None and step % every == 0
+
+
+def _epoch(job: Job, position: Position) -> float:
+    return position.step / steps_per_epoch(len(job.train_examples), job.settings.global_batch)

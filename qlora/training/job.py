@@ -1,0 +1,56 @@
+"""The training job: everything that the loop works on, and the result of one optimizer step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from qlora.data.batching.sampler import Sampler
+from qlora.data.types import Example
+from qlora.distributed.processes import Processes
+from qlora.training import Optim, Train
+from qlora.training.checkpoint import Checkpoints
+from qlora.training.nonfinite import NonFiniteGuard
+from qlora.training.oom_recovery import OomRecovery
+from qlora.training.run_log import Log
+from qlora.training.signals import StopSignal
+
+
+@dataclass(frozen=True)
+class Job:
+    """Model, optimizer, data and settings of a run, and the services that its loop calls."""
+
+    model: nn.Module  # a TokenLoss, wrapped by the strategy
+    trainable: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    train_examples: Sequence[Example]
+    eval_examples: Sequence[Example]
+    data_order: str  # of the sequences in an epoch: data.order
+    settings: Train
+    optim: Optim
+    total_steps: int
+    processes: Processes
+    micro_batch_sizes: Sequence[int]  # sequences of a micro-batch, by rank
+    log: Log
+    checkpoints: Checkpoints
+    stop_signal: StopSignal
+    non_finite_guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    oom_recovery: OomRecovery = field(default_factory=OomRecovery)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Which sequences a step trains on."""
+        return Sampler(self.data_order, self.settings.global_batch, self.settings.seed)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks; `loss` is a sum over `trained_tokens`."""
+
+    loss: float
+    trained_tokens: int
+    tokens: int  # without padding
+    grad_norm: float
+    seconds: float

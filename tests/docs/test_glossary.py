@@ -1,0 +1,61 @@
+"""The words of docs/glossary.md: those in its last column occur in no identifier, docstring, comment, message or page."""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+ROWS = re.findall(r"^\| [^|]+ \| [^|]+ \| ([^|]*) \|$", (ROOT / "docs/glossary.md").read_text(), flags=re.MULTILINE)
+BANNED = {word for row in ROWS for word in re.findall(r"`([^`]+)`", row)}
+BANNED |= {"said", "told", "obeys", "whoever", "nobody", "the dear", "as it stands", "as they stand"}
+WORD = re.compile(rf"(?<![\w-])({'|'.join(sorted(BANNED, key=len, reverse=True))})(?![\w-])", re.IGNORECASE)
+ALLOWED = re.compile(
+    r"model[ _-]?cards?|card\.py|math\.floor|torch\.floor|\.floor\(|floor_divide|hosted_adamw|<!-- \w+ -->", re.IGNORECASE
+)
+NAMES = ("found", "each", "said", "told", "made", "wanted", "given")
+MOST_NAMES = 40
+CODE = [path for folder in ("qlora", "benchmarks", "scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
+PAGES += sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def words_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every identifier (split at underscores and capitals), string and comment of a Python file."""
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        if token.type == tokenize.NAME:
+            yield token.start[0], re.sub(r"(?<=[a-z])(?=[A-Z])", " ", token.string).replace("_", " ")
+        elif token.type in (tokenize.STRING, tokenize.COMMENT):
+            yield token.start[0], token.string
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_has_no_word_that_the_glossary_replaces(path: Path) -> None:
+    if path == Path(__file__) or "attacks" in path.parts:
+        return
+    lines = [(line, match[0]) for line, text in words_of(path) if (match := WORD.search(ALLOWED.sub("", text)))]
+    assert lines == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_have_no_word_that_the_glossary_replaces(path: Path) -> None:
+    if path.name == "glossary.md":
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [(i, match[0]) for i, line in enumerate(lines, 1) if (match := WORD.search(ALLOWED.sub("", line)))] == []
+
+
+def test_variables_are_nouns() -> None:
+    bound = [
+        (path.name, name)
+        for path in CODE
+        if path.is_relative_to(ROOT / "qlora")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (name := node.arg if isinstance(node, ast.arg) else getattr(node, "id", "")) in NAMES
+        and (isinstance(node, ast.arg) or isinstance(node.ctx, ast.Store))  # type: ignore[attr-defined]
+    ]
+    assert len(bound) <= MOST_NAMES, bound
