@@ -16,7 +16,7 @@ from qlora.runs.report.series import Point, points, smoothed
 ROOT = Path(__file__).parents[1]
 RESULT, PLOT = ROOT / "benchmarks" / "results" / "run.json", ROOT / "docs" / "run.svg"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 330, 62, 20, 78, 46
-STYLE = (
+STYLE = (  # CSS
     "text{font:13px system-ui,sans-serif;fill:#1d2126}.quiet{fill:#626a73;font-size:12px}.end{text-anchor:end}"
     ".middle{text-anchor:middle}.big{font-size:16px;font-weight:600}.line{fill:none;stroke:#0072b2}"
     ".raw{opacity:.35}.smooth{stroke-width:2}.dot{fill:#d55e00}.rule{stroke:#e3e6e9}svg{background:#fff}"

@@ -59,7 +59,7 @@ class HeadRows(TokenRows):
 
 
 def token_ids(tokenizer: Any, tokens: Sequence[str | int], rows: int) -> list[int]:
-    """The ids of tokens given as texts or ids, sorted. AdapterError for an unknown text, or an id beyond the rows."""
+    """The sorted ids of tokens, which are texts or ids. AdapterError for an unknown text, or an id beyond the rows."""
     vocabulary, ids = tokenizer.get_vocab(), list[int]()
     for token in tokens:
         number = vocabulary.get(token) if isinstance(token, str) else token

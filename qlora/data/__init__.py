@@ -14,7 +14,7 @@ FORMATS = Registry(
     "data.format",
     alpaca="qlora.data.formats.alpaca:Alpaca",  # instruction, input, output (+ system, history)
     sharegpt="qlora.data.formats.sharegpt:Sharegpt",  # conversations: [{from, value}]
-    messages="qlora.data.formats.messages:Messages",  # messages: [{role, content}]
+    messages="qlora.data.formats.messages:Messages",  # messages: [{role, content}] (+ tools, system)
     completion="qlora.data.formats.completion:Completion",  # prompt, completion
     text="qlora.data.formats.text:Text",  # text
     tokens="qlora.data.formats.tokens:Tokens",  # input_ids, labels
@@ -55,13 +55,19 @@ class Data(Section):
         "auto", "auto (by columns) | alpaca | sharegpt | messages | completion | text | tokens"
     )
     max_length: int = setting(2048, "maximum tokens of a sequence", ge=1)
-    overlong: Literal["drop", "truncate", "error"] = setting("drop", "examples above max_length; counted in every case")
+    overlong: Literal["auto", "split", "drop", "truncate", "error"] = setting(
+        "auto",
+        "examples above max_length: auto (split for plain text, else drop) | split | drop | truncate | error; counted",
+    )
     packing: bool = setting(True, "pack short examples into sequences of up to max_length")
     order: Literal["shuffle", "length", "sequential"] = setting(
         "shuffle", "of an epoch: shuffle | length (similar ones in a step) | sequential; last two: packing off"
     )
     train_on: Literal["assistant", "last", "all"] = setting(
         "assistant", "tokens that bear loss: every answer (assistant) | last answer | all"
+    )
+    control_strings: Literal["text", "accept"] = setting(
+        "text", "in plain text: text (as letters) | accept (as control tokens; only for files you trust)"
     )
 
     def without_effect(self) -> Mapping[str, str]:

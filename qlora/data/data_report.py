@@ -29,9 +29,11 @@ class DataReport:
     problems: list[Finding]
     warnings: list[Finding]
     sha256: str
-    notes: list[str]  # the chat template, and whether the data was read from the cache
+    notes: list[str]  # the chat template, keys that are not read, and whether the data was read from the cache
     eval_rows: int = 0  # examples of data.eval, or held out of data.train
     truncated: int = 0
+    split: int = 0  # records of plain text above max_length, each trained in several pieces
+    pieces: int = 0  # examples that those records were split into
     end_trained: float = 1.0  # fraction of the kept records whose last trained token is an end token
     control_rows: int = 0  # records with control strings in their text
     duplicates: int = 0  # records with the same tokens and labels as an earlier one
@@ -61,6 +63,8 @@ class DataReport:
             "tokens per record: " + ", ".join(f"{size} {count:,}" for size, count in self.lengths.items()),
             f"{count_of(self.packed_rows, 'sequence')} to train on, {self.eval_rows:,} held out",
         ]
+        if self.split:
+            lines.insert(1, f"{count_of(self.split)} of text above max_length split into {self.pieces:,} pieces")
         return lines if self.kept else lines[:1]
 
     def as_json(self) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def prepare(section: "Data", encoder: Encoder, seed: int, progress: Progress = l
         for name in ("train", "eval")
     )
     report = DataReport.from_json(entry.report)
-    return Prepared(train, evaluation, replace(report, notes=[*encoder.notes, entry.note]))
+    return Prepared(train, evaluation, replace(report, notes=[*encoder.notes, *report.notes, entry.note]))
 
 
 def _data_sets(section: "Data") -> tuple[_DataSet, _DataSet]:
@@ -125,14 +125,15 @@ class _Preparation:
         training, evaluation = (self._filter(data_set, ExampleFilter(data_set.key, writer)) for data_set in data_sets)
         arrays = columns.finish(EXAMPLE_COLUMNS)
         examples = ExampleStore(arrays)
-        keys = np.asarray(training.keys, dtype=np.uint64)
-        held_out = np.zeros(training.kept, dtype=bool)
+        held_out, pieces = np.zeros(training.kept, dtype=bool), np.asarray(training.pieces)
         if self._section.eval is None:
-            held_out = eval_mask(keys, self._section.eval_fraction, self._seed)
-        train_order = np.repeat(np.flatnonzero(~held_out), np.asarray(training.copies)[~held_out])
-        eval_order = np.flatnonzero(held_out)
+            keys = np.asarray(training.keys, dtype=np.uint64)
+            held_out = eval_mask(keys, pieces, self._section.eval_fraction, self._seed)
+        eval_mask_of_examples, copies = np.repeat(held_out, pieces), np.repeat(np.asarray(training.copies), pieces)
+        train_order = np.repeat(np.flatnonzero(~eval_mask_of_examples), copies[~eval_mask_of_examples])
+        eval_order = np.flatnonzero(eval_mask_of_examples)
         if self._section.eval is not None:
-            eval_order = training.kept + np.arange(evaluation.kept)
+            eval_order = pieces.sum() + np.arange(sum(evaluation.pieces))
         train_order, train_ends = self._pack(train_order, examples)
         values = (train_order, train_ends, eval_order, 1 + np.arange(len(eval_order)))
         for name, column in zip(_SEQUENCE_COLUMNS, values, strict=True):
@@ -169,12 +170,17 @@ class _Preparation:
 
 def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array, examples: ExampleStore) -> DataReport:
     keys, eval_keys = np.asarray(training.keys, dtype=np.uint64), np.asarray(evaluation.keys, dtype=np.uint64)
-    duplicates, repeated = data_report.find_duplicates(keys, examples.where)
+    pieces = np.asarray(training.pieces, dtype=np.int64)
+    first_pieces = np.cumsum(pieces) - pieces
+    duplicates, repeated = data_report.find_duplicates(keys, lambda record: examples.where(int(first_pieces[record])))
     overlap = int(np.isin(np.concatenate([eval_keys, keys[held_out]]), keys[~held_out]).sum())
-    leaked = [Finding("data.eval", f"{overlap} held-out examples are in the training set too")] if overlap else []
+    leaked = [Finding("data.eval", f"{overlap} held-out records are in the training set too")] if overlap else []
     blocking = [*training.blocking_problems(), *(evaluation.blocking_problems() if evaluation.records else [])]
-    lengths = examples.lengths[: training.kept]
+    lengths = examples.lengths[: pieces.sum()]
+    if training.split:  # each piece but a record's first repeats one token of the piece before
+        lengths = np.add.reduceat(lengths, first_pieces) - (pieces - 1)
     warnings = data_set_warnings(training, lengths)
+    warnings += [Finding(evaluation.where, text) for text in evaluation.unused.warnings()]
     return DataReport(
         rows=training.records,
         kept=training.kept,
@@ -184,8 +190,10 @@ def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array,
         problems=[*training.problems, *evaluation.problems, *blocking],
         warnings=[*training.warnings, *evaluation.warnings, *warnings, *repeated, *leaked],
         sha256="",
-        notes=[],
+        notes=[*training.unused.note(training.where), *evaluation.unused.note(evaluation.where)],
         truncated=training.truncated,
+        split=training.split,
+        pieces=int(pieces[pieces > 1].sum()),
         end_trained=training.end_trained,
         control_rows=training.control_records,
         duplicates=duplicates,

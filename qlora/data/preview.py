@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora.data.batching.filter import truncate
+from qlora.data.batching.filter import split_overlong, truncate
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import encode_records
 from qlora.data.conversations.encoder import Encoder
@@ -48,7 +48,7 @@ def segments(example: Example, encoder: Encoder) -> list[Segment]:
 def preview(section: "Data", encoder: Encoder, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """The first `count` usable examples as JSON objects: where, input_ids, labels (before the shift), segments.
 
-    Examples above max_length are truncated or left out, as in training.
+    Examples above max_length are split, truncated or left out, as in training.
     """
     return [as_json(example, encoder) for example in islice(_examples(section, encoder, seed), count)]
 
@@ -68,12 +68,15 @@ def _examples(section: "Data", encoder: Encoder, seed: int) -> Iterator[Example]
         records = source.read_records(item, resolve_source(item), (seed, index))
         kind = item.format or section.format
         for _, result in encode_records(records, kind, encoder, chunk_records=_CHUNK_RECORDS):
-            if isinstance(result, Encoded) and (example := _fitting(result.example, section)) is not None:
-                yield example
+            if isinstance(result, Encoded):
+                yield from _fitting(result, section)
 
 
-def _fitting(example: Example, section: "Data") -> Example | None:
-    if len(example) <= section.max_length:
-        return example
-    short = truncate(example, section.max_length)
-    return short if section.overlong == "truncate" and short.trained_tokens() else None
+def _fitting(encoded: Encoded, section: "Data") -> list[Example]:
+    """The example, its pieces or its beginning; empty if it is dropped."""
+    if len(encoded.example) <= section.max_length:
+        return [encoded.example]
+    if pieces := split_overlong(encoded, section):
+        return pieces
+    short = truncate(encoded.example, section.max_length)
+    return [short] if section.overlong == "truncate" and short.trained_tokens() else []

@@ -64,13 +64,25 @@ class Message:
     """One message of a conversation. `extra` (tool_calls, name, ...) is passed to the chat template unchanged.
 
     train: whether the message bears loss; None: data.train_on decides. `train: true` has no effect on a message that is
-    not the assistant's.
+    not the assistant's. prompt: part of a completion's prompt, which bears loss only if `train` or data.train_on asks.
     """
 
     role: str
     content: str
     train: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """What a record holds and training does not use; the report counts it."""
+
+    fields: tuple[str, ...] = ()  # keys of the record that its format does not read
+    keys: tuple[str, ...] = ()  # keys of its messages that neither qlora nor the chat template reads
+    thoughts: tuple[str, ...] = ()  # keys of thoughts that the template does not write
+    contents: tuple[str, ...] = ()  # roles of messages whose content the template does not write
+    trained_roles: tuple[str, ...] = ()  # roles other than the assistant's that ask for loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,6 +16,7 @@ def data_set_warnings(examples: ExampleFilter, lengths: npt.NDArray[np.int64]) -
     """Warnings about the kept examples. lengths: tokens of each."""
     texts = [
         *_answers(examples),
+        *examples.unused.warnings(),
         *_control_strings(examples),
         *_amount(examples),
         *_overlong(examples, lengths),
@@ -37,7 +38,10 @@ def _answers(examples: ExampleFilter) -> list[str]:
 def _control_strings(examples: ExampleFilter) -> list[str]:
     if 2 * examples.control_records <= examples.kept:
         return []
-    text = "records have control strings in their text. If they are rendered conversations, give them as messages"
+    text = (
+        "records have control strings in their text. If they are rendered conversations, give them as messages; or as "
+        "plain text with data.control_strings: accept, if you trust the files"
+    )
     return [f"{examples.control_records} {text}"]
 
 

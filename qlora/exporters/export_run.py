@@ -1,4 +1,4 @@
-"""`qlora export`: write an export atomically, measure the written files against the trained model, write its card."""
+"""`qlora export`: write an export atomically, measure the written files against the trained model, describe it."""
 
 import hashlib
 import json

@@ -82,7 +82,7 @@ def _find_affixes(template: Template) -> MessageAffixes:
     start, user_after = _split(question, USER_1)
     conversation = [_turn("user", USER_1), _turn("assistant", ANSWER_1), _turn("user", USER_2)]
     _, between, before_user_2, _ = _split(_render(template, conversation, False), USER_1, ANSWER_1, USER_2)
-    # The texts before a first and a later question both end in the user's prefix; the rest of the latter ends an answer.
+    # Text before a first and before a later question ends in the user's prefix; the rest of the latter ends an answer.
     user_before = _common_end(start, before_user_2)
     assistant = (between.removeprefix(user_after), before_user_2.removesuffix(user_before))
     opening = start.removesuffix(user_before)

@@ -11,7 +11,7 @@ from qlora.errors import InputError
 from qlora.exporters.ollama import MODELFILE
 from qlora.model.download import TOKENIZER_FILES
 from qlora.runs import full_model
-from qlora.runs.artifacts import MODEL_CARD, MANIFEST
+from qlora.runs.artifacts import MANIFEST, MODEL_CARD
 from qlora.runs.load_run import refuse_damaged
 from qlora.runs.report.model_card import is_hub_name
 from qlora.utils.atomic_files import read_json

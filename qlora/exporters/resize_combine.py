@@ -23,7 +23,7 @@ from qlora.errors import AdapterError, InputError
 from qlora.model.new_tokens import write_tokenizer
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs.adapter_names import WeightedAdapter
-from qlora.runs.artifacts import MODEL_CARD, MANIFEST, RECIPE
+from qlora.runs.artifacts import MANIFEST, MODEL_CARD, RECIPE
 from qlora.runs.load_run import read_adapter
 from qlora.runs.memory_setup import Log
 from qlora.runs.report.export_model_card import derived_model_card
@@ -141,7 +141,7 @@ def _common_recipe(terms: Sequence[WeightedAdapter], recipes: Sequence[Recipe | 
 def _write_folder(
     folder: Path, pairs: Pairs, files: Sequence[AdapterFile], recipe: Recipe | None, origin: Mapping[str, Any]
 ) -> None:
-    """The folder: adapter, tokenizer files of the first adapter, recipe, manifest and card."""
+    """The folder: adapter, tokenizer files of the first adapter, recipe, manifest and model card."""
     source, rank = files[0], largest_rank(pairs)
     with atomic_folder(folder) as partial:
         write_plain_lora(partial, pairs, source, joint_target_names(files))

@@ -2,8 +2,7 @@
 
 from typing import Literal, get_args
 
-Block = Literal[
-    32, 64, 128, 256, 512, 1024, 2048, 4096
-]  # weights that share one absmax: what bitsandbytes' kernels take
+# Weights that share one absmax; bitsandbytes has kernels for these sizes.
+Block = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 BLOCKS: tuple[int, ...] = get_args(Block)
 NESTED_BLOCK = 256  # absmax values that share one nested absmax in double quantization; fixed by bitsandbytes

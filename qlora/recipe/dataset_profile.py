@@ -66,7 +66,7 @@ def build_encoder(recipe: Recipe) -> Encoder:
     """The encoder of training, from the tokenizer's files alone: no weight is downloaded."""
     tokenizer = read_tokenizer(find_tokenizer(recipe.model.name, recipe.model.revision))
     add_tokens(tokenizer, recipe.adapter.new_tokens)
-    return Encoder(tokenizer, recipe.data.train_on, recipe.model.chat_template)
+    return Encoder(tokenizer, recipe.data.train_on, recipe.model.chat_template, recipe.data.control_strings)
 
 
 def context_length(model: str, revision: str | None = None) -> int:

@@ -38,7 +38,7 @@ class Machine:
 
     @classmethod
     def local(cls, ranks: int = 1) -> "Machine":
-        """This machine: the free memory of its first GPU, or its host memory."""
+        """The machine of this process: the free memory of its first GPU, or its host memory."""
         import torch  # planning for another machine needs no torch, and starts in a tenth of the time
 
         # Asking for the free memory creates the CUDA context, which the plan counts as a component of its own.
@@ -69,6 +69,7 @@ class Planner:
         """`shapes`: of a base model whose config.json is known already."""
         self.recipe = recipe
         self._known_shapes = shapes
+        self._plans: dict[tuple[Machine, int], dict[str, Plan]] = {}
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -82,10 +83,15 @@ class Planner:
         return plans[strategy] if strategy in plans else plans[better_strategy(plans)]
 
     def plan_strategies(self, machine: Machine, micro_batch: int | None = None) -> dict[str, Plan]:
-        """A plan for each strategy that the recipe leaves open on so many GPUs."""
+        """A plan for each strategy that the recipe leaves open on so many GPUs; searched once."""
+        key = machine, micro_batch or self.recipe.train.micro_batch
+        if key not in self._plans:
+            self._plans[key] = self._search(*key)
+        return self._plans[key]
+
+    def _search(self, machine: Machine, micro_batch: int) -> dict[str, Plan]:
         recipe = self.recipe
-        workload = workload_of(recipe, self.shapes, machine)
-        workload = replace(workload, micro_batch=micro_batch or workload.micro_batch)
+        workload = replace(workload_of(recipe, self.shapes, machine), micro_batch=micro_batch)
         budget, choices = machine.budget(recipe), user_choices(recipe, self.shapes.layers)
         checkpoints = recipe.train.keep if recipe.train.save_every else 0
         plans = {
@@ -159,9 +165,7 @@ def adapter_sizes(section: Adapter, shapes: Shapes) -> AdapterSizes:
     """The parameters that train. AdapterError for a name or a pattern that matches no layer."""
     if section.kind == "full":
         trained = shapes.parameters - shapes.vision
-        return AdapterSizes(
-            shapes.matrices, kind="full", rank=0, dropout=False, full_values=trained, head_trains=True
-        )
+        return AdapterSizes(shapes.matrices, kind="full", rank=0, dropout=False, full_values=trained, head_trains=True)
     matrices = {matrix.path: matrix for matrix in shapes.matrices}
     targets = select(matrices, section.targets)
     ranks, alphas = section.rank_pattern or {}, section.alpha_pattern or {}

@@ -112,7 +112,7 @@ def _settings(request: InitRequest, profile: DatasetProfile, length: int) -> Set
     records = profile.records or profile.sampled
     epochs = next((epochs for limit, epochs in EPOCHS if records < limit), 1)
     packing = profile.length_quantile(0.5) <= length // 2
-    sequences = profile.tokens / length if packing else records
+    sequences = profile.tokens / length if packing or profile.format == "text" else records
     batch = next((size for size in GLOBAL_BATCH if epochs * sequences / size >= FEW_STEPS), GLOBAL_BATCH[-1])
     steps = max(1, round(epochs * sequences / batch))
     rank = next((rank for rank in RANKS if _has_capacity(request, rank, profile)), RANKS[-1])
@@ -182,6 +182,7 @@ def _commented(line: str, comment: str) -> list[str]:
 def _comments(profile: DatasetProfile, settings: Settings, plan: Plan) -> Mapping[str, str]:
     length, packing = settings["data.max_length"], settings["data.packing"]
     overlong = float((profile.lengths > length).mean())
+    fate = "split into pieces" if profile.format == "text" else "dropped"
     fraction = settings["data.eval_fraction"]
     comments = {
         "model.name": "frozen in 4 bits (NF4, double quantization)",
@@ -190,7 +191,7 @@ def _comments(profile: DatasetProfile, settings: Settings, plan: Plan) -> Mappin
         "data.train": "the training data: `qlora preview` shows it as it is trained",
         "data.eval_fraction": f"{fraction:.1%} of the examples are held out, to measure overfitting",
         "data.format": "detected from the fields of the first record",
-        "data.max_length": f"tokens; {overlong:.2%} of the examples are longer and dropped"
+        "data.max_length": f"tokens; {overlong:.2%} of the examples are longer and {fate}"
         if overlong
         else "tokens; no example is longer",
         "data.packing": "short examples share a sequence, separated by the attention mask"

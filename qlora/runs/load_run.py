@@ -37,7 +37,8 @@ class LoadedRun:
     @property
     def encoder(self) -> Encoder:
         """Tokenizer, template and loss mask as in training."""
-        return Encoder(self.base.tokenizer, self.recipe.data.train_on, self.recipe.model.chat_template)
+        data = self.recipe.data
+        return Encoder(self.base.tokenizer, data.train_on, self.recipe.model.chat_template, data.control_strings)
 
 
 def load_run(name: str, adapter: str | None = None, log: Log = lambda line: None) -> LoadedRun:

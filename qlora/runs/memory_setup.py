@@ -5,22 +5,22 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qlora.model.new_tokens import add_tokens_and_resize
-from qlora.model.load_base import Base, load
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
-from qlora.memory.malloc import return_freed_memory
-from qlora.memory.planner.search import UserChoices, next_smaller
-from qlora.memory.copy_stream import CopyStream
 from qlora.memory.activation_offload import ActivationOffloader
-from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.activation_recompute import decoder_layers, recompute
-from qlora.memory.weight_streaming import WeightStreamer, embed_on_host, streamed_layers
+from qlora.memory.copy_stream import CopyStream
+from qlora.memory.malloc import return_freed_memory
+from qlora.memory.planner.memory_plan import Plan
+from qlora.memory.planner.search import UserChoices, next_smaller
 from qlora.memory.planner.workload import Workload
-from qlora.recipe.planning import Machine, Planner
+from qlora.memory.weight_streaming import WeightStreamer, embed_on_host, streamed_layers
+from qlora.model.load_base import Base, load
+from qlora.model.new_tokens import add_tokens_and_resize
 from qlora.quant import build_quantizer
-from qlora.utils.progress import ProgressReporter
+from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
+from qlora.utils.progress import ProgressReporter
 
 Log = Callable[[str], None]
 

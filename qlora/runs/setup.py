@@ -69,7 +69,7 @@ def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log)
 
 def read_data(recipe: Recipe, processes: Processes, base: Base, log: Log) -> EncodedData:
     """The tokenized data of a recipe. DataError if it can't be trained on."""
-    encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template)
+    encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template, recipe.data.control_strings)
     # The first rank to arrive prepares for all, so every rank may print progress.
     progress = ProgressReporter(log.print if processes.is_main else log.print_always, "data")
     data = prepare(recipe.data, encoder, recipe.train.seed, progress)
@@ -208,7 +208,7 @@ def set_activation_policies(setup: RunSetup) -> StepDown:
 
 
 def moments_due_bytes(setup: RunSetup, position: Position) -> int:
-    """Device memory that the optimizer allocates at the first step; 0 after it, or where its state can be on the host."""
+    """Device memory that the optimizer allocates at the first step; 0 after it, or if its state can be on the host."""
     optimizer = setup.recipe.optim.kind
     due = position.step == 0 and not moments_leave_device(optimizer)
     return moment_bytes(setup.injection.trainable_parameters, optimizer) if due else 0

@@ -15,10 +15,10 @@ from qlora.memory.energy import energy_joules
 from qlora.memory.malloc import keep_freed_memory
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.recipe.recipe import Recipe
-from qlora.runs.write_artifacts import Cost, generate_samples, write_artifacts
 from qlora.runs.resources import Resources, resolve_resources
 from qlora.runs.resume import keep_best, refuse_changed_base, resume
 from qlora.runs.setup import build_job, moments_due_bytes, set_up
+from qlora.runs.write_artifacts import Cost, generate_samples, write_artifacts
 from qlora.training.loop import fit
 from qlora.training.memory_probe import probe_memory
 from qlora.training.run_log import Log, live_display

@@ -131,7 +131,8 @@ def spectrum_summary(folder: Path) -> dict[str, dict[str, float]]:
 
 def generate_samples(setup: RunSetup) -> list[dict[str, str]]:
     """Greedy answers to a few held-out examples, by the base model and by the trained one, with the reference."""
-    examples = [example for example in setup.data.eval if example.labels[0] == IGNORED][:SAMPLES]
+    with_prompt = [example for example in setup.data.eval if (example.labels[:2] == IGNORED).all()]  # no plain text
+    examples = with_prompt[:SAMPLES]
     questions = [question(example, setup.base.tokenizer) for example in examples]
     if not questions:
         return []

@@ -49,7 +49,7 @@ def test_untrained_and_without_a_bias_it_is_the_base_bit_for_bit(dtype: torch.dt
         assert torch.equal(layer(x), layer.base(x))
 
 
-def test_a_norm_that_changes_by_one_percent_changes_the_output_in_bfloat16() -> None:
+def test_a_norm_change_of_one_percent_shows_in_bfloat16() -> None:
     """The product is rounded before it is scaled, as in PEFT: below half of bfloat16's step (0.4 %) nothing changes."""
     layer = build_layer(shape=(64, 64))
     x = torch.randn(4096, 64).bfloat16()

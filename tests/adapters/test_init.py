@@ -43,7 +43,7 @@ def original_weights(base: Base) -> dict[str, torch.Tensor]:
 
 
 def perturb(model: nn.Module) -> None:
-    """Stands for training: every trainable tensor changes."""
+    """Simulates training: every trainable tensor changes."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:

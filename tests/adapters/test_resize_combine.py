@@ -117,7 +117,7 @@ def test_an_adapter_without_its_base_is_inspected_without_the_ratio(train: Any, 
     (source / "recipe.yaml").unlink()
     (source / "run.json").unlink()
     config = json.loads((source / peft_files.CONFIG).read_text())
-    for base in ("nobody/nothing", "./gone", None):
+    for base in ("missing/base", "./gone", None):
         (source / peft_files.CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": base}))
         result = qlora("inspect", source, "--json")
         assert all(layer["delta_norm_ratio"] is None for layer in result.json["layers"]) and "left out" in result.err

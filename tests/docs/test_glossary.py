@@ -15,19 +15,30 @@ BANNED = {word for row in ROWS for word in re.findall(r"`([^`]+)`", row)}
 BANNED |= {"said", "told", "obeys", "whoever", "nobody", "the dear", "as it stands", "as they stand"}
 WORD = re.compile(rf"(?<![\w-])({'|'.join(sorted(BANNED, key=len, reverse=True))})(?![\w-])", re.IGNORECASE)
 ALLOWED = re.compile(
-    r"model[ _-]?cards?|card\.py|math\.floor|torch\.floor|\.floor\(|floor_divide|hosted_adamw|<!-- \w+ -->", re.IGNORECASE
+    r"model[ _-]?cards?|card\.py|math\.floor|torch\.floor|\.floor\(|floor_divide|hosted_adamw|<!-- \w+ -->"
+    r"|['\"](?:card|cards|parked|unpunished|unsaid)['\"]|[{;]stroke[-:]",  # keys of JSON files; CSS
+    re.IGNORECASE,
 )
 NAMES = ("found", "each", "said", "told", "made", "wanted", "given")
 MOST_NAMES = 40
-CODE = [path for folder in ("qlora", "benchmarks", "scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
+CODE = [
+    path for folder in ("qlora", "benchmarks", "scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+]
 PAGES += sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+# CSS properties; word lists of generated sentences.
+EXEMPT = {"style.py": "stroke", "svg.py": "stroke", "make_data.py": "Park", "make_scenes.py": "parcel"}
 
 
 def words_of(path: Path) -> Iterator[tuple[int, str]]:
     """Line and text of every identifier (split at underscores and capitals), string and comment of a Python file."""
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        if token.type == tokenize.NAME:
+        if token.type == tokenize.NAME and token.string != "floor":  # math.floor, Tensor.floor
             yield token.start[0], re.sub(r"(?<=[a-z])(?=[A-Z])", " ", token.string).replace("_", " ")
         elif token.type in (tokenize.STRING, tokenize.COMMENT):
             yield token.start[0], token.string
@@ -38,7 +49,7 @@ def test_code_has_no_word_that_the_glossary_replaces(path: Path) -> None:
     if path == Path(__file__) or "attacks" in path.parts:
         return
     lines = [(line, match[0]) for line, text in words_of(path) if (match := WORD.search(ALLOWED.sub("", text)))]
-    assert lines == []
+    assert [(line, word) for line, word in lines if EXEMPT.get(path.name) != word] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.documents import ROOT
+from support.training_hooks import before_first_forward
 
 from qlora.recipe.recipe import from_mapping
 from qlora.runs.train import train
@@ -25,13 +26,16 @@ STEP = (str(PACKAGE / "training" / "loop.py"), "_step")  # the function where th
 def traced(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The files of the package in which a function runs during the optimizer steps of a run with default settings."""
     files: set[str] = set()
-    in_step = False
+    in_step, finished_steps = False, 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal in_step
+        nonlocal in_step, finished_steps
         code = frame.f_code
         if event in ("call", "return") and (code.co_filename, code.co_name) == STEP:
             in_step = event == "call"
+            finished_steps += not in_step
+            if finished_steps == 2:
+                sys.setprofile(None)
         if in_step and event == "call":
             files.add(code.co_filename)
 
@@ -42,11 +46,8 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             "train": {"output": str(tmp_path_factory.mktemp("tour") / "run"), "max_steps": 2, "global_batch": 2},
         }
     )
-    sys.setprofile(profile)
-    try:
+    with before_first_forward(lambda model: sys.setprofile(profile)):  # the evaluation before the first step
         train(recipe, quiet=True)
-    finally:
-        sys.setprofile(None)
     return {f"qlora/{Path(file).relative_to(PACKAGE).as_posix()}" for file in files if file.startswith(f"{PACKAGE}/")}
 
 

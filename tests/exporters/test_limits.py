@@ -44,7 +44,7 @@ def train(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the product catches it."""
+    """Simulates SIGKILL: no handler of the product catches it."""
 
 
 def kill_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:

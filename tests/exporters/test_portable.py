@@ -71,9 +71,9 @@ def test_a_portable_export_of_a_run_keeps_base_and_targets(zoo: Zoo, tmp_path: P
     assert source.base_sha256 == written.base_sha256
     assert source.config["target_modules"] == written.config["target_modules"]
     assert answer["bytes"] == (tmp_path / "out" / peft_files.WEIGHTS).stat().st_size
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "2 optimizer steps" in card and "More Information Needed" not in card
-    assert str(tmp_path) not in card and str(zoo(FAMILY)) not in card
+    model_card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 optimizer steps" in model_card and "More Information Needed" not in model_card
+    assert str(tmp_path) not in model_card and str(zoo(FAMILY)) not in model_card
     torch.testing.assert_close(
         peft_logits(zoo, tmp_path / "out"), peft_logits(zoo, tmp_path / "run"), rtol=0, atol=1e-4
     )

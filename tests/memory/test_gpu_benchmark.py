@@ -1,6 +1,7 @@
 """The benchmark that measures peaks on a GPU, run on a CPU with a tiny model."""
 
 import sys
+from dataclasses import replace
 
 from support.paths import BENCHMARKS
 from support.published_models import _llama, workload

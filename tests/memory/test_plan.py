@@ -122,6 +122,9 @@ def test_paged_moments_leave_a_gpu_and_stay_on_a_cpu() -> None:
 
 def test_planning_imports_no_torch() -> None:
     code = (
-        "import sys, qlora.memory.planner.search, qlora.memory.planner.config_reader; sys.exit('torch' in sys.modules)"
+        "import sys, qlora.memory.planner.search, qlora.memory.planner.config_reader\n"
+        "from qlora.quant import QUANTIZERS, Quant, build_quantizer\n"
+        "sizes = [build_quantizer(Quant(kind=kind)).stored_bytes(64, 64, 2) for kind in QUANTIZERS]\n"
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

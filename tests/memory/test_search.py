@@ -70,7 +70,7 @@ def test_the_remedy_is_the_smallest_change(options: dict[str, Any], remedy: str)
     assert not plan.fits and remedy in plan.advice
 
 
-@settings(max_examples=60, deadline=None)  # a search may make hundreds of plans
+@settings(max_examples=30, deadline=None)  # a search may make hundreds of plans
 @given(
     name=some.sampled_from(sorted(CONFIGS)),
     gpu=some.floats(1, 100),

@@ -68,9 +68,8 @@ def test_floats_near_a_midpoint_get_the_codes_of_bitsandbytes(kind: str) -> None
     edges = [cells, torch.nextafter(cells, cells + 1), torch.nextafter(cells, cells - 1)]
     values = torch.cat([*neighbors, *edges]).clamp(-1, 1)
     values = torch.cat([values, torch.zeros(-len(values) % 31)]).reshape(-1, 31)
-    weight = torch.cat(
-        [values, torch.ones(len(values), 1)], dim=1
-    )  # each block of 32 has absmax 1: values are not scaled
+    # The column of ones gives each block of 32 the absmax 1, so that values are not scaled.
+    weight = torch.cat([values, torch.ones(len(values), 1)], dim=1)
     expected, state = bnb.quantize_4bit(weight, blocksize=32, quant_type=kind)
     codes, absmax = bitsandbytes_ops.quantize(weight, kind, 32)
     assert torch.equal(codes, expected.reshape(-1)) and torch.equal(absmax, state.absmax)

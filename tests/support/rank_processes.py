@@ -10,27 +10,28 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from support.child_processes import Child, Notify
 
 
-def pair(work: Callable[[int, Notify], int | None], home: Path) -> list[Child]:
+def pair(work: Callable[[int, Notify], int | None], folder: Path) -> list[Child]:
     """Start `work(rank, notify)` in two ranks."""
-    return ranks(work, home, 2)
+    return ranks(work, folder, 2)
 
 
-def ranks(work: Callable[[int, Notify], int | None], home: Path, world: int) -> list[Child]:
-    """Start `work(rank, notify)` in `world` ranks."""
+def ranks(work: Callable[[int, Notify], int | None], folder: Path, world_size: int) -> list[Child]:
+    """Start `work(rank, notify)` in `world_size` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Child(_ranked(work, rank, world, port), home / f"log-{rank}") for rank in range(world)]
+    return [Child(_ranked(work, rank, world_size, port), folder / f"log-{rank}") for rank in range(world_size)]
 
 
 def _ranked(
-    work: Callable[[int, Notify], int | None], rank: int, world: int, port: int
+    work: Callable[[int, Notify], int | None], rank: int, world_size: int, port: int
 ) -> Callable[[Notify], int | None]:
     def ranked(notify: Notify) -> int | None:
         for state in (AcceleratorState, PartialState, GradientState):
             state._shared_state.clear()  # as in a new process
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+            "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
         return work(rank, notify)

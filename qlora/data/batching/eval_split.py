@@ -1,4 +1,4 @@
-"""The train/eval split: which examples are held out, a function of their content and the seed."""
+"""The train/eval split: which records are held out, a function of their content and the seed."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,13 +6,21 @@ import numpy.typing as npt
 from qlora.data.batching.sampler import random_keys
 from qlora.data.data_report import Keys
 
+LARGEST_FRACTION = 0.1  # of the examples, in the one record that is held out where all are larger than the fraction
 
-def eval_mask(keys: Keys, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """True for each held-out example: about `fraction` of them, at least one of two. Equal keys stay together."""
+
+def eval_mask(keys: Keys, pieces: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """True for each held-out record: about `fraction` of all examples, at least one of two. Equal keys stay together.
+
+    pieces: the examples of each record, which stay together too. If every record has more examples than the fraction,
+    the smallest one is held out, unless it has more than LARGEST_FRACTION of them.
+    """
     if fraction <= 0 or len(keys) < 2:
         return np.zeros(len(keys), dtype=bool)
-    target = min(max(1, round(fraction * len(keys))), len(keys) - 1)
-    distinct, counts = np.unique(keys, return_counts=True)
+    total = int(pieces.sum())
+    target = min(max(1, round(fraction * total)), total - 1)
+    distinct, group_of = np.unique(keys, return_inverse=True)
+    counts = np.bincount(group_of, weights=pieces).astype(np.int64)
     picked, examples = list[int](), 0
     for group in np.argsort(random_keys(seed, 0, distinct), kind="stable"):
         if examples == target:
@@ -20,4 +28,7 @@ def eval_mask(keys: Keys, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
         if examples + counts[group] <= target:
             picked.append(int(group))
             examples += int(counts[group])
+    smallest = int(np.argmin(counts))
+    if not picked and len(distinct) > 1 and total > len(keys) and counts[smallest] <= LARGEST_FRACTION * total:
+        picked.append(smallest)
     return np.isin(keys, distinct[picked])

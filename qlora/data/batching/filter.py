@@ -1,15 +1,29 @@
-"""The example filter: each record is kept, truncated or dropped, and counted, with findings for the report."""
+"""The example filter: each record is kept, split, truncated or dropped, and counted, with findings for the report."""
 
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from qlora.data.batching.dataset import ExampleWriter
+from qlora.data.batching.split_text import split
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import EncodeResult, RawRecord
-from qlora.data.types import IGNORED, BadRecord, Example, Finding, Ints, Occurrences, Record, RecordError
+from qlora.data.types import (
+    IGNORED,
+    TEXT,
+    TOKENS,
+    BadRecord,
+    Example,
+    Finding,
+    Ints,
+    Occurrences,
+    Record,
+    RecordError,
+)
+from qlora.data.unused_counter import UnusedCounter
 
 if TYPE_CHECKING:
     from qlora.data import Data
@@ -18,23 +32,25 @@ if TYPE_CHECKING:
 class ExampleFilter:
     """Counts of one data set; kept examples go to `writer`. where: the recipe key, for findings about the whole set.
 
-    A kept example takes 24 bytes here (`keys`, `answer_keys`, `copies`). Its tokens and length are in the column store.
+    A kept record takes 32 bytes here (`keys`, `answer_keys`, `copies`, `pieces`). Its tokens are in the column store.
     """
 
     def __init__(self, where: str, writer: ExampleWriter) -> None:
         self.where = where
-        self.records = self.kept = self.truncated = self.control_records = 0
+        self.records = self.kept = self.truncated = self.split = self.control_records = 0
         self.tokens = self.trained_tokens = 0
         self.dropped: Counter[str] = Counter()
         self.problems: list[Finding] = []
         self.warnings: list[Finding] = []
-        self.keys = array("Q")  # equal for examples with equal tokens and labels
+        self.keys = array("Q")  # of each kept record; equal for equal tokens and labels
         self.copies = array("q")
+        self.pieces = array("q")  # examples that a kept record was split into; 1 for most
         self.answer_keys = array("Q")  # equal for examples with equal trained tokens
         self.overlong_lengths = array("q")  # tokens of examples above data.max_length
         self.without_end_token = Occurrences()
         self.with_untrained_answers = Occurrences()
         self.untrained_answers = 0
+        self.unused = UnusedCounter()
         self._writer = writer
 
     def drop(self, where: str, reason: str, detail: str, is_problem: bool = False) -> None:
@@ -44,8 +60,8 @@ class ExampleFilter:
         message = f"dropped, {reason}: {detail}" if detail else f"dropped, {reason}"
         (self.problems if is_problem else self.warnings).append(Finding(where, message))
 
-    def keep(self, encoded: Encoded, copies: int) -> None:
-        """Count and store an example that is trained on `copies` times in an epoch."""
+    def keep(self, encoded: Encoded, copies: int, pieces: Sequence[Example] = ()) -> None:
+        """Count and store an example, or its pieces, that is trained on `copies` times in an epoch."""
         example = encoded.example
         self.records += 1
         self.kept += 1
@@ -54,11 +70,15 @@ class ExampleFilter:
         self.keys.append(_key(example.input_ids, example.labels))
         self.answer_keys.append(_key(example.labels[example.labels != IGNORED]))
         self.copies.append(copies)
-        self._writer.add(example)
+        self.pieces.append(len(pieces) or 1)
+        self.split += bool(pieces)
+        for piece in pieces or [example]:
+            self._writer.add(piece)
         self._add_findings(encoded)
 
     def _add_findings(self, encoded: Encoded) -> None:
         where = encoded.example.where
+        self.unused.add(where, encoded.unused)
         if encoded.control_strings:
             self.control_records += 1
             kinds = ", ".join(repr(text) for text in dict.fromkeys(encoded.control_strings))
@@ -100,7 +120,7 @@ def _key(*arrays: Ints) -> int:
 
 
 def filter_example(examples: ExampleFilter, record: RawRecord, result: EncodeResult, section: "Data") -> None:
-    """Keep, truncate or drop one record."""
+    """Keep, split, truncate or drop one record."""
     if isinstance(record, BadRecord):
         examples.drop(record.where, record.reason, record.detail, is_problem=True)
     elif isinstance(result, RecordError):
@@ -113,16 +133,27 @@ def filter_example(examples: ExampleFilter, record: RawRecord, result: EncodeRes
 
 def _filter_overlong(examples: ExampleFilter, record: Record, encoded: Encoded, section: "Data") -> None:
     length = f"{len(encoded.example)} tokens, data.max_length is {section.max_length}"
+    pieces = split_overlong(encoded, section)
+    if pieces:
+        examples.keep(encoded, record.copies, pieces)
+        return
     examples.overlong_lengths.append(len(encoded.example))
     short = truncate(encoded.example, section.max_length)
     if section.overlong != "truncate":
-        examples.drop(record.where, "overlong", length, is_problem=section.overlong == "error")
+        only = ". Only plain text is split" if section.overlong == "split" else ""
+        examples.drop(record.where, "overlong", length + only, is_problem=section.overlong == "error")
     elif not short.trained_tokens():
         examples.drop(record.where, "nothing left to train", f"{length}, and all trained tokens come after it")
     else:
         examples.truncated += 1
         examples.warnings.append(Finding(record.where, f"truncated: {length}"))
         examples.keep(replace(encoded, example=short, end_trained=False), record.copies)
+
+
+def split_overlong(encoded: Encoded, section: "Data") -> list[Example]:
+    """The pieces of an example above max_length; empty for conversations, whose parts need the prompt before them."""
+    kinds = {"auto": (TEXT,), "split": (TEXT, TOKENS)}.get(section.overlong, ())
+    return split(encoded.example, section.max_length) if encoded.kind in kinds and section.max_length > 1 else []
 
 
 def truncate(example: Example, length: int) -> Example:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece, without_whitespace
-from qlora.data.types import IGNORED, Example, Ints, Message, RecordError
+from qlora.data.types import IGNORED, Example, Ints, Message, RecordError, Unused
 
 NO_IDS: Ints = np.zeros(0, dtype=np.int32)
+NOTHING = Unused()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Draft:
     end_trained: bool = True  # the last trained piece ends with an end token
     prefix_ids: Ints = field(default_factory=lambda: NO_IDS)  # before the pieces, not trained
     suffix_ids: Ints = field(default_factory=lambda: NO_IDS)  # after the pieces, trained
+    unused: Unused = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,13 @@ class Encoded:
     untrained_answers: int = 0
     end_trained: bool = True
     unknown_tokens: int = 0  # trained tokens that stand for text without a token of its own
+    unused: Unused = NOTHING
+    kind: str = ""  # TEXT or TOKENS; empty for a conversation
 
 
 def build_example(where: str, draft: Draft, ids: Sequence[Ints], train_all: bool) -> Example:
     """The example of a draft. ids: of each piece."""
-    trained = [train_all, *(train_all or piece.trained for piece in draft.pieces), True]
+    trained = [train_all, *(piece.trained or (train_all and not piece.masked) for piece in draft.pieces), True]
     spans = [draft.prefix_ids, *ids, draft.suffix_ids]
     labels = [span if t else np.full(len(span), IGNORED, np.int32) for span, t in zip(spans, trained, strict=True)]
     return Example(where, np.concatenate(spans), np.concatenate(labels))

@@ -18,6 +18,7 @@ class Conversation:
     turns: list[Turn]
     tools: Sequence[Any] | None
     trained: tuple[bool, ...]  # whether each turn is to be trained
+    masked: tuple[bool, ...]  # whether each turn's record says that it bears no loss, also under train_on: all
     break_char: str
     control_strings: tuple[str, ...]
 
@@ -30,17 +31,30 @@ def build_conversation(messages: Sequence[Message], train_on: str, tokenizer: Sa
         raise RecordError("too many turns" if dialog else "no messages", f"{len(dialog)} turns, at most {MAX_TURNS}")
     last = max((i for i, message in enumerate(dialog) if message.role == "assistant"), default=-1)
     trained = tuple(_is_trained(message, train_on, i == last) for i, message in enumerate(dialog))
+    masked = tuple(message.train is False for message in dialog)
+    if train_on == "all":
+        _require_separable(dialog)
     values = [{"role": m.role, "content": m.content, **m.extra} for m in dialog]
     by_assistant = [m.role == "assistant" for m in dialog]
     broken = _break_control_strings([*values, {"tools": tools}], [*by_assistant, False], tokenizer)
     (*turns, schemas), break_char, control_strings = broken
-    return Conversation(turns, schemas["tools"], trained, break_char, control_strings)
+    return Conversation(turns, schemas["tools"], trained, masked, break_char, control_strings)
 
 
 def _is_trained(message: Message, train_on: str, is_last: bool) -> bool:
     if message.role != "assistant" or message.train is False:
         return False
+    if message.prompt and train_on != "all":
+        return message.train is True
     return is_last or train_on != "last" or message.train is True
+
+
+def _require_separable(dialog: Sequence[Message]) -> None:
+    """RecordError for a masked message whose tokens can't be told from the rest, all of which is to be trained."""
+    number = next((i for i, m in enumerate(dialog, 1) if m.train is False and m.role != "assistant"), None)
+    if number:
+        problem = f"message {number} ({dialog[number - 1].role}) is masked, and data.train_on: all trains every prompt"
+        raise RecordError("loss mask not applied", f"{problem}. Set data.train_on: assistant, or remove the key")
 
 
 def _break_control_strings(

@@ -23,15 +23,28 @@ PLAIN = (
 
 _FREE_CHARS = 2**20  # for headers, tool schemas and system prompts that a template adds to a conversation
 _MAX_GROWTH = 64  # rendered characters per input character
+_TOOL_TEMPLATE = "tool_use"
+_SAMPLE_TOOL = {  # for samples that are rendered with a template for tools
+    "type": "function",
+    "function": {
+        "name": "judge",
+        "description": "Judge a vow.",
+        "parameters": {"type": "object", "properties": {"vow": {"type": "string", "description": "the vow"}}},
+    },
+}
 _DATE = "26 Jul 2024"  # Llama-3's default. With today's date, a run resumed tomorrow would see other tokens
 
 
 class Template:
-    """The chat template of `tokenizer`. `name` describes where it is from, `text` is its Jinja source."""
+    """The chat template of `tokenizer`. `name` describes where it is from, `text` is its Jinja source.
 
-    def __init__(self, tokenizer: Any, chat_template: str) -> None:
+    with_tools: the template of conversations with tools, which differs if the tokenizer has one named `tool_use`.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str, with_tools: bool = False) -> None:
         self._tokenizer = tokenizer
-        self.name, self.text = _choose(tokenizer, chat_template)
+        self.name, self.text = _choose(tokenizer, chat_template, with_tools)
+        self.sample_tools = [_SAMPLE_TOOL] if self.name.endswith(repr(_TOOL_TEMPLATE)) else None
         self._variables = {"date_string": _DATE} if "strftime_now" in self.text else {}
 
     @property
@@ -56,20 +69,38 @@ class Template:
         return _limit_size(text, turns, tools)
 
 
-def _choose(tokenizer: Any, chat_template: str) -> tuple[str, str]:
+def _choose(tokenizer: Any, chat_template: str, with_tools: bool) -> tuple[str, str]:
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if chat_template in named:
+        return f"the model's chat template {chat_template!r}", named[chat_template]
     if chat_template != "auto":
         path = Path(chat_template)
         if not path.is_file():
-            raise DataError(f"model.chat_template: no file {chat_template}. Allowed: auto, or a Jinja file's path.")
+            names = f", or the name of a template of the model: {', '.join(sorted(named))}" if named else ""
+            problem = f"model.chat_template: no file {chat_template}. Allowed: auto, or a Jinja file's path{names}."
+            raise DataError(problem)
         return f"chat template {chat_template}", _read(path)
+    if named:
+        return _choose_named(named, with_tools)
     if tokenizer.chat_template:
-        return "the model's own chat template", tokenizer.get_chat_template()
+        return "the model's own chat template", tokenizer.chat_template
     if tokenizer.eos_token is None:
         raise DataError(
             "tokenizer: no chat template and no end token, so a model could not learn to stop. "
             "Name the token in eos_token of tokenizer_config.json, or give model.chat_template=FILE.jinja."
         )
     return "qlora's plain template (the model has none)", PLAIN
+
+
+def _choose_named(named: Mapping[str, str], with_tools: bool) -> tuple[str, str]:
+    """The template that transformers chooses: `tool_use` for conversations with tools, else `default`."""
+    name = _TOOL_TEMPLATE if with_tools and _TOOL_TEMPLATE in named else "default"
+    if name not in named:
+        raise DataError(
+            f"model.chat_template: the model has {len(named)} named chat templates and none is named default: "
+            f"{', '.join(sorted(named))}. Name one: model.chat_template={min(named)}, or a Jinja file."
+        )
+    return f"the model's chat template {name!r}", named[name]
 
 
 def _read(path: Path) -> str:

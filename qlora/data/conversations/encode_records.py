@@ -1,6 +1,7 @@
 """Records encoded in chunks: each record with its encoding or the reason why it has none, in order."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from typing import Protocol
@@ -9,6 +10,8 @@ from qlora.data import FORMATS
 from qlora.data.conversations import worker_pool
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encoder import Encoder
+from qlora.data.reading import loss_keys
+from qlora.data.reading.tracked_fields import TrackedFields
 from qlora.data.types import BadRecord, Message, Record, RecordError
 
 CHUNK_RECORDS, CHUNK_CHARS = 512, 2**20  # encoded together, at most; a single record may be longer
@@ -16,6 +19,14 @@ _DETECTION_ORDER = ("tokens", "messages", "sharegpt", "alpaca", "completion", "t
 
 RawRecord = Record | BadRecord
 EncodeResult = Encoded | RecordError | None  # None for a BadRecord
+
+
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """The messages of a record, and the keys that its format did not read."""
+
+    messages: list[Message]
+    unread: tuple[str, ...]
 
 
 class Format(Protocol):
@@ -72,20 +83,24 @@ def _size(value: object) -> int:
 def encode_chunk(chunk: Sequence[RawRecord], kind: str, encoder: Encoder) -> list[EncodeResult]:
     """The encoding of each record of `chunk`, or the reason why it has none."""
     parsed = [_parse(record, kind) if isinstance(record, Record) else None for record in chunk]
-    items = [(record.where, m) for record, m in zip(chunk, parsed, strict=True) if isinstance(m, list)]
+    items = [(record.where, p.messages) for record, p in zip(chunk, parsed, strict=True) if isinstance(p, _Parsed)]
     encoded = iter(encoder.encode_batch(items))
-    return [next(encoded) if isinstance(m, list) else m for m in parsed]
+    return [_with_unread(next(encoded), p.unread) if isinstance(p, _Parsed) else p for p in parsed]
 
 
 def read_messages(record: Record, kind: str) -> list[Message]:
     """The messages of `record`, read as format `kind`. For auto: the first format with its columns. RecordError."""
-    if kind != "auto":
-        return _format(kind).messages(record)
-    detected = detect_format(record)
-    if detected:
-        return _format(detected).messages(record)
-    columns = ", ".join(str(name) for name in record.fields)
-    raise RecordError("no known format", f"columns {columns or '(none)'}; name data.format or map data.train.columns")
+    return loss_keys.with_record_flags(record.fields, _format(_kind_of(record, kind)).messages(record))
+
+
+def _kind_of(record: Record, kind: str) -> str:
+    """The format of a record. RecordError if it is auto and no format has the record's columns."""
+    detected = detect_format(record) if kind == "auto" else kind
+    if detected is None:
+        columns = ", ".join(str(name) for name in record.fields)
+        problem = f"columns {columns or '(none)'}; name data.format or map data.train.columns"
+        raise RecordError("no known format", problem)
+    return detected
 
 
 def detect_format(record: Record) -> str | None:
@@ -99,8 +114,17 @@ def _format(kind: str) -> Format:
     return instance
 
 
-def _parse(record: Record, kind: str) -> list[Message] | RecordError:
+def _parse(record: Record, kind: str) -> _Parsed | RecordError:
     try:
-        return read_messages(record, kind)
+        kind = _kind_of(record, kind)
+        fields = TrackedFields(record.fields)
+        messages = read_messages(Record(record.where, fields), kind)
+        return _Parsed(messages, fields.unread())
     except RecordError as error:
         return error
+
+
+def _with_unread(result: Encoded | RecordError, unread: tuple[str, ...]) -> Encoded | RecordError:
+    if isinstance(result, RecordError) or not unread:
+        return result
+    return replace(result, unused=replace(result.unused, fields=unread))

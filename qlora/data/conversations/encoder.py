@@ -11,6 +11,7 @@ import numpy as np
 from qlora.data.conversations import record_limits
 from qlora.data.conversations.build_example import (
     NO_IDS,
+    NOTHING,
     Draft,
     Encoded,
     build_example,
@@ -18,12 +19,11 @@ from qlora.data.conversations.build_example import (
     verify_masks,
 )
 from qlora.data.conversations.chat_messages import Conversation, build_conversation
-from qlora.data.conversations.chat_template import PLAIN, Template
-from qlora.data.conversations.loss_mask import LossMasker, MaskedText
-from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece
-from qlora.data.conversations.template_probe import probe
+from qlora.data.conversations.chat_template import PLAIN
+from qlora.data.conversations.loss_mask import MaskedText
+from qlora.data.conversations.renderer import build_renderers
+from qlora.data.conversations.safe_tokenizer import TextPiece
 from qlora.data.types import IGNORED, TEXT, TOKENS, Example, Ints, Message, RecordError
-from qlora.errors import DataError
 
 Item = tuple[str, Sequence[Message]]  # where, messages
 
@@ -31,29 +31,27 @@ Item = tuple[str, Sequence[Message]]  # where, messages
 class Encoder:
     """Tokenizes messages with the chat template of `tokenizer` (a PreTrainedTokenizerFast).
 
-    train_on: assistant (every answer), last (the last answer), all (every token). DataError for an unusable template.
+    train_on: assistant (every answer), last (the last answer), all (every token). control_strings: text, or accept (in
+    plain text they are control tokens). DataError for an unusable template.
     """
 
-    def __init__(self, tokenizer: Any, train_on: str = "assistant", chat_template: str = "auto") -> None:
-        self.train_on = train_on
-        self.template = Template(tokenizer, chat_template)
-        probe(self.template)
-        self.tokenizer = SafeTokenizer(tokenizer, self.template.text)
+    def __init__(
+        self, tokenizer: Any, train_on: str = "assistant", chat_template: str = "auto", control_strings: str = "text"
+    ) -> None:
+        self.train_on, self._accept = train_on, control_strings == "accept"
+        self.tokenizer, self._renderer, self._tool_renderer = build_renderers(tokenizer, chat_template)
+        self.template = self._renderer.template
         self.vocab_size = len(tokenizer)
         self._special = json.dumps([tokenizer.special_tokens_map, self.vocab_size], sort_keys=True, default=str)
         eos = tokenizer.eos_token_id
         self._eos = NO_IDS if eos is None else np.array([eos], dtype=np.int32)
-        try:  # jinja2 computes constant expressions when it compiles the template, in this process for the first time
-            with record_limits.memory(), record_limits.time_limit():
-                self._loss_masker = LossMasker(self.template, self.tokenizer)
-        except (RecordError, MemoryError) as error:
-            reason = str(error) or "takes too much memory to compile"
-            raise DataError(f"{self.template.name}: {reason}. Give another one with model.chat_template.") from None
 
     @cached_property
     def sha256(self) -> str:
-        """A digest of all that the token ids depend on: vocabulary, merges, control tokens, template, train_on."""
+        """A digest of all that the token ids depend on: vocabulary, merges, control tokens, templates, train_on."""
         inputs = [self.tokenizer.as_json(), self._special, self.template.text, self.train_on]
+        inputs += [self._tool_renderer.template.text] if self._tool_renderer is not self._renderer else []
+        inputs += ["accept"] if self._accept else []
         return hashlib.sha256("\0".join(inputs).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
@@ -64,12 +62,10 @@ class Encoder:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the chat template before training with it."""
-        ending, notes = self._loss_masker.ending, [f"conversations are rendered with {self.template.name}"]
-        if not ending.token:
-            closing = repr(ending.text) if ending.text else "nothing"
-            notes.append(f"it closes an answer with {closing}, no token: the end token is added after the last answer")
-        if ending.prompt_only_chars:
-            notes.append("its prompt differs from its rendered answers: each is trained from where the two differ")
+        notes = [f"conversations are rendered with {self.template.name}", *self._renderer.notes]
+        if self._tool_renderer is not self._renderer:
+            name = self._tool_renderer.template.name
+            notes += [f"conversations with tools are rendered with {name}", *self._tool_renderer.notes]
         return tuple(notes)
 
     def encode(self, where: str, messages: Sequence[Message]) -> Example:
@@ -119,14 +115,20 @@ class Encoder:
         return self._text(messages[0]) if _is(messages, TEXT) else self._conversation(messages)
 
     def _text(self, message: Message) -> Draft | RecordError:
-        try:
-            (text,), break_char, control_strings = self.tokenizer.break_control_strings([message.content], [True])
-        except RecordError as error:
-            return error
+        """The draft of a plain text: the tokenizer's own tokens before and after it, and the end token."""
         added = (self.tokenizer.prefix_ids, self.tokenizer.suffix_ids)
         prefix_ids, suffix_ids = (np.array(ids, dtype=np.int32) for ids in added)
         if not np.array_equal(suffix_ids[-1:], self._eos):
             suffix_ids = np.concatenate([suffix_ids, self._eos])
+        if self._accept:
+            text = message.content
+            prefix_ids = NO_IDS if self.tokenizer.starts_with_bos(text) else prefix_ids
+            suffix_ids = NO_IDS if self.tokenizer.ends_with_special(text.rstrip()) else suffix_ids
+            return Draft((TextPiece(text, True),), prefix_ids=prefix_ids, suffix_ids=suffix_ids)
+        try:
+            (text,), break_char, control_strings = self.tokenizer.break_control_strings([message.content], [True])
+        except RecordError as error:
+            return error
         piece = TextPiece(text, True)
         return Draft((piece,), break_char, control_strings, prefix_ids=prefix_ids, suffix_ids=suffix_ids)
 
@@ -134,10 +136,10 @@ class Encoder:
         try:
             with record_limits.time_limit():
                 conversation = build_conversation(messages, self.train_on, self.tokenizer)
-                if conversation.tools and "tools" not in self.template.text:
-                    detail = f"{len(conversation.tools)} tools would be lost"
-                    raise RecordError("the template does not write tools", detail)
-                masked = self._loss_masker.mask(conversation, prompt)
+                renderer = self._tool_renderer if conversation.tools else self._renderer
+                conversation, masked = renderer.render(conversation, prompt, self.train_on == "all")
+                find_unused = renderer.unused_parts.find
+                unused = NOTHING if prompt else find_unused(messages, conversation, masked.text, self.train_on)
         except RecordError as error:
             return error
         except MemoryError:
@@ -149,10 +151,11 @@ class Encoder:
             masked.pieces,
             conversation.break_char,
             conversation.control_strings,
-            masked.untrained_answers,
+            0 if self.train_on == "all" else _untrained_answers(conversation, masked),
             masked.end_trained or len(eos) > 0,
             self._bos(masked),
             eos,
+            unused,
         )
 
     def _bos(self, masked: MaskedText) -> Ints:
@@ -172,22 +175,37 @@ class Encoder:
             return unknown_tokens
         if not _is(messages, TOKENS):
             example = build_example(where, draft, ids, self.train_on == "all")
-            return Encoded(example, draft.control_strings, draft.untrained_answers, draft.end_trained, unknown_tokens)
+            return Encoded(
+                example,
+                draft.control_strings,
+                draft.untrained_answers,
+                draft.end_trained,
+                unknown_tokens,
+                draft.unused,
+                TEXT if _is(messages, TEXT) else "",
+            )
         try:
             example = from_token_record(where, messages[0], self.vocab_size)
         except RecordError as error:
             return error
         last = int(example.labels[example.labels != IGNORED][-1])
-        return Encoded(example, end_trained=self.tokenizer.is_control(last))
+        return Encoded(example, end_trained=self.tokenizer.is_control(last), kind=TOKENS)
 
 
 def _is(messages: Sequence[Message], role: str) -> bool:
     return len(messages) == 1 and messages[0].role == role
 
 
+def _untrained_answers(conversation: Conversation, masked: MaskedText) -> int:
+    """Number of answers to be trained that the template rewrites."""
+    return sum(conversation.trained[i] for i in masked.unlocated)
+
+
 def _nothing_to_train(conversation: Conversation, masked: MaskedText) -> RecordError:
     """Why no piece of a conversation is trained."""
-    if masked.untrained_answers:
+    if len(conversation.turns) == 1 and conversation.trained[0]:
+        return RecordError("no prompt", 'the only message is the assistant\'s. As plain text it is {"text": ...}')
+    if _untrained_answers(conversation, masked):
         detail = "the template's prompt for the answer is not the beginning of its rendering with the answer"
         return RecordError("prefix not kept", detail)
     if not any(turn["role"] == "assistant" for turn in conversation.turns):

@@ -5,7 +5,7 @@ and F the rendering of all turns. P must be the beginning of A, and A, up to the
 Then inference, when it generates this answer, sees exactly what training saw. Otherwise the answer is not trained.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora.data.conversations.chat_messages import Conversation
@@ -18,10 +18,11 @@ _SAMPLE_ANSWER = "Sphinx of black quartz"
 
 @dataclass(frozen=True, slots=True)
 class MaskedText:
-    """A rendered conversation in pieces, each trained or not."""
+    """A rendered conversation, `text`, in pieces, each trained or not."""
 
+    text: str
     pieces: tuple[TextPiece, ...]
-    untrained_answers: int  # answers to be trained whose prompt is not a prefix of the rendering
+    unlocated: tuple[int, ...]  # answers whose prompt is not a prefix of the rendering: they can't be trained
     end_trained: bool  # the last trained piece ends with an end-of-turn token
     needs_eos: bool  # the conversation ends with an answer that no control token closes
 
@@ -33,13 +34,14 @@ class AnswerEnding:
     text: str
     token: str
     prompt_only_chars: int  # at the end of its generation prompt, not in its rendering of an answer
+    trained_header: str  # what it writes before an answer although it has no generation prompt
 
 
 def find_ending(template: Template, tokenizer: SafeTokenizer) -> AnswerEnding:
     """How `template` closes an answer, measured on a sample conversation."""
-    question: list[Turn] = [{"role": "user", "content": "Judge my vow."}]
-    prompt = template.render(question, prompt=True)
-    text = template.render([*question, {"role": "assistant", "content": _SAMPLE_ANSWER}])
+    question, tools = [{"role": "user", "content": "Judge my vow."}], template.sample_tools
+    prompt = template.render(question, tools, prompt=True)
+    text = template.render([*question, {"role": "assistant", "content": _SAMPLE_ANSWER}], tools)
     if _SAMPLE_ANSWER not in text:
         raise RecordError("refused by the chat template", "it does not write the assistant's messages")
     after = text[text.index(_SAMPLE_ANSWER) + len(_SAMPLE_ANSWER) :]
@@ -47,7 +49,16 @@ def find_ending(template: Template, tokenizer: SafeTokenizer) -> AnswerEnding:
     closing = after[: token.end()] if token else (after.rstrip() or after)
     longest = min(text.index(_SAMPLE_ANSWER), len(prompt))
     common = next((i for i in range(longest) if prompt[i] != text[i]), longest)
-    return AnswerEnding(closing, token[0] if token else "", len(prompt) - common)
+    header = "" if _has_generation_prompt(template, question, prompt) else text[common : text.index(_SAMPLE_ANSWER)]
+    return AnswerEnding(closing, token[0] if token else "", len(prompt) - common, header.strip())
+
+
+def _has_generation_prompt(template: Template, question: Sequence[Turn], prompt: str) -> bool:
+    """Whether `template` writes something else where an answer is asked for. prompt: the question's rendering so."""
+    try:
+        return template.render(question, template.sample_tools) != prompt
+    except RecordError:  # it refuses a conversation that ends with a question
+        return True
 
 
 class LossMasker:
@@ -63,20 +74,23 @@ class LossMasker:
         turns, trained = conversation.turns, conversation.trained
         full = self._template.render(turns, conversation.tools, prompt)
         pieces, at, end_trained, needs_eos = list[TextPiece](), 0, False, False
-        untrained = int(trained[0])  # a first message has no prompt that could be rendered
+        unlocated = [0] if turns[0]["role"] == "assistant" else []  # a first message has no prompt to be rendered
         for i in (i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "assistant"):
             span = self._answer_span(conversation, i, full, prompt)
             if span is None or span[0] < at:
-                untrained += trained[i]
+                unlocated.append(i)
                 continue
-            pieces += [TextPiece(full[at : span[0]]), TextPiece(full[span[0] : span[1]], trained[i])]
+            answer = TextPiece(full[span[0] : span[1]], trained[i], conversation.masked[i])
+            pieces += [TextPiece(full[at : span[0]]), answer]
             at = span[1]
             closed = self._ends_with_control_string(pieces[-1].text)
             end_trained = closed if trained[i] else end_trained
             needs_eos = i == len(turns) - 1 and not closed
         if not needs_eos:  # an end token that is added later follows the answer directly
             pieces.append(TextPiece(full[at:]))
-        return MaskedText(tuple(piece for piece in pieces if piece.text), untrained, end_trained, needs_eos)
+        return MaskedText(
+            full, tuple(piece for piece in pieces if piece.text), tuple(unlocated), end_trained, needs_eos
+        )
 
     def _answer_span(self, conversation: Conversation, i: int, full: str, prompt: bool) -> tuple[int, int] | None:
         """Start and end of answer `i` in `full`, its end token included; None if a prefix differs."""
@@ -116,7 +130,8 @@ def _require_complete(turn: Turn, content: str, before: str, answer: str) -> Non
     The content may start at the end of the prompt: a template that forces a thought opens it there.
     """
     if content and content not in answer and not _continues(before[-len(content) :], answer, content):
-        raise RecordError("the template drops part of an answer", f"{content[:60]!r}")
+        remedy = "Name a template that keeps it in model.chat_template, or take that part out of the record"
+        raise RecordError("the template drops part of an answer", f"{content[:60]!r}. {remedy}")
     for call in turn.get("tool_calls") or ():
         name = str(call.get("function", call).get("name", "")) if isinstance(call, Mapping) else ""
         if not name or name not in answer:

@@ -15,10 +15,11 @@ _BREAK_CHARS = [chr(point) for point in range(0xF8F0, 0xF8FF)]
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """A span of rendered text, and whether its tokens are trained."""
+    """A span of rendered text, and whether its tokens are trained. masked: never, also if every token is."""
 
     text: str
     trained: bool = False
+    masked: bool = False
 
 
 def without_whitespace(text: str) -> str:
@@ -86,6 +87,14 @@ class SafeTokenizer:
             self._check([np.concatenate([next(ids) for _ in range(count)]) for count in counts], pieces)
             for counts, (pieces, _) in zip(part_counts, batch, strict=True)
         ]
+
+    def starts_with_bos(self, text: str) -> bool:
+        """Whether a text starts with the beginning-of-text token's string, if the tokenizer adds one."""
+        return self.adds_bos and text.startswith(self.bos)
+
+    def ends_with_special(self, text: str) -> bool:
+        """Whether a text ends with the string of a special token."""
+        return bool(text) and any(match.end() == len(text) for match in self.special_pattern.finditer(text))
 
     def as_json(self) -> str:
         """The tokenizer's own JSON: vocabulary, merges, control tokens and all rules."""

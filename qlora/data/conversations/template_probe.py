@@ -43,12 +43,12 @@ def _render_all(template: Template) -> str:
     optional = [([system, *_conversation("Hello", "Good day.")], False), (_conversation(*["word " * 400] * 12), False)]
     try:
         for turns, prompt in needed:
-            template.render(turns, None, prompt)
+            template.render(turns, template.sample_tools, prompt)
     except RecordError as error:
         return f"can't render a question and an answer ({error.detail})."
     for turns, prompt in optional:
         with suppress(RecordError):  # a template may refuse a system turn; what it costs is still measured
-            template.render(turns, None, prompt)
+            template.render(turns, template.sample_tools, prompt)
     return ""
 
 

@@ -1,9 +1,10 @@
-"""The alpaca format: instruction, input, output (+ system, history with earlier turns)."""
+"""The alpaca format: instruction, input, output (+ system, tools, history with earlier turns)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from qlora.data.reading import record_fields
+from qlora.data.reading.tool_calls import tools
 from qlora.data.types import Message, Record, RecordError
 
 
@@ -18,15 +19,12 @@ class Alpaca:
         """The messages of `record`, with `input` below the instruction. RecordError if one can't be read."""
         instruction = record_fields.text(record.fields, "instruction")
         context = record_fields.optional_text(record.fields, "input")
-        system = record_fields.optional_text(record.fields, "system")
-        return record_fields.require_answers(
-            [
-                *([Message("system", system)] if system else []),
-                *_history(record.fields.get("history")),
-                Message("user", f"{instruction}\n\n{context}" if context else instruction),
-                Message("assistant", record_fields.text(record.fields, "output")),
-            ]
-        )
+        turns = [
+            *_history(record.fields.get("history")),
+            Message("user", f"{instruction}\n\n{context}" if context else instruction),
+            Message("assistant", record_fields.text(record.fields, "output")),
+        ]
+        return record_fields.require_answers([*tools(record.fields), *record_fields.system(record.fields, turns)])
 
 
 def _history(pairs: Any) -> list[Message]:

@@ -1,16 +1,17 @@
-"""The messages format: messages: [{role, content}] (+ tools)."""
+"""The messages format: messages: [{role, content}] (+ tools, system)."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data.reading import record_fields
+from qlora.data.reading import loss_keys, record_fields
+from qlora.data.reading.tool_calls import tool_calls, tools
 from qlora.data.types import Message, Record, RecordError
 
-_KEYS = ("role", "content", "train")  # all others are passed to the chat template
+_READ_KEYS = ("role", "content", "tool_calls", "function_call", *loss_keys.MESSAGE_KEYS, *loss_keys.PART_KEYS)
 
 
 class Messages:
-    """Records with the columns of OpenAI's chat format; a message with `train: false` bears no loss."""
+    """Records with the columns of OpenAI's chat format; a loss key (train: false, weight: 0, ...) masks a message."""
 
     def matches(self, fields: Mapping[str, Any]) -> bool:
         """Whether the columns are those of this format."""
@@ -18,8 +19,8 @@ class Messages:
 
     def messages(self, record: Record) -> list[Message]:
         """The messages of `record`. RecordError if one can't be read."""
-        messages = parse_messages(record.fields.get("messages"), "messages")
-        return record_fields.require_answers([*record_fields.tools(record.fields), *messages])
+        messages = record_fields.system(record.fields, parse_messages(record.fields.get("messages"), "messages"))
+        return record_fields.require_answers([*tools(record.fields), *messages])
 
 
 def parse_messages(value: Any, name: str) -> list[Message]:
@@ -34,20 +35,18 @@ def parse_messages(value: Any, name: str) -> list[Message]:
 
 
 def _message(item: Any, location: str) -> Message:
+    """One message. Keys that are not read here are extra, and passed to the chat template."""
     if not isinstance(item, Mapping):
         raise RecordError("wrong type", f"{location}{type(item).__name__}, an object is expected")
     if "role" not in item:
         raise RecordError("missing field", f"{location}role")
     role = record_fields.role(item["role"], location)
-    extra = {key: value for key, value in item.items() if key not in _KEYS and value is not None}
-    calls = role == "assistant" and bool(extra.get("tool_calls"))
-    if "content" not in item and not calls:
+    extra = {key: value for key, value in item.items() if key not in _READ_KEYS and value is not None}
+    calls = tool_calls(item, location)
+    if calls:
+        extra["tool_calls"] = calls
+    has_calls = role == "assistant" and bool(calls)
+    if "content" not in item and not has_calls:
         raise RecordError("missing field", f"{location}content")
-    content = "" if calls and item.get("content") is None else record_fields.content(item["content"], location)
-    return Message(role, content, _train(item.get("train"), location), extra)
-
-
-def _train(value: Any, location: str) -> bool | None:
-    if value is not None and not isinstance(value, bool):
-        raise RecordError("wrong type", f"{location}train is {type(value).__name__}, true or false is expected")
-    return value
+    content = "" if has_calls and item.get("content") is None else record_fields.content(item["content"], location)
+    return Message(role, content, loss_keys.message_flag(item, location), extra)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ from urllib.request import getproxies
 
 import datasets
 
+from qlora.data.reading.arrow_nulls import without_filled_nulls
 from qlora.data.types import Record
 from qlora.errors import DataError
 
@@ -26,7 +27,7 @@ def read_parquet(name: str) -> Iterator[Record]:
     try:
         table = datasets.load_dataset("parquet", data_files=[name], split="train", streaming=True)
         for number, fields in enumerate(table, 1):
-            yield Record(f"{name}:{number}", fields)
+            yield Record(f"{name}:{number}", without_filled_nulls(fields, table.features))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: not a readable Parquet file: {_first_line(error)}") from error
 
@@ -46,13 +47,14 @@ class HubDataset:
         """The records in order. DataError if they can't be fetched."""
         split = self.split or "train"
         with _hub_errors(self.name):
-            numbered = enumerate(self._table(split), 1)
+            table = self._table(split)
+            numbered = enumerate(table, 1)
         while True:
             with _hub_errors(self.name):
                 number, fields = next(numbered, (0, {}))
             if not number:
                 return
-            yield Record(f"{self.name}/{split}:{number}", fields)
+            yield Record(f"{self.name}/{split}:{number}", without_filled_nulls(fields, table.features))
 
     def sha256(self) -> str:
         """A digest of the records; of a streamed data set, of its commit."""
@@ -78,12 +80,12 @@ class HubDataset:
         with _hub_errors(self.name):
             return datasets.load_dataset_builder(repository, config or None)
 
-    def _table(self, split: str) -> Iterable[Mapping[str, Any]]:
+    def _table(self, split: str) -> Any:
         builder = self._builder
         if self.is_streamed:
-            return builder.as_streaming_dataset(split)  # type: ignore[no-any-return]
+            return builder.as_streaming_dataset(split)
         builder.download_and_prepare()
-        return builder.as_dataset(split)  # type: ignore[no-any-return]
+        return builder.as_dataset(split)
 
 
 def fits_disk(info: Any, folder: Path) -> bool:

@@ -1,10 +1,9 @@
 """Fields of a record with their types checked, shared by the formats."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.data.types import TOOLS, Message, RecordError
+from qlora.data.types import Message, RecordError
 from qlora.errors import did_you_mean
 
 ROLES = {
@@ -23,6 +22,8 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content part that holds text
 
 
 def text(fields: Mapping[str, Any], name: str, location: str = "") -> str:
@@ -60,27 +61,28 @@ def content(value: Any, location: str) -> str:
 
 
 def _part(part: Any, location: str) -> str:
+    """The text of a content part: a string, or an object with the text under `text` or `value`."""
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RecordError("not text", f"{location}a content part is {kind!r}; only text can be trained")
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping) or kind not in TEXT_PARTS:
+        raise RecordError("not text", f"{location}a content part is {kind!r}; only text can be trained")
+    texts = [part[key] for key in ("text", "value") if part.get(key) is not None]
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        keys = ", ".join(map(str, part))
+        raise RecordError("not text", f"{location}a text part has the keys {keys}; one text under `text` is expected")
+    return str(texts[0])
 
 
-def tools(fields: Mapping[str, Any]) -> list[Message]:
-    """The tools column, a list or its JSON text, as one TOOLS message; empty if there are no tools."""
-    value = fields.get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RecordError("wrong type", "tools is a string that is not JSON") from None
-    if not value:
-        return []
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RecordError("wrong type", "tools must be a list of JSON schemas")
-    return [Message(TOOLS, "", extra={"tools": value})]
+def system(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """`messages` after the text of the system column. RecordError if they start with another system text."""
+    text_of_column = optional_text(fields, "system")
+    if not text_of_column.strip():
+        return messages
+    first = messages[0] if messages and messages[0].role == "system" else None
+    if first and first.content != text_of_column:
+        raise RecordError("two system texts", "the system column differs from the first message. Keep one of them")
+    return messages if first else [Message("system", text_of_column), *messages]
 
 
 def require_answers(messages: list[Message]) -> list[Message]:

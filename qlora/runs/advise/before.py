@@ -70,11 +70,11 @@ def count_contradictions(examples: Sequence[Example]) -> int:
     answers: dict[bytes, Counter[bytes]] = {}
     for example in examples:
         start = int(np.argmax(example.labels != IGNORED))
+        if start < 2:  # plain text, or a piece of it
+            continue
         prompt, answer = example.input_ids[:start].tobytes(), example.input_ids[start:].tobytes()
         answers.setdefault(prompt, Counter())[answer] += 1
-    return sum(
-        sum(counts.values()) - counts.most_common(1)[0][1] for prompt, counts in answers.items() if prompt and counts
-    )
+    return sum(sum(counts.values()) - counts.most_common(1)[0][1] for counts in answers.values())
 
 
 def measure_novelty(prepared: Prepared, decode: Callable[[Any], str]) -> dict[str, Any]:

@@ -73,11 +73,11 @@ def _read(folder: Path) -> tuple[Checkpoint | None, peft_files.AdapterFile]:
 def _same(
     one: tuple[Checkpoint | None, peft_files.AdapterFile], other: tuple[Checkpoint | None, peft_files.AdapterFile]
 ) -> bool:
-    """Whether what was read is the same: then the damage was to something that nobody reads."""
+    """Whether the contents are the same: then the damaged bytes are not used."""
     (saved, adapter), (saved_again, adapter_again) = one, other
     pairs = adapter.pairs.keys() == adapter_again.pairs.keys() and all(
-        mine.equal(theirs)
+        a.equal(b)
         for path in adapter.pairs
-        for mine, theirs in zip(adapter.pairs[path], adapter_again.pairs[path], strict=True)
+        for a, b in zip(adapter.pairs[path], adapter_again.pairs[path], strict=True)
     )
     return saved == saved_again and pairs and adapter.config == adapter_again.config

@@ -1,0 +1,111 @@
+"""Parts of a conversation that have no effect on training: keys that the template does not read, content it drops."""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from qlora.data.conversations.chat_messages import Conversation
+from qlora.data.conversations.chat_template import Template, Turn
+from qlora.data.conversations.safe_tokenizer import without_whitespace
+from qlora.data.types import TOOLS, Message, RecordError, Unused
+
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+_KNOWN_KEYS = ("role", "content", "tool_calls", *THOUGHT_KEYS)  # the loss mask proves content and calls of answers
+_MARKER = "Qx7Zq9Wk3"  # of nine letters and digits, as some templates require of a call's id
+_CALL = {"id": _MARKER[::-1], "type": "function", "function": {"name": "judge", "arguments": {}}}
+_SAMPLES = (  # a key is tried in each message of its role
+    [("system", "Be brief."), ("user", "Judge my vow."), ("assistant", "Judged."), ("user", "Again.")],
+    [("user", "Judge my vow."), ("assistant", "Judged."), ("user", "Again."), ("assistant", "Judged.")],
+    [("user", "Judge my vow."), ("assistant", ""), ("tool", "Judged."), ("assistant", "Judged.")],
+)
+
+
+class UnusedParts:
+    """Finds what a chat template does not write of a conversation."""
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+        self.reads = cache(self._reads)
+
+    def find(self, messages: Sequence[Message], conversation: Conversation, text: str, train_on: str) -> Unused:
+        """The unused parts of a record. text: the rendering of its conversation."""
+        keys = {(turn["role"], key) for turn in conversation.turns for key in turn if key not in _KNOWN_KEYS}
+        asked = {m.role for m in messages if m.train and m.role not in ("assistant", TOOLS)}
+        return Unused(
+            keys=tuple(sorted({key for role, key in keys if not self.reads(role, key)})),
+            thoughts=self._lost_thoughts(conversation, text),
+            contents=self._lost_contents(conversation, text),
+            trained_roles=tuple(sorted(asked)) if train_on != "all" else (),
+        )
+
+    def _reads(self, role: str, key: str) -> bool:
+        """Whether the template writes something else, or refuses, if the messages of a role have the key."""
+        results = [self._changes(sample, role, key) for sample in _SAMPLES]
+        known = [result for result in results if result is not None]
+        return any(known) if known else bool(re.search(rf"\b{re.escape(key)}\b", self._template.text))
+
+    def _changes(self, sample: Sequence[tuple[str, str]], role: str, key: str) -> bool | None:
+        """Whether a sample's rendering depends on the key; None if the sample has no such role or can't be rendered."""
+        if role not in (name for name, _ in sample):
+            return None
+        plain = self._rendered([_turn(name, content) for name, content in sample])
+        for value in (_MARKER, True):
+            turns = [{**_turn(name, text), **({key: value} if name == role else {})} for name, text in sample]
+            with_key = self._rendered(turns)
+            if with_key != plain:
+                return True
+        return None if plain is None else False
+
+    def _rendered(self, turns: Sequence[Turn]) -> str | None:
+        try:
+            return self._template.render(turns, self._template.sample_tools)
+        except RecordError:
+            return None
+
+    def _lost_thoughts(self, conversation: Conversation, text: str) -> tuple[str, ...]:
+        """Keys of thoughts that are not in the rendering up to their turn: later on a template may take them out."""
+        lost, turns = set(), conversation.turns
+        for number, turn in enumerate(turns, 1):
+            thoughts = {key: turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str) and turn[key].strip()}
+            if not thoughts:
+                continue
+            rendered = text if number == len(turns) else self._rendered_up_to(conversation, number)
+            dense = without_whitespace(rendered)
+            lost |= {key for key, thought in thoughts.items() if without_whitespace(thought) not in dense}
+        return tuple(sorted(lost))
+
+    def _rendered_up_to(self, conversation: Conversation, count: int) -> str:
+        """The rendering of the first turns; empty if the template refuses them."""
+        try:
+            return self._template.render(conversation.turns[:count], conversation.tools)
+        except RecordError:
+            return ""
+
+    def _lost_contents(self, conversation: Conversation, text: str) -> tuple[str, ...]:
+        """Roles, other than the assistant's, of messages whose content makes no difference to the rendering."""
+        lost, dense = set(), ""
+        for index, turn in enumerate(conversation.turns):
+            content = str(turn["content"]).strip()
+            if turn["role"] == "assistant" or not content or content in text:
+                continue
+            dense = dense or without_whitespace(text)
+            if without_whitespace(content) not in dense and self._is_ignored(conversation, index, text):
+                lost.add(str(turn["role"]))
+        return tuple(sorted(lost))
+
+    def _is_ignored(self, conversation: Conversation, index: int, text: str) -> bool:
+        """Whether the rendering is `text` with another content of a turn, too: some templates write content as JSON."""
+        turns: list[Any] = list(conversation.turns)
+        turns[index] = {**turns[index], "content": _MARKER}
+        try:
+            return self._template.render(turns, conversation.tools) == text
+        except RecordError:
+            return False
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    """A turn of a sample, with the keys that tool conversations need."""
+    if role == "tool":
+        return {"role": role, "content": content, "name": "judge", "tool_call_id": _CALL["id"]}
+    return {"role": role, "content": content, **({} if content else {"tool_calls": [_CALL]})}

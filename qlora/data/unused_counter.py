@@ -1,0 +1,72 @@
+"""What the records of a data set hold and training does not use, counted and reported once."""
+
+from collections.abc import Iterable
+
+from qlora.data.reading import loss_keys
+from qlora.data.types import Occurrences, Unused
+
+# Keys of a record that other tools read as part of the conversation.
+_CONTENT_FIELDS = ("system", "system_prompt", "tools", "functions", "history", "documents", "chat_template_kwargs",
+                   "image", "images", "video", "videos", "audio", "audios")  # fmt: skip
+_RECORD_KEYS = (*loss_keys.RECORD_KEYS, *loss_keys.TOKEN_KEYS, *_CONTENT_FIELDS)
+_MESSAGE_KEYS = (*loss_keys.MESSAGE_KEYS, "tool_calls")
+_LISTED = 12  # keys in a line
+
+
+class UnusedCounter:
+    """Counts the unused parts of the records of a data set."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Occurrences] = {}  # a kind of unused part -> the records that have it
+        self._names: dict[str, dict[str, None]] = {}  # the same kind -> the names of keys or roles
+
+    def add(self, where: str, unused: Unused) -> None:
+        """Count the unused parts of one record."""
+        content = [key for key in unused.fields if key.lower() in _CONTENT_FIELDS]
+        masks = [key for key in unused.fields if key not in content and loss_keys.looks_like_one(key, _RECORD_KEYS)]
+        message_masks = [key for key in unused.keys if loss_keys.looks_like_one(key, _MESSAGE_KEYS)]
+        self._count("content", where, content)
+        named = [loss_keys.nearest(key, _RECORD_KEYS) for key in masks]
+        self._count("masks", where, [*named, *(loss_keys.nearest(key, _MESSAGE_KEYS) for key in message_masks)])
+        self._count("fields", where, (key for key in unused.fields if key not in (*masks, *content)))
+        self._count("keys", where, (key for key in unused.keys if key not in message_masks))
+        self._count("thoughts", where, unused.thoughts)
+        self._count("contents", where, unused.contents)
+        self._count("trained_roles", where, unused.trained_roles)
+
+    def _count(self, kind: str, where: str, names: Iterable[str]) -> None:
+        names = list(names)
+        if names:
+            self._records.setdefault(kind, Occurrences()).add(where)
+            self._names.setdefault(kind, {}).update(dict.fromkeys(names))
+
+    def warnings(self) -> list[str]:
+        """One line for each kind of unused part that changes what is trained."""
+        return [
+            self._records[kind].describe(text.format(names=self._listed(kind)))
+            for kind, text in _WARNINGS.items()
+            if kind in self._records
+        ]
+
+    def note(self, where: str) -> list[str]:
+        """One line about keys that are not read and look like notes of the data set's author."""
+        parts = [("fields", "of records"), ("keys", "of messages")]
+        listed = [f"{self._listed(kind)} ({text})" for kind, text in parts if kind in self._records]
+        return [f"{where}: keys that are not read: {'; '.join(listed)}"] if listed else []
+
+    def _listed(self, kind: str) -> str:
+        names = list(self._names.get(kind, ()))
+        return ", ".join([*names[:_LISTED], *([f"and {len(names) - _LISTED} more"] if names[_LISTED:] else [])])
+
+
+_WARNINGS = {
+    "masks": "have keys that look like a loss mask and are NOT read: {names}. All their answers are trained. Loss keys "
+    f"of a message: {', '.join(loss_keys.MESSAGE_KEYS)}; of a record: {loss_keys.RECORD_KEYS[0]}, a list",
+    "content": "have content that is NOT read: {names}. Only text in the fields of the format is trained on",
+    "thoughts": "have thoughts ({names}) that the chat template does not write: the answers are trained without them. "
+    "Name a template that writes them in model.chat_template, or put them into `content` as <think>...</think>",
+    "contents": "have messages of the role {names} whose content the chat template does not write: it is lost. Name a "
+    "template that writes it in model.chat_template, or move the text into a user message",
+    "trained_roles": "ask for loss on messages of the role {names}: only the assistant's bear loss. data.train_on: all "
+    "trains every token",
+}
