@@ -152,7 +152,8 @@ def random_base(config: dict[str, Any], device: Any) -> Any:
     from transformers import AutoConfig
 
     from qlora.model.lean_modules import replace_with_lean
-    from qlora.model.meta_model import build_meta_model, linear_paths
+    from qlora.model.linear_layers import linear_paths
+    from qlora.model.meta_model import build_meta_model
     from qlora.model.module_tree import set_by_path
     from qlora.quant import Quant, build_quantizer
 

@@ -11,7 +11,7 @@ class AdapterExporter:
     """Copies the adapter."""
 
     def write(self, source: ExportSource, folder: Path, options: ExportOptions) -> int:
-        """Copy the adapter's two files, its model card and the base model's tokenizer; returns the bytes of the tensors' file."""
+        """Copy the adapter's two files, its model card and the base's tokenizer; returns the tensor file's bytes."""
         adapter = source.adapter.folder
         for file in (adapter / WEIGHTS, adapter / CONFIG, adapter / "README.md"):
             if file.is_file():

@@ -1,6 +1,9 @@
 """The compute dtype: chosen from the recipe, the checkpoint's dtype and the device, before a weight is read."""
 
+import re
+
 import torch
+from torch import Tensor, nn
 
 from qlora.errors import BaseModelError
 
@@ -32,3 +35,20 @@ def choose_dtype(setting: str, checkpoint_dtype: torch.dtype | None, bfloat16: b
     if checkpoint_dtype in (torch.bfloat16, torch.float16):
         return torch.bfloat16 if bfloat16 else torch.float32
     return torch.float32
+
+
+def kept_in_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps the parameter `name` in float32 in a model of `dtype`, as its class demands."""
+    if dtype == torch.float32:
+        return False
+    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
+
+
+def loaded_dtype(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which transformers holds `name`, whose tensor in the built model is `tensor`."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if kept_in_float32(model, name, dtype) else tensor.dtype

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import BaseModelError
-from qlora.model.meta_model import build_meta_model, key_renamer, linear_paths, read_config
+from qlora.model.linear_layers import linear_paths
+from qlora.model.meta_model import build_meta_model, key_renamer, read_config
 from qlora.model.module_tree import set_by_path
 from qlora.model.safetensors_reader import SafetensorsReader
 from qlora.quant.linear import FrozenLinear, check_matrix

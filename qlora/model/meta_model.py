@@ -16,7 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from qlora.errors import BaseModelError
 from qlora.model.attention import DOCUMENT_ATTENTION
+from qlora.model.buffers import compute_buffers
 from qlora.model.limits import check_buffer_sizes, check_config_sizes
+from qlora.model.tied_head import stores_own_head
 
 transformers_logging.set_verbosity_error()
 
@@ -35,21 +37,27 @@ def read_config(folder: Path) -> Any:
         raise BaseModelError(
             f"model: {folder} is a mixture of experts ({experts}), which can't be trained yet. Choose a dense model."
         )
+    if config.get_text_config().tie_word_embeddings and stores_own_head(folder):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
     return config
 
 
 def build_meta_model(config: Any, dtype: torch.dtype, attention: str, device: torch.device) -> nn.Module:
-    """The model with every parameter on `meta` and every buffer computed on `device`; evaluation mode, no gradients."""
+    """The model with every parameter on `meta` and every buffer computed on `device`; evaluation mode, no gradients.
+
+    `attention`: auto takes DOCUMENT_ATTENTION where the class takes kernels by name, else SDPA, else eager.
+    """
     try:
         with torch.device("meta"):
-            model = _from_config(config, dtype, DOCUMENT_ATTENTION if attention == "auto" else attention)
-            if attention == "auto" and not model._supports_sdpa:  # Gemma 2 soft-caps its scores, which needs "eager"
-                model = _from_config(config, dtype, "eager")
+            model = _with_attention(config, dtype, attention)
+        model.requires_grad_(False)
+        check_buffer_sizes(model)
+        compute_buffers(model, device)
+    except BaseModelError:
+        raise
     except Exception as error:  # impossible sizes can raise anything in the first layer
         raise BaseModelError(f"model: config.json can't be built as a model: {_first_line(error)}") from error
-    model.requires_grad_(False)
-    check_buffer_sizes(model)
-    _fill_buffers(model, device)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -63,17 +71,21 @@ def _experts(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _with_attention(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    if attention != "auto":
+        return _from_config(config, dtype, attention)
+    try:
+        model = _from_config(config, dtype, DOCUMENT_ATTENTION)
+    except KeyError as error:
+        if error.args != (DOCUMENT_ATTENTION,):
+            raise
+        return _from_config(config, dtype, "sdpa")  # Falcon picks a module by the kernel's name
+    # Gemma 2 soft-caps its scores, which needs "eager".
+    return model if model._supports_sdpa else _from_config(config, dtype, "eager")
+
+
 def _from_config(config: Any, dtype: torch.dtype, attention: str) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, attn_implementation=attention)
-
-
-def _fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Allocate buffers (rotary frequencies, embedding scales) on `device` and let transformers compute them."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-        module._is_hf_initialized = False  # type: ignore[assignment]
-    model.initialize_weights()  # type: ignore[operator]
 
 
 def key_renamer(model: nn.Module, folder: Path) -> Callable[[str], str]:
@@ -92,13 +104,6 @@ def key_renamer(model: nn.Module, folder: Path) -> Callable[[str], str]:
     return rename
 
 
-def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the decoder's linear layers in order, without the output head: what is quantized and adapted."""
-    decoder = model.get_decoder()  # type: ignore[operator]
-    linears = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}
-    return [path for path, module in model.named_modules() if id(module) in linears]
-
-
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of the folder. BaseModelError if it is missing or needs remote code."""
     try:
@@ -110,7 +115,8 @@ def read_tokenizer(folder: Path) -> Any:
 def stop_ids(config: Any, generation: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """Token ids that end an answer: those of generation_config.json, of config.json and of the tokenizer."""
     stops: set[int] = set()
-    for ids in (generation.get("eos_token_id"), config.get_text_config().eos_token_id, tokenizer.eos_token_id):
+    configured = getattr(config.get_text_config(), "eos_token_id", None)
+    for ids in (generation.get("eos_token_id"), configured, tokenizer.eos_token_id):
         stops |= {token for token in (ids if isinstance(ids, list | tuple) else [ids]) if isinstance(token, int)}
     return tuple(sorted(stops))
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.quant.dense_linear import DenseLinear
-from qlora.quant.fourbit_linear import FourBitLinear, FourBitTensors
+from qlora.quant import QUANTIZERS
 from qlora.quant.linear import FrozenLinear
 
 LAYER = re.compile(r"(?:[A-Za-z_]\w*\.)+?\d+(?![^.])")  # path of a decoder layer: up to the first number
@@ -62,9 +61,5 @@ def set_tensors(
 
 def layer_from_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FrozenLinear:
     """The frozen layer with this `describe()` and these tensors."""
-    if description["kind"] == "dense":
-        return DenseLinear(tensors["dense"], tensors.get("bias"))
-    names = ("codes", "absmax", "nested_absmax", "offset", "absmax_levels")
-    stored = FourBitTensors(**{name: tensors[name] for name in names if name in tensors})
-    rows, columns = description["shape"]
-    return FourBitLinear(description["kind"], description["block"], (rows, columns), stored, tensors.get("bias"))
+    layer: FrozenLinear = QUANTIZERS[description["kind"]].restore(description, tensors)
+    return layer

@@ -21,7 +21,8 @@ from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bi
 from qlora.model.dtypes import dtype_name
 from qlora.model.fingerprint import Fingerprint
 from qlora.model.layer_sharder import LayerSharder
-from qlora.model.meta_model import key_renamer, linear_paths
+from qlora.model.linear_layers import linear_paths
+from qlora.model.meta_model import key_renamer
 from qlora.model.module_tree import set_by_path, set_tensors, tensors_of, unit_path
 from qlora.model.numerics import canonical_numerics
 from qlora.model.prefetch import PREFETCH_BYTES, PerThread, prefetch

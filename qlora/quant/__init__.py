@@ -5,7 +5,7 @@ and weight(dtype), which rebuilds W. Adapters use nothing else, so every kind he
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from qlora.config import KindOf, Section, setting
 from qlora.quant.block_sizes import Block
@@ -43,6 +43,10 @@ class Quantizer(Protocol):
 
     def quantize(self, weight: "Tensor", bias: "Tensor | None" = None) -> "FrozenLinear":
         """The frozen layer of a weight [O, I]. BaseModelError if it is not a finite float matrix."""
+
+    @staticmethod
+    def restore(description: Mapping[str, Any], tensors: "Mapping[str, Tensor]") -> "FrozenLinear":
+        """The frozen layer that has this `describe()` and these parameters: read from a cache or from another rank."""
 
     def stored_bytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
         """Bytes of the frozen tensors of a weight [O, I] that came in a type of `dtype_bytes` bytes; no bias."""

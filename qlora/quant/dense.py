@@ -1,7 +1,8 @@
 """The frozen weight as stored in the checkpoint, 16 or 32 bit: plain LoRA, and the reference for the other kinds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # counting bytes needs no torch
     from torch import Tensor
@@ -20,6 +21,13 @@ class Dense:
 
         check_matrix(weight)
         return DenseLinear(weight, bias)
+
+    @staticmethod
+    def restore(description: Mapping[str, Any], tensors: "Mapping[str, Tensor]") -> "DenseLinear":
+        """The layer with these parameters."""
+        from qlora.quant.dense_linear import DenseLinear
+
+        return DenseLinear(tensors["dense"], tensors.get("bias"))
 
     def stored_bytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
         """Bytes of W [O, I] in a type of `dtype_bytes` bytes."""

@@ -1,7 +1,8 @@
 """The base class of the 4-bit quantizers. Imports torch only to quantize: the planner counts bytes without it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora.quant.block_sizes import NESTED_BLOCK
 
@@ -28,6 +29,13 @@ class FourBit:
         from qlora.quant.fourbit_linear import quantize
 
         return quantize(self.kind, self.double, self.block, weight, bias)
+
+    @staticmethod
+    def restore(description: Mapping[str, Any], tensors: "Mapping[str, Tensor]") -> "FourBitLinear":
+        """The layer with this `describe()` and these parameters, bit for bit."""
+        from qlora.quant.fourbit_linear import restore
+
+        return restore(description, tensors)
 
     def stored_bytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
         """Bytes of the frozen tensors of a weight [O, I], bias left out; the same for 16-bit and 32-bit weights."""

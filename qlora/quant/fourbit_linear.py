@@ -1,6 +1,7 @@
 """A frozen layer in 4 bits: the tensors that it stores, and the quantization that fills them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -69,3 +70,11 @@ def quantize(kind: str, double: bool, block: int, weight: Tensor, bias: Tensor |
         if double:
             stored = FourBitTensors(codes, *bitsandbytes_ops.quantize_absmax(absmax))
     return FourBitLinear(kind, block, (weight.shape[0], weight.shape[1]), stored, bias)
+
+
+def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FourBitLinear:
+    """The layer with this `describe()` and these parameters."""
+    names = [field.name for field in fields(FourBitTensors)]
+    stored = FourBitTensors(**{name: tensors[name] for name in names if name in tensors})
+    rows, columns = description["shape"]
+    return FourBitLinear(description["kind"], description["block"], (rows, columns), stored, tensors.get("bias"))

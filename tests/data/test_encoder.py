@@ -175,7 +175,8 @@ def test_a_thought_that_the_prompt_opens_is_trained_from_its_start(tmp_path: Pat
     [
         ([Message("user", "Hi")], "no assistant turn"),
         ([Message("user", "Hi"), Message("assistant", "x", train=False)], "nothing to train"),
-        ([Message("assistant", "Hi")], "prefix not kept"),
+        ([Message("assistant", "Hi")], "no prompt"),
+        ([Message("assistant", "Hi"), Message("user", "Ho")], "prefix not kept"),
         ([Message("user", "Hi"), Message("assistant", "Ho")] * 300, "too many turns"),
     ],
 )

@@ -26,7 +26,7 @@ from qlora.training.run_log import Log, read_metrics
 from qlora.training.signals import StopSignal
 
 Zoo = Callable[..., Path]
-STEPS = 30
+STEPS = 12
 RECORDS = 17  # global batch 6: three steps an epoch, the last of five examples; not divisible by two or three
 LOSS, ADAPTER = 1e-5, 1e-4  # relative, absolute: float32 sums of the same products in another order, over STEPS steps
 CASES = {

@@ -97,6 +97,17 @@ def test_a_state_dict_and_a_deepcopy_restore_every_byte(
         assert torch.equal(restored.weight(torch.float32), layer.weight(torch.float32))
 
 
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS)
+def test_a_layer_is_restored_from_its_description_and_tensors(
+    kind: str, settings: dict, weight: Tensor, bias: Tensor
+) -> None:
+    for layer in (layer_of(kind, settings, weight), layer_of(kind, settings, weight, bias)):
+        tensors = {name: tensor.detach() for name, tensor in layer.named_parameters()}
+        restored = QUANTIZERS[kind].restore(json.loads(json.dumps(layer.describe())), tensors)
+        assert type(restored) is type(layer) and sha256_of(restored) == sha256_of(layer)
+        assert torch.equal(restored.weight(torch.float32), layer.weight(torch.float32))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)

@@ -21,7 +21,7 @@ def test_every_configuration_of_the_benchmark_runs() -> None:
     keys = {memory.key(memory.entry_of(configuration)) for configuration in configurations}
     assert len(keys) * len(memory.CONFIGS) >= 30
     for configuration in (configurations[1], configurations[2], configurations[-1]):
-        model.step(configuration)
+        model.step(replace(configuration, max_length=64))  # bfloat16 on a CPU: thousands of tokens take minutes
     trained = [value for value in model.model.parameters() if value.requires_grad]
     assert trained and all(value.isfinite().all() for value in trained)
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.errors import BaseModelError
 from qlora.memory.planner.config_reader import read, shapes_of
-from qlora.model.meta_model import linear_paths
+from qlora.model.linear_layers import linear_paths
 
 OTHERS: dict[str, dict[str, Any]] = {
     "gemma": {"model_type": "gemma", "num_hidden_layers": 2},

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora.model import Model
+from qlora.model.linear_layers import linear_paths
 from qlora.model.load_base import Base, load
-from qlora.model.meta_model import linear_paths
 from qlora.quant import Quant, build_quantizer
 from qlora.quant.dense import Dense
 from qlora.quant.linear import FrozenLinear

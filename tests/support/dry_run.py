@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from qlora.adapters.lora import LoraLinear
 from qlora.model.attention import DOCUMENT_ATTENTION, documents_of
 from qlora.model.lean_modules import replace_modules
+from qlora.model.linear_layers import linear_paths
 from qlora.model.lm_head import Head
-from qlora.model.meta_model import linear_paths
 from qlora.quant.fourbit_linear import FourBitLinear, FourBitTensors
 from qlora.training.loss import FrozenHeadLoss
 

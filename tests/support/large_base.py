@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from qlora.adapters import peft_files
-from qlora.model.meta_model import build_meta_model, linear_paths
+from qlora.model.linear_layers import linear_paths
+from qlora.model.meta_model import build_meta_model
 from qlora.model.safetensors_writer import PlannedTensor, write_model
 from qlora.utils.atomic_files import write_bytes, write_json
 from support.tiny_models import byte_tokenizer

@@ -17,7 +17,7 @@ from qlora.adapters.lora import Lora
 from qlora.memory.activation_recompute import recompute
 from qlora.model.attention import DOCUMENT_ATTENTION
 from qlora.model.lean_modules import replace_with_lean
-from qlora.model.meta_model import linear_paths
+from qlora.model.linear_layers import linear_paths
 from qlora.model.module_tree import set_by_path
 from qlora.quant import Quant, build_quantizer
 from qlora.training.loss import TokenLoss

@@ -16,8 +16,11 @@ from qlora.data.types import RecordError
 
 
 def with_fitting_arguments(conversation: Conversation, template: Template, prompt: bool) -> Conversation:
-    """`conversation` with all arguments as objects or all as text. RecordError if the template writes neither."""
-    arguments = list(_arguments(conversation))
+    """`conversation` with all arguments as objects or all as text. RecordError if the template writes neither.
+
+    A template that does not write the calls themselves is left to the loss mask, which refuses it.
+    """
+    arguments = _arguments(conversation)
     texts = any(isinstance(value, str) and isinstance(_as_object(value), dict) for value in arguments)
     objects = any(isinstance(value, Mapping) for value in arguments)
     if not texts and not objects:
@@ -27,15 +30,25 @@ def with_fitting_arguments(conversation: Conversation, template: Template, promp
     for variant in variants:
         if _is_written(variant, template, prompt):
             return variant
-    template.render(conversation.turns, conversation.tools, prompt)  # the template's own reason, if it has one
+    rendered = template.render(conversation.turns, conversation.tools, prompt)  # raises the template's own reason
+    if not all(name in rendered for name in _names(conversation)):
+        return conversation
     first = json.dumps(arguments[0], ensure_ascii=False)
     raise RecordError("the template does not write tool arguments", f"{first[:60]}, neither as text nor as an object")
 
 
-def _arguments(conversation: Conversation) -> Iterator[Any]:
+def _functions(conversation: Conversation) -> Iterator[Mapping[str, Any]]:
     for turn in conversation.turns:
         for call in turn.get("tool_calls") or ():
-            yield call.get("function", call).get("arguments")
+            yield call.get("function", call)
+
+
+def _arguments(conversation: Conversation) -> list[Any]:
+    return [function.get("arguments") for function in _functions(conversation)]
+
+
+def _names(conversation: Conversation) -> list[str]:
+    return [str(function.get("name", "")) for function in _functions(conversation)]
 
 
 def _as_object(value: Any) -> Any:

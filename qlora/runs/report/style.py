@@ -82,7 +82,8 @@ tbody th { color: var(--quiet); }
 thead th { font-weight: 600; }
 thead tr { border-top: 0; }
 .spectrum { display: block; font-size: 12px; }
-.spectrum text { fill: var(--ink); pointer-events: none; } .spectrum .quiet { fill: var(--quiet); } .spectrum .cell { fill: var(--c0); }
+.spectrum text { fill: var(--ink); pointer-events: none; }
+.spectrum .quiet { fill: var(--quiet); } .spectrum .cell { fill: var(--c0); }
 .state { color: var(--mark); }
 pre { margin: 0 0 1rem; padding: .9rem 0; border: solid var(--hair); border-width: 1px 0; overflow-x: auto;
   font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
