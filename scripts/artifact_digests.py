@@ -74,8 +74,8 @@ def main(qlora: str, out: Path) -> dict[str, str]:
         run(qlora, "export", str(out / name), str(out / f"{name}-merged"), "--to", "merged", "--dtype", "bfloat16")
         for folder, names in ((name, ADAPTER), (resumed, ADAPTER), (f"{name}-merged", MERGED)):
             result |= dict(digests(out / folder, names))
-        (optimizer_state,) = (digest for _, digest in digests(out / name / "checkpoint-000004", ("optimizer.safetensors",)))
-        result[f"{name}/checkpoint-000004/optimizer.safetensors"] = optimizer_state
+        state = (out / name / "checkpoint-000004" / "optimizer.safetensors").read_bytes()
+        result[f"{name}/optimizer state"] = hashlib.sha256(state).hexdigest()
         result[f"{name}/losses"] = losses(out / name)
     return result
 

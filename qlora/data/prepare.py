@@ -177,8 +177,6 @@ def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array,
     leaked = [Finding("data.eval", f"{overlap} held-out records are in the training set too")] if overlap else []
     blocking = [*training.blocking_problems(), *(evaluation.blocking_problems() if evaluation.records else [])]
     lengths = examples.lengths[: pieces.sum()]
-    if training.split:  # each piece but a record's first repeats one token of the piece before
-        lengths = np.add.reduceat(lengths, first_pieces) - (pieces - 1)
     warnings = data_set_warnings(training, lengths)
     warnings += [Finding(evaluation.where, text) for text in evaluation.unused.warnings()]
     return DataReport(
@@ -198,5 +196,12 @@ def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array,
         control_rows=training.control_records,
         duplicates=duplicates,
         overlap=overlap,
-        lengths=data_report.length_histogram(lengths),
+        lengths=data_report.length_histogram(_record_lengths(lengths, pieces)),
     )
+
+
+def _record_lengths(lengths: Indices, pieces: Indices) -> Indices:
+    """Tokens of each record from those of its pieces: each but the first repeats one token of the piece before it."""
+    if not len(pieces):
+        return lengths
+    return np.add.reduceat(lengths, np.cumsum(pieces) - pieces) - (pieces - 1)  # type: ignore[no-any-return]

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from qlora.data.reading import loss_keys
 from qlora.data.types import Occurrences, Unused
 
-# Keys of a record that other tools read as part of the conversation.
-_CONTENT_FIELDS = ("system", "system_prompt", "tools", "functions", "history", "documents", "chat_template_kwargs",
-                   "image", "images", "video", "videos", "audio", "audios")  # fmt: skip
-_RECORD_KEYS = (*loss_keys.RECORD_KEYS, *loss_keys.TOKEN_KEYS, *_CONTENT_FIELDS)
+# Keys that other tools read as part of the conversation.
+_CONTENT_KEYS = ("system", "system_prompt", "tools", "functions", "history", "documents", "chat_template_kwargs",
+                 "image", "images", "video", "videos", "audio", "audios", "function_call", "reasoning",
+                 "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot")  # fmt: skip
+_RECORD_KEYS = (*loss_keys.RECORD_KEYS, *loss_keys.TOKEN_KEYS, *_CONTENT_KEYS)
 _MESSAGE_KEYS = (*loss_keys.MESSAGE_KEYS, "tool_calls")
 _LISTED = 12  # keys in a line
 
@@ -22,14 +23,11 @@ class UnusedCounter:
 
     def add(self, where: str, unused: Unused) -> None:
         """Count the unused parts of one record."""
-        content = [key for key in unused.fields if key.lower() in _CONTENT_FIELDS]
-        masks = [key for key in unused.fields if key not in content and loss_keys.looks_like_one(key, _RECORD_KEYS)]
-        message_masks = [key for key in unused.keys if loss_keys.looks_like_one(key, _MESSAGE_KEYS)]
-        self._count("content", where, content)
-        named = [loss_keys.nearest(key, _RECORD_KEYS) for key in masks]
-        self._count("masks", where, [*named, *(loss_keys.nearest(key, _MESSAGE_KEYS) for key in message_masks)])
-        self._count("fields", where, (key for key in unused.fields if key not in (*masks, *content)))
-        self._count("keys", where, (key for key in unused.keys if key not in message_masks))
+        fields, keys = _sorted(unused.fields, _RECORD_KEYS), _sorted(unused.keys, _MESSAGE_KEYS)
+        self._count("content", where, [*fields["content"], *keys["content"]])
+        self._count("masks", where, [*fields["masks"], *keys["masks"]])
+        self._count("fields", where, fields["others"])
+        self._count("keys", where, keys["others"])
         self._count("thoughts", where, unused.thoughts)
         self._count("contents", where, unused.contents)
         self._count("trained_roles", where, unused.trained_roles)
@@ -59,10 +57,24 @@ class UnusedCounter:
         return ", ".join([*names[:_LISTED], *([f"and {len(names) - _LISTED} more"] if names[_LISTED:] else [])])
 
 
+def _sorted(keys: Iterable[str], known: tuple[str, ...]) -> dict[str, list[str]]:
+    """Unread keys by kind: content, keys that look like a loss mask, others."""
+    kinds: dict[str, list[str]] = {"content": [], "masks": [], "others": []}
+    for key in keys:
+        if key.lower() in _CONTENT_KEYS:
+            kinds["content"].append(key)
+        elif loss_keys.looks_like_one(key, known):
+            kinds["masks"].append(loss_keys.nearest(key, known))
+        else:
+            kinds["others"].append(key)
+    return kinds
+
+
 _WARNINGS = {
     "masks": "have keys that look like a loss mask and are NOT read: {names}. All their answers are trained. Loss keys "
     f"of a message: {', '.join(loss_keys.MESSAGE_KEYS)}; of a record: {loss_keys.RECORD_KEYS[0]}, a list",
-    "content": "have content that is NOT read: {names}. Only text in the fields of the format is trained on",
+    "content": "have content that is NOT read: {names}. Only text in the fields of the format is trained; "
+    "data.train.columns renames fields",
     "thoughts": "have thoughts ({names}) that the chat template does not write: the answers are trained without them. "
     "Name a template that writes them in model.chat_template, or put them into `content` as <think>...</think>",
     "contents": "have messages of the role {names} whose content the chat template does not write: it is lost. Name a "

@@ -47,7 +47,7 @@ def _control_strings(examples: ExampleFilter) -> list[str]:
 
 def _amount(examples: ExampleFilter) -> list[str]:
     texts = []
-    if 0 < examples.kept < FEW_RECORDS:
+    if 0 < sum(examples.pieces) < FEW_RECORDS:
         texts.append(f"{count_of(examples.kept)}: will overfit; use {FEW_RECORDS} or more, or fewer epochs")
     fraction = examples.trained_tokens / examples.tokens if examples.tokens else 1.0
     if 0 < fraction < LOW_TRAINED:

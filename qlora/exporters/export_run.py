@@ -55,7 +55,7 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
         table = servers(request.to, partial, out, run.recipe.model.name)
         facts = {"to": request.to, "base": request.base, "dtype": dtype_name(dtype), **measured}
         if request.to != "adapter":
-            write_text(partial / MODEL_CARD, _card(run, partial, facts))
+            write_text(partial / MODEL_CARD, _model_card(run, partial, facts))
         (partial / PROGRESS).unlink(missing_ok=True)
     log(f"programs that load {out}:\n{as_text(table)}")
     if request.to not in FULL_MODELS:
@@ -182,7 +182,7 @@ def _max_kl(request: ExportRequest) -> float | None:
     return MAX_KL if request.max_kl is None and request.base == MERGE_BASE else request.max_kl
 
 
-def _card(run: LoadedRun, folder: Path, facts: dict[str, Any]) -> str:
+def _model_card(run: LoadedRun, folder: Path, facts: dict[str, Any]) -> str:
     """The export's README, without local paths."""
     name = run.recipe.model.name
     table = servers(facts["to"], folder, "THIS_FOLDER", name if is_hub_name(name) else "BASE")

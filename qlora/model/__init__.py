@@ -16,4 +16,6 @@ class Model(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = setting(
         "auto", "attention kernel; auto: SDPA within documents, eager where the model has no SDPA"
     )
-    chat_template: str = setting("auto", "auto: the tokenizer's; the name of one of its templates; or a Jinja file", min_length=1)
+    chat_template: str = setting(
+        "auto", "auto: the tokenizer's; the name of one of its templates; or a Jinja file", min_length=1
+    )

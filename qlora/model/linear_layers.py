@@ -28,7 +28,7 @@ def layers_left_out(model: nn.Module) -> dict[str, str]:
     readers: dict[str, str] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        names = weights_read_by(type(module))
+        names = weights_read_by(type(module))  # type: ignore[arg-type]
         readers |= {prefix + name: type(module).__name__ for name in names}
     dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     reasons: dict[str, str] = {}

@@ -20,21 +20,21 @@ from qlora.errors import DataError
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 
 
-def items(text: str | bytes) -> list[dict | str]:
+def items(text: str | bytes, block_bytes: int = json_array.BLOCK_BYTES) -> list[dict | str]:
     raw = text if isinstance(text, bytes) else text.encode()
-    return [str(item) if isinstance(item, RecordError) else item for item in json_array.items(io.BytesIO(raw))]
+    read = json_array.items(io.BytesIO(raw), block_bytes)
+    return [str(item) if isinstance(item, RecordError) else item for item in read]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 64, 1000, 2**20])
-def test_the_objects_do_not_depend_on_the_block_size(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_array, "_BLOCK_BYTES", block_bytes)
+def test_the_objects_do_not_depend_on_the_block_size(block_bytes: int) -> None:
     draw = random.Random(0)
     records = [{"text": "é\n😀\\" * draw.randrange(20), "n": [1, 2.5, {"a": None}, -1e3, True]} for _ in range(30)]
     for indent in (None, 1):
         for ascii_only in (True, False):
-            assert items(json.dumps(records, ensure_ascii=ascii_only, indent=indent)) == records
+            assert items(json.dumps(records, ensure_ascii=ascii_only, indent=indent), block_bytes) == records
     broken = '[{"a": 1},\n{"a": NaN}, 71, {"a": [{"b": 1, "b": 2}], "c": "x"}, {"a": 2}]'
-    assert items(broken) == [
+    assert items(broken, block_bytes) == [
         {"a": 1}, "NaN or Infinity: NaN is not JSON", "not an object: found a number", "duplicate key: 'b'", {"a": 2},
     ]  # fmt: skip
 

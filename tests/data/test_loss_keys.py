@@ -17,7 +17,8 @@ from qlora.data.types import IGNORED, Record, RecordError
 # Writes every key of a message, so that a key which reaches the template shows in the ids.
 SHOWS_KEYS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + m.keys() | sort | join(',') + '\n' + m.content }}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant content,role\n' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant content,role\n' }}{% endif %}"
 )
 KEYS = ("weight", "loss", "train", "training", "trainable", "masked", "loss_mask", "loss_weight", "step_loss_mask",
         "loss_scale")  # fmt: skip

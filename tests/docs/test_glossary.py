@@ -1,4 +1,4 @@
-"""The words of docs/glossary.md: those in its last column occur in no identifier, docstring, comment, message or page."""
+"""The words in the last column of docs/glossary.md occur in no identifier, docstring, comment, message or page."""
 
 import ast
 import io

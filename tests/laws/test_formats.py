@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data import FORMATS
-from qlora.data.conversations.encode_records import read_messages
+from qlora.data.conversations.build_example import Encoded
+from qlora.data.conversations.encode_records import encode_chunk, read_messages
 from qlora.data.conversations.encoder import Encoder
-from qlora.data.types import IGNORED, Message, Record, RecordError
+from qlora.data.types import IGNORED, Message, Record, RecordError, Unused
 
 RECORDS = {  # of each format: the fields of a record, and its trained texts
     "alpaca": (
@@ -75,6 +76,15 @@ def test_the_trained_tokens_decode_to_the_answers(kind: str, encoder: Encoder) -
     example = encoder.encode("x:1", read_messages(make_record(fields), kind))
     trained = encoder.decode(example.labels[example.labels != IGNORED])
     assert answers is None or trained == "".join(f"{answer}<end>" for answer in answers)
+
+
+@EACH_FORMAT
+def test_a_field_that_is_not_read_is_reported_and_changes_nothing(kind: str, encoder: Encoder) -> None:
+    fields, _ = RECORDS[kind]
+    (plain, extended) = encode_chunk([make_record(fields), make_record({**fields, "loss_msk": [0]})], kind, encoder)
+    assert isinstance(plain, Encoded) and plain.unused == Unused()
+    assert isinstance(extended, Encoded) and extended.unused == Unused(fields=("loss_msk",))
+    assert extended.example.labels.tolist() == plain.example.labels.tolist()
 
 
 @EACH_FORMAT

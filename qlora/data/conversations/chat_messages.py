@@ -50,7 +50,7 @@ def _is_trained(message: Message, train_on: str, is_last: bool) -> bool:
 
 
 def _require_separable(dialog: Sequence[Message]) -> None:
-    """RecordError for a masked message whose tokens can't be told from the rest, all of which is to be trained."""
+    """RecordError for a masked message that can't be separated from its prompt, which is to be trained."""
     number = next((i for i, m in enumerate(dialog, 1) if m.train is False and m.role != "assistant"), None)
     if number:
         problem = f"message {number} ({dialog[number - 1].role}) is masked, and data.train_on: all trains every prompt"

@@ -51,7 +51,7 @@ class Renderer:
         masked = self._loss_masker.mask(conversation, prompt)
         hidden = next((i for i in masked.unlocated if conversation.masked[i]), None)
         if train_all and hidden is not None:
-            problem = f"turn {hidden + 1} is masked, and the template rewrites it: it can't be told from trained text"
+            problem = f"turn {hidden + 1} is masked, and the template rewrites it: its text can't be found"
             raise RecordError("loss mask not applied", f"{problem}. Set data.train_on: assistant")
         return conversation, masked
 

@@ -31,8 +31,8 @@ ChunkFunction = Callable[[Chunk], list[Any]]  # returns one result per item
 MIN_CHUNKS = 2  # encoded before workers start: a smaller data set is done before they would be ready
 _MAX_WORKERS = 16
 _WORKER_BYTES = 256 * 2**20  # memory that a worker may allocate itself
-_CHUNK_SECONDS = 30.0  # without an answer, before a worker counts as lost; an honest chunk takes one or two
-_RECORD_SECONDS = 8.0  # for a single record, after its chunk was lost
+CHUNK_SECONDS = 30.0  # without an answer, before a worker counts as lost; an honest chunk takes one or two
+RECORD_SECONDS = 8.0  # for a single record, after its chunk was lost
 
 
 def available_workers() -> int:
@@ -85,8 +85,15 @@ class _Worker:
 class WorkerPool:
     """Forked worker processes that apply `function` to chunks."""
 
-    def __init__(self, function: ChunkFunction, workers: int) -> None:
+    def __init__(
+        self,
+        function: ChunkFunction,
+        workers: int,
+        chunk_seconds: float = CHUNK_SECONDS,
+        record_seconds: float = RECORD_SECONDS,
+    ) -> None:
         self._function, self._context = function, mp.get_context("fork")
+        self._chunk_seconds, self._record_seconds = chunk_seconds, record_seconds
         self._workers: list[_Worker] = []
         self._retry_worker: _Worker | None = None  # encodes the records of a lost chunk one by one
         for _ in range(workers):
@@ -122,13 +129,13 @@ class WorkerPool:
         busy = {worker.pipe: worker for worker in self._workers if worker.task}
         ready = wait(list(busy), timeout=1.0)
         for pipe, worker in busy.items():
-            timed_out = time.monotonic() - worker.sent_at > _CHUNK_SECONDS
+            timed_out = time.monotonic() - worker.sent_at > self._chunk_seconds
             if pipe in ready or timed_out:
                 self._receive(worker, timed_out and pipe not in ready)
 
     def _receive(self, worker: _Worker, timed_out: bool) -> None:
         task, worker.task = worker.task, None
-        results = None if timed_out else _results(worker, _CHUNK_SECONDS)
+        results = None if timed_out else _results(worker, self._chunk_seconds)
         if task and results is None:
             _stop(worker)
             results = self._retry(task.chunk)
@@ -144,7 +151,7 @@ class WorkerPool:
             if result is None:
                 raise DataError(
                     f"{record.where}: encoding this record ends its worker process or takes more than "
-                    f"{_RECORD_SECONDS:.0f} s (out of memory?). Remove or shorten it."
+                    f"{self._record_seconds:.0f} s (out of memory?). Remove or shorten it."
                 )
             results += result
         return results
@@ -154,10 +161,10 @@ class WorkerPool:
         for _ in range(2):
             self._retry_worker = self._retry_worker or self._start_worker()
             self._retry_worker.send(_Task([record]))
-            result = _results(self._retry_worker, _RECORD_SECONDS)
+            result = _results(self._retry_worker, self._record_seconds)
             if result is not None:
                 return result
-            timed_out = time.monotonic() - self._retry_worker.sent_at >= _RECORD_SECONDS
+            timed_out = time.monotonic() - self._retry_worker.sent_at >= self._record_seconds
             _stop(self._retry_worker)
             self._retry_worker = None
             if timed_out:

@@ -3,19 +3,17 @@
 import hashlib
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import datasets
 
 from qlora.data.reading.arrow_nulls import without_filled_nulls
+from qlora.data.reading.hub_access import require_reachable_hub
 from qlora.data.types import Record
 from qlora.errors import DataError
 
@@ -75,7 +73,7 @@ class HubDataset:
 
     @cached_property
     def _builder(self) -> Any:
-        _require_reachable_hub(self.name)
+        require_reachable_hub(self.name, datasets.config.HF_HUB_OFFLINE, datasets.config.HF_ENDPOINT)
         repository, _, config = self.name.partition(":")
         with _hub_errors(self.name):
             return datasets.load_dataset_builder(repository, config or None)
@@ -106,20 +104,6 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise DataError(
             f"{name}: no such file or folder here, and not readable as a hub data set: {_first_line(error)}"
         ) from error
-
-
-def _require_reachable_hub(name: str) -> None:
-    """DataError if the hub's host name can't be resolved: its client would retry for half a minute."""
-    if datasets.config.HF_HUB_OFFLINE or getproxies():
-        return
-    host = urlsplit(datasets.config.HF_ENDPOINT).hostname or ""
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        raise DataError(
-            f"{name}: no such file or folder here, and the hub ({host}) can't be reached for a data set of that name. "
-            "With HF_HUB_OFFLINE=1 an earlier download is used."
-        ) from None
 
 
 def _first_line(error: Any) -> str:

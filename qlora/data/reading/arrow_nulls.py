@@ -10,9 +10,9 @@ _NAMES = ("properties", "arguments")  # objects whose keys are names of paramete
 def without_filled_nulls(fields: Mapping[str, Any], features: Any) -> dict[str, Any]:
     """A record of a table without the keys that are null inside its objects, as its JSON lines had them.
 
-    features: the types of the columns (of `datasets`); None if they are not known. Columns, members of lists, and values
-    that the table stores as JSON stay unchanged. So does the null of a schema's `default`, unless the key has other
-    values in the table: then the null is much more often a filled one.
+    features: the types of the columns (of `datasets`); None if they are not known. Columns, members of lists, and
+    values that the table stores as JSON stay unchanged. So does the null of a schema's `default`, unless the key has
+    other values in the table: then the null is much more often a filled one.
     """
     types = features if isinstance(features, Mapping) else {}
     return {name: _pruned(value, types.get(name), name) for name, value in fields.items()}

@@ -8,17 +8,17 @@ from typing import Any, BinaryIO
 from qlora.data.reading.strict_json import DECODER, MAX_RECORD_BYTES, check, decoder_error
 from qlora.data.types import RecordError
 
-_BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**20
 _TOO_LARGE = "row too large"
 _REST_UNREAD = "the rest of the file is not read"
 
 
-def items(file: BinaryIO) -> Iterator[dict[str, Any] | RecordError]:
+def items(file: BinaryIO, block_bytes: int = BLOCK_BYTES) -> Iterator[dict[str, Any] | RecordError]:
     """The objects of the array in `file`, one by one, with a RecordError in place of each that can't be used.
 
     `file` is at its beginning, after a byte-order mark.
     """
-    window = _Window(file)
+    window = _Window(file, block_bytes)
     try:
         window.peek()
         window.take()  # the opening bracket
@@ -38,8 +38,8 @@ def items(file: BinaryIO) -> Iterator[dict[str, Any] | RecordError]:
 class _Window:
     """The part of a file that has been read and not yet consumed."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, block_bytes: int) -> None:
+        self._file, self._block_bytes = file, block_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._bytes_before = 0  # before this block, for errors
         self._chars_before = 0  # before `_text`
@@ -102,7 +102,7 @@ class _Window:
         """Read one more block; False at the end of the file. RecordError for bytes that are not text."""
         if self._ended:
             return False
-        block = self._file.read(_BLOCK_BYTES)
+        block = self._file.read(self._block_bytes)
         if b"\0" in block:
             raise RecordError("NUL character", f"at byte {self._bytes_before + block.index(0) + 1}; {_REST_UNREAD}")
         try:

@@ -4,9 +4,10 @@ A message has a flag, a record a list with one flag per message, a tokenized rec
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
 from qlora.data.types import TEXT, TOKENS, TOOLS, Message, RecordError
@@ -28,8 +29,8 @@ TOKEN_KEYS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask
 PART_KEYS = ("train_detail", "training_detail")  # Axolotl: spans within a message
 
 ALLOWED = "true, false, 1, 0"
-_WORDS = {"mask", "masks", "masked", "msk", "loss", "train", "training", "trainable", "trained", "weight", "weights",
-          "ignore", "ignored", "unmask"}  # fmt: skip
+_WORDS = {"mask", "masks", "masked", "masking", "msk", "unmask", "loss", "train", "training", "trainable", "trained",
+          "weight", "weights", "ignore", "ignored", "learn", "learnable", "supervise", "supervised"}  # fmt: skip
 
 
 def message_flag(item: Mapping[str, Any], location: str) -> bool | None:
@@ -91,7 +92,14 @@ def _flagged(message: Message, flag: bool, location: str) -> Message:
 def looks_like_one(key: str, known: Sequence[str]) -> bool:
     """Whether an unread key may be meant as a loss key: by its words, or because it is near one of `known`."""
     words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
-    return bool(_WORDS.intersection(words) or get_close_matches(key.lower(), known, n=1, cutoff=0.8))
+    near = get_close_matches(key.lower(), known, n=3, cutoff=0.75)
+    return bool(_WORDS.intersection(words)) or any(_is_slip(key.lower(), name) for name in near)
+
+
+def _is_slip(key: str, name: str) -> bool:
+    """Whether a near key is a misspelt one: a letter too much or too few, or swapped ones. `height` is no `weight`."""
+    extra = (Counter(key) - Counter(name)).total() + (Counter(name) - Counter(key)).total()
+    return extra <= 1 or (key[0] == name[0] and SequenceMatcher(None, key, name).ratio() >= 0.8)
 
 
 def nearest(key: str, known: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora.data.types import Finding
 from qlora.errors import DataError
+from qlora.utils.paths import similar_path
 
 if TYPE_CHECKING:
     from qlora.data import Source
@@ -48,7 +49,7 @@ def resolve_source(source: "Source") -> ResolvedSource:
         return ResolvedSource((), hub=source.path)
     raise DataError(
         f"{source.path}: no such file or folder. Allowed: a file ({_ALLOWED}), a folder of them, a glob, or a hub name "
-        "like owner/name. Relative paths start at the folder the command runs in."
+        f"like owner/name.{similar_path(path)}"
     )
 
 
