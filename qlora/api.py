@@ -99,11 +99,16 @@ def train(recipe: "Recipe | StrPath", *, quiet: bool = False) -> Run:
     DoesNotFit if the plan exceeds the memory, DataError for data that can't be trained on, Stopped after Ctrl-C or a
     signal: the checkpoint of the last step is on disk then. Method: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314.
     """
+    from qlora.distributed.watchdog import report_once
+    from qlora.recipe.check_paths import require_paths
+    from qlora.utils.cuda_allocator import use_expandable_segments
+
+    use_expandable_segments()
+    settings = load_recipe(recipe) if isinstance(recipe, str | PathLike) else recipe
+    report_once(lambda: require_paths(settings))
     from qlora.runs import train as training
 
-    if isinstance(recipe, str | PathLike):
-        recipe = load_recipe(recipe)
-    return Run(Path(recipe.train.output), training.train(recipe, quiet=quiet))
+    return Run(Path(settings.train.output), training.train(settings, quiet=quiet))
 
 
 def load(run: "Run | StrPath", adapter: StrPath | None = None) -> "LoadedRun":
@@ -112,9 +117,12 @@ def load(run: "Run | StrPath", adapter: StrPath | None = None) -> "LoadedRun":
     The base model is quantized as in training. adapter: a folder that replaces the run's adapter. InputError if the
     folder is none of these; AdapterError if the adapter is damaged or was trained on other weights.
     """
+    from qlora.runs.find_run import find_run
+
+    files = find_run(fspath(run), None if adapter is None else fspath(adapter), _print)
     from qlora.runs.load_run import load_run
 
-    return load_run(fspath(run), None if adapter is None else fspath(adapter), _print)
+    return load_run(files, None, _print)
 
 
 @overload
@@ -135,13 +143,13 @@ def generate(
     range.
     """
     from qlora.data.types import Message
-    from qlora.runs.generate import generate_from_messages
+    from qlora.runs.generate import generate_from_prompts
 
     _refuse_range(max_new_tokens, temperature)
     loaded = load(run) if isinstance(run, Run | str | PathLike) else run
     texts = [prompt] if isinstance(prompt, str) else prompt
     prompts = [(text, [Message("user", text)]) for text in texts]
-    answers = [str(row["text"]) for row in generate_from_messages(loaded, prompts, max_new_tokens, temperature)]
+    answers = [str(row["text"]) for row in generate_from_prompts(loaded, prompts, max_new_tokens, temperature)]
     return answers[0] if isinstance(prompt, str) else answers
 
 

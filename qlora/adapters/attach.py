@@ -10,8 +10,9 @@ from qlora.adapters.dora import DoraLinear
 from qlora.adapters.inject import frozen_linears
 from qlora.adapters.lora import LoraLinear
 from qlora.adapters.modules_to_save import build_modules_to_save
-from qlora.adapters.peft_config import MAX_RANK, has_layer_filter, module_settings
+from qlora.adapters.peft_config import MAX_RANK, has_layer_filter, module_settings, possible_ranks
 from qlora.adapters.peft_files import AdapterFile
+from qlora.adapters.plain_lora import refuse_changed_base
 from qlora.adapters.trainable_tokens import build_token_rows
 from qlora.errors import AdapterError
 from qlora.model.module_tree import set_by_path
@@ -33,13 +34,14 @@ def build_layers(
 ) -> tuple[dict[str, nn.Module], str | None]:
     """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrix."""
     note = _check_base(file, base_sha256, allow_other_base)
+    refuse_changed_base(file)
     frozen = frozen_linears(model)
     modules, module_problems = build_modules_to_save(model, file.modules)
     rows, row_problems = build_token_rows(model, file.config, file.rows)
-    problems = _pair_problems(file, frozen) + module_problems + row_problems + _missing_modules(file)
+    problems = _pair_problems(file, frozen) + module_problems + row_problems + _missing_modules(file, model)
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise AdapterError(f"{file.folder}: does not fit this base: {listed}.")
+        raise AdapterError(f"{file.folder}: does not fit this base: {listed}. Use the base it was trained on.")
     layers: dict[str, nn.Module] = {**modules, **rows}
     for path, (a, b) in file.pairs.items():
         kind = DoraLinear if path in file.magnitudes else LoraLinear
@@ -65,20 +67,29 @@ def _check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> 
 
 def _pair_problems(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
     """Why the file's A, B and magnitudes can't be those of the frozen layers, one line per problem."""
-    problems = [problem for path, pair in file.pairs.items() if (problem := _pair_problem(path, pair, frozen))]
+    problems = [problem for path in file.pairs if (problem := _pair_problem(file, path, frozen))]
+    others = [*file.embeddings, *file.base_weights]
+    problems += [f"{path} holds LoRA on an embedding, which was not read as a whole weight" for path in others]
     problems += [problem for path, m in file.magnitudes.items() if (problem := _magnitude_problem(path, m, frozen))]
     return problems + [f"{path} is named by target_modules, but the file lacks it" for path in _missing(file, frozen)]
 
 
-def _pair_problem(path: str, pair: tuple[Tensor, Tensor], frozen: Mapping[str, Any]) -> str | None:
-    a, b = pair
+def _pair_problem(file: AdapterFile, path: str, frozen: Mapping[str, Any]) -> str | None:
+    a, b = file.pairs[path]
     if path not in frozen:
-        return f"{path} is not a linear layer of this base"
+        is_expert = ".experts." in path
+        kind = (
+            "an expert, which stays frozen here: merge it in PEFT" if is_expert else "not a linear layer of this base"
+        )
+        return f"{path} is {kind}"
     layer = frozen[path]
     if not (a.is_floating_point() and b.is_floating_point()):
         return f"{path} is stored as {a.dtype}, needed: floating-point numbers"
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK:
         return f"{path} has A {list(a.shape)} and B {list(b.shape)}"
+    ranks = possible_ranks(file.config, path)
+    if ranks and a.shape[0] not in ranks:
+        return f"{path} has rank {a.shape[0]}, its config says {' or '.join(map(str, sorted(ranks)))}"
     if (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
         shape = [layer.out_features, layer.in_features]
         return f"{path} has an update of shape {[b.shape[0], a.shape[1]]}, the base's matrix is {shape}"
@@ -103,10 +114,14 @@ def _missing(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
     return [path for path in named if path not in file.pairs]
 
 
-def _missing_modules(file: AdapterFile) -> list[str]:
-    """Modules to save and trainable tokens that the config names, but the file does not hold."""
+def _missing_modules(file: AdapterFile, model: nn.Module) -> list[str]:
+    """Modules to save and trainable tokens that the config names, but the file does not hold.
+
+    A name that no module of the model has is not missing: PEFT does nothing for it.
+    """
     paths = [key.rpartition(".")[0] for key in file.modules]
-    names = file.config.get("modules_to_save") or []
+    modules = [path for path, _ in model.named_modules()]
+    names = [name for name in file.config.get("modules_to_save") or [] if any(path.endswith(name) for path in modules)]
     missing = [
         f"{name} is named by modules_to_save" for name in names if not any(path.endswith(name) for path in paths)
     ]

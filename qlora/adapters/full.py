@@ -7,7 +7,7 @@ from torch import nn
 from qlora.adapters.inject import Injection
 from qlora.adapters.master_weights import MasterNorm, trainable_copy, trainable_modules
 from qlora.errors import AdapterError
-from qlora.model.module_tree import set_by_path
+from qlora.model.module_tree import decoder_of, set_by_path
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Full:
         return Injection((), len(paths), trainable_parameters, parameters, tuple(paths))
 
     def _refuse_frozen(self, model: nn.Module) -> None:
-        decoder = model.get_decoder()  # type: ignore[operator]
+        decoder = decoder_of(model)
         frozen = [name for name, value in decoder.named_parameters() if not value.requires_grad]
         if frozen:
             raise AdapterError(

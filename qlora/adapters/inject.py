@@ -9,6 +9,7 @@ from torch import nn
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.patterns import refuse_unused
 from qlora.adapters.target_modules import select
+from qlora.model.linear_layers import layers_left_out
 from qlora.model.module_tree import set_by_path
 from qlora.quant.linear import FrozenLinear
 
@@ -38,10 +39,11 @@ class Injection:
 def inject(model: nn.Module, adapter: Lora, targets: str | Sequence[str], seed: int) -> Injection:
     """Wrap every target of `model` and initialize the adapters from `seed`, in the order of the layers.
 
-    AdapterError, with the nearest names, if one of the patterns matches no frozen linear layer.
+    AdapterError, with the nearest names, if one of the patterns matches no frozen linear layer, or only layers that
+    their class uses in ways of its own.
     """
-    frozen = frozen_linears(model)
-    paths = select(frozen, targets)
+    frozen, left_out = frozen_linears(model), layers_left_out(model)
+    paths = select([path for path in frozen if path not in left_out], targets, left_out)
     refuse_unused("adapter.rank_pattern", adapter.rank_pattern, paths)
     refuse_unused("adapter.alpha_pattern", adapter.alpha_pattern, paths)
     generator = torch.Generator().manual_seed(seed)

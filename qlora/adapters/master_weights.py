@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from qlora.errors import AdapterError
+from qlora.model.module_tree import decoder_of
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.rematerialize import Origin, origin_of, rowwise_checkpoint
 
@@ -63,7 +64,7 @@ class MasterEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> [..., I]."""
         rows = F.embedding(ids, self.weight, self.padding_idx).to(self.dtype)
-        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype)
 
 
 class MasterNorm(nn.Module):
@@ -88,7 +89,7 @@ class MasterNorm(nn.Module):
 
 def trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of all that can train in full, in order: matrices, norms and embedding of the decoder; head."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()  # type: ignore[operator]
+    decoder, head = decoder_of(model), model.get_output_embeddings()  # type: ignore[operator]
     inside = {id(module) for module in decoder.modules()} | {id(head)}
     for path, module in model.named_modules():
         if id(module) in inside and _is_trainable(module) and not path.endswith(".base"):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from qlora.adapters.dora import Dora
 from qlora.adapters.inject import adapted
 from qlora.adapters.lora import Lora
 from qlora.adapters.modules_to_save import names_for_peft
-from qlora.adapters.patterns import by_pattern
+from qlora.adapters.patterns import matches
+from qlora.adapters.peft_fields import MERGE_IN_PEFT, refuse_fields
+from qlora.adapters.peft_starts import changed_start
 from qlora.adapters.rslora import RsLora
 from qlora.adapters.trainable_tokens import trainable_token_indices
 from qlora.errors import AdapterError
@@ -29,11 +31,6 @@ PEFT_FIELDS: Mapping[str, Any] = {  # the fields that every PEFT since 0.10 know
     "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "r": None, "rank_pattern": {},
     "revision": None, "target_modules": None, "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
 }  # fmt: skip
-UNSUPPORTED = (  # settings that change what an adapter computes, in ways that are not implemented
-    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
-    "target_parameters", "fan_in_fan_out", "use_bdlora", "kasa_config", "velora_config",
-    "monteclora_config", "arrow_config",
-)  # fmt: skip
 LAYER_FILTERS = ("layers_to_transform", "layers_pattern", "exclude_modules")  # narrow what target_modules matches
 
 
@@ -44,10 +41,10 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterError(f"{path} is not a JSON object: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type: found {str(config.get('peft_type'))[:80]!r}, allowed: LORA.")
-    unsupported = next((key for key in UNSUPPORTED if config.get(key)), None)
-    if unsupported:
-        raise AdapterError(f"{path}: {unsupported} is not supported.")
+        kind = str(config.get("peft_type"))[:80]
+        raise AdapterError(f"{path}: peft_type: found {kind!r}, allowed: LORA. {MERGE_IN_PEFT}")
+    refuse_fields(path, config)
+    changed_start(path, config)
     _check_patterns(path, config)
     _check_values(path, config)
     return config
@@ -86,6 +83,12 @@ def build_plain_config(source: Mapping[str, Any], rank: int, targets: Sequence[s
     }
 
 
+def plain_fields(rank: int) -> dict[str, Any]:
+    """The fields of a config that give every layer this rank and a scaling of 1, on an unchanged base."""
+    fields = {"alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False, "init_lora_weights": True}
+    return fields | {"lora_alpha": rank, "r": rank}
+
+
 def target_names(model: nn.Module) -> list[str]:
     """The shortest names that match exactly the adapted layers: leaf names (servers expect those), else full paths."""
     chosen = set(adapted(model))
@@ -107,15 +110,45 @@ def module_settings(config: Mapping[str, Any], path: str, rank: int) -> Lora:
     return kind(rank=rank, alpha=float(alpha), dropout=float(config.get("lora_dropout") or 0.0))
 
 
+def possible_ranks(config: Mapping[str, Any], path: str) -> set[int]:
+    """The ranks that the config allows for one module: of every key that matches, as PEFT sorts them when it saves."""
+    ranks = [config.get("r"), *_matching(config.get("rank_pattern") or {}, path).values()]
+    return {rank for rank in ranks if type(rank) is int}
+
+
+def report_unclear_alphas(where: Path, config: Mapping[str, Any], paths: Iterable[str]) -> Iterator[str]:
+    """A line if the order of alpha_pattern decides about a layer: PEFT writes its keys in alphabetical order.
+
+    The order of training, in which the first key that matches counts, is in no file.
+    """
+    patterns = config.get("alpha_pattern") or {}
+    if len(patterns) < 2 or list(patterns) != sorted(patterns):
+        return
+    for path in paths:
+        alphas = _matching(patterns, path)
+        if len(set(alphas.values())) > 1:
+            keys = ", ".join(f"{key!r} ({alpha})" for key, alpha in alphas.items())
+            yield (
+                f"careful: {where}: alpha_pattern: {keys} match {path}; the first counts. PEFT sorts them when it "
+                "saves: if training had another order, correct it in the file."
+            )
+            return
+
+
 def _by_pattern_in_time(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """`by_pattern`, for expressions of an untrusted file. AdapterError for one that takes too long."""
+    return next(iter(_matching(patterns, path).values()), default)
+
+
+def _matching(patterns: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The patterns whose key matches `path`. AdapterError for an expression that takes too long."""
     if not patterns:
-        return default
+        return {}
     try:
-        return within_limits(lambda: by_pattern(patterns, path, default))
+        return within_limits(lambda: {key: value for key, value in patterns.items() if matches(key, path)})
     except (LimitExceeded, MemoryError):
         raise AdapterError(
-            f"adapter_config.json: alpha_pattern: one of its expressions takes too long to match {path!r}."
+            f"adapter_config.json: rank_pattern or alpha_pattern: an expression takes too long to match {path!r}."
         ) from None
 
 

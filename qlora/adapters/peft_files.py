@@ -14,18 +14,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from qlora.adapters.adapter_folder import CONFIG as CONFIG
+from qlora.adapters.adapter_folder import WEIGHTS as WEIGHTS
+from qlora.adapters.adapter_folder import require_adapter_folder
+from qlora.adapters.adapter_keys import PREFIX as PREFIX
+from qlora.adapters.adapter_keys import SUFFIXES as SUFFIXES
+from qlora.adapters.adapter_keys import refuse_incomplete, sort_tensors
 from qlora.adapters.dora import DoraLinear
 from qlora.adapters.inject import adapted
 from qlora.adapters.lora import Lora
 from qlora.adapters.modules_to_save import weights_to_save
-from qlora.adapters.peft_config import build_config, read_config
+from qlora.adapters.peft_config import build_config, read_config, report_unclear_alphas
+from qlora.adapters.peft_fields import report_unknown_fields
 from qlora.adapters.trainable_tokens import TENSOR_SUFFIX, token_rows
 from qlora.errors import AdapterError, QloraError
 from qlora.utils.atomic_files import write_bytes, write_json
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 FINGERPRINT = "qlora.base_sha256"
 
 
@@ -49,6 +53,10 @@ class AdapterFile:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)  # path -> m [O]; of DoRA, for every pair
     modules: Mapping[str, Tensor] = field(default_factory=dict)  # name -> weight of a module to save
     rows: Mapping[str, Tensor] = field(default_factory=dict)  # path -> trained rows [N, I] of embedding or head
+    embeddings: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # path -> (A [R, V], B [I, R])
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)  # path -> W beside an update of embedding or head
+    notes: tuple[str, ...] = ()  # lines to show where it is loaded
+    is_changed: bool = False  # since it was read from the folder: to fit a base
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -91,6 +99,24 @@ def write(folder: Path, model: nn.Module, adapter: Lora, base: BaseIdentity) -> 
     write_json(folder / CONFIG, build_config(model, adapter, base.name, base.revision))
 
 
+def write_file(folder: Path, file: AdapterFile) -> None:
+    """Write an adapter as `read` returns it. QloraError, and nothing is written, if a value is not finite."""
+    sides = {
+        "A": {path: a for path, (a, _) in file.pairs.items()},
+        "B": {path: b for path, (_, b) in file.pairs.items()},
+    }
+    layers = {**sides, "magnitude": file.magnitudes}
+    named = {
+        f"{PREFIX}{path}{SUFFIXES[side]}": value for side, values in layers.items() for path, value in values.items()
+    }
+    named |= {PREFIX + path + TENSOR_SUFFIX: rows for path, rows in file.rows.items()}
+    named |= {PREFIX + name: weight for name, weight in file.modules.items()}
+    named = {key: value.cpu().contiguous() for key, value in named.items()}
+    refuse_non_finite(named, folder / WEIGHTS)
+    write_bytes(folder / WEIGHTS, serialize(named, {FINGERPRINT: file.base_sha256} if file.base_sha256 else {}))
+    write_json(folder / CONFIG, dict(file.config))
+
+
 def refuse_non_finite(named: Mapping[str, Tensor], path: Path) -> None:
     """QloraError, naming the tensor, if one that is to be written to `path` has a NaN or an infinity."""
     for key, value in named.items():
@@ -123,42 +149,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read(folder: Path) -> AdapterFile:
     """Read an adapter folder of qlora or PEFT. AdapterError if it is damaged, or neither LoRA nor DoRA."""
-    _require(folder / CONFIG)
+    require_adapter_folder(folder)
     config = read_config(folder / CONFIG)
     named, metadata = _read_safetensors(folder / WEIGHTS)
-    modules = {key.removeprefix(PREFIX): value for key, value in named.items() if _is_module_to_save(key, config)}
-    rows = {key[len(PREFIX) : -len(TENSOR_SUFFIX)]: v for key, v in named.items() if key.endswith(TENSOR_SUFFIX)}
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, value in named.items():
-        if key.removeprefix(PREFIX) not in modules and not key.endswith(TENSOR_SUFFIX):
-            path, side = _split(key, folder)
-            layers.setdefault(path, {})[side] = value
-    needed = set(SUFFIXES) if config.get("use_dora") else {"A", "B"}
-    incomplete = next((path for path, sides in layers.items() if sides.keys() != needed), None)
-    if incomplete or not layers:
-        names = ", ".join(SUFFIXES[side].split(".")[1] for side in sorted(needed))
-        raise AdapterError(
-            f"{folder / WEIGHTS}: {incomplete or 'the file'} must have exactly {names}, as its {CONFIG} says."
-        )
-    pairs = {path: (sides["A"], sides["B"]) for path, sides in layers.items()}
-    magnitudes = {path: sides["magnitude"] for path, sides in layers.items() if "magnitude" in sides}
-    return AdapterFile(folder, config, pairs, metadata.get(FINGERPRINT), magnitudes, modules, rows)
-
-
-def _is_module_to_save(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether a key is a weight of one of `modules_to_save`, which PEFT matches as ends of paths; or tied to one."""
-    names = tuple(config.get("modules_to_save") or ())
-    if names and config.get("ensure_weight_tying") and key == PREFIX + "lm_head.weight":
-        return True
-    return key.startswith(PREFIX) and bool(names) and key.rpartition(".")[0].endswith(names)
-
-
-def _split(key: str, folder: Path) -> tuple[str, str]:
-    """The module path and the side (A, B, magnitude) of a tensor's name."""
-    for side, suffix in SUFFIXES.items():
-        if key.startswith(PREFIX) and key.endswith(suffix):
-            return key[len(PREFIX) : -len(suffix)], side
-    raise AdapterError(f"{folder / WEIGHTS}: {key!r} does not belong to LoRA or DoRA; only these can be read.")
+    tensors = sort_tensors(named, tuple(config.get("modules_to_save") or ()), folder / WEIGHTS)
+    refuse_incomplete(tensors, bool(config.get("use_dora")), folder / WEIGHTS)
+    sides, notes = tensors.sides.items(), [*report_unknown_fields(folder / CONFIG, config)]
+    if FINGERPRINT not in metadata:
+        notes += report_unclear_alphas(folder / CONFIG, config, [*tensors.sides, *tensors.embeddings])
+    return AdapterFile(
+        folder,
+        config,
+        {path: (layer["A"], layer["B"]) for path, layer in sides if "A" in layer},
+        metadata.get(FINGERPRINT),
+        {path: layer["magnitude"] for path, layer in sides if "magnitude" in layer},
+        tensors.modules,
+        tensors.rows,
+        {path: (pair["embedding A"], pair["embedding B"]) for path, pair in tensors.embeddings.items()},
+        tensors.base_weights,
+        (*notes, *([tensors.note] if tensors.note else [])),
+    )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

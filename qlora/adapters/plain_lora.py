@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.peft_config import build_plain_config, has_layer_filter, module_settings
 from qlora.adapters.peft_files import CONFIG, FINGERPRINT, PREFIX, SUFFIXES, WEIGHTS, AdapterFile, serialize
+from qlora.adapters.peft_starts import changed_start
 from qlora.adapters.spectrum import factors
 from qlora.errors import AdapterError
 from qlora.utils.atomic_files import write_bytes, write_json
@@ -22,6 +23,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R]) whos
 
 def fold_scaling(file: AdapterFile, weight: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
     """The adapter's A and B, its scaling and `weight` multiplied into B. AdapterError unless it is A and B only."""
+    refuse_changed_base(file)
     refuse_base_weights(file)
     if file.magnitudes:
         raise AdapterError(
@@ -35,12 +37,22 @@ def fold_scaling(file: AdapterFile, weight: float = 1.0) -> dict[str, tuple[Tens
 
 
 def refuse_base_weights(file: AdapterFile) -> None:
-    """AdapterError if the adapter holds modules, or token rows, that were trained in full."""
-    if file.modules or file.rows:
-        names = ", ".join(sorted({*file.modules, *(f"rows of {path}" for path in file.rows)})[:3])
+    """AdapterError if the adapter holds whole weights, or whole rows of them."""
+    names = {*file.modules, *file.embeddings, *file.base_weights, *(f"rows of {path}" for path in file.rows)}
+    if names:
         raise AdapterError(
-            f"{file.folder}: {names} were trained in full, which no low-rank pair can represent. "
-            "Use `qlora export --to merged`."
+            f"{file.folder}: {', '.join(sorted(names)[:3])} were trained in full, which no low-rank pair can "
+            "represent. Use `qlora export --to merged`."
+        )
+
+
+def refuse_changed_base(file: AdapterFile) -> None:
+    """AdapterError for an adapter whose start changed its base: A and B are not its update."""
+    start = changed_start(file.folder / CONFIG, file.config)
+    if start:
+        raise AdapterError(
+            f"{file.folder}: its start ({start}) changed the base, so that A and B alone are not its update. "
+            f"`qlora export {file.folder} OUT --to adapter` writes the update: use OUT."
         )
 
 

@@ -127,14 +127,14 @@ class PerRowAdapters(nn.Module):
     def __init__(self, base: nn.Module, members: Sequence[tuple[nn.Module, Tensor]], rows: int) -> None:
         super().__init__()
         self.base = base
-        device = next(base.parameters()).device
+        device = base.device if isinstance(base, FrozenLinear) else next(base.parameters()).device
         self._members = tuple((layer, index.to(device)) for layer, index in members)  # a tuple: not submodules
         self._rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
         """X [N, ..., I] -> [N, ..., O], N the number of rows that have a name."""
         if x.shape[0] != self._rows:
-            raise AdapterError(f"a batch of {x.shape[0]} rows, but adapters are named for {self._rows}.")
+            raise AdapterError(f"a batch of {x.shape[0]} sequences, but adapters are named for {self._rows}.")
         y: Tensor = self.base(x)
         for layer, index in self._members:
             y = y.index_add(0, index, layer_update(layer, x[index]))

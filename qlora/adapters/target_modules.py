@@ -1,18 +1,29 @@
 """Resolve a recipe's `adapter.targets` (names, ends of paths, or one regular expression) to module paths."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 from qlora.errors import AdapterError
 
 
-def select(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """The paths that `targets` matches: `all-linear`, a list of names (paths or their ends), or one pattern."""
+def select(
+    paths: Iterable[str], targets: str | Sequence[str], left_out: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """The paths that `targets` matches: `all-linear`, a list of names (paths or their ends), or one pattern.
+
+    `left_out`: path -> reason, of linear layers that can't be adapted. AdapterError if there is no layer to adapt, or
+    if one of several names or the pattern matches none.
+    """
     candidates = list(paths)
+    if not candidates:
+        reasons = f" ({next(iter(left_out.values()))})" if left_out else ""
+        raise AdapterError(f"adapter.targets: this model has no linear layer to adapt{reasons}. Choose another base.")
     if targets == "all-linear":
         return candidates
+    _refuse_left_out(candidates, targets, left_out)
     if isinstance(targets, str):
         return _matching_paths(candidates, targets, _compile(targets).fullmatch)
     if not targets:
@@ -21,6 +32,19 @@ def select(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
         )
     chosen = {path for name in targets for path in _matching_paths(candidates, name, _ends_with(name))}
     return [path for path in candidates if path in chosen]
+
+
+def _refuse_left_out(candidates: list[str], targets: str | Sequence[str], left_out: Mapping[str, str]) -> None:
+    """AdapterError for a name or a pattern that matches only layers that can't be adapted."""
+    matchers = (
+        {targets: _compile(targets).fullmatch} if isinstance(targets, str) else {t: _ends_with(t) for t in targets}
+    )
+    for name, matches in matchers.items():
+        path = next((path for path in left_out if matches(path)), None)
+        if path is not None and not any(matches(other) for other in candidates):
+            raise AdapterError(
+                f"adapter.targets: {name!r} can't be adapted: {left_out[path]}. Leave it out; all-linear does so."
+            )
 
 
 def nearest_names(name: str, paths: Iterable[str]) -> tuple[str, str]:

@@ -63,6 +63,11 @@ def token_ids(tokenizer: Any, tokens: Sequence[str | int], rows: int) -> list[in
     vocabulary, ids = tokenizer.get_vocab(), list[int]()
     for token in tokens:
         number = vocabulary.get(token) if isinstance(token, str) else token
+        if isinstance(token, str) and number is not None and number >= rows:
+            raise AdapterError(
+                f"adapter.tokens: {token!r} (id {number:,}) is a token of the tokenizer, but has no row in this base, "
+                f"which has {rows:,} rows. Use adapter.new_tokens, which adds a row and trains it."
+            )
         if number is None or not 0 <= number < rows:
             spare = sorted(text for text in vocabulary if "reserved" in text or "unused" in text)[:3]
             hint = f" Spare ones here: {', '.join(spare)}." if spare else ""
@@ -78,7 +83,7 @@ def token_ids(tokenizer: Any, tokens: Sequence[str | int], rows: int) -> list[in
 
 def train_token_rows(model: nn.Module, ids: Sequence[int]) -> list[str]:
     """Make the rows of `ids` trainable in the embedding and the head: the same rows where these are tied."""
-    ends = _embedding_and_head(model)
+    ends = embedding_and_head(model)
     if any(isinstance(module, ModuleToSave) for module in ends.values()):
         raise AdapterError("adapter.tokens: adapter.save_modules trains the whole matrix already. Remove one of them.")
     shared: dict[int, nn.Parameter] = {}
@@ -111,7 +116,7 @@ def build_token_rows(
     model: nn.Module, config: Mapping[str, Any], rows: Mapping[str, Tensor]
 ) -> tuple[dict[str, ModuleToSave], list[str]]:
     """Modules with the rows of a file, path -> [N, I] in the order of its config; and why they don't fit this base."""
-    ends, indices = _embedding_and_head(model), config.get("trainable_token_indices") or {}
+    ends, indices = embedding_and_head(model), config.get("trainable_token_indices") or {}
     first = next(iter(ends))
     by_name = indices if isinstance(indices, dict) else {first.rpartition(".")[2]: indices}
     modules: dict[str, ModuleToSave] = {}
@@ -143,7 +148,7 @@ def _rows_problem(path: str, module: Any, ids: Any, values: Tensor) -> str | Non
     return None
 
 
-def _embedding_and_head(model: nn.Module) -> dict[str, nn.Module]:
+def embedding_and_head(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> the embedding and the head, in this order."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     paths = {id(module): path for path, module in model.named_modules()}

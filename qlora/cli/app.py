@@ -6,12 +6,14 @@ People read stderr, programs read stdout. Nothing heavy is imported before a com
 import json
 import sys
 import traceback
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 from typing import Any
 
 import typer
 from typer.exceptions import TyperException
 
 from qlora.errors import QloraError, ReportedByOtherRank
+from qlora.utils.cuda_allocator import use_expandable_segments
 from qlora.utils.redact import RedactedStream, redacted
 
 app = typer.Typer(
@@ -25,6 +27,9 @@ app = typer.Typer(
 
 # Commands on a recipe take any `key=value`, `--key value` or `--key=value` after it.
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Errors of the system about a path that can't be read: the input is wrong.
+WRONG_PATHS = {EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
+TRAINING = ("train", "sweep", "demo")  # commands that train
 INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
 
 
@@ -55,11 +60,24 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             log(traceback.format_exc())
-        log(f"error: {type(error).__name__}: {error}\nThis is a bug in qlora; --debug prints the stack trace.")
-        return 1
+        log(f"error: {_unexpected(error)}")
+        return 2 if isinstance(error, OSError) and error.errno in WRONG_PATHS else 1
     if code == INTERRUPTED:
-        log("stopped before the first step; nothing was written")
+        log("stopped before the first step; nothing was written" if arguments[0] in TRAINING else "stopped")
     return code if isinstance(code, int) else 0
+
+
+def _unexpected(error: Exception) -> str:
+    """The message of an error that no package has turned into one of its own."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's, and Python's
+        return (
+            f"out of memory ({first_line}). Close other programs on this device, give shorter texts, or set "
+            "memory.weights: stream in the recipe."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)[:200]}: {error.strerror}. Correct the path or its permissions."
+    return f"{type(error).__name__}: {error}\nThis is a bug in qlora; --debug prints the stack trace."
 
 
 def _report(error: QloraError, debug: bool) -> int:
@@ -74,4 +92,5 @@ def _report(error: QloraError, debug: bool) -> int:
 def main() -> None:
     """The `qlora` command. Output of other libraries on stderr is redacted too."""
     sys.stderr = RedactedStream(sys.stderr)  # type: ignore[assignment]
+    use_expandable_segments()
     sys.exit(run(sys.argv[1:]))

@@ -25,11 +25,16 @@ def chat(
     Example: qlora chat runs/example --adapter brief=runs/brief
     """
     from qlora.runs.adapter_names import named_adapters
+    from qlora.runs.find_run import find_run, require_adapters
+
+    files = find_run(run, None, log)
+    own = str(files.adapter) if files.adapter else None
+    adapters = require_adapters(named_adapters(adapter or [], own))
     from qlora.runs.chat import run_chat
     from qlora.runs.conversation import ChatSession
-    from qlora.runs.load_run import find_adapter_folder, load_with_adapters
+    from qlora.runs.load_run import load_with_adapters
 
-    loaded, switch = load_with_adapters(run, named_adapters(adapter or [], find_adapter_folder(run)), log)
+    loaded, switch = load_with_adapters(files, adapters, log)
     session = ChatSession(loaded, switch, max_new_tokens, temperature, log)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -17,10 +17,14 @@ def check(
 
     Example: qlora check recipe.yaml
     """
-    from qlora.recipe.check import check_recipe, summarize_findings
+    from qlora.recipe.findings import check_settings, summarize_findings
     from qlora.utils.redact import redacted_values
 
-    result = check_recipe(recipe, context.args)
+    settings, result = check_settings(recipe, context.args)
+    if settings:
+        from qlora.recipe.check import check_contents
+
+        check_contents(settings, result)
     if as_json:
         print_json(redacted_values(result))  # findings quote records
     else:
@@ -29,6 +33,7 @@ def check(
         for kind in ("warnings", "problems"):
             for line in summarize_findings(result[kind]):
                 log(f"{kind[:-1]}: {line}")
-        log("ok" if result["ok"] else "not ok: the problems above would stop a run")
+        unchecked = "" if settings else "; data and memory were not checked yet"
+        log("ok" if result["ok"] else f"not ok: the problems above would stop a run{unchecked}")
     if not result["ok"]:
         raise typer.Exit(3 if [problem["where"] for problem in result["problems"]] == ["memory"] else 2)

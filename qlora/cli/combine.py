@@ -1,5 +1,6 @@
 """`qlora combine`: one adapter out of several."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,10 +19,17 @@ def combine(
 
     Example: qlora combine both polite=runs/polite brief=runs/brief:0.5
     """
-    from qlora.exporters.resize_combine import combine
     from qlora.runs.adapter_names import parse_weighted_adapters
+    from qlora.runs.find_run import find_adapter
+    from qlora.utils.atomic_folders import require_new_folder
 
-    result = combine(out, parse_weighted_adapters(adapters), rank, log)
+    terms = parse_weighted_adapters(adapters)
+    for term in terms:
+        find_adapter(term.path)
+    require_new_folder(Path(out))
+    from qlora.exporters.resize_combine import combine
+
+    result = combine(out, terms, rank, log)
     if as_json:
         return print_json(result)
     log(f"-> {result['path']}")

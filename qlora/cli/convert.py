@@ -17,12 +17,12 @@ def convert(
 
     Example: qlora convert axolotl.yml recipe.yaml
     """
-    from qlora.errors import InputError
     from qlora.recipe.convert import convert as convert_file
     from qlora.utils.atomic_files import write_text
+    from qlora.utils.paths import require_writable_file
 
-    if out and Path(out).exists():
-        raise InputError(f"{out} exists already. Name another file.")
+    if out:
+        require_writable_file(Path(out), new=True)
     result = convert_file(file)
     for line in result.notes:
         log(line)

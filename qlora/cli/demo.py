@@ -1,5 +1,6 @@
 """`qlora demo`: the main job on the embedded model, in about a minute."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,9 @@ def demo(out: Annotated[str, typer.Option("--out", help="folder of the run")] = 
 
     Example: qlora demo --out demo-run
     """
+    from qlora.utils.paths import require_writable_folder
+
+    require_writable_folder(Path(out), "--out")
     from qlora.demo.walkthrough import run_demo
 
     run_demo(out, log)

@@ -11,24 +11,31 @@ from qlora.cli.app import app, log, print_json
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run's folder, a checkpoint, or a model")],
     adapter: Annotated[str | None, typer.Option(help="folder of the adapter to use instead of the run's")] = None,
-    data: Annotated[str | None, typer.Option(help="rows to measure on; default: the run's held-out ones")] = None,
+    data: Annotated[str | None, typer.Option(help="examples to measure on; default: the run's held-out ones")] = None,
     task: Annotated[str, typer.Option(help="loss | exact-match | choice")] = "loss",
     beside_base: Annotated[
         bool, typer.Option("--beside-base", help="evaluate the base model too, and both on a general text")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Measure loss and perplexity, or the fraction of correct answers, on held-out rows.
+    """Measure loss and perplexity, or the fraction of correct answers, on held-out examples.
 
     Example: qlora eval runs/example --task exact-match --data test.jsonl
     """
+    from qlora.runs.eval_tasks import require_task
+    from qlora.runs.find_run import find_run, require_examples
+
+    require_task(task)
+    files = find_run(run, adapter, log)
+    require_examples(files.recipe, data)
+    from qlora.data.types import count_of
     from qlora.runs.evaluate import evaluate_run
     from qlora.runs.load_run import load_run
 
-    result = evaluate_run(load_run(run, adapter, log), data, task, beside_base, log)
+    result = evaluate_run(load_run(files, None, log), data, task, beside_base, log)
     if as_json:
         return print_json(result)
-    log(_line(result) + f" on {result['rows']} rows")
+    log(_line(result) + f" on {count_of(result['rows'], 'example')}")
     if beside_base:
         general = result["forgetting"]
         log(f"base model: {_line(result['base'])}")

@@ -1,11 +1,15 @@
 """`qlora export`: a run in a form that other programs load, with a certificate of how close it is."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora.cli.app import app, log, print_json
-from qlora.exporters import MAX_KL, MAX_LOST, MERGE_BASE, ExportRequest
+from qlora.exporters import FULL_MODELS, MAX_KL, MAX_LOST, MERGE_BASE, ExportRequest
+
+if TYPE_CHECKING:
+    from qlora.runs.find_run import RunFiles
 
 
 @app.command()
@@ -15,8 +19,10 @@ def export(
     to: Annotated[str, typer.Option("--to", help="merged | adapter | portable | ollama")],
     base: Annotated[str, typer.Option(help="dequantized (as in training) | original (16-bit)")] = MERGE_BASE,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 | float16 | float32; default: the run's")] = None,
-    data: Annotated[str | None, typer.Option(help="rows for the certificate; default: the run's held-out rows")] = None,
-    rows: Annotated[int | None, typer.Option(min=0, help="number of rows; 0: no certificate")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="examples for the certificate; default: the run's held-out ones")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=0, help="number of examples; 0: no certificate")] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(min=0.0, help=f"fail above this mean KL; default {MAX_KL}, no limit with --base original"),
@@ -34,13 +40,25 @@ def export(
 
     Example: qlora export runs/example merged --to merged --dtype bfloat16
     """
+    request = ExportRequest(to, base, dtype, data, rows, max_kl, max_lost, rank)
+    files = _check(request, run, out)
     from qlora.exporters.export_run import export_run
     from qlora.runs.load_run import load_run
 
-    result = export_run(
-        load_run(run, None, log), ExportRequest(to, base, dtype, data, rows, max_kl, max_lost, rank), out, log
-    )
+    result = export_run(load_run(files, None, log), request, out, log)
     if as_json:
         return print_json(result)
     log(f"{result['bytes'] / 2**20:,.1f} MiB -> {result['path']}")
     return None
+
+
+def _check(request: ExportRequest, run: str, out: str) -> "RunFiles":
+    """The run's files. InputError for an option or a path that can't be used, before anything heavy is imported."""
+    from qlora.runs.find_run import find_run, require_examples
+
+    request.check(Path(out))
+    files = find_run(run, None, log)
+    request.check_source(files.adapter is not None, files.recipe.adapter.kind)
+    if request.data or (request.to in FULL_MODELS and request.rows != 0):
+        require_examples(files.recipe, request.data, "--rows 0 leaves the certificate out")
+    return files

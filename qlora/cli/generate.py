@@ -24,14 +24,20 @@ def generate(
     Example: qlora generate runs/example "Write a haiku about memory."
     """
     from qlora.runs.adapter_names import named_adapters
+    from qlora.runs.find_run import find_run, require_adapters
+    from qlora.runs.prompts import read_prompts
+
+    prompts = read_prompts(prompt)
+    adapters = require_adapters(named_adapters(adapter or []))
+    files = find_run(run, None, log)
     from qlora.runs.generate import generate_from_prompts, generate_with_adapters
     from qlora.runs.load_run import load_run, load_with_adapters
 
-    if adapter:
-        loaded, switch = load_with_adapters(run, named_adapters(adapter), log)
-        rows = generate_with_adapters(loaded, switch, prompt, max_new_tokens, temperature)
+    if adapters:
+        loaded, switch = load_with_adapters(files, adapters, log)
+        rows = generate_with_adapters(loaded, switch, prompts, max_new_tokens, temperature)
     else:
-        rows = generate_from_prompts(load_run(run, None, log), prompt, max_new_tokens, temperature)
+        rows = generate_from_prompts(load_run(files, None, log), prompts, max_new_tokens, temperature)
     if as_json:
         return print_json({"rows": rows})
     for row in rows:

@@ -1,5 +1,6 @@
 """`qlora inspect`: rank and spectrum of an adapter's updates."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,12 @@ def inspect(
 
     Example: qlora inspect runs/example --picture spectrum.svg
     """
+    from qlora.runs.find_run import find_adapter
+    from qlora.utils.paths import require_writable_file
+
+    find_adapter(run)
+    if picture:
+        require_writable_file(Path(picture), "--picture")
     from qlora.runs.inspect_adapter import inspect_adapter, table
 
     result = inspect_adapter(run, rank_curve, picture, log)

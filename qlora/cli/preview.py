@@ -1,4 +1,4 @@
-"""`qlora preview`: rows as they will be trained."""
+"""`qlora preview`: examples as they will be trained."""
 
 import sys
 from typing import Annotated
@@ -12,29 +12,30 @@ from qlora.cli.app import WITH_OVERRIDES, app, log, print_json
 def preview(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="a recipe's YAML file; key=value after it overrides its settings")],
-    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="number of rows to show")] = 3,
+    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="number of examples to show")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Show rows as they will be trained, the trained tokens marked.
+    """Show examples as they will be trained, the trained tokens marked.
 
     Example: qlora preview recipe.yaml -n 5
     """
-    from qlora.recipe.check import preview_examples
-    from qlora.recipe.recipe import read
+    from qlora.recipe.check_paths import ENCODING, read_checked
 
-    settings, notes = read(recipe, context.args)
-    rows_shown = preview_examples(settings, rows)
+    settings, notes = read_checked(recipe, context.args, ENCODING)
+    from qlora.recipe.check import preview_examples
+
+    examples = preview_examples(settings, rows)
     if as_json:
-        return print_json({"rows": rows_shown})
+        return print_json({"rows": examples})
     for note in notes:
         log(note)
-    for row in rows_shown:
-        typer.secho(row["where"], bold=True, err=True)
-        for segment in row["segments"]:
+    for example in examples:
+        typer.secho(example["where"], bold=True, err=True)
+        for segment in example["segments"]:
             _show(segment["text"], segment["trained"])
         log("\n")
-    if not rows_shown:
-        log("no usable row: `qlora check` shows the reasons")
+    if not examples:
+        log("no record can be trained on: `qlora check` shows the reasons")
     return None
 
 

@@ -42,13 +42,11 @@ def copy(
 
     Example: qlora recipes copy 24gb-llama3.1-8b my.yaml
     """
-    from qlora.errors import InputError
     from qlora.utils.atomic_files import write_text
+    from qlora.utils.paths import require_writable_file
 
     source = _file(name)
-    target = Path(file or source.name)
-    if target.exists():
-        raise InputError(f"{target} exists already. Name another file.")
+    target = require_writable_file(Path(file or source.name), new=True)
     write_text(target, source.read_text(encoding="utf-8"))
     log(f"{source.stem} -> {target}")
 

@@ -21,7 +21,10 @@ def report(
     Example: qlora report runs/rank16 runs/rank32 --out comparison.html
     """
     from qlora.runs.compare import write_report_page
+    from qlora.utils.paths import require_writable_file
 
+    if out:
+        require_writable_file(Path(out), "--out")
     target = out or (str(Path(runs[0]) / "report.html") if len(runs) == 1 else "comparison.html")
     result = write_report_page(runs, target)
     log(f"{', '.join(result['runs'])} -> {target} ({result['bytes'] / 1024:,.0f} KiB)")

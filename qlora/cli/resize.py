@@ -1,5 +1,6 @@
 """`qlora resize`: an adapter truncated to a lower rank."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,11 @@ def resize(
 
     Example: qlora resize runs/example small --rank 4
     """
+    from qlora.runs.find_run import find_adapter
+    from qlora.utils.atomic_folders import require_new_folder
+
+    find_adapter(adapter)
+    require_new_folder(Path(out))
     from qlora.exporters.resize_combine import resize
 
     result = resize(adapter, out, rank, log)

@@ -37,9 +37,15 @@ def sweep(
 
     Example: qlora sweep recipe.yaml adapter.rank=8,16,32 optim.learning_rate=1e-4,2e-4 --out runs/ranks
     """
+    from qlora.recipe.check_paths import ENCODING, require_paths, require_shared_paths
     from qlora.runs.sweep.variants import variants_of
+    from qlora.utils.paths import require_writable_folder
 
     runs = variants_of(recipe, context.args, variants, out)
+    require_shared_paths((run.recipe for run in runs), ("model.name",) if plan else ENCODING)
+    if out and not plan:
+        require_writable_folder(Path(out), "--out")
+    require_paths(runs[0].recipe, () if plan else ("train.output",))
     if plan:
         _plan(runs, as_json)
     else:

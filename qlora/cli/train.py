@@ -17,10 +17,11 @@ def train(
     Example: qlora train recipe.yaml adapter.rank=32 train.output=runs/rank32
     """
     from qlora.distributed.watchdog import report_once
-    from qlora.recipe.recipe import read
+    from qlora.recipe.check_paths import read_checked
+
+    settings, notes = report_once(lambda: read_checked(recipe, context.args))
     from qlora.runs.train import train as train_recipe
 
-    settings, notes = report_once(lambda: read(recipe, context.args))
     manifest = train_recipe(settings, notes)
     if manifest:
         result = manifest["result"]

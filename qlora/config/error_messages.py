@@ -1,6 +1,7 @@
 """Error messages for wrong values: where, what was found, what is allowed; from the JSON schema of the section."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -70,7 +71,17 @@ def problems(error: Mapping[str, Any], schema: Schema) -> list[tuple[Path, str]]
             return [(path, str(error["ctx"]["error"]))]
         case "too_long" | "too_short":
             return [(path, f"a list of the wrong length, allowed: {allowed(inner, schema.get('$defs', {}))}.")]
-    return [(path, f"found {shown(error['input'])}, allowed: {allowed(inner, schema.get('$defs', {}))}.")]
+    expected = allowed(inner, schema.get("$defs", {}))
+    return [(path, f"found {shown(error['input'])}, allowed: {expected}.{_remedy(error['input'], expected)}")]
+
+
+def _remedy(value: Any, expected: str) -> str:
+    """What to write instead of a value whose YAML means something else than the user does."""
+    if isinstance(value, bool | int | float) and TYPES["string"] in re.split(r", | or ", expected):
+        return " Text that looks like a number or a truth value needs quotes, on the command line both: '\"12e5\"'."
+    if isinstance(value, str) and "," in value and "a list" in expected:
+        return f" A list is written in brackets: [{value[:MAX_TEXT_CHARS]}]."
+    return ""
 
 
 def _follow(loc: Iterable[str | int], schema: Schema) -> tuple[Path, Schema, list[str]]:

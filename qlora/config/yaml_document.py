@@ -106,7 +106,7 @@ class _Builder:
         self.loader.get_event()
         if not self.loader.check_event(yaml.StreamEndEvent):
             raise RecipeError(
-                f"{self.locate((), self.loader.peek_event())}: a second document; a recipe is one document."
+                f"{self.locate((), self.loader.peek_event())}: a second document; a recipe is one document. Remove it."
             )
         return self.result
 

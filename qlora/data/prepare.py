@@ -14,7 +14,7 @@ from qlora.data import data_report
 from qlora.data.batching import cache
 from qlora.data.batching.column_store import Array, Columns
 from qlora.data.batching.dataset import EXAMPLE_COLUMNS, ExampleStore, ExampleWriter, SequenceDataset
-from qlora.data.batching.eval_split import eval_mask
+from qlora.data.batching.eval_split import eval_mask, nothing_held_out
 from qlora.data.batching.filter import ExampleFilter, filter_example
 from qlora.data.batching.packing import Indices, best_fit
 from qlora.data.conversations import worker_pool
@@ -125,10 +125,7 @@ class _Preparation:
         training, evaluation = (self._filter(data_set, ExampleFilter(data_set.key, writer)) for data_set in data_sets)
         arrays = columns.finish(EXAMPLE_COLUMNS)
         examples = ExampleStore(arrays)
-        held_out, pieces = np.zeros(training.kept, dtype=bool), np.asarray(training.pieces)
-        if self._section.eval is None:
-            keys = np.asarray(training.keys, dtype=np.uint64)
-            held_out = eval_mask(keys, pieces, self._section.eval_fraction, self._seed)
+        held_out, pieces = self._hold_out(training), np.asarray(training.pieces)
         eval_mask_of_examples, copies = np.repeat(held_out, pieces), np.repeat(np.asarray(training.copies), pieces)
         train_order = np.repeat(np.flatnonzero(~eval_mask_of_examples), copies[~eval_mask_of_examples])
         eval_order = np.flatnonzero(eval_mask_of_examples)
@@ -141,6 +138,17 @@ class _Preparation:
         report = _report(training, evaluation, held_out, examples)
         report = replace(report, eval_rows=len(eval_order), packed_rows=len(train_ends))
         return arrays | columns.finish(_SEQUENCE_COLUMNS), report
+
+    def _hold_out(self, training: ExampleFilter) -> Array:
+        """True for each kept record that is held out of training; a warning if none is, although some should be."""
+        fraction, keys = self._section.eval_fraction, np.asarray(training.keys, dtype=np.uint64)
+        if self._section.eval is not None or not fraction or not training.kept:
+            return np.zeros(training.kept, dtype=bool)
+        pieces = np.asarray(training.pieces, dtype=np.int64)
+        held_out = eval_mask(keys, pieces, fraction, self._seed)
+        if not held_out.any():
+            training.warnings.append(Finding("data.eval_fraction", nothing_held_out(keys, pieces, fraction)))
+        return held_out
 
     def _pack(self, order: Indices, examples: ExampleStore) -> tuple[Indices, Indices]:
         if not self._section.packing:
@@ -174,7 +182,11 @@ def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array,
     first_pieces = np.cumsum(pieces) - pieces
     duplicates, repeated = data_report.find_duplicates(keys, lambda record: examples.where(int(first_pieces[record])))
     overlap = int(np.isin(np.concatenate([eval_keys, keys[held_out]]), keys[~held_out]).sum())
-    leaked = [Finding("data.eval", f"{overlap} held-out records are in the training set too")] if overlap else []
+    leaked = (
+        [Finding("data.eval", f"{overlap} held-out records are in the training set too. Remove them from one of them")]
+        if overlap
+        else []
+    )
     blocking = [*training.blocking_problems(), *(evaluation.blocking_problems() if evaluation.records else [])]
     lengths = examples.lengths[: pieces.sum()]
     warnings = data_set_warnings(training, lengths)
@@ -186,7 +198,7 @@ def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array,
         tokens=training.tokens,
         trained_tokens=training.trained_tokens,
         problems=[*training.problems, *evaluation.problems, *blocking],
-        warnings=[*training.warnings, *evaluation.warnings, *warnings, *repeated, *leaked],
+        warnings=[*warnings, *training.warnings, *evaluation.warnings, *repeated, *leaked],
         sha256="",
         notes=[*training.unused.note(training.where), *evaluation.unused.note(evaluation.where)],
         truncated=training.truncated,

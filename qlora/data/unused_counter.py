@@ -11,7 +11,7 @@ _CONTENT_KEYS = ("system", "system_prompt", "tools", "functions", "history", "do
                  "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot")  # fmt: skip
 _RECORD_KEYS = (*loss_keys.RECORD_KEYS, *loss_keys.TOKEN_KEYS, *_CONTENT_KEYS)
 _MESSAGE_KEYS = (*loss_keys.MESSAGE_KEYS, "tool_calls")
-_LISTED = 12  # keys in a line
+_LISTED, _MOST_NAMES = 12, 1000  # keys in a line, and in memory
 
 
 class UnusedCounter:
@@ -36,7 +36,8 @@ class UnusedCounter:
         names = list(names)
         if names:
             self._records.setdefault(kind, Occurrences()).add(where)
-            self._names.setdefault(kind, {}).update(dict.fromkeys(names))
+            known = self._names.setdefault(kind, {})
+            known.update(dict.fromkeys(names if len(known) < _MOST_NAMES else ()))
 
     def warnings(self) -> list[str]:
         """One line for each kind of unused part that changes what is trained."""
@@ -71,7 +72,7 @@ def _sorted(keys: Iterable[str], known: tuple[str, ...]) -> dict[str, list[str]]
 
 
 _WARNINGS = {
-    "masks": "have keys that look like a loss mask and are NOT read: {names}. All their answers are trained. Loss keys "
+    "masks": "have keys that look like a loss mask and are NOT read: {names}. They mask nothing. Loss keys "
     f"of a message: {', '.join(loss_keys.MESSAGE_KEYS)}; of a record: {loss_keys.RECORD_KEYS[0]}, a list",
     "content": "have content that is NOT read: {names}. Only text in the fields of the format is trained; "
     "data.train.columns renames fields",

@@ -28,10 +28,18 @@ def data_set_warnings(examples: ExampleFilter, lengths: npt.NDArray[np.int64]) -
 def _answers(examples: ExampleFilter) -> list[str]:
     texts = []
     if examples.without_end_token.count:
-        texts.append(examples.without_end_token.describe("without a trained end token: the model may not stop"))
+        text = (
+            "without a trained end token: the model may not stop. Raise data.max_length for truncated ones; for others "
+        )
+        text += "name a template in model.chat_template that ends an answer with a token"
+        texts.append(examples.without_end_token.describe(text))
     if examples.with_untrained_answers.count:
         text = f"with answers ({examples.untrained_answers} in all) that are not trained: "
-        texts.append(examples.with_untrained_answers.describe(text + "the template rewrites them in later turns"))
+        texts.append(
+            examples.with_untrained_answers.describe(
+                text + "the template rewrites them in later turns. To train one, end a record with it"
+            )
+        )
     return texts
 
 
@@ -73,5 +81,5 @@ def _same_answer(examples: ExampleFilter) -> list[str]:
         return []
     _, counts = np.unique(np.asarray(examples.answer_keys, dtype=np.uint64), return_counts=True)
     fraction = counts.max() / examples.kept
-    text = "of the records have the same answer: the model may learn to give no other"
+    text = "of the records have the same answer: the model may learn to give no other. Add other records, or drop some"
     return [f"{fraction:.0%} {text}"] if fraction > SAME_ANSWER else []

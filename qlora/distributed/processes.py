@@ -108,9 +108,13 @@ class Processes:
             return value
         return self.accelerator.reduce(value, reduction="sum")  # type: ignore[no-any-return]
 
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """The sum of a tensor in host memory over all ranks; a single process does not ask its GPU."""
+        return counts if self.world_size == 1 else self.sum(counts.to(self.device)).cpu()
+
     def any(self, flag: bool) -> bool:
         """Whether any rank raises the flag."""
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+        return bool(self.sum_counts(torch.tensor(int(flag))).item())
 
     def any_if_sharded(self, flag: bool) -> bool:
         """The flag of this rank; of any rank, where a forward needs all of them."""

@@ -4,8 +4,12 @@
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from qlora.errors import InputError, did_you_mean
+from qlora.runs.artifacts import NO_ADAPTER
+from qlora.utils.atomic_folders import require_new_folder
 from qlora.utils.registry import Registry
 
 TARGETS = Registry(
@@ -15,6 +19,8 @@ TARGETS = Registry(
     portable="qlora.exporters.portable:PortableExporter",  # a PEFT folder for readers without rsLoRA and patterns
     ollama="qlora.exporters.ollama:OllamaExporter",  # a merged model and its Modelfile
 )
+FULL_MODELS = ("merged", "ollama")  # targets that are full models: these get a certificate
+DTYPES = ("bfloat16", "float16", "float32")  # of a merged model
 MERGE_BASE: Final = "dequantized"  # what an update is added to by default: the weights that training used
 MERGE_BASES = (MERGE_BASE, "original")  # or the 16-bit weights before quantization
 MAX_KL = 0.05  # nats per token, on the dequantized base; on the original one there is no default limit
@@ -33,3 +39,26 @@ class ExportRequest:
     max_kl: float | None = None  # None: MAX_KL on the dequantized base
     max_lost: float = MAX_LOST
     rank: int | None = None  # of the LoRA nearest to DoRA; None: the adapter's rank
+
+    def check(self, folder: Path) -> None:
+        """InputError for an unknown word, options that contradict each other, or a folder that can't be written."""
+        if self.to not in TARGETS:
+            raise InputError(f"--to: no {self.to!r}.{did_you_mean(self.to, TARGETS)}")
+        if self.base not in MERGE_BASES:
+            raise InputError(f"--base: no {self.base!r}.{did_you_mean(self.base, MERGE_BASES)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"--dtype: no {self.dtype!r}.{did_you_mean(self.dtype, DTYPES)}")
+        if self.rank is not None and (self.to != "portable" or self.rank < 1):
+            raise InputError(f"--rank: found {self.rank} for --to {self.to}, allowed: from 1, for --to portable.")
+        require_new_folder(folder)
+
+    def check_source(self, has_adapter: bool, kind: str) -> None:
+        """InputError for a model without an adapter, or a target that needs one. kind: `adapter.kind` of the recipe."""
+        if has_adapter:
+            return
+        if kind != "full":
+            raise InputError(
+                "export: this is a model without an adapter; there is nothing to export. Name a run's folder."
+            )
+        if self.to not in FULL_MODELS:
+            raise InputError(f"--to {self.to}: {NO_ADAPTER} Use --to merged or --to ollama.")

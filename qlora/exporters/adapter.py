@@ -1,20 +1,27 @@
-"""Export target `adapter`: PEFT's folder, with the tokenizer."""
+"""Export target `adapter`: PEFT's folder, with the tokenizer.
+
+An adapter of another tool that was changed to fit its base (a start that changed the base, other names) is written
+anew, so that any reader of PEFT's format computes the same.
+"""
 
 from pathlib import Path
 
-from qlora.adapters.peft_files import CONFIG, WEIGHTS
+from qlora.adapters.peft_files import CONFIG, WEIGHTS, write_file
 from qlora.exporters.export_source import ExportOptions, ExportSource
 from qlora.utils.atomic_files import write_bytes
 
 
 class AdapterExporter:
-    """Copies the adapter."""
+    """Copies the adapter, or writes what fits its base."""
 
     def write(self, source: ExportSource, folder: Path, options: ExportOptions) -> int:
-        """Copy the adapter's two files, its model card and the base's tokenizer; returns the tensor file's bytes."""
+        """Write the adapter's two files, its model card and the tokenizer; returns the tensor file's bytes."""
         adapter = source.adapter.folder
-        for file in (adapter / WEIGHTS, adapter / CONFIG, adapter / "README.md"):
+        copied = ["README.md"] if source.adapter.is_changed else ["README.md", WEIGHTS, CONFIG]
+        for file in (adapter / name for name in copied):
             if file.is_file():
                 write_bytes(folder / file.name, file.read_bytes())
+        if source.adapter.is_changed:
+            write_file(folder, source.adapter)
         source.write_tokenizer(folder)
-        return (adapter / WEIGHTS).stat().st_size
+        return (folder / WEIGHTS).stat().st_size

@@ -33,6 +33,11 @@ class ModelWithAdapter(nn.Module):
         self._shared = (model, switch, name)  # a tuple: the model is not a submodule
         self.config = model.config
 
+    @property
+    def whole_model(self) -> nn.Module:
+        """The model itself, whose class computes the logits."""
+        return self._shared[0]
+
     def get_decoder(self) -> Callable[..., Any]:
         """The decoder; a call of it activates the adapter."""
         return _DecoderWithAdapter(*self._shared)

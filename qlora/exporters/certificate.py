@@ -33,7 +33,7 @@ class Agreement:
         return (
             f"top-1 agreement {100 * self.top1:.2f} %, mean KL {self.mean_kl:.2e}, largest logit difference "
             f"{self.max_logit_difference:.2e}, loss {self.trained_loss:.4f} -> {self.written_loss:.4f}, "
-            f"on {self.rows} rows ({self.tokens:,} tokens)"
+            f"on {self.rows} examples ({self.tokens:,} tokens)"
         )
 
 
@@ -75,7 +75,7 @@ def compare(
         ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
         is_token = (torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).to(device)
         trained_states, written_states = (
-            head.hidden_states(ids, positions, batch.document_starts)[is_token] for head in heads
+            head.hidden_states(ids, positions, batch.document_starts, batch.lengths)[is_token] for head in heads
         )
         targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).to(device)[is_token]
         for chunk in torch.arange(len(targets), device=device).split(max(1, heads[0].chunk_rows() // LOGITS_FRACTION)):

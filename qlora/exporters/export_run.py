@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 
 from qlora.adapters.peft_files import AdapterFile
 from qlora.adapters.trainable_tokens import token_rows
-from qlora.errors import InputError, QloraError, did_you_mean
-from qlora.exporters import MAX_KL, MERGE_BASE, MERGE_BASES, TARGETS, ExportRequest
+from qlora.errors import QloraError
+from qlora.exporters import FULL_MODELS, MAX_KL, MERGE_BASE, TARGETS, ExportRequest
 from qlora.exporters.adapter_agreement import compare_adapters
 from qlora.exporters.certificate import Agreement, Rounding, compare, summarize_rounding
 from qlora.exporters.export_source import ExportOptions, ExportSource
@@ -20,20 +21,21 @@ from qlora.exporters.server_support import as_text, servers
 from qlora.memory.weight_streaming import embed_on_host
 from qlora.model.dtypes import DTYPES, dtype_name
 from qlora.model.lazy_model import load_lazy_model
+from qlora.model.meta_model import read_config
 from qlora.model.safetensors_writer import PROGRESS
 from qlora.quant import build_quantizer
+from qlora.recipe.default_recipe import has_data
 from qlora.recipe.recipe import dump
 from qlora.runs.artifacts import MODEL_CARD, read_manifest
-from qlora.runs.full_model import NO_ADAPTER
-from qlora.runs.load_run import LoadedRun, has_data, held_out_examples
+from qlora.runs.load_run import LoadedRun, held_out_examples
 from qlora.runs.memory_setup import Log
 from qlora.runs.report.export_model_card import export_model_card
 from qlora.runs.report.model_card import base_warning, is_hub_name
 from qlora.utils.atomic_files import sha256_of, write_json, write_text
-from qlora.utils.atomic_folders import atomic_folder, require_new_folder
+from qlora.utils.atomic_folders import atomic_folder
+from qlora.utils.devices import same_device
 from qlora.utils.progress import ProgressReporter
 
-FULL_MODELS = ("merged", "ollama")  # targets that are full models: these get a certificate
 CERTIFICATE = "certificate.json"
 CERTIFICATE_ROWS = 128  # held-out examples of a certificate, if `--rows` is not given
 
@@ -44,9 +46,10 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
     InputError if options contradict each other, or the folder exists; QloraError if the certificate is above a limit:
     then there is no folder, but the same request with another limit reuses what was written.
     """
-    _refuse_without_adapter(run, request)
-    exporter, dtype, folder = TARGETS[request.to](), _dtype(request, run), Path(out)
-    _check(request, folder)
+    folder = Path(out)
+    request.check(folder)
+    request.check_source(run.adapter is not None, run.recipe.adapter.kind)
+    exporter, dtype = TARGETS[request.to](), _dtype(request, run)
     progress = ProgressReporter(log, "writing the model", "bytes")
     source, options = build_source(run), ExportOptions(request.base, dtype, progress, rank=request.rank)
     with atomic_folder(folder, _resume_key(run, request, dtype)) as partial:
@@ -58,8 +61,13 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
             write_text(partial / MODEL_CARD, _model_card(run, partial, facts))
         (partial / PROGRESS).unlink(missing_ok=True)
     log(f"programs that load {out}:\n{as_text(table)}")
+    if run.recipe.data.template_args:
+        log(f"careful: training rendered with {_json(run.recipe.data.template_args)}: give a server the same arguments")
     if request.to not in FULL_MODELS:
         log("these servers add the adapter to the 16-bit base; `--to merged` keeps the quantized one of training")
+        rows = len(run.base.model.get_input_embeddings().weight)  # type: ignore[operator]
+        if rows != read_config(run.base.folder.path).get_text_config().vocab_size:
+            log(f"PEFT needs as many rows in the base first: model.resize_token_embeddings({rows})")
         for line in base_warning(_manifest(run)):
             log(f"careful: {line}")
     return {
@@ -70,26 +78,14 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
     }  # fmt: skip
 
 
-def _check(request: ExportRequest, folder: Path) -> None:
-    if request.base not in MERGE_BASES:
-        raise InputError(f"--base: no {request.base!r}.{did_you_mean(request.base, MERGE_BASES)}")
-    require_new_folder(folder)
-    if request.rank is not None and (request.to != "portable" or request.rank < 1):
-        raise InputError(f"--rank: found {request.rank} for --to {request.to}, allowed: from 1, for --to portable.")
-
-
-def _refuse_without_adapter(run: LoadedRun, request: ExportRequest) -> None:
-    if run.adapter is not None:
-        return
-    if run.recipe.adapter.kind != "full":
-        raise InputError("export: this is a model without an adapter; there is nothing to export. Name a run's folder.")
-    if request.to in TARGETS and request.to not in FULL_MODELS:
-        raise InputError(f"--to {request.to}: {NO_ADAPTER} Use --to merged or --to ollama.")
+def _json(values: Mapping[str, Any]) -> str:
+    return "data.template_args " + json.dumps(dict(values))
 
 
 def build_source(run: LoadedRun) -> ExportSource:
     """The run as exporters read it; for full fine-tuning its own folder, with an empty adapter."""
-    base = run.base
+    base, own = run.base, run.base.tokenizer.chat_template
+    text, own = run.encoder.template.text, own.get("default") if isinstance(own, dict) else own
     return ExportSource(
         run.adapter or AdapterFile(base.folder.path, {}, {}, None),
         base.folder.path,
@@ -102,6 +98,9 @@ def build_source(run: LoadedRun) -> ExportSource:
         {path: (module.index.cpu(), module.rows.detach().cpu()) for path, module in token_rows(base.model).items()},
         run.encoder.template,
         tuple(base.tokenizer.convert_ids_to_tokens(list(base.stop_token_ids))),
+        base.stop_token_ids,
+        run.tokenizer_folder,
+        None if text == own else text,
     )
 
 
@@ -111,7 +110,7 @@ def certify(run: LoadedRun, folder: Path, request: ExportRequest) -> Agreement:
     device, attention = run.base.device, run.recipe.model.attention
     trained: Any = run.base.model
     written = load_lazy_model(folder, _dtype(request, run), attention, device, share_with=trained)
-    if trained.get_input_embeddings().weight.device != device:
+    if not same_device(trained.get_input_embeddings().weight.device, device):
         embed_on_host(written, device)
     return compare(trained, written, examples, device)
 
@@ -144,7 +143,7 @@ def _measure_approximation(
     """Measure the LoRA nearest to DoRA, log it, write certificate.json. QloraError above --max-kl, if given."""
     log(str(approximation))
     measured: dict[str, Any] = {"shortened": asdict(approximation)}
-    if request.rows == 0 or (request.data is None and not has_data(run)):
+    if request.rows == 0 or (request.data is None and not has_data(run.recipe)):
         return measured
     examples = held_out_examples(run, request.data)[: request.rows or CERTIFICATE_ROWS]
     agreement = compare_adapters(run, folder, examples)
@@ -208,6 +207,4 @@ def _dtype(request: ExportRequest, run: LoadedRun) -> torch.dtype:
     """The dtype of a merged model: the run's compute dtype, unless the request has one."""
     if request.dtype is None:
         return run.base.dtype
-    if request.dtype not in DTYPES:
-        raise InputError(f"--dtype: no {request.dtype!r}.{did_you_mean(request.dtype, DTYPES)}")
     return DTYPES[request.dtype]

@@ -12,7 +12,9 @@ from qlora.adapters.peft_files import AdapterFile
 from qlora.data.conversations.chat_template import Template
 from qlora.model.new_tokens import write_tokenizer
 from qlora.quant import Quantizer
+from qlora.utils.atomic_files import write_text
 
+CHAT_TEMPLATE = "chat_template.jinja"  # transformers reads it in place of the one in tokenizer_config.json
 Report = Callable[[int, int], None]
 
 
@@ -27,14 +29,19 @@ class ExportSource:
     compute_dtype: torch.dtype  # the run's, in which weights were quantized
     device: torch.device
     model: nn.Module  # the trained model
-    tokenizer: Any | None  # if it has more tokens than the base's files
+    tokenizer: Any | None  # if it has more tokens than the files it is from
     rows: Mapping[str, tuple[Tensor, Tensor]]  # path -> ids [N] and trained rows [N, I] of embedding or head
     template: Template | None = None  # chat template of training
     stop_tokens: tuple[str, ...] = ()  # tokens that end an answer
+    stop_token_ids: tuple[int, ...] = ()
+    tokenizer_folder: Path | None = None  # with the tokenizer's files, if they are not the base's
+    other_chat_template: str | None = None  # of training, if it is not the tokenizer's own
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copy the base's tokenizer files, or save the tokenizer with its new tokens."""
-        write_tokenizer(folder, self.base_folder, self.tokenizer)
+        """Copy the tokenizer's files, or save the tokenizer with its new tokens; with the chat template of training."""
+        write_tokenizer(folder, self.tokenizer_folder or self.base_folder, self.tokenizer)
+        if self.other_chat_template is not None:
+            write_text(folder / CHAT_TEMPLATE, self.other_chat_template)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,14 @@ def commit(repository: str, files: Mapping[str, Path | bytes], public: bool, mes
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403, 404):
             raise InputError(f"push: the hub refused ({status}) for {repository}. {NOT_LOGGED_IN} there.") from error
-        raise QloraError(f"push: the hub answered {status}: {_first_line(error)}. Nothing was committed.") from error
+        raise QloraError(
+            f"push: the hub answered {status}: {_first_line(error)}. Nothing was committed; run it again."
+        ) from error
     except (OfflineModeIsEnabled, OSError) as error:
-        raise QloraError(f"push: the hub can't be reached ({type(error).__name__}); nothing was committed.") from error
+        raise QloraError(
+            f"push: the hub can't be reached ({type(error).__name__}); nothing was committed. Check the network and "
+            "HF_HUB_OFFLINE, and run it again."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -19,12 +19,13 @@ from qlora.exporters import MERGE_BASE
 from qlora.exporters.export_source import ExportOptions, ExportSource
 from qlora.memory.planner.export_and_disk import MERGE_CHUNK_VALUES
 from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
+from qlora.model.buffers import tensors_of_other_dtype
 from qlora.model.hf_config import merged_config, with_untied_head, with_vocab_size
-from qlora.model.meta_model import build_meta_model, key_renamer, read_config
+from qlora.model.meta_model import build_meta_model, names_by_key, read_config, unties_head
 from qlora.model.safetensors_reader import SafetensorsReader
 from qlora.model.safetensors_writer import PlannedTensor, write_model
 from qlora.quant.linear import FrozenLinear
-from qlora.utils.atomic_files import write_bytes, write_json
+from qlora.utils.atomic_files import read_json, write_bytes, write_json
 
 
 class MergedExporter:
@@ -39,15 +40,29 @@ class MergedExporter:
         tensors = list(merge.plan())
         size = write_model(folder, tensors, report=options.report, notes=options.rounding)
         source.write_tokenizer(folder)
-        generation = source.base_folder / "generation_config.json"
-        if generation.is_file():
-            write_bytes(folder / generation.name, generation.read_bytes())
+        _write_generation_config(source, folder)
         config = merged_config(source.base_folder / "config.json", options.dtype)
-        rows = max((int(index.max()) + 1 for index, _ in source.rows.values()), default=0)
-        write_json(
-            folder / "config.json", with_vocab_size(with_untied_head(config) if merge.untied_heads else config, rows)
-        )
+        if merge.untied_heads or unties_head(source.base_folder):
+            config = with_untied_head(config)
+        rows = len(source.model.get_input_embeddings().weight)  # type: ignore[operator]
+        if rows != read_config(source.base_folder).get_text_config().vocab_size:
+            config = with_vocab_size(config, rows)
+        write_json(folder / "config.json", config)
         return size
+
+
+def _write_generation_config(source: ExportSource, folder: Path) -> None:
+    """Copy the base's generation_config.json, or write one with all tokens that end an answer if it lacks some."""
+    path = source.base_folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    stops = (
+        generation.get("eos_token_id") if generation else read_config(source.base_folder).get_text_config().eos_token_id
+    )
+    if source.stop_token_ids and not {*source.stop_token_ids} <= {*(stops if isinstance(stops, list) else [stops])}:
+        kept = {key: value for key, value in generation.items() if key != "_from_model_config"}
+        write_json(folder / path.name, kept | {"eos_token_id": list(source.stop_token_ids)})
+    elif generation:
+        write_bytes(folder / path.name, path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class _Merge:
         source = self.source
         reader = SafetensorsReader(source.base_folder)
         skeleton = build_meta_model(read_config(source.base_folder), source.compute_dtype, "auto", torch.device("cpu"))
-        rename, modules = key_renamer(skeleton, source.base_folder), source.adapter.modules
+        modules = source.adapter.modules
         tied: dict[str, str] = dict(skeleton.all_tied_weights_keys)  # type: ignore[arg-type]
         packed = {key for key in reader if is_prequantized(key, reader)}
         companions = {companion for key in packed for companion in companion_keys(key)}
@@ -71,11 +86,9 @@ class _Merge:
             raise InputError(
                 "--base original: this base is stored in 4 bits and has no 16-bit weights. Use --base dequantized."
             )
-        merged_paths = self._merged_paths()
-        for key in reader:
-            name = rename(key)
-            if key in companions or name in tied:
-                continue
+        merged_paths, other_dtypes = self._merged_paths(), tensors_of_other_dtype(skeleton, source.compute_dtype)
+        keys = (key for key in reader if key not in companions)
+        for key, name in names_by_key(skeleton, source.base_folder, keys).items():
             path = name.removesuffix(".weight")
             if name in modules:
                 yield self._trained_tensor(key, modules[name])
@@ -84,7 +97,7 @@ class _Merge:
             elif key in packed or path in merged_paths:
                 yield self._merged_matrix(reader, key, path, _shape_of(skeleton, path))
             else:
-                yield self._copied_tensor(reader, key)
+                yield self._copied_tensor(reader, key, dtype=other_dtypes.get(name))
             for head in (head for head, embedding in tied.items() if embedding == name):
                 yield from self._untied_head(reader, key, head, name)
 
@@ -123,10 +136,17 @@ class _Merge:
         """A weight of a module to save, as the trained model used it."""
         return PlannedTensor(key, tuple(values.shape), self.options.dtype, lambda: self._in_compute_dtype(values))
 
-    def _copied_tensor(self, reader: SafetensorsReader, key: str, name: str | None = None) -> PlannedTensor:
-        dtype = self.options.dtype if reader.is_float(key) else reader[key].dtype
+    def _copied_tensor(
+        self, reader: SafetensorsReader, key: str, name: str | None = None, dtype: torch.dtype | None = None
+    ) -> PlannedTensor:
+        """A tensor of the base. `dtype`: in which its class holds it, if that is not the compute dtype."""
+        if not reader.is_float(key):
+            return PlannedTensor(name or key, reader.shape(key), reader[key].dtype, lambda: reader[key])
+        if dtype is not None:
+            return PlannedTensor(name or key, reader.shape(key), dtype, lambda: reader[key].to(dtype))
         # Through the compute dtype first: that is what the trained model used.
-        return PlannedTensor(name or key, reader.shape(key), dtype, lambda: self._in_compute_dtype(reader[key]))
+        make = lambda: self._in_compute_dtype(reader[key])  # noqa: E731
+        return PlannedTensor(name or key, reader.shape(key), self.options.dtype, make)
 
     def _in_compute_dtype(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.source.compute_dtype) if tensor.is_floating_point() else tensor

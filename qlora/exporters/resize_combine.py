@@ -39,7 +39,7 @@ def resize(name: str, out: str, rank: int, log: Log = lambda line: None) -> dict
 
     InputError if the rank is not lower than the adapter's, or OUT exists.
     """
-    file, recipe = read_adapter(name)
+    file, recipe = read_adapter(name, log)
     folder = require_new_folder(Path(out))
     pairs = fold_scaling(file)
     before = largest_rank(pairs)
@@ -67,7 +67,7 @@ def combine(
 
     AdapterError if they belong to different bases; InputError if OUT exists.
     """
-    adapters = [read_adapter(term.path) for term in terms]
+    adapters = [read_adapter(term.path, log) for term in terms]
     files, folder = [file for file, _ in adapters], require_new_folder(Path(out))
     source = _common_base(terms, files, log)
     pairs = concatenate([fold_scaling(file, term.weight) for file, term in zip(files, terms, strict=True)])

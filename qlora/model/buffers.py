@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from qlora.model.dtypes import loaded_dtype
+
 UNSET = "_qlora_unset"  # mark of a buffer that its class left as allocated
 
 
@@ -19,6 +21,8 @@ def compute_buffers(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = torch.empty_like(buffer, device=device)
             allocated.append(module._buffers[name])  # type: ignore[arg-type]
         module._is_hf_initialized = False  # type: ignore[assignment]
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # its values come from the files
     model.initialize_weights()  # type: ignore[operator]
     for tensor in allocated:
         if tensor._version == 0:  # no operation has written to it
@@ -38,3 +42,10 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def unset_buffers(model: nn.Module) -> Iterator[str]:
     """Names of the buffers that neither the class nor a checkpoint has set: they hold arbitrary memory."""
     return (name for name, buffer in model.named_buffers() if getattr(buffer, UNSET, False) and buffer.numel())
+
+
+def tensors_of_other_dtype(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name -> dtype of the stored floating-point tensors that a class holds in another dtype than the model's."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
+    held = {name: loaded_dtype(model, name, tensor, dtype) for name, tensor in tensors.items()}
+    return {name: other for name, other in held.items() if other != dtype and other.is_floating_point}

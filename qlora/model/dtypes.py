@@ -28,7 +28,8 @@ def choose_dtype(setting: str, checkpoint_dtype: torch.dtype | None, bfloat16: b
     """
     if setting == "bfloat16" and not bfloat16:
         raise BaseModelError(
-            "model.dtype: this GPU has no bfloat16 (compute capability below 8.0). Allowed here: float32, auto."
+            "model.dtype: this GPU has no bfloat16 (compute capability below 8.0). Allowed here: auto (float32 here), "
+            "float32, or float16 to evaluate, generate and export."
         )
     if setting != "auto":
         return DTYPES[setting]

@@ -26,10 +26,16 @@ class BaseManifest:
     dtype: str
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module path -> FrozenLinear.describe()
     ignored: tuple[str, ...] = ()  # checkpoint keys that match no parameter of the model
+    left_out: Mapping[str, str] = field(default_factory=dict)  # linear layers that stay in 16 bits -> reason
 
     def as_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
-        return {**asdict(self), "quantized": dict(self.quantized), "ignored": list(self.ignored)}
+        return {
+            **asdict(self),
+            "quantized": dict(self.quantized),
+            "ignored": list(self.ignored),
+            "left_out": dict(self.left_out),
+        }
 
 
 class Fingerprint:

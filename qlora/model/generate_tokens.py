@@ -75,8 +75,8 @@ def _generate_batch(
         mask[row, width - len(prompt) :] = 1
     model: Any = base.model
     sequences = model.generate(
-        input_ids=ids.to(base.device),
-        attention_mask=mask.to(base.device),
+        input_ids=ids.to(model.device),  # of its first parameter, an embedding that may be on the host
+        attention_mask=mask.to(model.device),
         generation_config=_generation_config(base, max_new_tokens, temperature),
         # All ranks run every forward of a sharded model until the last rank is finished.
         synced_gpus=any(hasattr(parameter, "to_local") for parameter in model.parameters()),

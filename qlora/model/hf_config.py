@@ -24,9 +24,8 @@ def with_untied_head(config: dict[str, Any]) -> dict[str, Any]:
     return config | text | {"tie_word_embeddings": False}
 
 
-def with_vocab_size(config: dict[str, Any], minimum: int) -> dict[str, Any]:
-    """A config.json whose vocabulary has at least `minimum` tokens."""
+def with_vocab_size(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A config.json whose vocabulary has `rows` tokens."""
     inner = config.get("text_config")
-    text = {"text_config": with_vocab_size(inner, minimum)} if isinstance(inner, dict) else {}
-    size = config.get("vocab_size")
-    return config | text | ({"vocab_size": minimum} if isinstance(size, int) and size < minimum else {})
+    text = {"text_config": with_vocab_size(inner, rows)} if isinstance(inner, dict) else {}
+    return config | text | ({"vocab_size": rows} if "vocab_size" in config else {})

@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora.distributed.processes import Processes
 from qlora.model.lean_modules import replace_with_lean
-from qlora.model.module_tree import LAYER, unit_path
+from qlora.model.module_tree import LAYER, decoder_of, unit_path
 from qlora.quant.linear import FrozenLinear
 
 
@@ -39,7 +39,7 @@ class LayerSharder:
         """Shard what is outside the layers. A tied embedding and head are not sharded: both ends of a step use them."""
         if not self.processes.shards:
             return
-        decoder: nn.Module = self.model.get_decoder()  # type: ignore[operator]
+        decoder: nn.Module = decoder_of(self.model)
         ends = {id(value) for end in self._ends() for value in end.parameters()}
         unsharded = [value for value in decoder.parameters() if id(value) in ends and not hasattr(value, "to_local")]
         self.processes.shard(decoder, ignored=unsharded)

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import BaseModelError
+from qlora.model.buffers import persistent_buffers
+from qlora.model.dtypes import loaded_dtype
 from qlora.model.linear_layers import linear_paths
-from qlora.model.meta_model import build_meta_model, key_renamer, read_config
+from qlora.model.meta_model import build_meta_model, names_by_key, read_config
 from qlora.model.module_tree import set_by_path
+from qlora.model.rotary import replace_length_dependent_rotary
 from qlora.model.safetensors_reader import SafetensorsReader
+from qlora.model.tensor_checks import check_complete
 from qlora.quant.linear import FrozenLinear, check_matrix
 
 
@@ -38,22 +42,27 @@ def load_lazy_model(
     """
     shared = dict(share_with.named_parameters()) if share_with else {}
     model = build_meta_model(read_config(folder), dtype, attention, device)
-    reader, rename = SafetensorsReader(folder), key_renamer(model, folder)
+    reader = SafetensorsReader(folder)
     linears, tied = set(linear_paths(model)), set(model.all_tied_weights_keys)  # type: ignore[arg-type]
-    keys = {rename(key): key for key in reader}
-    for name, parameter in list(model.named_parameters()):
+    keys = {name: key for key, name in names_by_key(model, folder, reader).items()}
+    buffers = persistent_buffers(model)
+    for name, tensor in [*model.named_parameters(), *buffers.items()]:
         path, _, leaf = name.rpartition(".")
-        if name in tied or (path in linears and leaf == "bias"):
+        if name in tied or (path in linears and leaf == "bias") or (name in buffers and name not in keys):
             continue
-        key = _key_of(name, keys, parameter, reader)
+        key, held = _key_of(name, keys, tensor, reader), loaded_dtype(model, name, tensor, dtype)
         if path in linears:
             bias = model.get_submodule(path).bias
             if isinstance(bias, Tensor):
                 bias = reader[_key_of(f"{path}.bias", keys, bias, reader)].to(device, dtype, copy=True)
             set_by_path(model, path, OnDiskLinear(reader, key, device, bias))  # type: ignore[arg-type]  # a tensor or None
+        elif name in buffers:
+            set_by_path(model, name, reader[key].to(device, held, copy=True))
         else:
-            set_by_path(model, name, _shared_or_new(reader[key].to(dtype), shared.get(name), device))
+            set_by_path(model, name, _shared_or_new(reader[key].to(held), shared.get(name), device))
     model.tie_weights()  # type: ignore[operator]
+    replace_length_dependent_rotary(model)
+    check_complete(folder, model)
     return model
 
 

@@ -138,9 +138,10 @@ def _same_bits(module: nn.Module, lean: nn.Module) -> bool:
     try:
         expected, in_one_call = module(x), lean(x)
         row_by_row = torch.cat([lean(row) for row in x.split(1, dim=1)], dim=1)
-    except (RuntimeError, TypeError, AttributeError):
+    except Exception:  # a norm or an MLP that takes something else than rows
         return False
-    rows_agree = isinstance(lean, LeanGatedMlp) or torch.equal(expected, row_by_row)
+    # Only a CPU recomputes a few rows at a time: a GPU's sum over a row depends on the number of rows.
+    rows_agree = isinstance(lean, LeanGatedMlp) or x.device.type != "cpu" or torch.equal(expected, row_by_row)
     return torch.equal(expected, in_one_call) and rows_agree
 
 

@@ -1,19 +1,28 @@
 """Which linear layers of a decoder are quantized and adapted, and which are left out because their class uses them.
 
 A layer can be replaced if its parent only calls it. Mixers of Mamba and its kin read `layer.weight` themselves, some
-classes give a linear layer a forward of its own, others keep a matrix in float32: these stay as they are loaded.
+classes give a linear layer a forward of its own, others keep a matrix in float32: these stay in the base's dtype.
+Layers that text does not reach (the attention to an encoder in the decoder of a translation model) are not adapted.
 """
 
 import ast
 import inspect
-import textwrap
+import re
+import sys
+from collections.abc import Iterator
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from qlora.model.dtypes import kept_in_float32
+from qlora.model.module_tree import decoder_of
+from qlora.quant.linear import FrozenLinear
 
+UNUSED = "a forward of text does not call it"
+WEIGHT_READ = re.compile(r"\bself\.(\w+\.)+(weight|bias)\b")
 SETUP_METHODS = ("__init__", "_init_weights", "init_weights", "reset_parameters")
 
 
@@ -28,19 +37,21 @@ def layers_left_out(model: nn.Module) -> dict[str, str]:
     readers: dict[str, str] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        names = weights_read_by(type(module))  # type: ignore[arg-type]
-        readers |= {prefix + name: type(module).__name__ for name in names}
+        readers |= {prefix + name: type(module).__name__ for name in weights_read_by(module)}
     dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     reasons: dict[str, str] = {}
     for path in _decoder_linears(model):
         linear = model.get_submodule(path)
-        if path in readers:
+        if "pooler" in path.split("."):
+            reasons[path] = UNUSED
+        elif path in readers:
             reasons[path] = f"{readers[path]} reads its weight itself"
-        elif type(linear).forward is not nn.Linear.forward or type(linear).__name__.startswith("NonDynamically"):
+        elif not is_plain_linear(type(linear)):  # type: ignore[arg-type]
             reasons[path] = f"{type(linear).__name__} is no plain linear layer"
         elif kept_in_float32(model, f"{path}.weight", dtype):
             reasons[path] = "its class keeps it in float32"
-    return reasons
+    unused = (path for path, layer in model.named_modules() if isinstance(layer, FrozenLinear) and not layer.is_used)
+    return reasons | dict.fromkeys((path.removesuffix(".base") for path in unused), UNUSED)
 
 
 def describe_left_out(model: nn.Module) -> str | None:
@@ -52,39 +63,82 @@ def describe_left_out(model: nn.Module) -> str | None:
     for path, reason in reasons.items():
         groups.setdefault(reason, []).append(path.rpartition(".")[2])
     parts = [f"{', '.join(sorted(set(names)))} ({reason})" for reason, names in groups.items()]
-    return f"{len(reasons)} linear layers stay in 16 bits and are not adapted: {'; '.join(parts)}"
+    return f"{len(reasons)} linear layers are not adapted: {'; '.join(parts)}"
 
 
 def _decoder_linears(model: nn.Module) -> list[str]:
     """Paths of all `nn.Linear` of the decoder except the head, in the model's order."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()  # type: ignore[operator]
+    decoder, head = decoder_of(model), model.get_output_embeddings()  # type: ignore[operator]
     linears = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear) and module is not head}
     return [path for path, module in model.named_modules() if id(module) in linears]
 
 
 @lru_cache(maxsize=512)
-def weights_read_by(kind: type) -> frozenset[str]:
-    """Attributes `name` (or `a.name`) for which a method of this class reads `self.name.weight` or `self.name.bias`."""
-    names: set[str] = set()
+def is_plain_linear(kind: Any) -> bool:
+    """Whether a class of linear layers computes x W^T + bias, as `nn.Linear` does: tried on random numbers."""
+    if kind.forward is nn.Linear.forward:
+        return not kind.__name__.startswith("NonDynamically")  # its parent passes its weight to a fused function
+    linear, x = nn.Linear(3, 2, device="cpu", dtype=torch.float32), torch.randn(4, 3, device="cpu", dtype=torch.float32)
+    try:
+        return torch.allclose(kind.forward(linear, x), linear(x), atol=1e-6)
+    except Exception:  # a forward that needs more than a weight and a bias
+        return False
+
+
+def weights_read_by(module: nn.Module) -> frozenset[str]:
+    """Attributes `name` (or `a.name`) for which a method of the module's class reads `self.name.weight` or `.bias`.
+
+    Branches that a switch of the module turns off (BLOOM's `slow_but_exact`) do not count.
+    """
+    off = {name for name, value in vars(module).items() if value is False and name != "training"}
+    return frozenset(name for name, switches in _reads_of(type(module)) if not switches & off)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=512)
+def _reads_of(kind: Any) -> frozenset[tuple[str, frozenset[str]]]:
+    """Attributes whose weight a class reads, each with the attributes of `self` that switch its branch."""
+    reads: set[tuple[str, frozenset[str]]] = set()
     for base in kind.__mro__:
-        if base is nn.Module or not base.__module__.startswith("transformers.models."):
+        if not base.__module__.startswith("transformers.models."):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        definition = _classes_of(sys.modules[base.__module__]).get(base.__qualname__)
+        methods = [node for node in ast.walk(definition) if isinstance(node, ast.FunctionDef)] if definition else []
         for method in (node for node in methods if node.name not in SETUP_METHODS):
-            names |= {name for node in ast.walk(method) if (name := _read_weight(node))}
-    return frozenset(names)
+            reads |= set(_weight_reads(method, frozenset()))
+    return frozenset(reads)
 
 
-def _read_weight(node: ast.AST) -> str | None:
-    """`mixer.out_proj` for the expression `self.mixer.out_proj.weight`."""
-    if not isinstance(node, ast.Attribute) or node.attr not in ("weight", "bias"):
-        return None
+@lru_cache(maxsize=64)
+def _classes_of(module: ModuleType) -> dict[str, ast.ClassDef]:
+    """Name -> definition of the classes at the top of a module; empty if none of them reads a layer's weight."""
+    try:
+        source = inspect.getsource(module)
+        tree = ast.parse(source) if WEIGHT_READ.search(source) else ast.Module([], [])
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _weight_reads(node: ast.AST, guards: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
+    """Every `self.mixer.out_proj.weight` below a node, as `mixer.out_proj`, with the switches of its branch."""
+    if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias") and (name := _own_attribute(node.value)):
+        yield name, guards
+    for child in ast.iter_child_nodes(node):
+        inside = isinstance(node, ast.If) and child in node.body
+        yield from _weight_reads(
+            child, guards | _switches(node.test) if isinstance(node, ast.If) and inside else guards
+        )
+
+
+def _switches(test: ast.expr) -> frozenset[str]:
+    """Names of the attributes of `self` that must all be true for a branch: `a` and `b` of `self.a and self.b`."""
+    parts = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+    return frozenset(name for part in parts if (name := _own_attribute(part)) and "." not in name)
+
+
+def _own_attribute(value: ast.expr) -> str | None:
+    """`mixer.out_proj` for the expression `self.mixer.out_proj`; None for any other."""
     names: list[str] = []
-    value: ast.expr = node.value
     while isinstance(value, ast.Attribute):
         names.append(value.attr)
         value = value.value

@@ -1,8 +1,11 @@
 """LM head: hidden states to logits, as many rows at a time as a memory budget allows.
 
 logits = softcap * tanh(scale * (h W^T) / softcap)    h [..., I], W [V, I]; without a soft cap: scale * (h W^T)
+
+Scale and cap are measured on the class's own forward (class_head.py); a class with any other head keeps that forward.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,20 +13,36 @@ from torch import Tensor, nn, tanh
 
 from qlora.distributed.unshard import unsharded
 from qlora.model.attention import document_kwargs
+from qlora.model.class_head import (
+    ClassLogits,
+    HeadFormula,
+    accepted,
+    configured_formula,
+    exact,
+    measure_formula,
+    runs_class_forward,
+)
+from qlora.model.linear_layers import is_plain_linear
 from qlora.model.logits_chunk import LOGITS_CHUNK_BYTES
+from qlora.model.module_tree import decoder_of
+from qlora.model.rotary import DocumentRotary, lengths_from_starts
 
 DocumentStarts = tuple[tuple[int, ...], ...]
+CLASS_COPIES = 4  # of the logits that a class's own forward may hold at a time
 
 
 class Head:
-    """Hidden states to logits as the model computes them: projection, scale, soft cap."""
+    """Hidden states to logits as the model computes them: projection, scale, soft cap; or the class's own forward."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.decoder: Any = model.get_decoder()  # type: ignore[operator]
+        self.decoder: Any = decoder_of(model)
         self.projection: Any = model.get_output_embeddings()  # type: ignore[operator]
-        text = model.config.get_text_config().to_dict()  # type: ignore[operator, union-attr]
-        self.softcap: float | None = text.get("final_logit_softcapping")
-        self.scale = float(text.get("logit_scale") or 1.0) / float(text.get("logits_scaling") or 1.0)
+        whole: nn.Module = getattr(model, "whole_model", model)
+        self.formula = _formula(whole, self.projection)  # None: the class's own forward computes the logits
+        self.scale, self.softcap = self.formula or HeadFormula()
+        self._class_logits = None if self.formula else ClassLogits(whole, decoder_of(whole))
+        self._accepted = accepted(type(decoder_of(whole)).forward, position_ids=None, use_cache=None)
+        self._rotary = [module for module in whole.modules() if isinstance(module, DocumentRotary)]
         self.vocab_size = int(self.weight.shape[0])
 
     @property
@@ -32,14 +51,23 @@ class Head:
         return self.projection.weight  # type: ignore[no-any-return]
 
     @property
-    def is_trainable(self) -> bool:
-        """Whether the projection, or a part of it, is trained."""
-        return any(parameter.requires_grad for parameter in self.projection.parameters())
+    def needs_autograd(self) -> bool:
+        """Whether gradients take autograd: a part of the projection is trained, or the class's forward is used."""
+        is_trained = any(parameter.requires_grad for parameter in self.projection.parameters())
+        return is_trained or self._class_logits is not None
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, starts: DocumentStarts = ()) -> Tensor:
-        """Last hidden states [B, T, I]."""
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, starts: DocumentStarts = (), lengths: Sequence[int] = ()
+    ) -> Tensor:
+        """Last hidden states [B, T, I]. `starts` and `lengths`: of each sequence's documents, and without padding."""
         options = self._document_kwargs(starts, input_ids)
-        output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+        arguments = {"position_ids": position_ids, "use_cache": False}
+        taken = {name: value for name, value in arguments.items() if name in self._accepted}
+        for rotary in self._rotary:
+            rotary.token_lengths = lengths_from_starts(starts, lengths, input_ids.shape[1]) if lengths else None
+        output = self.decoder(input_ids=input_ids, **taken, **options)
+        for rotary in self._rotary:
+            rotary.token_lengths = None
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def _document_kwargs(self, starts: DocumentStarts, input_ids: Tensor) -> dict[str, Any]:
@@ -49,6 +77,8 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., I]."""
         with self.unsharded():
+            if self._class_logits is not None:
+                return self._class_logits(hidden).float()
             return self.scale_and_cap(self.project(hidden).float())[0]
 
     def unsharded(self) -> AbstractContextManager[None]:
@@ -57,6 +87,8 @@ class Head:
 
     def logits_in_model_dtype(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] scaled and capped in the model's dtype, as inference servers do, returned in float32."""
+        if self._class_logits is not None:
+            return self._class_logits(hidden).float()
         logits = self.project(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -92,4 +124,19 @@ class Head:
     def chunk_rows(self) -> int:
         """Rows of hidden states whose float32 logits are computed at a time."""
         budget_bytes = LOGITS_CHUNK_BYTES.get(self.weight.device.type, LOGITS_CHUNK_BYTES["cuda"])
-        return max(1, budget_bytes // (4 * self.vocab_size))
+        copies = 1 if self._class_logits is None else CLASS_COPIES
+        return max(1, budget_bytes // (4 * self.vocab_size * copies))
+
+
+def _formula(model: nn.Module, projection: nn.Module) -> HeadFormula | None:
+    """Scale and soft cap of a model's logits; None if its class computes something else."""
+    config = model.config.get_text_config().to_dict()  # type: ignore[operator, union-attr]
+    configured = configured_formula(config)
+    try:
+        measured = measure_formula(model, decoder_of(model), projection)
+    except Exception:  # a transform before the projection, in another dtype or of another width
+        return None if runs_class_forward(model, decoder_of(model)) else configured
+    kind: Any = type(projection)
+    if measured is None or (isinstance(projection, nn.Linear) and not is_plain_linear(kind)):
+        return None
+    return exact(measured, config)

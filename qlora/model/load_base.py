@@ -1,7 +1,7 @@
 """Loading the frozen base model: built on `meta`, its weights streamed tensor by tensor into quantized layers."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from torch import nn
 
 from qlora.distributed.processes import Processes
 from qlora.model import Model
-from qlora.model.download import ModelFolder, find_model
+from qlora.model.download import find_model
 from qlora.model.dtypes import choose_dtype, dtype_name, has_bfloat16
 from qlora.model.fingerprint import BaseManifest
 from qlora.model.layer_sharder import LayerSharder
 from qlora.model.lean_modules import replace_with_lean
-from qlora.model.meta_model import build_meta_model, read_config, read_tokenizer, stop_ids
+from qlora.model.linear_layers import describe_left_out, layers_left_out
+from qlora.model.meta_model import build_meta_model, read_config, read_tokenizer, stop_ids, unties_head
+from qlora.model.model_folder import ModelFolder
 from qlora.model.quantized_cache import DamagedEntry, QuantizedCache
+from qlora.model.rotary import replace_length_dependent_rotary
 from qlora.model.weight_loader import LoadResult, LoadTarget, Report, WeightLoader
 from qlora.quant import Quantizer
 from qlora.quant.linear import FrozenLinear
@@ -35,7 +38,7 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     stop_token_ids: tuple[int, ...]  # that end an answer
-    notes: tuple[str, ...] = ()  # lines about the cache: read from it, written to it, or why not
+    notes: tuple[str, ...] = ()  # lines about the cache, an untied head, and layers that are left out
 
 
 def load(
@@ -63,8 +66,17 @@ def load(
         folder.path, target, lambda: build_meta_model(config, dtype, section.attention, device), report
     )
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
-    manifest = BaseManifest(folder.name, folder.revision, result.sha256, dtype_name(dtype), quantized, result.ignored)
-    stop_token_ids = stop_ids(config, _generation_config(folder.path), tokenizer)
+    manifest = BaseManifest(
+        folder.name,
+        folder.revision,
+        result.sha256,
+        dtype_name(dtype),
+        quantized,
+        result.ignored,
+        layers_left_out(model),
+    )
+    stop_token_ids = stop_ids(config, _read_json(folder.path / "generation_config.json"), tokenizer)
+    notes = (*notes, *_notes(folder.path, model))
     return Base(model, tokenizer, config, folder, manifest, dtype, device, stop_token_ids, notes)
 
 
@@ -90,16 +102,30 @@ def _load_weights(
 
 
 def _finish(model: nn.Module, sharder: LayerSharder | None) -> nn.Module:
-    """The loaded model with lean modules, and sharded outside its layers too."""
+    """The loaded model with the modules that replace its class's own, and sharded outside its layers too."""
     replace_with_lean(model)
+    replace_length_dependent_rotary(model)
     if sharder:
         sharder.shard_rest()
     return model
 
 
-def _generation_config(folder: Path) -> Mapping[str, Any]:
+def _notes(folder: Path, model: Any) -> Iterator[str]:
+    """Lines on where this base differs from what its config.json says, and on layers that are not quantized."""
+    if unties_head(folder):
+        yield (
+            "config.json ties the head to the embedding, but the files hold another head, "
+            "which is used (as transformers 5 does)"
+        )
+    left_out = describe_left_out(model)
+    if left_out:
+        yield left_out
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object; empty if the file is missing or holds anything else."""
     try:
-        config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return value if isinstance(value, dict) else {}

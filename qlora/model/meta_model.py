@@ -3,7 +3,7 @@
 Nothing of transformers is patched, and no remote code runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,44 @@ from qlora.model.tied_head import stores_own_head
 
 transformers_logging.set_verbosity_error()
 
+TOKENIZER = "It needs tokenizer.json and tokenizer_config.json, or tokenizer.model: fetch the folder again"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def read_config(folder: Path) -> Any:
-    """The model's configuration. BaseModelError if it is damaged, needs remote code, or has experts."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a damaged file can raise anything in transformers
-        raise BaseModelError(f"model: {folder / 'config.json'}: {_first_line(error)}") from error
+    """The model's configuration; a head that the files store apart from the embedding is not tied to it.
+
+    BaseModelError if it is damaged, needs remote code, or has experts.
+    """
+    config = _load_config(folder)
     check_config_sizes(config.to_dict())
     experts = _experts(config.to_dict())
     if experts:
         raise BaseModelError(
             f"model: {folder} is a mixture of experts ({experts}), which can't be trained yet. Choose a dense model."
         )
-    if config.get_text_config().tie_word_embeddings and stores_own_head(folder):
+    if _unties_head(config, folder):
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
     return config
+
+
+def unties_head(folder: Path) -> bool:
+    """Whether config.json ties the head to the embedding, but the files hold another head, which is used then."""
+    return _unties_head(_load_config(folder), folder)
+
+
+def _unties_head(config: Any, folder: Path) -> bool:
+    return bool(config.get_text_config().tie_word_embeddings) and stores_own_head(folder)
+
+
+def _load_config(folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.get_text_config()  # a model of several text models has none
+        return config
+    except Exception as error:  # a damaged file can raise anything in transformers
+        raise BaseModelError(f"model: {folder / 'config.json'}: {_first_line(error)}") from error
 
 
 def build_meta_model(config: Any, dtype: torch.dtype, attention: str, device: torch.device) -> nn.Module:
@@ -79,9 +98,16 @@ def _with_attention(config: Any, dtype: torch.dtype, attention: str) -> Any:
     except KeyError as error:
         if error.args != (DOCUMENT_ATTENTION,):
             raise
-        return _from_config(config, dtype, "sdpa")  # Falcon picks a module by the kernel's name
+        return _from_known_kernels(config, dtype)  # Falcon picks a module by the kernel's name
     # Gemma 2 soft-caps its scores, which needs "eager".
     return model if model._supports_sdpa else _from_config(config, dtype, "eager")
+
+
+def _from_known_kernels(config: Any, dtype: torch.dtype) -> Any:
+    try:
+        return _from_config(config, dtype, "sdpa")
+    except ValueError:  # not every class has it
+        return _from_config(config, dtype, "eager")
 
 
 def _from_config(config: Any, dtype: torch.dtype, attention: str) -> Any:
@@ -104,12 +130,33 @@ def key_renamer(model: nn.Module, folder: Path) -> Callable[[str], str]:
     return rename
 
 
+def names_by_key(model: nn.Module, folder: Path, keys: Iterable[str]) -> dict[str, str]:
+    """Checkpoint key -> name of its tensor in the model.
+
+    A tied head that is stored as well is left out; one that is stored alone is the embedding it is tied to.
+    """
+    rename = key_renamer(model, folder)
+    tied = dict(model.all_tied_weights_keys)  # type: ignore[arg-type]
+    renamed = {key: rename(key) for key in keys}
+    stored = set(renamed.values())
+    names: dict[str, str] = {}
+    for key, name in renamed.items():
+        source = tied.get(name)
+        if source is None:
+            names[key] = name
+        elif source not in stored:
+            names[key] = source
+            stored.add(source)
+    return names
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of the folder. BaseModelError if it is missing or needs remote code."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise BaseModelError(f"model: {folder} has no tokenizer that can be read: {_first_line(error)}") from error
+        problem = f"model: {folder} has no tokenizer that can be read: {_first_line(error).rstrip('.')}. {TOKENIZER}."
+        raise BaseModelError(problem) from error
 
 
 def stop_ids(config: Any, generation: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
@@ -123,5 +170,5 @@ def stop_ids(config: Any, generation: Mapping[str, Any], tokenizer: Any) -> tupl
 
 def _first_line(error: Exception) -> str:
     """The first line of an error's message; the second too if the first ends in a colon."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+    lines = [line.rstrip() for line in (str(error).strip() or type(error).__name__).splitlines()]
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -24,10 +24,37 @@ def unit_path(name: str) -> str:
     return layer.group() if layer else name
 
 
-def set_by_path(model: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
-    """Replace the submodule or parameter at a dotted path ("layers.0.mlp.up_proj")."""
+def decoder_of(model: nn.Module) -> Any:
+    """The module between token ids and the head's input; what transformers names so may be the model, or its head."""
+    outer = (model, model.get_output_embeddings())  # type: ignore[operator]
+    candidates = (model.get_decoder(), getattr(model, "base_model", None), getattr(model, "model", None))  # type: ignore[operator]
+    return next((decoder for decoder in candidates if decoder is not None and decoder not in outer), model)
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """The dotted path of a submodule."""
+    return next(str(path) for path, other in model.named_modules() if other is module)
+
+
+def set_by_path(model: nn.Module, path: str, value: nn.Module | Tensor) -> None:
+    """Replace the submodule, parameter or buffer at a dotted path ("layers.0.mlp.up_proj")."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, value)
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer at a dotted path."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    tensor = module._buffers.get(leaf)
+    return getattr(module, leaf) if tensor is None else tensor  # type: ignore[no-any-return]
+
+
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the buffer or the frozen parameter at a dotted path."""
+    parent, _, leaf = name.rpartition(".")
+    is_buffer = leaf in model.get_submodule(parent)._buffers
+    set_by_path(model, name, value if is_buffer else nn.Parameter(value, requires_grad=False))
 
 
 def tensors_of(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -41,14 +68,18 @@ def tensors_of(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor
             layers[path] = module.describe()
             tensors |= {f"{path}.{leaf}": value.detach() for leaf, value in module.named_parameters(recurse=False)}
         else:
-            tensors[name] = model.get_parameter(name).detach()
+            tensors[name] = tensor_of(model, name).detach()
     return tensors, layers
 
 
 def set_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], layers: LayerDescriptions, device_of: Callable[[str], torch.device]
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layers: LayerDescriptions,
+    device: torch.device,
+    device_of: Callable[[str], torch.device],
 ) -> None:
-    """Set parameters by name; frozen layers are rebuilt and moved to `device_of(path)`, other tensors keep theirs."""
+    """Set tensors by name: frozen layers are rebuilt and moved to `device_of(path)`, all others to `device`."""
     for path in {name.rpartition(".")[0] for name in tensors} & layers.keys():
         stored = {
             name.removeprefix(f"{path}."): value for name, value in tensors.items() if name.startswith(f"{path}.")
@@ -56,7 +87,7 @@ def set_tensors(
         set_by_path(model, path, layer_from_tensors(layers[path], stored).to(device_of(path)))
     for name, value in tensors.items():
         if name.rpartition(".")[0] not in layers:
-            set_by_path(model, name, nn.Parameter(value, requires_grad=False))
+            set_tensor(model, name, value.to(device))
 
 
 def layer_from_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FrozenLinear:

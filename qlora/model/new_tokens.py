@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AddedToken
 
 from qlora.errors import BaseModelError
@@ -17,34 +18,44 @@ from qlora.model.download import tokenizer_files
 from qlora.utils.atomic_files import write_bytes
 
 
-def add_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Add `texts` as tokens to a tokenizer; returns their ids. BaseModelError if one exists or is listed twice."""
+def add_tokens(tokenizer: Any, texts: Sequence[str], rows: int) -> list[int]:
+    """Add `texts` as tokens to a tokenizer; returns their ids. BaseModelError if one exists or is listed twice.
+
+    A token that the tokenizer has, but not the model's `rows` rows, needs a row only.
+    """
     vocabulary = tokenizer.get_vocab()
     for number, text in enumerate(texts):
-        if text in vocabulary or text in texts[:number]:
-            reason = (
-                "is a token of this base already: adapter.tokens trains its row"
-                if text in vocabulary
-                else "is listed twice"
+        if text in texts[:number]:
+            raise BaseModelError(f"adapter.new_tokens: {text!r} is listed twice. Remove it.")
+        if vocabulary.get(text, rows) < rows:
+            raise BaseModelError(
+                f"adapter.new_tokens: {text!r} is a token of this base already: adapter.tokens trains its row. "
+                "Remove it."
             )
-            raise BaseModelError(f"adapter.new_tokens: {text!r} {reason}. Remove it.")
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    new = [text for text in texts if text not in vocabulary]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in new])
     return [int(token) for token in tokenizer.convert_tokens_to_ids(list(texts))]
 
 
 def add_tokens_and_resize(model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
     """Add `texts` to the tokenizer, and rows to embedding and head unless there are spare ones."""
-    used = len(tokenizer)
-    rows = max(add_tokens(tokenizer, texts)) + 1
+    used, spare = len(tokenizer), len(model.get_input_embeddings().weight)
+    rows = max(add_tokens(tokenizer, texts, spare)) + 1
+    if rows > spare:
+        resize_vocabulary(model, rows, used)
+
+
+def resize_vocabulary(model: Any, rows: int, used: int) -> None:
+    """Cut embedding and head to `rows`, or add rows that are the mean of the first `used`; tied ones stay tied."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if rows <= len(embedding.weight):
-        return
     tied = head is not None and head.weight is embedding.weight
     embedding.weight = _with_rows(embedding.weight, rows, used)
     embedding.num_embeddings = rows
     if head is not None:
         head.weight = embedding.weight if tied else _with_rows(head.weight, rows, used)
         head.out_features = rows
+        if getattr(head, "bias", None) is not None:
+            head.bias = nn.Parameter(F.pad(head.bias, (0, rows - len(head.bias))), requires_grad=False)
     model.config.get_text_config().vocab_size = rows
 
 
@@ -70,6 +81,8 @@ def write_tokenizer(folder: Path, base_folder: Path, extended: Any | None) -> li
 
 @torch.no_grad()
 def _with_rows(weight: Tensor, rows: int, used: int) -> nn.Parameter:
-    """W [V, I] with rows added up to `rows`, each the mean of the first `used`, those of the tokenizer's own tokens."""
+    """The first `rows` of W [V, I]; added ones are the mean of the first `used`, those of the tokenizer's tokens."""
+    if rows <= len(weight):
+        return nn.Parameter(weight[:rows].clone(), requires_grad=False)
     mean = weight[:used].mean(0, dtype=torch.float32).to(weight.dtype)
     return nn.Parameter(torch.cat([weight, mean.expand(rows - len(weight), -1)]), requires_grad=False)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qlora.distributed.broadcast import Payload, broadcast_in_turns
 from qlora.errors import QloraError
+from qlora.model.buffers import persistent_buffers
 from qlora.model.dtypes import dtype_name
 from qlora.model.layer_sharder import LayerSharder
 from qlora.model.module_tree import set_tensors
@@ -65,15 +66,16 @@ class QuantizedCache:
             sizes = {name: (path / name).stat().st_size for name in digests}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedEntry(f"{path / ENTRY}: {error!r}") from error
-        done = 0
+        done, remaining = 0, set(persistent_buffers(model))
         for name, tensors in self._read(path, digests, sizes):
-            set_tensors(model, tensors, entry["quantized"], self.target.device_of)
+            remaining -= tensors.keys()
+            set_tensors(model, tensors, entry["quantized"], self.target.device, self.target.device_of)
             if self.sharder:
                 self.sharder.shard_complete(tensors)
             done += sizes[name]
             report(done, sum(sizes.values()))
         model.tie_weights()  # type: ignore[operator]
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if remaining or any(parameter.is_meta for parameter in model.parameters()):
             raise DamagedEntry(f"{path}: a tensor is missing")
         with suppress(OSError):
             os.utime(path / ENTRY)
@@ -174,9 +176,9 @@ def _parts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """The model's tensors on the CPU in its order, in parts; the tensors of a frozen layer share a part."""
     frozen = {path for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
     groups: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, tensor in {**dict(model.named_parameters()), **persistent_buffers(model)}.items():
         path = name.rpartition(".")[0]
-        groups.setdefault(path if path in frozen else name, {})[name] = parameter.detach()
+        groups.setdefault(path if path in frozen else name, {})[name] = tensor.detach()
     part: dict[str, Tensor] = {}
     for group in groups.values():
         if part and sum(tensor.nbytes for tensor in (*part.values(), *group.values())) > PART_BYTES:

@@ -9,11 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora.errors import BaseModelError
+from qlora.model.model_folder import INDEX, SINGLE
 from qlora.utils.atomic_files import is_bare_name, read_json
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
 
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}  # bytes
 MAPPED_BYTES = 128 * 2**20  # read through one mapping of a file before the file is opened again

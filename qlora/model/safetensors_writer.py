@@ -48,16 +48,16 @@ class PlannedTensor:
 def write_model(
     folder: Path,
     tensors: Sequence[PlannedTensor],
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     report: Report = lambda done, total: None,
     notes: dict[str, Any] | None = None,
 ) -> int:
     """Write model.safetensors, or numbered shards and their index, in the given order; returns all tensors' bytes.
 
-    Resumes an earlier, killed call with the same folder and tensors. `notes` is JSON that `make` functions fill; it is
-    saved with the progress.
+    A shard has at most `shard_bytes`, by default SHARD_BYTES. Resumes an earlier, killed call with the same folder and
+    tensors. `notes` is JSON that `make` functions fill; it is saved with the progress.
     """
-    shards = list(_shards(tensors, shard_bytes))
+    shards = list(_shards(tensors, shard_bytes or SHARD_BYTES))
     total = sum(tensor.size_bytes for tensor in tensors)
     progress = _Progress(folder, {} if notes is None else notes)
     weight_map: dict[str, str] = {}

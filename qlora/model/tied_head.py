@@ -5,10 +5,9 @@ transformers 5 then uses the stored head, unless its values are the embedding's.
 
 import json
 import struct
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 HEADS = (
     "lm_head.weight", "embed_out.weight", "output_projection.weight", "proj_out.weight", "head.weight", "output.weight",
@@ -38,13 +37,6 @@ def stores_own_head(folder: Path) -> bool:
     """Whether the files of a model folder hold a head whose bytes differ from the embedding's; False if in doubt."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return _compare(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
-
-
-def ties_head(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed config.json says that the head is the embedding; nested text settings count first."""
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    return bool(config.get("tie_word_embeddings") if nested is None else nested)
 
 
 @lru_cache(maxsize=64)

@@ -18,17 +18,19 @@ from qlora.distributed.broadcast import Payload, broadcast_in_turns
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
 from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
-from qlora.model.dtypes import dtype_name
+from qlora.model.buffers import persistent_buffers
+from qlora.model.dtypes import loaded_dtype
 from qlora.model.fingerprint import Fingerprint
 from qlora.model.layer_sharder import LayerSharder
 from qlora.model.linear_layers import linear_paths
-from qlora.model.meta_model import key_renamer
-from qlora.model.module_tree import set_by_path, set_tensors, tensors_of, unit_path
+from qlora.model.meta_model import names_by_key
+from qlora.model.module_tree import set_by_path, set_tensor, set_tensors, tensor_of, tensors_of, unit_path
 from qlora.model.numerics import canonical_numerics
 from qlora.model.prefetch import PREFETCH_BYTES, PerThread, prefetch
 from qlora.model.safetensors_reader import SafetensorsReader
+from qlora.model.tensor_checks import check_complete, check_dtype, check_values
 from qlora.quant import Quantizer
-from qlora.quant.linear import FLOATS, FrozenLinear
+from qlora.quant.linear import FrozenLinear
 
 Report = Callable[[int, int], None]  # (bytes done, bytes in total) of the files
 
@@ -51,10 +53,12 @@ class LoadTarget:
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A parameter of the model and its key in the files; a linear layer's bias is read with its weight."""
+    """A parameter or buffer and its key in the files; a linear layer's bias is read with its weight."""
 
     key: str
     name: str
+    dtype: torch.dtype  # in the model
+    shape: tuple[int, ...]
     linear_path: str | None  # of the linear layer whose weight this is
     bias_key: str | None
     size_bytes: int
@@ -84,6 +88,7 @@ class WeightLoader:
         self.model, self.folder, self.target, self.sharder = model, folder, target, sharder
         self.reader = SafetensorsReader(folder)
         self.linears = set(linear_paths(model))
+        self.buffers = persistent_buffers(model)
         self.fingerprint = Fingerprint()
         config: Any = model.config
         self.fingerprint.add_text("config.json", canonical_numerics(config.get_text_config().to_dict()))
@@ -101,7 +106,7 @@ class WeightLoader:
         else:
             self._fill_together(parameters, self.sharder, report)
         self.model.tie_weights()  # type: ignore[operator]
-        self._check_complete()
+        check_complete(self.folder, self.model)
         ignored = tuple(key for key, name in names.items() if name is None)
         prequantized = any(is_prequantized(key, self.reader) for key in names)
         return LoadResult(self.fingerprint.hexdigest(), ignored, prequantized)
@@ -129,7 +134,9 @@ class WeightLoader:
         for unit, payload in broadcast_in_turns(sharder.processes, [*units.values()], self._payload, BaseModelError):
             self.fingerprint.digests |= payload.metadata["digests"]
             # On the rank that read the unit, this replaces its copy.
-            set_tensors(self.model, payload.tensors, payload.metadata["layers"], self.target.device_of)
+            set_tensors(
+                self.model, payload.tensors, payload.metadata["layers"], self.target.device, self.target.device_of
+            )
             del payload
             sharder.shard_complete([parameter.name for parameter in unit])
             done += sum(parameter.size_bytes for parameter in unit)
@@ -144,26 +151,20 @@ class WeightLoader:
         return Payload(tensors, {"layers": layers, "digests": digests})
 
     def _names_by_key(self) -> dict[str, str | None]:
-        """Checkpoint key -> parameter name, None if the model has none; companions of 4-bit keys are left out."""
-        rename = key_renamer(self.model, self.folder)
-        tied = set(self.model.all_tied_weights_keys)  # type: ignore[arg-type]
+        """Checkpoint key -> name of a parameter or buffer, None if the model has none; companions are left out."""
         packed = [key for key in self.reader if is_prequantized(key, self.reader)]
         companions = {companion for key in packed for companion in companion_keys(key)}
-        parameters = dict(self.model.named_parameters()).keys() - tied
-        names: dict[str, str | None] = {}
-        for key in self.reader:
-            if key not in companions:
-                name = rename(key)
-                # A tied head that is stored as well adds nothing: it is neither read nor hashed.
-                if name not in tied:
-                    names[key] = name if name in parameters else None
-        return names
+        known = {*dict(self.model.named_parameters(remove_duplicate=False)), *self.buffers}
+        names = names_by_key(self.model, self.folder, (key for key in self.reader if key not in companions))
+        return {key: name if name in known else None for key, name in names.items()}
 
     def _parameter(self, key: str, name: str) -> _Parameter | None:
-        """The parameter of a key; None for a linear layer's bias, which is read with its weight."""
+        """The parameter or buffer of a key; None for a linear layer's bias, which is read with its weight."""
         path, _, leaf = name.rpartition(".")
         if path not in self.linears:
-            return _Parameter(key, name, None, None, self.reader.size_bytes(key))
+            tensor = tensor_of(self.model, name)
+            dtype = loaded_dtype(self.model, name, tensor, self.target.dtype)
+            return _Parameter(key, name, dtype, tuple(tensor.shape), None, None, self.reader.size_bytes(key))
         if leaf != "weight":
             return None
         bias_key: str | None = None
@@ -171,7 +172,8 @@ class WeightLoader:
             bias_key = key.removesuffix("weight") + "bias"
             if bias_key not in self.reader:
                 raise BaseModelError(f"model: {self.folder}: {bias_key!r} is missing. Fetch the folder again.")
-        return _Parameter(key, name, path, bias_key, self.reader.size_bytes(key))
+        size = self.reader.size_bytes(key)
+        return _Parameter(key, name, self.target.dtype, self._shape(name), path, bias_key, size)
 
     def _read(self, parameter: _Parameter, reader: SafetensorsReader) -> _ReadResult:
         """Read, check and hash, in a thread that `reader` belongs to."""
@@ -185,24 +187,26 @@ class WeightLoader:
             self.fingerprint.add(parameter.name, stored)
             return _ReadResult(layer)
         tensor = reader[key]
+        if parameter.dtype.is_floating_point:
+            check_dtype(self.folder, key, tensor)
         if parameter.linear_path is None:
-            self._check(key, tensor, parameter.name)
-        self._check_dtype(key, tensor)
+            check_values(self.folder, key, tensor, parameter.shape)
         self.fingerprint.add(parameter.name, [tensor])
         return _ReadResult(tensor, bias)
 
     def _read_bias(self, parameter: _Parameter, reader: SafetensorsReader) -> Tensor:
         key, name = str(parameter.bias_key), f"{parameter.linear_path}.bias"
         bias = reader[key]
-        self._check(key, bias, name)
+        check_dtype(self.folder, key, bias)
+        check_values(self.folder, key, bias, self._shape(name))
         self.fingerprint.add(name, [bias])
         return bias.to(self.target.dtype, copy=True)
 
     def _set(self, parameter: _Parameter, result: _ReadResult) -> None:
         """Set a tensor in the model; a linear layer's weight is quantized first."""
         if parameter.linear_path is None and isinstance(result.value, Tensor):
-            value = result.value.to(self.target.device, self.target.dtype, copy=True)  # not a view of the mapped file
-            set_by_path(self.model, parameter.name, nn.Parameter(value, requires_grad=False))
+            value = result.value.to(self.target.device, parameter.dtype, copy=True)  # not a view of the mapped file
+            set_tensor(self.model, parameter.name, value)
             return
         path = str(parameter.linear_path)
         layer = result.value if isinstance(result.value, FrozenLinear) else self._quantize(parameter.key, result)
@@ -221,25 +225,5 @@ class WeightLoader:
         except BaseModelError as error:
             raise BaseModelError(f"model: {self.folder}: {key!r}: {error}") from error
 
-    def _check(self, key: str, tensor: Tensor, name: str) -> None:
-        self._check_dtype(key, tensor)
-        expected = tuple(self.model.get_parameter(name).shape)
-        if not all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
-            raise BaseModelError(f"model: {self.folder}: {key!r} holds NaN or infinity. Is the file damaged?")
-        if tuple(tensor.shape) != expected:
-            raise BaseModelError(
-                f"model: {self.folder}: {key!r} is {list(tensor.shape)}, but config.json needs {list(expected)}."
-            )
-
-    def _check_dtype(self, key: str, tensor: Tensor) -> None:
-        if tensor.dtype not in FLOATS:
-            raise BaseModelError(
-                f"model: {self.folder}: {key!r} is stored as {dtype_name(tensor.dtype)}, which needs scales that can't "
-                "be read yet. Take the 16-bit checkpoint, or one in bitsandbytes' 4 bits."
-            )
-
-    def _check_complete(self) -> None:
-        missing = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
-        if missing:
-            names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise BaseModelError(f"model: {self.folder} lacks {names}. Fetch the folder again.")
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(tensor_of(self.model, name).shape)

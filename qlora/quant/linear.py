@@ -45,6 +45,7 @@ class FrozenLinear(nn.Module):
     bias: nn.Parameter | None
     fetch: Callable[[], None] | None = None  # of a streamed or sharded layer: copies its tensors to the device
     compute_device: torch.device | None = None  # of a layer whose tensors may be stored on another device
+    is_used: bool = True  # whether a forward of text alone calls it; the start-up check finds out
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -54,8 +55,9 @@ class FrozenLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that it computes on."""
-        return self.compute_device or next(self.parameters()).device
+        """The device that it computes on: that of the stored tensors, which a bias may not share while it moves."""
+        stored = (value for name, value in self._parameters.items() if value is not None and name != "bias")
+        return self.compute_device or next(stored).device
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """W [O, I] in `dtype`, rebuilt on every call; `after` is a tensor that must be computed first.

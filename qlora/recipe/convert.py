@@ -52,7 +52,7 @@ def convert(path: str) -> Converted:
     notes = [note for note in combined.notes if note in resolved.notes or note.startswith(f"read {ACCUMULATION_KEY} ")]
     settings = _valid_settings(combined.settings, not_converted)
     if "model.name" not in settings:
-        raise InputError(f"{path}: names no model; a recipe needs one.")
+        raise InputError(f"{path}: names no model. Add one under its key, base_model or model_name_or_path.")
     if "data.train" not in settings:
         not_converted.append(f"data.train: the file names no data. {PLACEHOLDER} is a placeholder.")
         settings["data.train"] = PLACEHOLDER

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora.data.conversations.chat_template import TemplateOptions
 from qlora.data.conversations.encode_records import detect_format
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
@@ -62,11 +63,32 @@ def profile_dataset(model: str, data: str) -> DatasetProfile:
     return DatasetProfile(_format(recipe), records, report.rows, lengths, share, report, context_length(model))
 
 
-def build_encoder(recipe: Recipe) -> Encoder:
+def build_encoder(recipe: Recipe, tokenizer: Any = None) -> Encoder:
     """The encoder of training, from the tokenizer's files alone: no weight is downloaded."""
+    return Encoder(
+        tokenizer or build_tokenizer(recipe),
+        recipe.data.train_on,
+        recipe.model.chat_template,
+        recipe.data.control_strings,
+        TemplateOptions(recipe.data.template_args, recipe.data.empty_thinking == "mask"),
+    )
+
+
+def build_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of training, with the recipe's new tokens."""
     tokenizer = read_tokenizer(find_tokenizer(recipe.model.name, recipe.model.revision))
-    add_tokens(tokenizer, recipe.adapter.new_tokens)
-    return Encoder(tokenizer, recipe.data.train_on, recipe.model.chat_template, recipe.data.control_strings)
+    if recipe.adapter.new_tokens:
+        rows = vocabulary_rows(recipe.model.name, recipe.model.revision)
+        add_tokens(tokenizer, recipe.adapter.new_tokens, len(tokenizer) if rows is None else rows)
+    return tokenizer
+
+
+def vocabulary_rows(model: str, revision: str | None = None) -> int | None:
+    """Rows of a model's embedding, from its config.json; None if it does not say."""
+    config = read_json(find_config(model, revision))
+    text = config.get("text_config")
+    sizes = [part.get("vocab_size") for part in (text, config) if isinstance(part, dict)]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def context_length(model: str, revision: str | None = None) -> int:

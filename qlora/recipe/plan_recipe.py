@@ -9,11 +9,10 @@ from typing import Any
 
 from qlora.memory import size_bytes
 from qlora.memory.planner.memory_plan import Plan, plan_summary
+from qlora.recipe.default_recipe import default_recipe
 from qlora.recipe.planning import Machine, Planner, better_strategy
-from qlora.recipe.recipe import Recipe, from_mapping, read
+from qlora.recipe.recipe import Recipe, read
 from qlora.utils.machine import gib_or_mib
-
-NO_DATA = "-"  # `data.train` of a model without a recipe
 
 
 def plan_recipe(
@@ -21,7 +20,9 @@ def plan_recipe(
 ) -> tuple[dict[str, Any], str]:
     """The plan of a recipe file or of a model: the object of `plan --json`, and a table."""
     recipe = read_recipe_or_model(name, overrides)
-    plans = Planner(recipe).plan_strategies(requested_machine(gpu, gpus, ram))
+    planner = Planner(recipe)
+    planner.require_shapes()  # before the machine is asked, which may import torch
+    plans = planner.plan_strategies(requested_machine(gpu, gpus, ram))
     plan = plans[better_strategy(plans)]
     strategies = {kind: {"peak_bytes": plan.peak_bytes, "fits": plan.fits} for kind, plan in plans.items()}
     lines = [f"{kind}: {_summary_per_gpu(plan)}" for kind, plan in plans.items()] if len(plans) > 1 else []
@@ -40,11 +41,6 @@ def read_recipe_or_model(name: str, overrides: Sequence[str]) -> Recipe:
     if name.endswith((".yaml", ".yml")) or (path.is_file() and path.name != "config.json"):
         return read(name, overrides)[0]
     return default_recipe(name, overrides)
-
-
-def default_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The default settings for a model, without training data."""
-    return from_mapping({"model": model, "data": {"train": NO_DATA}}, "defaults", overrides)[0]
 
 
 def requested_machine(gpu: str | None, gpus: int, ram: str | None) -> Machine:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from qlora.adapters import Adapter
@@ -15,6 +16,7 @@ from qlora.adapters.target_modules import select
 from qlora.errors import DoesNotFit
 from qlora.memory import size_bytes
 from qlora.memory.planner.config_reader import read
+from qlora.memory.planner.export_and_disk import disk_bytes
 from qlora.memory.planner.full_modules import full_module_values, head_trains
 from qlora.memory.planner.memory_plan import Budget, Plan
 from qlora.memory.planner.overhead import CONTEXT_BYTES
@@ -24,7 +26,8 @@ from qlora.memory.planner.workload import AdapterSizes, Workload
 from qlora.model.download import find_config
 from qlora.quant import build_quantizer
 from qlora.recipe.recipe import Recipe
-from qlora.utils.machine import host_memory_bytes
+from qlora.utils.machine import gib_or_mib, host_memory_bytes
+from qlora.utils.paths import free_bytes
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Planner:
         model = self.recipe.model
         return self._known_shapes or read(find_config(model.name, model.revision), model.name)
 
+    def require_shapes(self) -> None:
+        """BaseModelError if the base model's shapes can't be had."""
+        assert self.shapes
+
     def plan(self, machine: Machine, strategy: str | None = None, micro_batch: int | None = None) -> Plan:
         """The plan under a strategy (None: the recipe's, or the better one), whether it fits or not."""
         plans = self.plan_strategies(machine, micro_batch)
@@ -106,6 +113,18 @@ def require_fit(plan: Plan) -> Plan:
     if not plan.fits:
         raise DoesNotFit(f"memory: {plan.advice}")
     return plan
+
+
+def disk_shortage(recipe: Recipe, plan: Plan) -> str | None:
+    """What a user should know if the disk of the run folder holds less than the run writes."""
+    needed = disk_bytes(plan.work, plan.checkpoints)["run"]
+    free = free_bytes(Path(recipe.train.output))
+    if needed <= free:
+        return None
+    return (
+        f"the run writes about {gib_or_mib(needed)}, and {gib_or_mib(free)} are free on this disk. Free some space, "
+        "lower train.keep, or name a folder on another disk."
+    )
 
 
 def _open_strategies(recipe: Recipe, gpus: int) -> list[str]:

@@ -1,6 +1,6 @@
 """A recipe: the sections of all packages in one object, read from YAML and overrides, checked, written back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path as FilePath
@@ -34,6 +34,7 @@ from qlora.recipe.resolve import ResolvedSettings
 from qlora.recipe.rules import conflicts_between
 from qlora.training import Optim, Train
 
+Check = Callable[["Recipe"], Iterable[tuple[str, str]]]  # a recipe -> key and message of each further problem
 MINIMAL = "A minimal recipe: `model: meta-llama/Llama-3.1-8B` and `data: {train: data/train.jsonl}`."
 
 
@@ -68,21 +69,26 @@ SECTIONS: Mapping[str, type[Section]] = {
 }
 
 
-def read(path: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
-    """The recipe in a file with its overrides, and a note for each alias.
+def read(
+    path: str | PathLike[str], overrides: Sequence[str] = (), check: Check = lambda recipe: ()
+) -> tuple[Recipe, list[str]]:
+    """The recipe in a file with its overrides, and a note for each alias; `check` may find further problems.
 
     RecipeError with a line for every problem, each at its file:line or key.
     """
     name = str(path)
     document = parse(read_text(name), name)
-    return _resolve(document, name, overrides)
+    return _resolve(document, name, overrides, check)
 
 
 def from_mapping(
-    mapping: Mapping[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
+    mapping: Mapping[str, Any],
+    source: str = "recipe",
+    overrides: Sequence[str] = (),
+    check: Check = lambda recipe: (),
 ) -> tuple[Recipe, list[str]]:
     """As `read`, from plain values: `from_mapping({"model": "...", "data": {"train": "data.jsonl"}})`."""
-    return _resolve(Document(mapping), source, overrides)
+    return _resolve(Document(mapping), source, overrides, check)
 
 
 def dump(recipe: Recipe) -> str:
@@ -103,7 +109,7 @@ def recipes_folder() -> FilePath:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def _resolve(document: Document, source: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
+def _resolve(document: Document, source: str, overrides: Sequence[str], check: Check) -> tuple[Recipe, list[str]]:
     if document.value is None:
         raise RecipeError(f"{source}: is empty. {MINIMAL}")
     if not isinstance(document.value, Mapping):
@@ -114,7 +120,7 @@ def _resolve(document: Document, source: str, overrides: Sequence[str]) -> tuple
     written = {path: location for *_, locations in arguments for path, location in locations.items()}
     command_line = ResolvedSettings(SECTIONS, SOURCE, written, problems)
     command_line.add((path, value, command_line.location(path)) for path, value, _ in arguments)
-    return _validated(with_global_batch(file.override_with(command_line)))
+    return _validated(with_global_batch(file.override_with(command_line)), check)
 
 
 def with_global_batch(resolved: ResolvedSettings) -> ResolvedSettings:
@@ -135,7 +141,7 @@ def with_global_batch(resolved: ResolvedSettings) -> ResolvedSettings:
     return resolved
 
 
-def _validated(resolved: ResolvedSettings) -> tuple[Recipe, list[str]]:
+def _validated(resolved: ResolvedSettings, check: Check) -> tuple[Recipe, list[str]]:
     """The recipe, validated section by section, so that one RecipeError lists all problems."""
     problems = [*resolved.problems]
     sections: dict[str, Any] = {}
@@ -148,7 +154,9 @@ def _validated(resolved: ResolvedSettings) -> tuple[Recipe, list[str]]:
     for key, message in conflicts_between(sections).items():
         problems.append((resolved.location(tuple(key.split("."))), message))
     raise_problems(problems)
-    return Recipe(**sections), resolved.notes
+    recipe = Recipe(**sections)
+    raise_problems((resolved.location(tuple(key.split("."))), message) for key, message in check(recipe))
+    return recipe, resolved.notes
 
 
 def _locate(resolved: ResolvedSettings, section: str, path: Path) -> Location:

@@ -38,7 +38,7 @@ def _check_length(recipe: Recipe, report: DataReport, steps: int) -> Recommendat
             f"each example is trained {epochs:.0f} times; most fine-tunes memorize examples from the third epoch on. "
             "train.early_stop ends a run when the held-out loss rises",
         )
-    if not report.eval_rows:
+    if not report.eval_rows and not recipe.data.eval_fraction:
         yield "data.eval_fraction", "no examples are held out: overfitting can't be measured"
 
 

@@ -91,7 +91,8 @@ class ResolvedSettings:
                 self._set(name, str(key), item, self.written.get((name, key)) or location.child((str(key),)))
         elif value is not None:
             known = ", ".join(self.sections[name].model_fields)
-            self.problems.append((location, f"found {shown(value)}, allowed: a group of {known}."))
+            name_alone = "a text, its name, or " if name == "model" else ""
+            self.problems.append((location, f"found {shown(value)}, allowed: {name_alone}a group of {known}."))
 
     def _add_alias(
         self, name: str, value: Any, location: Location, translation: Mapping[str, Any], defaults: list[Any]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import parse, write
-from qlora.errors import DoesNotFit, InputError
+from qlora.errors import DoesNotFit
 from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.planner.search import estimated_cost
 from qlora.recipe.dataset_profile import DatasetProfile, profile_dataset
@@ -49,9 +49,7 @@ class SuggestedRecipe:
 
 
 def suggest_recipe(request: InitRequest) -> SuggestedRecipe:
-    """The recipe. InputError if the file exists; DataError, BaseModelError; DoesNotFit if nothing fits the GPU."""
-    if Path(request.out).exists():
-        raise InputError(f"{request.out} exists, and is never overwritten. Name another file with -o.")
+    """The recipe. DataError, BaseModelError; DoesNotFit if nothing fits the GPU."""
     machine = requested_machine(request.gpu, 1, request.ram)
     profile = profile_dataset(request.model, request.data)
     settings, plan = _fit(request, profile, machine)

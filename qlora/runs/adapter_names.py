@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from qlora.errors import InputError
@@ -31,7 +32,7 @@ def parse_weighted_adapter(text: str) -> WeightedAdapter:
         path, weight = rest, 1.0
     if not abs(weight) <= MAX_WEIGHT:
         raise InputError(f"{text!r}: found weight {weight:g}, allowed: a number of at most {MAX_WEIGHT:g}.")
-    return WeightedAdapter(_check_name(name, path, text), path, weight)
+    return WeightedAdapter(_check_name(name, path, text), expanduser(path), weight)
 
 
 def parse_weighted_adapters(texts: Sequence[str]) -> list[WeightedAdapter]:
@@ -46,7 +47,7 @@ def parse_weighted_adapters(texts: Sequence[str]) -> list[WeightedAdapter]:
 def named_adapters(texts: Sequence[str], run_adapter: str | None = None) -> dict[str, str]:
     """Name -> folder of `NAME=PATH` arguments, after the run's own adapter; a PATH alone is named after its folder."""
     pairs = [text.split("=", 1) if "=" in text else [Path(text).resolve().name, text] for text in texts]
-    named = [(_check_name(name, path, text), path) for (name, path), text in zip(pairs, texts, strict=True)]
+    named = [(_check_name(name, path, text), expanduser(path)) for (name, path), text in zip(pairs, texts, strict=True)]
     named = [*([(RUN_ADAPTER, run_adapter)] if run_adapter else []), *named]
     _refuse_duplicates([name for name, _ in named])
     return dict(named)

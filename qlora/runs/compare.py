@@ -10,6 +10,7 @@ from qlora.runs.report.page import report_page
 from qlora.runs.report.run_data import RunData
 from qlora.training.run_log import read_metrics
 from qlora.utils.atomic_files import write_text
+from qlora.utils.paths import similar_path
 
 MAX_RUNS = 12  # six colors, each as a solid and as a dashed line
 
@@ -37,7 +38,8 @@ def read_run_data(folder: Path, name: str) -> RunData:
     metrics = read_metrics(folder)
     manifest = read_manifest(folder) or {}
     if not metrics and not manifest:
-        raise InputError(f"{folder}: not a run. A run folder has {MANIFEST} or metrics.jsonl.")
+        hint = "" if folder.is_dir() else similar_path(folder)
+        raise InputError(f"{folder}: not a run. A run folder has {MANIFEST} or metrics.jsonl.{hint}")
     return RunData(name, manifest, metrics, _read_recipe_text(folder / RECIPE), _samples(manifest))
 
 

@@ -50,7 +50,7 @@ class ChatSession:
     def prompt_messages(self) -> list[Message]:
         """The conversation up to the last user message. InputError for an empty conversation."""
         if not self.messages:
-            raise InputError("the conversation is empty.")
+            raise InputError("the conversation is empty. Type a message first.")
         return self.messages[:-1]
 
     def reset(self) -> None:
@@ -68,7 +68,7 @@ class ChatSession:
         if path.suffix != ".jsonl" or not path.parent.is_dir():
             raise InputError(f"{file or '?'}: name a file that ends in .jsonl, in a folder that exists.")
         if not self.messages:
-            raise InputError("the conversation is empty.")
+            raise InputError("the conversation is empty. Type a message first.")
         turns = [{"role": message.role, "content": message.content} for message in self._with_system(self.messages)]
         content = path.read_text(encoding="utf-8") if path.exists() else ""
         lines = [*content.splitlines(), json.dumps({"messages": turns}, ensure_ascii=False)]

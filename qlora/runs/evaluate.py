@@ -8,9 +8,10 @@ from typing import Any
 from qlora.adapters.switch import disable_adapters
 from qlora.data.types import TEXT, Example, Message
 from qlora.distributed.single import Single
-from qlora.errors import InputError, did_you_mean
+from qlora.errors import InputError
 from qlora.model.generate_tokens import generate
-from qlora.runs.full_model import NO_ADAPTER
+from qlora.runs.artifacts import NO_ADAPTER
+from qlora.runs.eval_tasks import require_task
 from qlora.runs.load_run import LoadedRun, held_out_examples
 from qlora.runs.memory_setup import Log
 from qlora.training.eval_loss import evaluate
@@ -19,7 +20,6 @@ from qlora.training.loss import TokenLoss
 from qlora.training.multiple_choice import MultipleChoice, choice_accuracy, choice_of
 from qlora.utils.progress import ProgressReporter
 
-TASKS = ("loss", "exact-match", "choice")
 GENERAL = Path(__file__).parent / "general.txt"  # a model should not forget it, whatever it is trained on
 
 
@@ -30,8 +30,7 @@ def evaluate_run(
 
     `beside_base` adds the base model without the adapter, and the loss of both on a general text (forgetting).
     """
-    if task not in TASKS:
-        raise InputError(f"--task: no {task!r}.{did_you_mean(task, TASKS)}")
+    require_task(task)
     if beside_base and run.adapter is None:
         if run.recipe.adapter.kind == "full":
             raise InputError(f"--beside-base: {NO_ADAPTER} Evaluate the base with `qlora eval BASE --data ...`.")

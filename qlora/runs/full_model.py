@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from qlora.adapters.peft_files import refuse_non_finite
 from qlora.errors import QloraError
 from qlora.model.download import tokenizer_files
-from qlora.model.hf_config import merged_config
+from qlora.model.hf_config import merged_config, with_untied_head
 from qlora.model.load_base import Base
-from qlora.model.meta_model import key_renamer
+from qlora.model.meta_model import key_renamer, names_by_key, unties_head
+from qlora.model.model_folder import CONFIG, model_files
 from qlora.model.safetensors_reader import SafetensorsReader
 from qlora.model.safetensors_writer import PROGRESS, PlannedTensor, write_model
 from qlora.utils.atomic_files import PARTIAL, sync_folder, write_bytes, write_json
 from qlora.utils.atomic_folders import remove
 
-CONFIG = "config.json"
-NO_ADAPTER = "adapter.kind full trained every weight: this is a full model without an adapter."
+OTHER_MODEL = "It is a checkpoint of another model: name the model it was trained from, or set train.resume=never."
 
 
 def write(folder: Path, base: Base, dtype: torch.dtype) -> None:
@@ -46,18 +46,8 @@ def write(folder: Path, base: Base, dtype: torch.dtype) -> None:
     for file in (*tokenizer_files(base.folder.path), base.folder.path / "generation_config.json"):
         if file.is_file():
             write_bytes(folder / file.name, file.read_bytes())
-    write_json(folder / CONFIG, merged_config(base.folder.path / CONFIG, base.dtype))
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, and their index."""
-    files = (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json")
-    return [file for file in files if file.is_file()]
-
-
-def has_full_model(folder: Path) -> bool:
-    """Whether `folder` holds a full model: its config and its tensors."""
-    return (folder / CONFIG).is_file() and bool(model_files(folder))
+    config = merged_config(base.folder.path / CONFIG, base.dtype)
+    write_json(folder / CONFIG, with_untied_head(config) if unties_head(base.folder.path) else config)
 
 
 @torch.no_grad()
@@ -68,21 +58,17 @@ def fill(folder: Path, model: nn.Module) -> None:
     for key in shards:
         name = rename(key)
         if name not in named or named[name].shape != shards.shape(key):
-            raise QloraError(f"{folder}: {key!r} matches no parameter of this model.")
+            raise QloraError(f"{folder}: {key!r} matches no parameter of this model. {OTHER_MODEL}")
         named[name].copy_(shards[key])
         missing -= {other for other in missing if named[other] is named[name]}
     if missing:
-        raise QloraError(f"{folder}: lacks {', '.join(sorted(missing)[:3])}.")
+        raise QloraError(f"{folder}: lacks {', '.join(sorted(missing)[:3])}. {OTHER_MODEL}")
 
 
 def _planned(base: Base, dtype: torch.dtype) -> Iterator[PlannedTensor]:
     """Every tensor under its key in the base model's files; tensors that are not trained are copied from there."""
     named, shards = dict(base.model.named_parameters(remove_duplicate=False)), SafetensorsReader(base.folder.path)
-    rename, tied = key_renamer(base.model, base.folder.path), set(base.model.all_tied_weights_keys)  # type: ignore[arg-type]
-    for key in shards:
-        name = rename(key)
-        if name in tied:
-            continue
+    for key, name in names_by_key(base.model, base.folder.path, shards).items():
         stored = dtype if shards.is_float(key) else shards[key].dtype
         yield PlannedTensor(key, shards.shape(key), stored, partial(_values, named, name, shards, key))
 

@@ -9,9 +9,11 @@ import torch
 
 from qlora.adapters.peft_config import module_settings
 from qlora.adapters.peft_files import AdapterFile
+from qlora.adapters.plain_lora import refuse_changed_base
 from qlora.adapters.spectrum import Spectrum, advise, spectrum
-from qlora.errors import BaseModelError, InputError
-from qlora.model.download import ModelFolder, find_local
+from qlora.errors import BaseModelError
+from qlora.model.download import find_local
+from qlora.model.model_folder import ModelFolder
 from qlora.model.original_weights import iter_weights
 from qlora.recipe.recipe import Recipe
 from qlora.runs.load_run import read_adapter
@@ -32,9 +34,10 @@ class AdapterSpectra:
     base: ModelFolder | None
 
 
-def read_spectra(name: str) -> AdapterSpectra:
+def read_spectra(name: str, log: Log = lambda line: None) -> AdapterSpectra:
     """The spectra of a run, a checkpoint or an adapter folder, layers in ascending order."""
-    file, recipe = read_adapter(name)
+    file, recipe = read_adapter(name, log)
+    refuse_changed_base(file)
     spectra = {
         path: spectrum(a, b, module_settings(file.config, path, a.shape[0]).scaling)
         for path, (a, b) in sorted(file.pairs.items(), key=lambda pair: _natural_order(pair[0]))
@@ -44,7 +47,7 @@ def read_spectra(name: str) -> AdapterSpectra:
 
 def inspect_adapter(name: str, curve: bool, picture: str | None, log: Log = lambda line: None) -> dict[str, Any]:
     """The object of `qlora inspect --json`; with `picture`, an SVG file is written there."""
-    adapter = read_spectra(name)
+    adapter = read_spectra(name, log)
     advice = advise(list(adapter.spectra.values()))
     norms = base_norms(adapter, log)
     result: dict[str, Any] = {
@@ -178,10 +181,6 @@ def _layer(path: str, values: Spectrum, base_norm: float | None) -> dict[str, An
 
 
 def _write_picture(path: Path, adapter: AdapterSpectra, result: Mapping[str, Any]) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(
-            f"--picture: {path} can't be written. Name a file such as spectrum.svg in a folder that exists."
-        )
     updates = [
         UpdateSpectrum(name, values.rank, values.energy_rank(0.90), values.stable_rank, values.norm, values.values)
         for name, values in adapter.spectra.items()

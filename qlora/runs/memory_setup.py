@@ -18,8 +18,10 @@ from qlora.memory.weight_streaming import WeightStreamer, embed_on_host, streame
 from qlora.model.load_base import Base, load
 from qlora.model.new_tokens import add_tokens_and_resize
 from qlora.quant import build_quantizer
+from qlora.quant.cuda_dequantize import take_problems
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
+from qlora.training.base_check import check_base
 from qlora.utils.progress import ProgressReporter
 
 Log = Callable[[str], None]
@@ -34,7 +36,8 @@ def load_base(
 ) -> Base:
     """The base model of a recipe: resident on `device`, or with layers that stream to it as planned.
 
-    Without a plan, `memory.weights: stream` streams every layer. `processes` read the files together.
+    Without a plan, `memory.weights: stream` streams every layer. `processes` read the files together. Whatever the
+    command, the base is compared with transformers' own class before it is used.
     """
     streams = plan.work.weights == "stream" if plan else recipe.memory.weights == "stream"
     sharded = processes is not None and processes.shards  # FSDP keeps the shard of a streamed layer in host memory
@@ -48,8 +51,12 @@ def load_base(
         add_tokens_and_resize(base.model, base.tokenizer, recipe.adapter.new_tokens)
     if streams and not sharded:
         WeightStreamer(base.model, plan.work.resident_layers if plan else 0, CopyStream(device))
-    if plan.work.embedding_on_host if plan else streams and not sharded:
+    several_ranks = processes is not None and processes.world_size > 1  # DDP would move the embedding back
+    if plan.work.embedding_on_host if plan else streams and not several_ranks:
         embed_on_host(base.model, device)
+    check_base(base.model, log)
+    for problem in take_problems():  # the comparison has used the kernels of training
+        log(problem)
     return base
 
 

@@ -13,12 +13,12 @@ from qlora.training.checkpoint import (
     Checkpoint,
     Checkpoints,
     Position,
-    find_damage,
     read,
     refuse_changes,
     refuse_other_rates,
     restore,
 )
+from qlora.training.checkpoint_folder import find_damage
 from qlora.training.checkpoint_sync import sync_checkpoint
 from qlora.training.job import Job
 from qlora.utils.atomic_files import write_text
@@ -99,7 +99,7 @@ def refuse_changed_base(setup: RunSetup, before: str) -> None:
     if setup.processes.any(frozen_sha256(setup.base.model) != before):
         raise QloraError(
             f"{setup.recipe.model.name}: bytes of the frozen base model changed during training, so the adapter does "
-            "not belong to it; no final adapter was written. Check the memory of this machine; if it is not faulty, a "
+            "not belong to it; the run is not finished. Check the memory of this machine; if it is not faulty, a "
             "library changed the weights: please report it."
         )
 

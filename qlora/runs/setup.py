@@ -14,16 +14,19 @@ from qlora.adapters.inject import Injection, count, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.modules_to_save import add_modules_to_save
 from qlora.adapters.trainable_tokens import PARAMETER_SUFFIX, token_ids, train_token_rows
-from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
 from qlora.data.prepare import Prepared, prepare
+from qlora.data.remedies import with_remedy
 from qlora.data.types import count_of
 from qlora.distributed.processes import Processes
 from qlora.errors import InputError
 from qlora.memory.planner.memory_plan import Plan
-from qlora.memory.planner.optimizer_state import moment_bytes, moments_leave_device
+from qlora.memory.planner.optimizer_state import UNPAGED_VALUES, moment_bytes, moments_leave_device
 from qlora.model.load_base import Base
 from qlora.model.original_weights import iter_weights
+from qlora.model.rotary import describe_lengths
+from qlora.recipe.dataset_profile import build_encoder
+from qlora.recipe.matrix_rows import position_limit, refuse_ids_without_row, refuse_long_documents
 from qlora.recipe.planning import user_choices
 from qlora.recipe.recipe import Recipe
 from qlora.recipe.recommendations import recommend_settings
@@ -69,12 +72,17 @@ def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log)
 
 def read_data(recipe: Recipe, processes: Processes, base: Base, log: Log) -> EncodedData:
     """The tokenized data of a recipe. DataError if it can't be trained on."""
-    encoder = Encoder(base.tokenizer, recipe.data.train_on, recipe.model.chat_template, recipe.data.control_strings)
+    encoder = build_encoder(recipe, base.tokenizer)
     # The first rank to arrive prepares for all, so every rank may print progress.
     progress = ProgressReporter(log.print if processes.is_main else log.print_always, "data")
     data = prepare(recipe.data, encoder, recipe.train.seed, progress)
     log_report(data.report, log)
     data.report.raise_for_problems()
+    refuse_ids_without_row(data, base.tokenizer, len(base.model.get_input_embeddings().weight))  # type: ignore[operator]
+    refuse_long_documents(data, position_limit(base.model))
+    note = describe_lengths(base.model, recipe.data.max_length)
+    if note:
+        log.print(note)
     return data, encoder.sha256
 
 
@@ -101,8 +109,10 @@ def log_report(report: DataReport, log: Log) -> None:
     for note in report.notes:
         log.print(note)
     for reason, records in report.dropped.items():
-        first = next((f.where for f in (*report.problems, *report.warnings) if reason in f.message), "")
-        log.print(f"dropped {count_of(records)}: {reason} (first: {first}; `qlora check --json` names each)")
+        findings = (*report.problems, *report.warnings)
+        first = next((f.where for f in findings if f.message.startswith(f"dropped, {reason}")), "")
+        text = with_remedy(reason, "")
+        log.print(f"dropped {count_of(records)}: {text} (first: {first}; `qlora check --json` names each)")
     warnings = [finding for finding in report.warnings if not finding.message.startswith("dropped")]
     for finding in warnings[:WARNINGS_SHOWN]:
         log.print(f"{finding.where}: {finding.message}")
@@ -208,7 +218,9 @@ def set_activation_policies(setup: RunSetup) -> StepDown:
 
 
 def moments_due_bytes(setup: RunSetup, position: Position) -> int:
-    """Device memory that the optimizer allocates at the first step; 0 after it, or if its state can be on the host."""
+    """Device memory that the optimizer allocates at the first step; 0 after it. What can be on the host is left out."""
     optimizer = setup.recipe.optim.kind
-    due = position.step == 0 and not moments_leave_device(optimizer)
-    return moment_bytes(setup.injection.trainable_parameters, optimizer) if due else 0
+    sizes = [value.numel() for value in setup.base.model.parameters() if value.requires_grad]
+    if moments_leave_device(optimizer):
+        sizes = [size for size in sizes if optimizer.startswith("paged") and size < UNPAGED_VALUES]
+    return moment_bytes(sum(sizes), optimizer) if position.step == 0 else 0

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from qlora.recipe.recipe import Recipe
 from qlora.runs.resources import Resources, resolve_resources
 from qlora.runs.resume import keep_best, refuse_changed_base, resume
 from qlora.runs.setup import build_job, moments_due_bytes, set_up
-from qlora.runs.write_artifacts import Cost, generate_samples, write_artifacts
+from qlora.runs.suspect_adapter import kept_as_suspect
+from qlora.runs.write_artifacts import Cost, samples_or_note, write_artifacts
 from qlora.training.loop import fit
 from qlora.training.memory_probe import probe_memory
 from qlora.training.run_log import Log, live_display
 from qlora.training.signals import Interrupted, StopSignal, stop_signals
+from qlora.utils.folder_lock import locked_folder
 
 
 def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Mapping[str, Any]:
@@ -41,11 +44,22 @@ def train(recipe: Recipe, notes: Sequence[str] = (), quiet: bool = False) -> Map
 def _train(
     recipe: Recipe, notes: Sequence[str], quiet: bool, watchdog: Watchdog, stop: StopSignal
 ) -> Mapping[str, Any]:
-    """The whole program: what is set up, the loop, what is written."""
+    """The processes and their log; then, if no other process trains in the run folder, the run."""
     started = time.monotonic()
     resources = resolve_resources(recipe, watchdog.start)
+    writes = resources.processes.writes
+    with locked_folder(Path(recipe.train.output), "train.output") if writes else nullcontext():
+        log = _open_log(recipe, resources, notes, quiet)
+        manifest = _run(recipe, resources, log, stop, started)
+    # The job with DDP's reducer is freed by now: freed together with the process group, the two can deadlock.
+    watchdog.stop()
+    resources.processes.end()
+    return manifest
+
+
+def _run(recipe: Recipe, resources: Resources, log: Log, stop: StopSignal, started: float) -> Mapping[str, Any]:
+    """The whole program: what is set up, the loop, what is written."""
     processes = resources.processes
-    log = _open_log(recipe, resources, notes, quiet)
     resources.require_fit()
     choose_kernels(recipe.train.deterministic)
     setup = set_up(recipe, resources, log)
@@ -60,16 +74,14 @@ def _train(
         if processes.device.type == "cuda":  # a CPU does not raise when it runs out of memory
             probe_memory(job, moments_due_bytes(setup, position))
         position = fit(job, position)
-    refuse_changed_base(setup, base_sha256)
-    keep_best(setup, job, position)
-    # Generating with a sharded model takes all ranks.
-    samples = generate_samples(setup) if processes.writes or processes.shards else []
-    cost = Cost(time.monotonic() - started, spent_joules(processes, joules_before))
-    manifest = write_artifacts(setup, position, cost, samples) if processes.writes else {}
+    with kept_as_suspect(setup, position, log):
+        refuse_changed_base(setup, base_sha256)
+        keep_best(setup, job, position)
+        # Generating with a sharded model takes all ranks.
+        samples = samples_or_note(setup, log) if processes.writes or processes.shards else []
+        cost = Cost(time.monotonic() - started, spent_joules(processes, joules_before))
+        manifest = write_artifacts(setup, position, cost, samples) if processes.writes else {}
     processes.barrier()
-    watchdog.stop()
-    del job  # DDP's reducer first: freed together with the process group, the two can deadlock
-    processes.end()
     return manifest
 
 
@@ -90,6 +102,8 @@ def choose_kernels(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS in this mode
     torch.use_deterministic_algorithms(deterministic)
+    # Every tensor is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def spent_joules(processes: Processes, before: float | None) -> float | None:

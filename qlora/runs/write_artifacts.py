@@ -24,12 +24,13 @@ from qlora.data.types import IGNORED
 from qlora.distributed.processes import Processes
 from qlora.errors import QloraError
 from qlora.memory.meter import peak_bytes
+from qlora.model import model_folder
 from qlora.model.generate_tokens import generate
 from qlora.model.load_base import Base
 from qlora.model.new_tokens import write_tokenizer
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs import full_model
-from qlora.runs.artifacts import MANIFEST, MODEL_CARD, PAGE, RECIPE
+from qlora.runs.artifacts import MANIFEST, MODEL_CARD, PAGE, RECIPE, SUSPECT
 from qlora.runs.report.manifest import run_manifest
 from qlora.runs.report.model_card import model_card
 from qlora.runs.report.page import report_page
@@ -37,8 +38,10 @@ from qlora.runs.report.run_data import RunData
 from qlora.runs.resources import Resources
 from qlora.training.checkpoint import Position, restore_adapter
 from qlora.training.exact_match import question, text_of
-from qlora.training.run_log import read_metrics
+from qlora.training.run_log import Log, read_metrics
 from qlora.utils.atomic_files import sha256_manifest, write_json, write_text
+from qlora.utils.atomic_folders import remove
+from qlora.utils.out_of_memory import is_out_of_memory
 
 SAMPLES, SAMPLE_TOKENS = 3, 48  # held-out examples in the report, and tokens of an answer
 
@@ -85,12 +88,13 @@ def write_artifacts(
     names = {peft_files.WEIGHTS, peft_files.CONFIG, RECIPE, *tokenizer_names}
     write_text(output / RECIPE, recipe_text)
     if isinstance(setup.adapter, Full):
-        names |= {full_model.CONFIG, *(file.name for file in full_model.model_files(output))}
+        names |= {model_folder.CONFIG, *(file.name for file in model_folder.model_files(output))}
     files = {name: digest for name, digest in sha256_manifest(output).items() if name in names}
     content = describe(setup, position) | {"seconds": round(cost.seconds, 3), "energy_joules": cost.energy_joules}
     content |= {"files": files, "samples": samples, "spectrum": spectrum_summary(output)}
     manifest = run_manifest(content, setup.processes.device, setup.processes.world_size)
     write_json(output / MANIFEST, manifest)
+    remove(output / SUSPECT)  # of an earlier attempt that failed
     write_text(output / MODEL_CARD, model_card(manifest, recipe_text))
     _write_report(output, manifest, recipe_text)
     return manifest
@@ -127,6 +131,17 @@ def spectrum_summary(folder: Path) -> dict[str, dict[str, float]]:
             "norm": float(f"{values.norm:.4g}"),
         }
     return summary
+
+
+def samples_or_note(setup: RunSetup, log: Log) -> list[dict[str, str]]:
+    """`generate_samples`, but without memory for them none and a line in the log: they must not cost the run."""
+    try:
+        return generate_samples(setup)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    log.print("no samples in the report: generating them ran out of memory. The adapter is not affected.")
+    return []
 
 
 def generate_samples(setup: RunSetup) -> list[dict[str, str]]:

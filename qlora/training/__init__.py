@@ -5,9 +5,10 @@ sequences. The sequences of a step and its learning rate are pure functions of (
 """
 
 from collections.abc import Mapping
+from os.path import expanduser
 from typing import Annotated, Literal
 
-from qlora.config import Between, KindOf, Section, setting
+from qlora.config import Between, KindOf, Section, Validator, setting
 from qlora.utils.registry import Registry
 
 OPTIMIZERS = Registry(
@@ -52,7 +53,7 @@ class Optim(Section):
 class Train(Section):
     """Length, batch sizes, logging, evaluation and checkpoints of a run."""
 
-    output: str = setting("runs/example", "run folder", min_length=1)
+    output: Annotated[str, Validator(expanduser)] = setting("runs/example", "run folder", min_length=1)
     epochs: float = setting(1.0, "passes over the training data; or max_steps", gt=0, nullable=True)
     max_steps: int | None = setting(None, "optimizer steps, instead of epochs", ge=1)
     micro_batch: int = setting(1, "sequences per process in one forward and backward", ge=1)
@@ -63,7 +64,7 @@ class Train(Section):
     save_every: int | None = setting(None, "steps between checkpoints; null: only the final adapter", ge=1)
     keep: int = setting(3, "checkpoints to keep; older ones are deleted", ge=1)
     early_stop: int | None = setting(None, "evaluations without improvement before the run ends; null: never", ge=1)
-    resume: str = setting(
+    resume: Annotated[str, Validator(expanduser)] = setting(
         "auto", "auto (the newest checkpoint in output, if any) | never | a checkpoint folder", min_length=1
     )
     report_to: tuple[Tracker, ...] = setting(

@@ -17,17 +17,21 @@ from torch import Tensor, nn
 from qlora.adapters import peft_files
 from qlora.errors import AdapterError, InputError, QloraError
 from qlora.training import RENAMED_OPTIMIZERS, Optim
+from qlora.training.checkpoint_folder import (
+    FORMAT,
+    MANIFEST,
+    OPTIMIZER,
+    POSITION,
+    checkpoints_in,
+    find_damage,
+    step_of,
+)
 from qlora.training.optimizers import load_state, state_tensors
 from qlora.training.schedule import rates_sha256
-from qlora.utils.atomic_files import is_bare_name, read_json, sha256_manifest, sha256_of, write_bytes, write_json
+from qlora.utils.atomic_files import read_json, sha256_manifest, sha256_of, write_bytes, write_json
 from qlora.utils.atomic_folders import atomic_folder, remove
 
-NAME = re.compile(r"checkpoint-(\d{6,})")
 ARCHIVE = "earlier-"  # name prefix of a folder with the checkpoints of an earlier run
-MANIFEST, POSITION, OPTIMIZER = "manifest.json", "position.json", "optimizer.safetensors"
-FORMAT = 1  # of the folder; folders of another format are refused
-REQUIRED_FILES = {POSITION, OPTIMIZER}
-WEIGHT_FILES = ({peft_files.WEIGHTS, peft_files.CONFIG}, {"config.json"})  # of an adapter, or of a full model
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Checkpoints:
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest intact checkpoint, and a message for each newer one that is damaged."""
         skipped: list[str] = []
-        for folder in sorted(_folders(self.output), key=_step_of, reverse=True):
+        for folder in reversed(checkpoints_in(self.output)):
             try:
                 return read(folder), skipped
             except InputError as error:
@@ -103,7 +107,7 @@ class Checkpoints:
 
     def archive(self) -> Path | None:
         """Move the checkpoints of an earlier run to a folder `earlier-N`, and return it. None if there are none."""
-        folders = _folders(self.output)
+        folders = checkpoints_in(self.output)
         if not folders:
             return None
         number = 1 + sum(path.name.startswith(ARCHIVE) for path in self.output.iterdir())
@@ -114,10 +118,10 @@ class Checkpoints:
         return target
 
     def _prune(self, position: Position) -> None:
-        folders = sorted(_folders(self.output), key=_step_of)
-        kept = {_step_of(folder) for folder in folders[-self.keep :]} | {position.best_step, position.step}
+        folders = checkpoints_in(self.output)
+        kept = {step_of(folder) for folder in folders[-self.keep :]} | {position.best_step, position.step}
         for folder in folders:
-            if _step_of(folder) not in kept and find_damage(folder) is None:
+            if step_of(folder) not in kept and find_damage(folder) is None:
                 remove(folder)
 
 
@@ -152,35 +156,6 @@ def position_of(values: Mapping[str, Any]) -> Position:
     return Position(**values)
 
 
-def find_damage(folder: Path) -> str | None:
-    """Why a checkpoint can't be used, or None if every file matches the manifest."""
-    try:
-        is_complete = (folder / MANIFEST).read_bytes()[-2:] == b"}\n"
-        manifest = read_json(folder / MANIFEST)
-    except (OSError, ValueError):
-        is_complete, manifest = False, {}
-    files, version = manifest.get("files"), manifest.get("format")
-    if not is_complete or not isinstance(files, dict):
-        return f"{MANIFEST} is missing or damaged, so the checkpoint is incomplete"
-    if version != FORMAT or type(version) is not int:
-        return f"{MANIFEST} has format {str(version)[:20]!r}; this version of qlora reads format {FORMAT}"
-    if not files.keys() >= REQUIRED_FILES or not any(files.keys() >= weights for weights in WEIGHT_FILES):
-        return f"{MANIFEST} does not list all files of a checkpoint"
-    if manifest.get("step") != _step_of(folder) and NAME.fullmatch(folder.name):
-        return f"{MANIFEST} belongs to another step"
-    reasons = (_find_file_damage(folder, name, sha256) for name, sha256 in files.items())
-    return next((reason for reason in reasons if reason), None)
-
-
-def _find_file_damage(folder: Path, name: str, sha256: Any) -> str | None:
-    """What is wrong with a file that the manifest lists; a name that points outside the folder is never opened."""
-    path = folder / name if is_bare_name(name) else folder
-    if path == folder or not path.is_file():
-        problem = "is not a plain file name" if path == folder else "is missing"
-        return f"{name[:80]!r}, which {MANIFEST} lists, {problem}"
-    return None if sha256_of(path) == sha256 else f"{name} is damaged (its sha256 is not the one in {MANIFEST})"
-
-
 def restore(
     checkpoint: Checkpoint,
     restore_weights: Callable[[Path], None],
@@ -197,7 +172,10 @@ def restore_adapter(folder: Path, model: nn.Module) -> None:
     """Restore the adapters of `model` from a checkpoint. AdapterError if it has other layers or another rank."""
     values, parameters = peft_files.read_tensors(folder / peft_files.WEIGHTS), peft_files.tensors(model)
     if values.keys() != parameters.keys() or any(values[key].shape != parameters[key].shape for key in parameters):
-        raise AdapterError(f"{folder}: its adapter has other layers or another rank than the recipe specifies.")
+        raise AdapterError(
+            f"{folder}: its adapter has other layers or another rank than the recipe specifies. "
+            "Restore adapter.targets and adapter.rank, or start a new run with train.resume=never."
+        )
     peft_files.load_tensors(model, values)
 
 
@@ -206,11 +184,18 @@ def refuse_changes(checkpoint: Checkpoint, fixed: Mapping[str, Any]) -> None:
     before = checkpoint.fixed
     changed = sorted(key for key in fixed.keys() | before.keys() if fixed.get(key) != before.get(key))
     if changed:
-        changes = ", ".join(f"{key} (was {before.get(key)!r}, is {fixed.get(key)!r})" for key in changed[:4])
+        values = {key: (_short(before.get(key)), _short(fixed.get(key))) for key in changed[:4]}
+        changes = ", ".join(f"{key} (was {old}, is {new})" for key, (old, new) in values.items())
         raise InputError(
-            f"{checkpoint.folder}: the run was started with other settings: {changes}. "
-            "Restore them, or start a new run with train.resume=never or another train.output."
+            f"{checkpoint.folder}: the run was started with other settings: {changes}. Restore them, or start a new "
+            "run with train.resume=never. To train a finished adapter further on other data or with other settings, "
+            "export it with --to merged, and name that folder as the model."
         )
+
+
+def _short(value: Any) -> str:
+    """A setting, or the beginning of a digest."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
 
 
 def refuse_other_rates(checkpoint: Checkpoint, optim: Optim, total_steps: int) -> None:
@@ -228,13 +213,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return peft_files.read_tensors(path)
     except AdapterError as error:
         raise QloraError(str(error)) from error
-
-
-def _folders(output: Path) -> list[Path]:
-    paths = output.iterdir() if output.is_dir() else ()
-    return [path for path in paths if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
-
-
-def _step_of(folder: Path) -> int:
-    match = NAME.fullmatch(folder.name)
-    return int(match.group(1)) if match else -1

@@ -53,7 +53,10 @@ def _letter_ids(token_id: int, letter: str, letters: Sequence[str], tokenizer: A
     token = str(tokenizer.convert_ids_to_tokens(token_id))
     ids = [tokenizer.convert_tokens_to_ids(token.replace(letter, other)) for other in letters]
     if len(set(ids)) < len(letters) or None in ids or token.count(letter) != 1:
-        raise DataError(f"--task choice: this tokenizer has no separate token for each of {', '.join(letters)}.")
+        raise DataError(
+            f"--task choice: this tokenizer has no separate token for each of {', '.join(letters)}. "
+            "Use --task exact-match."
+        )
     return tuple(int(token_id) for token_id in ids)
 
 
@@ -68,7 +71,7 @@ def choice_accuracy(
     for start in range(0, len(order), micro_batch):
         group = [choices[index] for index in order[start : start + micro_batch]]
         batch = collate([choice.example for choice in group], pad_id=0).to(device)
-        hidden = head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts)
+        hidden = head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts, batch.lengths)
         for row, choice in enumerate(group):
             logits = head(hidden[row, len(choice.example) - 1])[list(choice.letter_ids)]
             correct += int(logits.argmax()) == choice.correct

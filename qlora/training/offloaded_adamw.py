@@ -53,6 +53,7 @@ class OffloadedStateAdamW(torch.optim.Optimizer):
         """One update: while a chunk is computed, the next one is copied in and the previous one out."""
         work = [(group, chunk) for group in self.param_groups for chunk in self._chunks(group)]
         self._allocate_buffers([chunk for _, chunk in work])
+        self.copy_stream.wait_for_compute()  # which may still use the memory of the buffers
         events = [self._copy_in(number, chunk) for number, (_, chunk) in enumerate(work[:1])]
         for number, (group, chunk) in enumerate(work):
             if number + 1 < len(work):

@@ -65,4 +65,5 @@ def _joined(documents: Sequence[Example]) -> Example:
 def _logits(loss: TokenLoss, sequences: Sequence[Example], device: torch.device) -> Tensor:
     """[B, T, V] float32."""
     batch = collate(sequences, pad_id=0).to(device)
-    return loss.head(loss.head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts)).float()
+    hidden = loss.head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts, batch.lengths)
+    return loss.head(hidden).float()

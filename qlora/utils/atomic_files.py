@@ -79,7 +79,7 @@ def write_error(path: Path, size: int, error: OSError) -> QloraError:
         free = f" ({shutil.disk_usage(folder).free:,} bytes are free there)"
     return QloraError(
         f"{path}: {size:,} bytes could not be written: {error.strerror or error}{free}. "
-        "Files that were saved before are intact."
+        "Files that were saved before are intact. Correct this, and run the command again."
     )
 
 
@@ -123,7 +123,9 @@ def _user_cache() -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Make renames inside `folder` survive a power cut. Windows can't sync a folder; its file system logs renames."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora.errors import InputError
 from qlora.utils.atomic_files import PARTIAL, sync_folder, write_error, write_text
+from qlora.utils.paths import require_writable_folder
 
 KEY = "key"  # file in an unfinished folder: identifies the content that it will have
 REPLACED = ".replaced-"  # prefix of a folder that is being replaced; restored at the next start if that failed
@@ -47,10 +48,10 @@ def atomic_folder(path: Path, key: str | None = None) -> Iterator[Path]:
 
 
 def require_new_folder(path: Path) -> Path:
-    """`path`, if nothing is there or an empty folder. InputError otherwise."""
+    """`path`, if nothing is there or an empty folder, and it can be written. InputError otherwise."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already. Name a folder that does not exist yet.")
-    return path
+    return require_writable_folder(path)
 
 
 def _discard(partial: Path, key: str | None) -> None:

@@ -38,21 +38,29 @@ _IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*:(?://|/(?=[^\s/@]+:)))[^\s/@\"'<>]+@
 
 def redacted(text: str) -> str:
     """`text` with every secret in it replaced by `[redacted]`."""
-    pattern = _pattern_of(tuple(_secrets()))
-    if pattern:
-        text = pattern.sub(MARK, text)
-    text = _IN_URL.sub(rf"\1{MARK}@", _SHAPE.sub(MARK, text))
-    return _AFTER.sub(rf"\1{MARK}", text)
+    return _redacted(text, _pattern_of(tuple(_secrets())))
 
 
 def redacted_values(value: Any) -> Any:
     """Plain values (dicts, lists, texts, numbers) with every text in them redacted, keys included."""
+    return _redacted_values(value, _pattern_of(tuple(_secrets())))
+
+
+def _redacted(text: str, environment: re.Pattern[str] | None) -> str:
+    if environment:
+        text = environment.sub(MARK, text)
+    text = _IN_URL.sub(rf"\1{MARK}@", _SHAPE.sub(MARK, text))
+    return _AFTER.sub(rf"\1{MARK}", text)
+
+
+def _redacted_values(value: Any, environment: re.Pattern[str] | None) -> Any:
     if isinstance(value, str):
-        return redacted(value)
+        return _redacted(value, environment)
     if isinstance(value, Mapping):
-        return {redacted_values(key): redacted_values(item) for key, item in value.items()}
+        pairs = value.items()
+        return {_redacted_values(key, environment): _redacted_values(item, environment) for key, item in pairs}
     if isinstance(value, list | tuple):
-        return type(value)(redacted_values(item) for item in value)
+        return type(value)(_redacted_values(item, environment) for item in value)
     return value
 
 

@@ -37,8 +37,9 @@ def names_in(family: str) -> tuple[str, ...]:
     return ("embed_in", "lm_head", "final_layer_norm") if family == "gpt_neox" else NAMES[:3]
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "quantizer"), [*((family, "dense") for family in FAMILIES), *((TIED, kind) for kind in QUANTIZERS)]
+)
 def test_it_starts_at_the_base_and_every_gradient_is_autograds(zoo: Zoo, family: str, quantizer: str) -> None:
     base = load_base(zoo(family), quantizer)
     before = logits(base.model)

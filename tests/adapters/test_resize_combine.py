@@ -128,8 +128,8 @@ def test_the_picture_is_an_svg_with_a_cell_per_direction(train: Any, tmp_path: P
     assert result.code == 0 and result.out == "" and "stable" in result.err
     root = ET.fromstring((tmp_path / "spectrum.svg").read_text())
     assert root.tag.endswith("svg") and len([element for element in root if element.tag.endswith("rect")]) == 14 * 4
-    refused = qlora("inspect", train("lora"), "--picture", tmp_path / "gone" / "spectrum.svg")
-    assert refused.code == 2 and "gone" in refused.err
+    refused = qlora("inspect", train("lora"), "--picture", tmp_path / "spectrum.svg" / "x.svg")
+    assert refused.code == 2 and "spectrum.svg is not a folder" in refused.err
 
 
 # ---- resize and combine

@@ -147,7 +147,7 @@ def test_unknown_duplicate_and_foreign_adapters_are_refused(switched: SwitchedBa
             activate()
     with pytest.raises(AdapterError, match="loaded already"):
         switched.switch.add("a", {})
-    with switched.switch.per_row(("a", "b")), pytest.raises(AdapterError, match="4 rows"):
+    with switched.switch.per_row(("a", "b")), pytest.raises(AdapterError, match="4 sequences"):
         logits(switched.base.model)
     other = load_base(zoo("llama-tied-bias", seed=1))
     with pytest.raises(AdapterError, match="other weights"):

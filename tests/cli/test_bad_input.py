@@ -9,6 +9,8 @@ import pytest
 from support.command_line import CommandResult, qlora
 from support.finished_run import FinishedRun
 
+from qlora.recipe import planning
+
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("end to end")
 
@@ -155,3 +157,17 @@ def test_wrong_arguments_are_refused(finished: FinishedRun, case: str, tmp_path:
 def test_a_gpu_that_is_too_small_is_exit_code_3(finished: FinishedRun) -> None:
     result = qlora("plan", finished.recipe, "--gpu", "1KiB", "--json")
     assert result.code == 3 and json.loads(result.out)["fits"] is False
+
+
+def test_a_disk_that_is_too_small_for_the_run_is_a_warning(
+    finished: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "free_bytes", lambda folder: 1000)
+    warnings = qlora("check", finished.recipe, "--json").json["warnings"]
+    [message] = [warning["message"] for warning in warnings if warning["where"] == "train.output"]
+    assert "are free on this disk" in message and "train.keep" in message
+
+
+def test_a_system_error_about_a_path_is_not_called_a_bug(finished: FinishedRun) -> None:
+    for arguments in (("eval", "x" * 300), ("train", finished.recipe, f"model.name={'x' * 300}")):
+        assert_refused(qlora(*arguments), "File name too long")

@@ -63,6 +63,14 @@ def test_the_record_of_the_report_has_the_ids_of_the_template(tmp_path: Path, zo
     assert accepted["data"]["end_trained"] == 1.0
 
 
+@pytest.mark.parametrize("setting", ["control_strings=accept", "overlong=split"])
+def test_a_setting_for_plain_text_needs_some(setting: str, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": "Ho"}))
+    (tmp_path / "r.yaml").write_text(f"model: x\ndata: {{train: {tmp_path}/records.jsonl, format: completion}}\n")
+    checked = qlora("check", tmp_path / "r.yaml", f"data.{setting}")
+    assert checked.code == 2 and "has no effect: no data set has the format text" in checked.err
+
+
 def test_the_setting_is_part_of_the_cache_key(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("bytes", "chatml")
     (tmp_path / "records.jsonl").write_text(json.dumps({"text": "Hi<|im_end|>"}))

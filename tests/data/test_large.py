@@ -49,7 +49,7 @@ def test_the_objects_do_not_depend_on_the_block_size(block_bytes: int) -> None:
         (b'[{"a": 1}, "\0"]', "NUL character: at byte 13; the rest of the file is not read"),
         (b'[{"a": "\xc3\xa9\xff"}]', "not UTF-8: at byte 11; the rest of the file is not read"),
         ("[" * 100_000, "nested too deep: at most 32 levels; the rest of the file is not read"),
-        ('[{"a": "' + "b" * 5_000_000 + '"}]', "row too large: at most 4194304 bytes"),
+        ('[{"a": "' + "b" * 5_000_000 + '"}]', "record too large: at most 4194304 bytes"),
     ],
 )
 def test_the_position_where_an_array_breaks_off_is_reported(text: str | bytes, last: str) -> None:

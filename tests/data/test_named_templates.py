@@ -1,6 +1,7 @@
 """Named chat templates are chosen as transformers chooses them; notes and errors about templates name the remedy."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ CHATML = (
 )
 NEEDS_TOOLS = "{{ '# ' ~ tools | length ~ '\n' }}" + TEMPLATES["object"]  # refuses a conversation without tools
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+NAMES = ("default", "tool_use", "rag", "none")
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
 
@@ -48,6 +50,20 @@ def test_records_with_tools_are_rendered_with_tool_use(tool_use: str) -> None:
     assert encoder.decode(prompt) == expected
     names = [note.split(" are rendered")[0] for note in encoder.notes if "rendered" in note]
     assert names == ["conversations", "conversations with tools"]
+
+
+@pytest.mark.parametrize("names", [names for size in (1, 2, 3, 4) for names in combinations(NAMES, size)], ids="+".join)
+def test_any_set_of_names_is_chosen_from_as_by_transformers(names: tuple[str, ...]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {name: f"{name} {TEMPLATES['object']}" for name in names}
+    if "default" not in names:
+        with pytest.raises(DataError, match="none is named default"):
+            Encoder(tokenizer)
+        return
+    encoder = Encoder(tokenizer)
+    for fields in ({"tools": TOOLS}, {}):
+        expected = tokenizer.apply_chat_template(TURNS, tools=fields.get("tools"), tokenize=False)
+        assert text_of(encoder, **fields) == expected
 
 
 def test_a_template_is_chosen_by_its_name() -> None:

@@ -53,7 +53,7 @@ LINES = {  # bytes of a file, and the outcomes
     "an array": (b"[1, 2]", [(1, "not an object")]),
     "a string": (b'"text"', [(1, "not an object")]),
     "null": (b"null", [(1, "not an object")]),
-    "5 MB line": (b'{"text": "' + b"a" * 5_000_000 + b'"}\n' + GOOD, [(1, "row too large"), (2, {"text": "a"})]),
+    "5 MB line": (b'{"text": "' + b"a" * 5_000_000 + b'"}\n' + GOOD, [(1, "record too large"), (2, {"text": "a"})]),
     "gzip": (b"\x1f\x8b\x08\x00", [(1, "NUL character")]),
     "single quotes": (b"{'text': 'a'}", [(1, "not JSON")]),
     "a raw line end in a string": (b'{"text": "a\nb"}', [(1, "not JSON"), (2, "not JSON")]),
@@ -242,5 +242,5 @@ def test_a_line_above_the_size_limit_is_never_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     with path.open("wb") as file:
         file.truncate(300 * 2**20)  # sparse: 300 MiB of NUL without a line end
-    assert outcomes(path) == [(1, "row too large")]
+    assert outcomes(path) == [(1, "record too large")]
     assert strict_json.MAX_RECORD_BYTES < 5_000_000

@@ -120,6 +120,23 @@ def test_where_every_text_is_long_the_shortest_is_held_out() -> None:
     assert not eval_mask(keys[:1], pieces[:1], 0.5, 0).any()
 
 
+@pytest.mark.parametrize(("copies", "distinct", "held_out"), [(5, 20, 5), (2, 30, 2), (5, 4, 0), (40, 1, 0)])
+def test_equal_records_are_held_out_together_or_a_warning_says_why_not(
+    copies: int, distinct: int, held_out: int, tmp_path: Path, encoders: dict[str, Encoder]
+) -> None:
+    """Every group of equal records is larger than the fraction of 2 %."""
+    path = tmp_path / "records.jsonl"
+    lines = [json.dumps({"prompt": f"Q{i % distinct}", "completion": "A"}) for i in range(copies * distinct)]
+    path.write_text("\n".join(lines))
+    report = prepared_of(path, encoders["bytes"], eval_fraction=0.02, overlong="auto").report
+    assert report.eval_rows == held_out and report.overlap == 0
+    warnings = [finding.message for finding in report.warnings if finding.where == "data.eval_fraction"]
+    assert len(warnings) == (held_out == 0), warnings
+    if warnings:
+        assert "nothing is held out" in warnings[0] and "data.eval" in warnings[0]
+        assert (f"{copies} of {copies * distinct} examples" in warnings[0]) or distinct == 1
+
+
 @pytest.mark.parametrize("overlong", ["auto", "split", "drop", "truncate", "error"])
 def test_each_setting_treats_texts_and_conversations_as_it_says(
     overlong: str, tmp_path: Path, encoders: dict[str, Encoder]
@@ -134,7 +151,7 @@ def test_each_setting_treats_texts_and_conversations_as_it_says(
     assert report.dropped == ({"overlong": 4 - kept[0]} if kept[0] < 4 else {})
     assert bool(report.problems) == (overlong == "error")
     if overlong == "split":
-        assert any("Only plain text is split" in finding.message for finding in report.warnings)
+        assert any("only plain text is split" in finding.message for finding in report.warnings)
     assert any("of text above max_length split into" in line for line in report.summary()) == (report.split > 0)
 
 

@@ -92,7 +92,7 @@ def test_arguments_that_are_no_object_stay_as_they_are() -> None:
 
 def test_arguments_that_a_template_loses_are_refused() -> None:
     encoder = Encoder(with_template(TEMPLATES["joined"].replace("c.arguments", "''")))
-    with pytest.raises(RecordError, match=r"does not write tool arguments: \"{.*neither as text nor as an object"):
+    with pytest.raises(RecordError, match=r"does not write tool arguments: .* neither as text nor as an object"):
         encoder.encode("x:1", read_messages(record_of(call_of('{"part": "bolt 7"}')), "auto"))
 
 

@@ -82,7 +82,7 @@ RECIPES = [  # sections, counts, steps, keys of the recommendations
     ({"train": {"epochs": 9}}, {}, 450, ["train.epochs"]),
     ({"train": {"epochs": 9, "early_stop": 2, "eval_every": 10}}, {}, 450, []),
     ({"train": {"max_steps": 450}}, {}, 450, ["train.epochs"]),
-    ({}, {"eval_rows": 0}, 50, ["data.eval_fraction"]),
+    ({"data": {"train": "x.jsonl", "eval_fraction": 0}}, {"eval_rows": 0}, 50, ["data.eval_fraction"]),
     ({"optim": {"learning_rate": 1e-5}}, {}, 50, ["optim.learning_rate"]),
     ({"adapter": {"targets": ["q_proj", "v_proj"]}}, {}, 50, ["adapter.targets"]),
     ({"adapter": {"targets": ["q_proj", "up_proj"]}}, {}, 50, []),
@@ -115,6 +115,6 @@ def test_a_preview_in_a_pipe_marks_the_trained_text(tmp_path: Path, zoo: Callabl
     shown = qlora("preview", tmp_path / "r.yaml")
     assert shown.code == 0 and "[[Ho<|im_end|>]]" in shown.err and "[[Hi" not in shown.err
     Path(tmp_path / "records.jsonl").write_text('{"prompt": "Hi", "completion": ""}')
-    assert "no usable row" in qlora("preview", tmp_path / "r.yaml").err
+    assert "no record can be trained on" in qlora("preview", tmp_path / "r.yaml").err
     checked = qlora("check", tmp_path / "r.yaml")
     assert checked.code == 2 and f"{tmp_path}/records.jsonl:1: dropped, empty answer" in checked.err

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from support.child_processes import Child
 from support.rank_processes import ranks
 from support.small_runs import adapter_tensors, metrics, recipe_of, run, write_records
+from support.stopped_runs import signal_in_step
 
 from qlora.adapters import peft_files
 from qlora.adapters.inject import frozen_linears
-from qlora.errors import InputError
+from qlora.errors import InputError, Stopped
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
 from qlora.runs.resources import open_processes, resolve_resources, unplanned
@@ -132,6 +133,20 @@ def test_a_run_resumes_with_any_number_of_ranks_and_any_strategy(zoo: Zoo, tmp_p
         assert line["step"] == expected["step"] and line["learning_rate"] == expected["learning_rate"]
         assert line["loss"] == pytest.approx(expected["loss"], rel=LOSS)
     assert_close(adapter_tensors(tmp_path / "resumed"), adapter_tensors(tmp_path / "uninterrupted"))
+
+
+def test_a_cosine_rate_is_the_same_after_a_stop_on_one_process_and_a_resume_on_two(zoo: Zoo, tmp_path: Path) -> None:
+    data = write_records(tmp_path / "records.jsonl", RECORDS, max_words=9)
+    options = ("train.max_steps=6", "optim.schedule=cosine", "optim.warmup=0.2", "data.train_on=all")
+    recipes = {name: recipe_of(zoo("llama"), data, tmp_path / name, *options) for name in ("whole", "stopped")}
+    run(recipes["whole"])
+    with signal_in_step(3), pytest.raises(Stopped):
+        run(recipes["stopped"])
+    on_ranks(run, recipes["stopped"], tmp_path, 2)
+    for line, expected in zip(metrics(tmp_path / "stopped"), metrics(tmp_path / "whole"), strict=True):
+        assert line["step"] == expected["step"] and line["learning_rate"] == expected["learning_rate"]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=LOSS)
+    assert_close(adapter_tensors(tmp_path / "stopped"), adapter_tensors(tmp_path / "whole"))
 
 
 def test_as_many_ranks_write_the_same_file_with_ddp_and_fsdp(zoo: Zoo, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """An export: its certificate equals an independent measurement, and a failed one leaves nothing behind."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +109,16 @@ def test_a_failed_export_leaves_no_folder_and_can_be_repeated(
     runs: Any, step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_run(str(runs.train("llama")))
-    write_shard = safetensors_writer._write_shard
+    fsync, syncs = os.fsync, count(1)
 
     def fail(*arguments: Any) -> Any:
         raise error
 
-    def fail_at_fifth_tensor(path: Path, tensors: Any, progress: Any) -> Any:
-        for number, tensor in enumerate(write_shard(path, tensors, progress)):
-            if number == 5:
-                raise error
-            yield tensor
-
     if step == "certify":
         monkeypatch.setattr("qlora.exporters.export_run.certify", fail)
-    else:
-        monkeypatch.setattr(safetensors_writer, "_write_shard", fail_at_fifth_tensor)
+    else:  # after a few tensors
+        monkeypatch.setattr(safetensors_writer, "SYNC_BYTES", 1)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: fsync(descriptor) if next(syncs) < 15 else fail())
     with pytest.raises(QloraError if isinstance(error, OSError) else type(error)):
         export_run(loaded, MERGED, str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()

@@ -1,7 +1,9 @@
 """Limits of a merge: a killed one resumes; one that loses the update, or is not the trained model, is refused."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from qlora.utils.atomic_files import sha256_manifest
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("limits")
 REQUEST = ExportRequest("merged", dtype="bfloat16", rows=2)
-TENSORS = 21  # of the merged model
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +48,20 @@ class Killed(BaseException):
     """Simulates SIGKILL: no handler of the product catches it."""
 
 
-def kill_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, written = safetensors_writer._write_tensor, []
+@contextmanager
+def count_syncs(killed_at: int | None = None) -> Iterator[list[int]]:
+    """Inside the block every sync of a model file to the disk is counted in the list; number `killed_at` is a kill."""
+    syncs, fsync = [0], os.fsync
 
-    def write_or_die(file: Any, tensor: Any) -> None:
-        if len(written) == count:
-            file.write(b"half a tensor")
-            file.flush()
+    def count(descriptor: int) -> None:
+        syncs[0] += os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors")
+        if syncs[0] == killed_at:
             raise Killed
-        write(file, tensor)
-        written.append(tensor.name)
+        fsync(descriptor)
 
-    monkeypatch.setattr(safetensors_writer, "_write_tensor", write_or_die)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", count)
+        yield syncs
 
 
 @pytest.mark.parametrize(("shard_bytes", "sync_bytes"), [(10**9, 1), (60_000, 40_000), (10**9, 10**9)])
@@ -66,27 +69,23 @@ def test_a_killed_merge_resumes_and_writes_the_same_bytes(
     train: Any, sync_bytes: int, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_run(str(train(0.02)))
-    monkeypatch.setattr(
-        safetensors_writer.write_model, "__defaults__", (shard_bytes, *safetensors_writer.write_model.__defaults__[1:])
-    )
+    monkeypatch.setattr(safetensors_writer, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(safetensors_writer, "SYNC_BYTES", sync_bytes)
-    expected = export_run(loaded, REQUEST, str(tmp_path / "uninterrupted"))
-    for count in (1, 9):
-        with monkeypatch.context() as patch:
-            kill_after(count, patch)
-            with pytest.raises(Killed):
-                export_run(loaded, REQUEST, str(tmp_path / "out"))
+    with count_syncs() as all_syncs:
+        expected = export_run(loaded, REQUEST, str(tmp_path / "uninterrupted"))
+    for number in (1, min(9, *all_syncs)):
+        with count_syncs(killed_at=number), pytest.raises(Killed):
+            export_run(loaded, REQUEST, str(tmp_path / "out"))
         assert not (tmp_path / "out").exists() and (tmp_path / ".partial-out").exists()
-    write, written = safetensors_writer._write_tensor, []
-    monkeypatch.setattr(
-        safetensors_writer, "_write_tensor", lambda file, tensor: (written.append(1), write(file, tensor))
-    )
+        with max((tmp_path / ".partial-out").glob("*.safetensors")).open("ab") as file:
+            file.write(b"half a tensor")
     servers = json.loads(json.dumps(expected["servers"]).replace("uninterrupted", "out"))
-    resumed = export_run(loaded, REQUEST, str(tmp_path / "out"))
+    with count_syncs() as syncs:
+        resumed = export_run(loaded, REQUEST, str(tmp_path / "out"))
     assert resumed == expected | {"path": str(tmp_path / "out"), "servers": servers}
     assert sha256_manifest(tmp_path / "out") == sha256_manifest(tmp_path / "uninterrupted")
     if sync_bytes == 1:
-        assert len(written) < TENSORS - 9  # synced tensors are not written again
+        assert syncs[0] == all_syncs[0] - 8  # the tensors synced before the kill are not written again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "uninterrupted"]
 
 
@@ -95,10 +94,8 @@ def test_another_request_does_not_resume_a_killed_one(
 ) -> None:
     loaded = load_run(str(train(0.02)))
     monkeypatch.setattr(safetensors_writer, "SYNC_BYTES", 1)
-    with monkeypatch.context() as patch:
-        kill_after(5, patch)
-        with pytest.raises(Killed):
-            export_run(loaded, REQUEST, str(tmp_path / "out"))
+    with count_syncs(killed_at=6), pytest.raises(Killed):
+        export_run(loaded, REQUEST, str(tmp_path / "out"))
     for name in ("out", "fresh"):
         export_run(loaded, replace(REQUEST, dtype="float32"), str(tmp_path / name))
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))

@@ -125,6 +125,21 @@ def test_a_merged_model_is_pushed_as_a_model(hub: LocalHub, folder: Path, tmp_pa
     assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= hub.files.keys()
 
 
+def test_a_local_base_with_a_name_like_one_on_the_hub_is_not_pushed(
+    hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "runs" / "a"
+    adapter.mkdir(parents=True)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "models/base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    for here in (tmp_path, tmp_path / "models"):
+        monkeypatch.chdir(here)
+        result = push(adapter, "me/mine")
+        assert result.code == 2 and "a path on this machine" in result.err and not hub.files, result.err
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_is_one_line_without_the_token(hub: LocalHub, folder: Path, status: int) -> None:
     hub.error_status = status

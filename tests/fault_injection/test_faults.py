@@ -37,22 +37,22 @@ def no_report(result: Any) -> None:
 
 
 def test_a_kill_at_any_call_of_a_save_loses_no_checkpoint(seed: int, tmp_path: Path) -> None:
-    result = kills.kill_at_calls(tmp_path, every=23, first=1 + seed % 23, report=no_report)
-    assert result.clean and result.kills >= 20, result
+    result = kills.kill_at_calls(tmp_path, every=47, first=1 + seed % 47, report=no_report)
+    assert result.clean and result.kills >= 10, result
 
 
 def test_a_kill_at_any_moment_of_a_run_loses_no_checkpoint(zoo: Zoo, seed: int, tmp_path: Path) -> None:
-    result = kills.kill_at_moments(zoo("llama"), tmp_path, 10, seed, no_report)
-    assert result.clean and result.kills == 10, result
+    result = kills.kill_at_moments(zoo("llama"), tmp_path, 6, seed, no_report)
+    assert result.clean and result.kills == 6, result
 
 
-@pytest.mark.parametrize(("world", "count"), [(1, 6), (2, 2)])
+@pytest.mark.parametrize(("world", "count"), [(1, 4), (2, 1)])
 def test_no_non_finite_value_is_ever_written(zoo: Zoo, seed: int, world: int, count: int, tmp_path: Path) -> None:
     result = non_finite.inject_non_finite(zoo("llama"), tmp_path, count, seed, no_report, world)
     assert result.clean and result.runs == count, result
 
 
-@pytest.mark.parametrize(("world", "count"), [(1, 6), (2, 2)])
+@pytest.mark.parametrize(("world", "count"), [(1, 4), (2, 1)])
 def test_a_signal_in_any_phase_leaves_an_exact_checkpoint(
     zoo: Zoo, seed: int, world: int, count: int, tmp_path: Path
 ) -> None:
@@ -96,8 +96,8 @@ def test_all_commands_succeed_without_a_malicious_file(workspace: malicious_file
 
 
 def test_no_malicious_file_runs(workspace: malicious_files.Workspace, seed: int, tmp_path: Path) -> None:
-    result = malicious_files.place_all(workspace, tmp_path, slice(seed % 16, None, 16), no_report)
-    assert result.clean and result.placements >= 4, result
+    result = malicious_files.place_all(workspace, tmp_path, slice(seed % 24, None, 24), no_report)
+    assert result.clean and result.placements >= 2, result
 
 
 def test_no_file_name_leads_out_of_its_folder(workspace: malicious_files.Workspace, seed: int, tmp_path: Path) -> None:

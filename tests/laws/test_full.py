@@ -32,7 +32,7 @@ def full_recipe(model: Path, data: Path, output: Path, *overrides: str) -> Recip
     return recipe_of(model, data, output, *options, adapter=SECTION)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # slow on CPUs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_starts_at_the_base_bit_for_bit_and_trains_everything(zoo: Zoo, family: str, dtype: str) -> None:
     base = load_base(zoo(family), "dense", dtype)
@@ -73,7 +73,7 @@ def test_a_base_in_4_bits_is_refused_with_the_key(zoo: Zoo, tmp_path: Path) -> N
         Full().train_all(load_base(zoo("llama"), "nf4").model)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # slow on CPUs
 @pytest.mark.parametrize("family", ["llama-tied-bias", "gpt_neox", "gemma3"])
 def test_the_folder_is_the_model_that_was_trained(zoo: Zoo, family: str, dtype: str, tmp_path: Path) -> None:
     data = write_records(tmp_path / "records.jsonl", 8)

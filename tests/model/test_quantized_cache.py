@@ -12,8 +12,10 @@ import torch
 from support.child_processes import Child, Notify
 from support.tiny_models import FAMILIES
 
+from qlora.adapters.inject import frozen_linears
 from qlora.model import Model, quantized_cache
 from qlora.model.load_base import Base, load
+from qlora.model.module_tree import set_tensors
 from qlora.model.weight_loader import WeightLoader
 from qlora.quant import Quant, build_quantizer
 
@@ -145,3 +147,17 @@ def test_processes_at_the_same_time_agree(zoo: Zoo, cache_root: Path, tmp_path: 
     assert [child.wait() for child in children] == [0, 0], (tmp_path / "log-0").read_text()
     assert len({line for child in children for line in child.lines()}) == 1
     assert same(loaded(zoo("llama")), loaded(zoo("llama")))
+
+
+def test_everything_in_an_entry_is_moved_to_the_device(zoo: Zoo) -> None:
+    """A GPU's second start: embedding, norms and head are no frozen layers, and were once left on the host."""
+    model, meta = loaded(zoo("llama-tied-bias")).model, torch.device("meta")  # stands for a GPU
+    layers = {path: layer.describe() for path, layer in frozen_linears(model).items()}
+    on_host = next(iter(layers))
+    tensors = {name: value.detach().clone() for name, value in model.named_parameters()}
+    set_tensors(model, tensors, layers, meta, lambda path: CPU if path == on_host else meta)
+    model.tie_weights()
+    devices = {name: value.device for name, value in model.named_parameters()}
+    assert {name for name, device in devices.items() if device == CPU} == {
+        name for name in devices if name.startswith(f"{on_host}.")
+    }

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from support.small_runs import recipe_of, write_records
 
 from qlora.adapters.inject import frozen_linears
 from qlora.cli.app import run as run_cli
+from qlora.errors import BaseModelError
 from qlora.model import quantized_cache
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.model.weight_loader import WeightLoader
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs.memory_setup import load_base
 from qlora.runs.resources import open_processes
+from qlora.training.base_check import check_base
 
 Zoo = Callable[..., Path]
 
@@ -42,12 +45,23 @@ def load_together(recipe: Recipe, folder: Path, world: int) -> list[dict[str, ob
         codes = [int(layer.stored()["codes"].long().sum()) for layer in frozen_linears(base.model).values()]
         frozen_sha256(base.model)  # all ranks can compute it
         state = {"sha256": base.manifest.sha256, "notes": base.notes, "keys": keys, "held": held, "codes": codes}
+        state["refusal"] = refusal_with_other_frequencies(base.model)
         (folder / f"state-{rank}").write_text(json.dumps(state))
         processes.end()
 
     exit_codes = [child.wait() for child in ranks(work, folder, world)]
     assert exit_codes == [0] * world, (folder / "log-0").read_text()
     return [json.loads((folder / f"state-{rank}").read_text()) for rank in range(world)]
+
+
+def refusal_with_other_frequencies(model: Any) -> str:
+    """What the start-up check says of a base that is not its class's; all ranks run it together."""
+    model.model.rotary_emb.inv_freq.mul_(1.2)
+    try:
+        check_base(model, lambda line: None)
+    except BaseModelError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("fsdp", 3)])
@@ -59,6 +73,7 @@ def test_each_tensor_is_read_once_and_every_rank_has_the_same_base(
     one = load_together(recipe_of(model, data, tmp_path / "run"), tmp_path, 1)[0]
     many = load_together(recipe_of(model, data, tmp_path / "run", f"distributed.kind={kind}"), tmp_path, world)
     assert {state["sha256"] for state in many} == {one["sha256"]}
+    assert all("layer 1 of 2 differs from transformers' class" in str(state["refusal"]) for state in (one, *many))
     assert all(state["codes"] == one["codes"] for state in many)
     keys = [key for state in many for key in state["keys"]]  # type: ignore[attr-defined]
     assert sorted(keys) == sorted(one["keys"]) and all(state["keys"] for state in many)  # type: ignore[call-overload]

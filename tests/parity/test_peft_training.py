@@ -38,7 +38,7 @@ peft = pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 pytestmark = pytest.mark.xdist_group("peft")
-STEPS = 30
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def losses_of(job: Job, folder: Path) -> list[float]:
 def assert_same_curve(losses: list[float], peft_losses: list[float]) -> None:
     assert len(losses) == len(peft_losses) == STEPS
     assert max(abs(a - b) / b for a, b in zip(losses, peft_losses, strict=True)) <= 1e-3
-    assert losses[-1] < 0.97 * losses[0]  # it has learned
+    assert losses[-1] < 0.98 * losses[0]  # it has learned
 
 
 def test_the_frozen_base_is_that_of_transformers_and_bitsandbytes(wide: Path) -> None:

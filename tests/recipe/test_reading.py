@@ -29,6 +29,9 @@ WRONG = {
     "train: {report_to: [wandb, wanb]}": "train.report_to[1]: found 'wanb' (text), allowed: aim,",
     "train: {report_to: wandb}": "train.report_to: found 'wandb' (text), allowed: a list, each aim,",
     "train: {output: null}": "train.output: found null, allowed: text.",
+    "train: {output: 12e5}": "train.output: found 1200000.0, allowed: text. Text that looks like a number or a truth",
+    "optim: {betas: '0.9,0.95'}": "optim.betas: found '0.9,0.95' (text), allowed: a list of 2, each a number >= 0 and "
+    "< 1. A list is written in brackets: [0.9,0.95].",
     "train: 8": "train: found 8, allowed: a group of output, epochs,",
     "quant: {kind: nf5}": "quant.kind: no 'nf5' (text). Did you mean 'nf4'? Known: dense, fp4, nf4.",
     "quant: {block: 60}": "quant.block: found 60, allowed: 32, 64, 128,",
@@ -160,3 +163,11 @@ def test_a_recipe_is_frozen():
     assert isinstance(recipe, Recipe)
     with pytest.raises(ValueError, match="frozen"):
         recipe.adapter.rank = 8
+
+
+def test_a_path_in_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    train = {"output": "~/runs/a", "resume": "~/runs/b/checkpoint-000002"}
+    recipe, _ = from_mapping({"model": "~/base", "data": {"train": "x.jsonl"}, "train": train})
+    assert recipe.model.name == "/home/me/base"
+    assert (recipe.train.output, recipe.train.resume) == ("/home/me/runs/a", "/home/me/runs/b/checkpoint-000002")

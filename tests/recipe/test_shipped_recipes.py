@@ -22,4 +22,8 @@ def test_a_recipe_passes_check_with_a_local_model_and_local_data(file: Path) -> 
 def test_without_a_network_only_the_model_and_the_data_are_missing(file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = json.loads(qlora("check", file, "--json").out)
-    assert {problem["where"] for problem in result["problems"]} <= {"model"}, result["problems"]
+    keys = {problem["message"].split(":")[0] for problem in result["problems"]}
+    assert {"model", "model.name"} & keys and keys <= {"model", "model.name", "data.train", "data.eval"}, result[
+        "problems"
+    ]
+    assert all(problem["where"].startswith(f"{file}:") for problem in result["problems"])

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from support.command_line import qlora
 from support.small_runs import recipe_of, run, write_records
+from support.training_hooks import before_update
 
 from qlora.runs.report.page import report_page
 from qlora.runs.report.quantities import Duration, Energy, Size, in_one_unit
 from qlora.runs.report.run_data import RunData
 from qlora.runs.report.spectrum_page import UpdateSpectrum, draw_grid, position_of
 from qlora.runs.train import train
-from qlora.training import loop, run_log
+from qlora.training import run_log
 
 pytestmark = pytest.mark.xdist_group("report")
 CHROMIUM = next(
@@ -66,10 +67,10 @@ def test_a_page_has_no_address_and_forbids_every_request(finished: Path) -> None
 
 def test_every_plot_has_titles_with_units_on_its_axes(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    plots = re.findall(r'class="figure (?:plot|bars)"[^>]*aria-label="([^"]+)"', page)
+    plots = re.findall(r'class="figure (?:plot|bars)[^"]*"[^>]*aria-label="([^"]+)"', page)
     units = re.findall(r'class="unit[^"]*">([^<]+)<', page)
     assert len(plots) >= 5  # loss, rate, throughput, gradient, memory
-    curves, bars = len(re.findall('class="figure plot"', page)), len(re.findall('class="figure bars"', page))
+    curves, bars = len(re.findall('class="figure plot"', page)), len(re.findall('class="figure bars', page))
     assert len(units) == 2 * curves + bars
     assert {"optimizer step", "nats per token", "tokens/s"} <= {*units} and re.search("[KMG]iB", " ".join(units))
 
@@ -95,18 +96,17 @@ def test_matrices_of_one_name_in_a_layer_have_a_cell_each() -> None:
 
 def test_the_page_is_up_to_date_during_a_run(zoo: Any, tmp_path: Path, monkeypatch: Any) -> None:
     pages: list[str] = []
-    take_step, page = loop._step, tmp_path / "run" / "report.html"
+    page = tmp_path / "run" / "report.html"
 
-    def step(job: Any, number: int) -> Any:
+    def read_page(update: int) -> None:
         pages.append(page.read_text() if page.exists() else "")
-        return take_step(job, number)
 
-    monkeypatch.setattr(loop, "_step", step)
     monkeypatch.setattr(run_log, "REDRAW_SECONDS", 0.0)
     monkeypatch.setattr(run_log, "REDRAW_SHARE", 1e9)
     data = write_records(tmp_path / "records.jsonl", 24)
     recipe = recipe_of(zoo("llama"), data, page.parent, "data.eval_fraction=0.25")
-    train(recipe, quiet=True)
+    with before_update(read_page):
+        train(recipe, quiet=True)
     assert "not finished: step 0 of 6" in pages[0] and "not finished: step 5 of 6" in pages[5]
     assert all('http-equiv="refresh"' in text for text in pages)
     assert "not finished" not in page.read_text() and 'http-equiv="refresh"' not in page.read_text()

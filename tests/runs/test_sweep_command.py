@@ -1,22 +1,21 @@
 """The command `qlora sweep`: exit codes, one JSON object, a table, a page that compares all runs."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from support.child_processes import Child, Notify
 from support.command_line import qlora
-from support.paths import ROOT
 from support.small_runs import metrics
 from support.sweeps import Sweep, Zoo, nan_gradient
 
 from qlora.adapters.inject import adapted, frozen_linears, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.round_robin import RoundRobin
+from qlora.cli.app import run as run_cli
 from qlora.model import Model
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.model.load_base import load
@@ -81,17 +80,19 @@ def test_several_processes_are_refused(zoo: Zoo, tmp_path: Path, monkeypatch: py
 @pytest.mark.xdist_group("sweep")
 def test_a_terminated_sweep_exits_with_143_and_saves_every_variant(zoo: Zoo, tmp_path: Path) -> None:
     sweep = Sweep(zoo("llama"), tmp_path, "train.max_steps=100000", "optim.warmup=0")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "sweep", str(sweep.path), "adapter.rank=2,8"], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+
+    def work(notify: Notify) -> int:
+        with (tmp_path / "stdout").open("w") as stdout, redirect_stdout(stdout):
+            return run_cli(["sweep", str(sweep.path), "adapter.rank=2,8"])
+
+    child = Child(work, tmp_path / "stderr")
     folders = [tmp_path / "together" / name for name in ("rank-2", "rank-8")]
     deadline = time.monotonic() + 120
-    while len(metrics(folders[1])) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(metrics(folders[1])) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143 and stdout == "" and "Traceback" not in stderr, stderr
+    child.send(signal.SIGTERM)
+    code, stderr = child.wait(), (tmp_path / "stderr").read_text()
+    assert code == 143 and not (tmp_path / "stdout").read_text() and "Traceback" not in stderr, stderr
     for folder in folders:
         newest = max(folder.glob("checkpoint-*"))
         assert int(newest.name[-6:]) == metrics(folder)[-1]["step"] and newest.name in stderr

@@ -4,17 +4,15 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
 from qlora.recipe.recipe import Recipe
-from qlora.runs import train as train_module
-from qlora.training import loop
 from support.small_runs import differing_tensors, metrics, recipe_of, run, write_records
+from support.training_hooks import before_first_forward, before_update, trainable
 
 Zoo = Callable[..., Path]
 RECORDS, STEPS = 10, 6  # global batch 4: three steps an epoch, the last one short; two epochs
@@ -64,45 +62,27 @@ def assert_same_run(expected: Path, actual: Path) -> None:
     assert results[0] == results[1]
 
 
-class signal_in_step:
+@contextmanager
+def signal_in_step(step: int, number: int = signal.SIGTERM) -> Iterator[None]:
     """Inside the block the process sends itself a signal in the middle of a step (counted from 1)."""
 
-    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
-        self.step, self.number, self.patch = step, number, pytest.MonkeyPatch()
+    def send(update: int) -> None:
+        if update == step:
+            os.kill(os.getpid(), number)
 
-    def __enter__(self) -> None:
-        original = loop._step
-
-        def step(job: Any, number: int) -> Any:
-            if number + 1 == self.step:
-                os.kill(os.getpid(), self.number)
-            return original(job, number)
-
-        self.patch.setattr(loop, "_step", step)
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.undo()
+    with before_update(send):
+        yield
 
 
-class non_finite_gradient:
+@contextmanager
+def non_finite_gradient(steps: Sequence[int], value: float = float("nan")) -> Iterator[None]:
     """Inside the block the gradient of one tensor is not finite in some steps (counted from 1)."""
+    calls = 0
 
-    def __init__(self, steps: Sequence[int], value: float = float("nan")) -> None:
-        self.steps, self.value, self.patch, self.calls = steps, value, pytest.MonkeyPatch(), 0
+    def replace(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1  # one micro-batch a step
+        return gradient * value if calls in steps else gradient
 
-    def __enter__(self) -> None:
-        build_job = train_module.build_job
-
-        def build_patched_job(*arguments: Any) -> Any:
-            job = build_job(*arguments)
-            list(job.trainable.values())[3].register_hook(self.replace)
-            return job
-
-        self.patch.setattr(train_module, "build_job", build_patched_job)
-
-    def replace(self, gradient: torch.Tensor) -> torch.Tensor:
-        self.calls += 1  # one micro-batch a step
-        return gradient * self.value if self.calls in self.steps else gradient
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.undo()
+    with before_first_forward(lambda model: list(trainable(model).values())[3].register_hook(replace)):
+        yield

@@ -1,22 +1,20 @@
 """Sweeps of a tiny model, and the same runs alone: helpers for the tests of sweeps."""
 
 import json
-import os
-import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from qlora.recipe.recipe import dump
-from qlora.runs.sweep import variant_run
 from qlora.runs.sweep.result import SweepResult
 from qlora.runs.sweep.train_together import train_together
 from qlora.runs.sweep.variants import Variant, variants_of
-from qlora.training import loop
+from qlora.training.loss import TokenLoss
 from support.small_runs import differing_tensors, metrics, recipe_of, run, write_records
+from support.training_hooks import before_first_forward, trainable
 
 Zoo = Callable[..., Path]
 RECORDS = 10  # global batch 4: three steps an epoch, the last one short
@@ -72,47 +70,20 @@ class Sweep:
                 ).read_bytes()
 
 
-class nan_gradient:
-    """Inside the block one variant's gradient is NaN in some steps (counted from 1)."""
+@contextmanager
+def nan_gradient(name: str, steps: Sequence[int]) -> Iterator[None]:
+    """Inside the block the gradient of one tensor of the variant `rank-N` is NaN in some steps (counted from 1)."""
+    rank, calls = int(name.removeprefix("rank-")), 0
 
-    def __init__(self, name: str, steps: Sequence[int]) -> None:
-        self.name, self.steps, self.patch, self.calls = name, steps, pytest.MonkeyPatch(), 0
+    def replace(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1  # one micro-batch a step
+        return gradient * float("nan") if calls in steps else gradient
 
-    def __enter__(self) -> None:
-        build_job = variant_run.build_job
+    def register(model: TokenLoss) -> None:
+        parameter = list(trainable(model).values())[3]
+        if min(parameter.shape) == rank:
+            parameter.register_hook(replace)
 
-        def build_patched_job(setup: Any, *arguments: Any) -> Any:
-            job = build_job(setup, *arguments)
-            if Path(setup.recipe.train.output).name == self.name:
-                list(job.trainable.values())[3].register_hook(self.replace)
-            return job
-
-        self.patch.setattr(variant_run, "build_job", build_patched_job)
-
-    def replace(self, gradient: torch.Tensor) -> torch.Tensor:
-        self.calls += 1  # one micro-batch a step
-        return gradient * float("nan") if self.calls in self.steps else gradient
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.undo()
-
-
-class signal_in_sweep_step:
-    """Inside the block the process sends itself a signal in the middle of a step, counted over all variants from 1."""
-
-    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
-        self.step, self.number, self.patch, self.steps = step, number, pytest.MonkeyPatch(), 0
-
-    def __enter__(self) -> None:
-        original = loop._step
-
-        def step(job: Any, number: int) -> Any:
-            self.steps += 1
-            if self.steps == self.step:
-                os.kill(os.getpid(), self.number)
-            return original(job, number)
-
-        self.patch.setattr(loop, "_step", step)
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.undo()
+    with before_first_forward(register):
+        yield

@@ -17,7 +17,6 @@ from qlora.data.batching.packing import join_documents
 from qlora.data.types import IGNORED, Example
 from qlora.errors import DataError
 from qlora.model.attention import DOCUMENT_ATTENTION
-from qlora.model.lm_head import Head
 from qlora.training import packing_probe
 from qlora.training.loss import TokenLoss
 from qlora.training.packing_probe import refuse_leaks
@@ -169,7 +168,13 @@ def continuous_positions(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> No
 
 def documents_not_passed(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     """The document attention kernel gets no document starts."""
-    monkeypatch.setattr(Head, "_document_kwargs", lambda self, starts, input_ids: {})
+    decoder = loss.head.decoder
+    forward = decoder.forward
+
+    def without_documents(input_ids: Tensor, position_ids: Tensor, use_cache: bool, **documents: Any) -> Any:
+        return forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(decoder, "forward", without_documents)
 
 
 LEAKS = {"an all-ones mask": all_ones_mask, "continuous positions": continuous_positions}

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.small_runs import adapter_tensors, differing_tensors, metrics, recipe_of, run, write_records
 from support.stopped_runs import RECORDS, Zoo, non_finite_gradient
+from support.training_hooks import before_first_forward
 
 from qlora.errors import QloraError
 from qlora.recipe.recipe import Recipe
-from qlora.runs import train as train_module
 from qlora.training.checkpoint import OPTIMIZER
+from qlora.training.loss import TokenLoss
 
 
 def one_backward_per_step(zoo: Zoo, tmp_path: Path, *overrides: str) -> Recipe:
@@ -99,19 +99,13 @@ def test_the_best_and_the_newest_checkpoints_are_kept(zoo: Zoo, tmp_path: Path) 
     assert {8, 9} <= steps <= {8, 9, best}
 
 
-def test_a_non_finite_held_out_loss_causes_no_traceback(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build_job = train_module.build_job
+def test_a_non_finite_held_out_loss_causes_no_traceback(zoo: Zoo, tmp_path: Path) -> None:
+    def make_eval_loss_nan(model: TokenLoss) -> None:
+        model.register_forward_hook(lambda module, inputs, loss: loss if module.training else loss * float("nan"))
 
-    def build_patched_job(*arguments: Any) -> Any:
-        job = build_job(*arguments)
-        job.model.register_forward_hook(lambda model, inputs, loss: loss if model.training else loss * float("nan"))
-        return job
-
-    monkeypatch.setattr(train_module, "build_job", build_patched_job)
     recipe = one_backward_per_step(zoo, tmp_path, "data.eval_fraction=0.2", "train.eval_every=2")
-    try:
-        assert run(recipe)["result"]["eval_loss"] is None
-    except QloraError as error:
-        assert "finite" in str(error)
+    with before_first_forward(make_eval_loss_nan):
+        try:
+            assert run(recipe)["result"]["eval_loss"] is None
+        except QloraError as error:
+            assert "finite" in str(error)

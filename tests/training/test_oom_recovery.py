@@ -11,6 +11,7 @@ import torch
 from support.published_models import workload
 from support.small_runs import differing_tensors, metrics, recipe_of, run, write_records
 from support.stopped_runs import RECORDS
+from support.training_hooks import before_first_forward
 
 from qlora.adapters.inject import adapted
 from qlora.data.types import Example
@@ -19,10 +20,16 @@ from qlora.memory.planner.config_reader import shapes_of
 from qlora.memory.planner.memory_plan import Budget, plan
 from qlora.memory.planner.search import UserChoices, next_smaller
 from qlora.recipe.recipe import Recipe
-from qlora.runs import train as train_module
+from qlora.runs.resources import unplanned
+from qlora.runs.setup import build_job, set_up
+from qlora.runs.train import train
 from qlora.training.checkpoint import Position
 from qlora.training.job import Job
+from qlora.training.loop import fit
+from qlora.training.loss import TokenLoss
 from qlora.training.memory_probe import longest_batch, probe_memory
+from qlora.training.run_log import Log
+from qlora.training.signals import StopSignal
 
 Zoo = Callable[..., Path]
 ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little.")
@@ -31,26 +38,23 @@ ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. 
 @contextmanager
 def out_of_memory(where: str, calls: set[int]) -> Iterator[None]:
     """Inside the block the n-th forward, or backward, of a layer runs out of memory for every n in `calls`."""
-    patch, count = pytest.MonkeyPatch(), [0]
-    build_job = train_module.build_job
+    count = 0
 
     def fail(*arguments: Any) -> None:
-        count[0] += 1
-        if count[0] in calls:
+        nonlocal count
+        count += 1
+        if count in calls:
             raise ERROR
 
-    def build_patched_job(*arguments: Any) -> Job:
-        job = build_job(*arguments)
-        layer: Any = list(adapted(job.model).values())[7]  # in the last layer: the others have gradients by then
+    def register(model: TokenLoss) -> None:
+        layers = list(adapted(model).values())
         if where == "forward":
-            layer.register_forward_pre_hook(fail)
+            layers[7].register_forward_pre_hook(fail)  # in the last layer: the others have gradients by then
         else:
-            list(adapted(job.model).values())[2].A.register_hook(fail)
-        return job
+            layers[2].A.register_hook(fail)
 
-    patch.setattr(train_module, "build_job", build_patched_job)
-    yield
-    patch.undo()
+    with before_first_forward(register):
+        yield
 
 
 def recipe(zoo: Zoo, folder: Path, *overrides: str) -> Recipe:
@@ -58,18 +62,23 @@ def recipe(zoo: Zoo, folder: Path, *overrides: str) -> Recipe:
     return recipe_of(zoo("llama"), write_records(folder / "records.jsonl", RECORDS), folder / "run", *options)
 
 
+@pytest.fixture(scope="module")
+def reference(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with enough memory."""
+    folder = tmp_path_factory.mktemp("reference")
+    run(recipe(zoo, folder))
+    return folder / "run"
+
+
 @pytest.mark.parametrize("calls", [{1}, {6}, {3, 4}], ids=str)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_run_that_runs_out_of_memory_gives_the_same_adapter(
-    zoo: Zoo, tmp_path: Path, where: str, calls: set[int], capsys: pytest.CaptureFixture[str]
+    zoo: Zoo, reference: Path, tmp_path: Path, where: str, calls: set[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reference, recovered = tmp_path / "reference", tmp_path / "recovered"
-    reference.mkdir(), recovered.mkdir()
-    run(recipe(zoo, reference))
     with out_of_memory(where, calls):
-        train_module.train(recipe(zoo, recovered))
-    assert differing_tensors(reference / "run", recovered / "run") == []
-    assert metrics(reference / "run") == metrics(recovered / "run")
+        train(recipe(zoo, tmp_path))
+    assert differing_tensors(reference, tmp_path / "run") == []
+    assert metrics(reference) == metrics(tmp_path / "run")
     log = capsys.readouterr().err
     assert log.count("Tried to allocate 2.00 GiB") == len(calls) and "1 of 2 layers recompute" in log
 
@@ -99,22 +108,27 @@ def test_every_reduction_uses_less_memory_and_they_end(choices: UserChoices, dev
 def test_the_memory_probe_runs_the_longest_batch_and_changes_nothing(zoo: Zoo, tmp_path: Path) -> None:
     reference, probed = tmp_path / "reference", tmp_path / "probed"
     reference.mkdir(), probed.mkdir()
-    run(recipe(zoo, reference))
-    patch, fit = pytest.MonkeyPatch(), train_module.fit
     lengths: list[int] = []
 
-    def probe_and_fit(job: Job, position: Position) -> Position:
+    def probe(job: Job) -> None:
         handle = job.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
         probe_memory(job, moment_bytes=1024)
         handle.remove()
         assert lengths == [max(len(example) for example in job.train_examples)]
-        return fit(job, position)
 
-    patch.setattr(train_module, "fit", probe_and_fit)
-    run(recipe(zoo, probed))
-    patch.undo()
-    assert lengths and differing_tensors(reference / "run", probed / "run") == []
+    expected, actual = fitted(recipe(zoo, reference)), fitted(recipe(zoo, probed), probe)
+    assert lengths and all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     assert metrics(reference / "run") == metrics(probed / "run")
+
+
+def fitted(recipe: Recipe, before: Callable[[Job], None] = lambda job: None) -> dict[str, torch.Tensor]:
+    """The trainable tensors after the training loop; `before` is called with the job before the loop."""
+    log = Log(Path(recipe.train.output), quiet=True)
+    log.truncate(0)
+    job = build_job(set_up(recipe, unplanned(recipe), log), log, StopSignal())
+    before(job)
+    fit(job, Position())
+    return {name: parameter.detach().clone() for name, parameter in job.trainable.items()}
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 9])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.child_processes import Child
 from support.small_runs import adapter_tensors, recipe_of, run, write_records
+from support.training_hooks import before_first_forward
 
 from qlora.adapters.inject import adapted
 from qlora.errors import BaseModelError, InputError, QloraError
@@ -18,9 +19,10 @@ from qlora.model.frozen_digest import frozen_sha256
 from qlora.model.load_base import Base, load
 from qlora.quant import Quant, build_quantizer
 from qlora.quant.linear import FrozenLinear
-from qlora.runs import train as train_run
+from qlora.runs.train import train
 from qlora.training import OPTIMIZERS
 from qlora.training.checkpoint import MANIFEST, POSITION, read
+from qlora.training.loss import TokenLoss
 from qlora.utils.atomic_files import sha256_of
 
 Zoo = Callable[..., Path]
@@ -101,19 +103,14 @@ def test_every_byte_of_the_frozen_base_changes_the_digest(zoo: Zoo) -> None:
     assert frozen_sha256(model) == digest
 
 
-def test_a_base_that_changes_during_training_ends_the_run(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit = train_run.fit
-
-    def flipped(job: Any, position: Any) -> Any:
-        layer = next(module for module in job.model.modules() if isinstance(module, FrozenLinear))
+def test_a_base_that_changes_during_training_ends_the_run(zoo: Zoo, tmp_path: Path) -> None:
+    def flip_bit(model: TokenLoss) -> None:
+        layer = next(module for module in model.modules() if isinstance(module, FrozenLinear))
         next(layer.parameters(recurse=False)).view(-1).view(torch.uint8)[5] ^= 1
-        return fit(job, position)
 
-    monkeypatch.setattr(train_run, "fit", flipped)
     output = tmp_path / "run"
-    with pytest.raises(QloraError, match="bytes of the frozen base model changed") as caught:
+    error = pytest.raises(QloraError, match="bytes of the frozen base model changed")
+    with before_first_forward(flip_bit), error as caught:
         run(recipe_of(zoo("llama"), write_records(tmp_path / "rows.jsonl", 8), output))
     assert caught.value.exit_code == 1 and not (output / "adapter_model.safetensors").exists()
 
@@ -122,21 +119,15 @@ def test_a_base_that_changes_during_training_ends_the_run(
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_tensor_without_a_gradient_is_named_in_the_error(
-    zoo: Zoo, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build_job = train_run.build_job
-
-    def without_gradient(setup: Any, *rest: Any) -> Any:
-        layer = adapted(setup.base.model)["model.layers.1.mlp.up_proj"]
-        layer.A.register_hook(torch.zeros_like)
-        return build_job(setup, *rest)
+def test_a_tensor_without_a_gradient_is_named_in_the_error(zoo: Zoo, kind: str, tmp_path: Path) -> None:
+    def remove_gradient(model: TokenLoss) -> None:
+        adapted(model.model)["model.layers.1.mlp.up_proj"].A.register_hook(torch.zeros_like)
 
     data = write_records(tmp_path / "rows.jsonl", 8)
     options = (f"optim.kind={kind}", "train.max_steps=8")
     run(recipe_of(zoo("llama"), data, tmp_path / "good", *options))
-    monkeypatch.setattr(train_run, "build_job", without_gradient)
-    with pytest.raises(QloraError, match=r"1 of 28 trainable tensors.*layers\.1\.mlp\.up_proj\.A"):
+    error = pytest.raises(QloraError, match=r"1 of 28 trainable tensors.*layers\.1\.mlp\.up_proj\.A")
+    with before_first_forward(remove_gradient), error:
         run(recipe_of(zoo("llama"), data, tmp_path / "run", *options))
 
 
@@ -226,7 +217,7 @@ def test_a_recipe_gives_the_same_adapter_in_every_process(zoo: Zoo, kind: str, t
 
         def work(notify: Any, recipe: Any = recipe) -> None:
             torch.manual_seed(hash(recipe.train.output))  # random state from before the run has no effect
-            train_run.train(recipe, quiet=True)
+            train(recipe, quiet=True)
 
         child = Child(work, tmp_path / "log")
         assert child.wait() == 0, (tmp_path / "log").read_text()

@@ -16,6 +16,7 @@ from qlora.data.types import IGNORED, Example
 
 Indices = npt.NDArray[np.int64]
 
+_SCANNED = 2**22  # token ids of a memory map looked at at a time
 EXAMPLE_COLUMNS = ("ids", "trained", "ends", "where", "where_ends")
 
 
@@ -60,6 +61,15 @@ class ExampleStore(Sequence[Example]):
         span = _span(self._ends, range(len(self))[index])
         ids = np.array(self._ids[span], dtype=np.int32)
         return Example(self.where(index), ids, np.where(self._trained[span], ids, np.int32(IGNORED)))
+
+    def first_with_id_from(self, limit: int) -> tuple[int, int] | None:
+        """The first example with a token id of at least `limit`, and that id; None if there is none."""
+        for start in range(0, len(self._ids), _SCANNED):
+            chunk = self._ids[start : start + _SCANNED]
+            if chunk.max() >= limit:
+                position = start + int((chunk >= limit).argmax())
+                return int(np.searchsorted(self._ends, position, side="right")), int(self._ids[position])
+        return None
 
     def where(self, index: int) -> str:
         """The file:line of example `index`."""

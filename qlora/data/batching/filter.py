@@ -11,6 +11,7 @@ from qlora.data.batching.dataset import ExampleWriter
 from qlora.data.batching.split_text import split
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import EncodeResult, RawRecord
+from qlora.data.remedies import with_remedy
 from qlora.data.types import (
     IGNORED,
     TEXT,
@@ -57,8 +58,8 @@ class ExampleFilter:
         """Count a record that is not trained on, and why."""
         self.records += 1
         self.dropped[reason] += 1
-        message = f"dropped, {reason}: {detail}" if detail else f"dropped, {reason}"
-        (self.problems if is_problem else self.warnings).append(Finding(where, message))
+        finding = Finding(where, f"dropped, {with_remedy(reason, detail)}")
+        (self.problems if is_problem else self.warnings).append(finding)
 
     def keep(self, encoded: Encoded, copies: int, pieces: Sequence[Example] = ()) -> None:
         """Count and store an example, or its pieces, that is trained on `copies` times in an epoch."""
@@ -84,7 +85,9 @@ class ExampleFilter:
             kinds = ", ".join(repr(text) for text in dict.fromkeys(encoded.control_strings))
             self.warnings.append(Finding(where, f"control strings in the text, kept as text: {kinds}"))
         if encoded.unknown_tokens:
-            message = f"{encoded.unknown_tokens} trained tokens are unknown to the tokenizer"
+            message = (
+                f"{encoded.unknown_tokens} trained tokens are unknown to the tokenizer: they are trained as one token"
+            )
             self.warnings.append(Finding(where, message))
         if not encoded.end_trained:
             self.without_end_token.add(where)
@@ -104,13 +107,15 @@ class ExampleFilter:
             problem = f"no records left of {self.records}: {reasons or 'the data set is empty'}"
             return [Finding(self.where, f"{problem}. {self._first_reason()}")]
         if not self.trained_tokens:
-            return [Finding(self.where, "no trained tokens in any record")]
+            return [Finding(self.where, "no trained tokens in any record. Check data.train_on and the records' labels")]
         return []
 
     def _first_reason(self) -> str:
-        """The first dropped record and why: usually the reason for all of them."""
+        """The first dropped record and why, unless it is a problem of its own: usually the reason for all of them."""
         dropped = next((finding for finding in self.warnings if finding.message.startswith("dropped")), None)
-        return f"First: {dropped.where}: {dropped.message}." if dropped else "Name a file with records."
+        if dropped:
+            return f"First: {dropped.where}: {dropped.message}."
+        return "See the problems above." if self.problems else "Name a file with records."
 
 
 def _key(*arrays: Ints) -> int:
@@ -140,7 +145,7 @@ def _filter_overlong(examples: ExampleFilter, record: Record, encoded: Encoded, 
     examples.overlong_lengths.append(len(encoded.example))
     short = truncate(encoded.example, section.max_length)
     if section.overlong != "truncate":
-        only = ". Only plain text is split" if section.overlong == "split" else ""
+        only = "; only plain text is split" if section.overlong == "split" else ""
         examples.drop(record.where, "overlong", length + only, is_problem=section.overlong == "error")
     elif not short.trained_tokens():
         examples.drop(record.where, "nothing left to train", f"{length}, and all trained tokens come after it")

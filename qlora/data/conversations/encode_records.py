@@ -98,7 +98,7 @@ def _kind_of(record: Record, kind: str) -> str:
     detected = detect_format(record) if kind == "auto" else kind
     if detected is None:
         columns = ", ".join(str(name) for name in record.fields)
-        problem = f"columns {columns or '(none)'}; name data.format or map data.train.columns"
+        problem = f"columns {columns or '(none)'}"
         raise RecordError("no known format", problem)
     return detected
 

@@ -19,8 +19,8 @@ from qlora.data.conversations.build_example import (
     verify_masks,
 )
 from qlora.data.conversations.chat_messages import Conversation, build_conversation
-from qlora.data.conversations.chat_template import PLAIN
-from qlora.data.conversations.loss_mask import MaskedText
+from qlora.data.conversations.chat_template import PLAIN, TemplateOptions
+from qlora.data.conversations.loss_mask import MaskedText, may_write_thoughts
 from qlora.data.conversations.renderer import build_renderers
 from qlora.data.conversations.safe_tokenizer import TextPiece
 from qlora.data.types import IGNORED, TEXT, TOKENS, Example, Ints, Message, RecordError
@@ -32,18 +32,26 @@ class Encoder:
     """Tokenizes messages with the chat template of `tokenizer` (a PreTrainedTokenizerFast).
 
     train_on: assistant (every answer), last (the last answer), all (every token). control_strings: text, or accept (in
-    plain text they are control tokens). DataError for an unusable template.
+    plain text they are control tokens). options: arguments of the template, and whether an empty think block bears
+    loss. DataError for an unusable template.
     """
 
     def __init__(
-        self, tokenizer: Any, train_on: str = "assistant", chat_template: str = "auto", control_strings: str = "text"
+        self,
+        tokenizer: Any,
+        train_on: str = "assistant",
+        chat_template: str = "auto",
+        control_strings: str = "text",
+        options: TemplateOptions = TemplateOptions(),  # noqa: B008  # frozen
     ) -> None:
-        self.train_on, self._accept = train_on, control_strings == "accept"
-        self.tokenizer, self._renderer, self._tool_renderer = build_renderers(tokenizer, chat_template)
+        self.train_on, self._accept, self._options = train_on, control_strings == "accept", options
+        self.tokenizer, self._renderer, self._tool_renderer = build_renderers(tokenizer, chat_template, options)
         self.template = self._renderer.template
         self.vocab_size = len(tokenizer)
         self._special = json.dumps([tokenizer.special_tokens_map, self.vocab_size], sort_keys=True, default=str)
         eos = tokenizer.eos_token_id
+        end = self._renderer.end_token  # closes an answer in the chat template; empty if it writes no token
+        self.end_token_id: int | None = tokenizer.convert_tokens_to_ids(end) if end else None
         self._eos = NO_IDS if eos is None else np.array([eos], dtype=np.int32)
 
     @cached_property
@@ -52,6 +60,9 @@ class Encoder:
         inputs = [self.tokenizer.as_json(), self._special, self.template.text, self.train_on]
         inputs += [self._tool_renderer.template.text] if self._tool_renderer is not self._renderer else []
         inputs += ["accept"] if self._accept else []
+        inputs += [json.dumps(dict(self._options.args), sort_keys=True)] if self._options.args else []
+        masks = self._options.masks_empty_thinking and may_write_thoughts(self.template.text)
+        inputs += ["empty thinking masked"] if masks else []
         return hashlib.sha256("\0".join(inputs).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
@@ -210,4 +221,4 @@ def _nothing_to_train(conversation: Conversation, masked: MaskedText) -> RecordE
         return RecordError("prefix not kept", detail)
     if not any(turn["role"] == "assistant" for turn in conversation.turns):
         return RecordError("no assistant turn")
-    return RecordError("nothing to train", "data.train_on and the messages' own train select no answer")
+    return RecordError("nothing to train", "data.train_on and the record's own loss keys select no answer")

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora.data.conversations import record_limits
 from qlora.data.conversations.chat_messages import Conversation
-from qlora.data.conversations.chat_template import Template
+from qlora.data.conversations.chat_template import Template, TemplateOptions
 from qlora.data.conversations.loss_mask import LossMasker, MaskedText
 from qlora.data.conversations.safe_tokenizer import SafeTokenizer
 from qlora.data.conversations.template_probe import probe
@@ -18,15 +18,20 @@ from qlora.errors import DataError
 class Renderer:
     """One chat template in use, after its probe. DataError for an unusable template."""
 
-    def __init__(self, template: Template, tokenizer: SafeTokenizer) -> None:
+    def __init__(self, template: Template, tokenizer: SafeTokenizer, masks_empty_thinking: bool) -> None:
         self.template = template
         self.unused_parts = UnusedParts(template)
         try:  # jinja2 computes constant expressions when it compiles the template, in this process for the first time
             with record_limits.memory(), record_limits.time_limit():
-                self._loss_masker = LossMasker(template, tokenizer)
+                self._loss_masker = LossMasker(template, tokenizer, masks_empty_thinking)
         except (RecordError, MemoryError) as error:
             reason = str(error) or "takes too much memory to compile"
             raise DataError(f"{template.name}: {reason}. Give another one with model.chat_template.") from None
+
+    @property
+    def end_token(self) -> str:
+        """The control token that closes an answer; empty if the template writes none."""
+        return self._loss_masker.ending.token
 
     @property
     def notes(self) -> list[str]:
@@ -47,8 +52,12 @@ class Renderer:
         if conversation.tools and "tools" not in self.template.text:
             detail = f"{len(conversation.tools)} tools would be lost"
             raise RecordError("the template does not write tools", detail)
-        conversation = with_fitting_arguments(conversation, self.template, prompt)
+        fitting = with_fitting_arguments(conversation, self.template, prompt)
+        conversation = fitting or conversation
         masked = self._loss_masker.mask(conversation, prompt)
+        if fitting is None:
+            detail = "a call's arguments are written neither as text nor as an object"
+            raise RecordError("the template does not write tool arguments", detail)
         hidden = next((i for i in masked.unlocated if conversation.masked[i]), None)
         if train_all and hidden is not None:
             problem = f"turn {hidden + 1} is masked, and the template rewrites it: its text can't be found"
@@ -56,13 +65,17 @@ class Renderer:
         return conversation, masked
 
 
-def build_renderers(tokenizer: Any, chat_template: str) -> tuple[SafeTokenizer, Renderer, Renderer]:
+def build_renderers(
+    tokenizer: Any, chat_template: str, options: TemplateOptions
+) -> tuple[SafeTokenizer, Renderer, Renderer]:
     """The tokenizer, the renderer of conversations without tools, and that of conversations with tools."""
-    templates = [Template(tokenizer, chat_template), Template(tokenizer, chat_template, with_tools=True)]
+    templates = [Template(tokenizer, chat_template, with_tools, options.args) for with_tools in (False, True)]
     if templates[0].text == templates[1].text:
         templates = templates[:1]
     for template in templates:
         probe(template)
     safe_tokenizer = SafeTokenizer(tokenizer, "".join(template.text for template in templates))
-    renderers: Sequence[Renderer] = [Renderer(template, safe_tokenizer) for template in templates]
+    renderers: Sequence[Renderer] = [
+        Renderer(template, safe_tokenizer, options.masks_empty_thinking) for template in templates
+    ]
     return safe_tokenizer, renderers[0], renderers[-1]

@@ -45,8 +45,9 @@ class SafeTokenizer:
         self._is_control = np.zeros(max([len(tokenizer), *(i + 1 for i in ids if i is not None)]), dtype=bool)
         self._is_control[[i for i in ids if i is not None]] = True
         self._cache: dict[str, Ints] = {}
-        # Some tokenizers put a space before every text.
+        # Some tokenizers put a space before every text; some control tokens take the white space after them (Phi-3).
         self._adds_space = bool(self._ids("\na") != self._ids("\n") + self._ids("a"))
+        self._strips_space = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
         self.prefix_ids, self.suffix_ids = self._added_ids()
         self.bos, self.bos_id = str(tokenizer.bos_token), tokenizer.bos_token_id
         self.adds_bos = self.bos_id is not None and self.prefix_ids[:1] == [self.bos_id]
@@ -137,10 +138,12 @@ class SafeTokenizer:
 
     def _context(self, before: str) -> str:
         """The part of the text before a piece that its first token depends on; empty for most tokenizers."""
-        if not self._adds_space or not before:
+        if not before or not (self._adds_space or self._strips_space):
             return ""
         closing = self._closing_pattern.search(before)
-        return closing[0] if closing else "\n"
+        if closing:
+            return closing[0]
+        return "\n" if self._adds_space else ""
 
     def _encode_jobs(self, jobs: list[tuple[str, str]]) -> list[Ints]:
         """Ids of each text after its context. A job is (context, text)."""

@@ -15,26 +15,20 @@ from qlora.data.conversations.safe_tokenizer import without_whitespace
 from qlora.data.types import RecordError
 
 
-def with_fitting_arguments(conversation: Conversation, template: Template, prompt: bool) -> Conversation:
-    """`conversation` with all arguments as objects or all as text. RecordError if the template writes neither.
+def with_fitting_arguments(conversation: Conversation, template: Template, prompt: bool) -> Conversation | None:
+    """`conversation` with all arguments as objects or all as text, whichever is written; None if neither is.
 
-    A template that does not write the calls themselves is left to the loss mask, which refuses it.
+    A template that writes the same JSON for both gets the form of the record.
     """
     arguments = _arguments(conversation)
-    texts = any(isinstance(value, str) and isinstance(_as_object(value), dict) for value in arguments)
-    objects = any(isinstance(value, Mapping) for value in arguments)
-    if not texts and not objects:
+    if not any(isinstance(_as_object(value), Mapping) for value in arguments):
         return conversation
-    forms = [_as_object, _as_text] if objects else [_as_text, _as_object]  # the form of the record first
-    variants = [_converted(conversation, form) for form in forms]
-    for variant in variants:
-        if _is_written(variant, template, prompt):
-            return variant
-    rendered = template.render(conversation.turns, conversation.tools, prompt)  # raises the template's own reason
-    if not all(name in rendered for name in _names(conversation)):
-        return conversation
-    first = json.dumps(arguments[0], ensure_ascii=False)
-    raise RecordError("the template does not write tool arguments", f"{first[:60]}, neither as text nor as an object")
+    objects, texts = (_converted(conversation, form) for form in (_as_object, _as_text))
+    as_objects, as_texts = (_rendered(variant, template, prompt) for variant in (objects, texts))
+    if as_objects is None:
+        return None if as_texts is None else texts
+    same = as_texts is not None and without_whitespace(as_objects) == without_whitespace(as_texts)
+    return texts if same and all(isinstance(value, str) for value in arguments) else objects
 
 
 def _functions(conversation: Conversation) -> Iterator[Mapping[str, Any]]:
@@ -45,10 +39,6 @@ def _functions(conversation: Conversation) -> Iterator[Mapping[str, Any]]:
 
 def _arguments(conversation: Conversation) -> list[Any]:
     return [function.get("arguments") for function in _functions(conversation)]
-
-
-def _names(conversation: Conversation) -> list[str]:
-    return [str(function.get("name", "")) for function in _functions(conversation)]
 
 
 def _as_object(value: Any) -> Any:
@@ -84,14 +74,14 @@ def _converted_call(call: Mapping[str, Any], form: Callable[[Any], Any]) -> Mapp
     return {**call, "function": changed} if "function" in call else changed
 
 
-def _is_written(conversation: Conversation, template: Template, prompt: bool) -> bool:
-    """Whether the rendering has every call's arguments: a text as it is, an object by its keys and texts."""
+def _rendered(conversation: Conversation, template: Template, prompt: bool) -> str | None:
+    """The rendering, if it has every call's arguments: a text as it is, an object by its keys and texts."""
     try:
         rendered = template.render(conversation.turns, conversation.tools, prompt)
     except RecordError:
-        return False
+        return None
     dense = without_whitespace(rendered)
-    return all(_has(rendered, dense, value) for value in _arguments(conversation))
+    return rendered if all(_has(rendered, dense, value) for value in _arguments(conversation)) else None
 
 
 def _has(rendered: str, dense: str, value: Any) -> bool:

@@ -1,8 +1,9 @@
 """Parts of a conversation that have no effect on training: keys that the template does not read, content it drops."""
 
+import json
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from qlora.data.conversations.chat_messages import Conversation
@@ -26,7 +27,7 @@ class UnusedParts:
 
     def __init__(self, template: Template) -> None:
         self._template = template
-        self.reads = cache(self._reads)
+        self.reads = lru_cache(maxsize=4096)(self._reads)
 
     def find(self, messages: Sequence[Message], conversation: Conversation, text: str, train_on: str) -> Unused:
         """The unused parts of a record. text: the rendering of its conversation."""
@@ -40,10 +41,15 @@ class UnusedParts:
         )
 
     def _reads(self, role: str, key: str) -> bool:
-        """Whether the template writes something else, or refuses, if the messages of a role have the key."""
+        """Whether the template writes something else, or refuses, if the messages of a role have the key.
+
+        A tool's answer may be joined to its call by any key that the template names, in ways that a sample can't show.
+        """
         results = [self._changes(sample, role, key) for sample in _SAMPLES]
         known = [result for result in results if result is not None]
-        return any(known) if known else bool(re.search(rf"\b{re.escape(key)}\b", self._template.text))
+        if any(known) or (known and role != "tool"):
+            return any(known)
+        return bool(re.search(rf"\b{re.escape(key)}\b", self._template.text))
 
     def _changes(self, sample: Sequence[tuple[str, str]], role: str, key: str) -> bool | None:
         """Whether a sample's rendering depends on the key; None if the sample has no such role or can't be rendered."""
@@ -90,12 +96,14 @@ class UnusedParts:
             if turn["role"] == "assistant" or not content or content in text:
                 continue
             dense = dense or without_whitespace(text)
-            if without_whitespace(content) not in dense and self._is_ignored(conversation, index, text):
+            forms = (content, json.dumps(content, ensure_ascii=False)[1:-1])  # some templates write content as JSON
+            written = any(without_whitespace(form) in dense for form in forms)
+            if not written and self._is_ignored(conversation, index, text):
                 lost.add(str(turn["role"]))
         return tuple(sorted(lost))
 
     def _is_ignored(self, conversation: Conversation, index: int, text: str) -> bool:
-        """Whether the rendering is `text` with another content of a turn, too: some templates write content as JSON."""
+        """Whether the rendering is `text` with another content of a turn, too."""
         turns: list[Any] = list(conversation.turns)
         turns[index] = {**turns[index], "content": _MARKER}
         try:

@@ -27,7 +27,9 @@ def read_parquet(name: str) -> Iterator[Record]:
         for number, fields in enumerate(table, 1):
             yield Record(f"{name}:{number}", without_filled_nulls(fields, table.features))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: not a readable Parquet file: {_first_line(error)}") from error
+        raise DataError(
+            f"{name}: not a readable Parquet file: {_first_line(error)}. Write or download it again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(
-            f"{name}: no such file or folder here, and not readable as a hub data set: {_first_line(error)}"
+            f"{name}: no such file or folder here, and not readable as a hub data set: {_first_line(error)}. "
+            "Check the name, data.train.split and the network."
         ) from error
 
 

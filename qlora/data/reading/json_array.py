@@ -9,7 +9,7 @@ from qlora.data.reading.strict_json import DECODER, MAX_RECORD_BYTES, check, dec
 from qlora.data.types import RecordError
 
 BLOCK_BYTES = 2**20
-_TOO_LARGE = "row too large"
+_TOO_LARGE = "record too large"
 _REST_UNREAD = "the rest of the file is not read"
 
 

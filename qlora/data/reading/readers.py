@@ -14,12 +14,13 @@ from qlora.errors import DataError
 
 Records = Iterator[Record | BadRecord]
 
-_TOO_LARGE = "row too large"
+_TOO_LARGE = "record too large"
 _BOM = b"\xef\xbb\xbf"
 
 
 def read_jsonl(path: Path, name: str) -> Records:
     """A record for each line. Blank lines are skipped."""
+    require_utf8(path, name)
     for number, line in _lines(path):
         where = f"{name}:{number}"
         if line is None:
@@ -33,6 +34,7 @@ def read_jsonl(path: Path, name: str) -> Records:
 
 def read_json(path: Path, name: str) -> Records:
     """A record for each object of an array (name:n counts objects from 1), or for each line of a JSONL file."""
+    require_utf8(path, name)
     head = _first_bytes(path)
     if head.startswith(b"["):
         yield from _read_array(path, name)
@@ -43,7 +45,13 @@ def read_json(path: Path, name: str) -> Records:
 
 
 def read_table(path: Path, name: str, delimiter: str) -> Records:
-    """A record for each row of a CSV or TSV file with a header; name:n is the line where the row starts."""
+    """A record for each row of a CSV or TSV file with a header; name:n is the line where the row starts.
+
+    A header of one column that has semicolons is separated by them: spreadsheets write so where a comma is decimal.
+    """
+    require_utf8(path, name)
+    if delimiter == "," and len(_header(path, ",")) == 1 < len(_header(path, ";")):
+        delimiter = ";"
     lines = _NumberedLines(path)
     header = next(_rows(lines, delimiter), None)
     if header is None:
@@ -61,8 +69,21 @@ def read_table(path: Path, name: str, delimiter: str) -> Records:
             yield Record(where, dict(zip(columns, row, strict=True)))
 
 
+def _header(path: Path, delimiter: str) -> list[str]:
+    row = next(_rows(_NumberedLines(path), delimiter), (1, []))[1]
+    return [] if isinstance(row, RecordError) else row
+
+
+def require_utf8(path: Path, name: str) -> None:
+    """DataError for a file in UTF-16 or UTF-32, by its first bytes. A line that is not UTF-8 is a BadRecord later."""
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{name}: found UTF-16 or UTF-32 text, allowed: UTF-8. Save the file as UTF-8.")
+
+
 def read_text(path: Path, name: str) -> Records:
     """A record with the field `text` for each paragraph. Paragraphs are separated by blank lines."""
+    require_utf8(path, name)
     start, size, lines, problem = 0, 0, list[str](), ""
     for number, line in _lines(path):
         if line is not None and not line.strip():
@@ -77,7 +98,7 @@ def read_text(path: Path, name: str) -> Records:
         except RecordError as error:
             problem = str(error)
         if line is None or size > MAX_RECORD_BYTES:
-            problem, lines = f"{_TOO_LARGE}: at most {MAX_RECORD_BYTES} bytes", []
+            problem, lines = f"{_TOO_LARGE}: at most {MAX_RECORD_BYTES} bytes; a blank line starts a new record", []
     if lines or problem:
         yield _paragraph(f"{name}:{start}", lines, problem)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora.data.types import Finding
-from qlora.errors import DataError
+from qlora.errors import DataError, did_you_mean
 from qlora.utils.paths import similar_path
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ def _folder(source: "Source", folder: Path) -> ResolvedSource:
 
 
 def _glob(source: "Source") -> ResolvedSource:
+    path = Path(source.path)
     names = [name for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_file()]
     if not names:
-        raise DataError(f"{source.path}: this pattern matches no file.")
+        raise DataError(f"{source.path}: this pattern matches no file. Allowed: {_ALLOWED}.{similar_path(path)}")
     not_read = [Finding(name, _NOT_READ) for name in names if not _is_data(name)]
     if len(not_read) == len(names):
         raise DataError(f"{source.path}: no data file matches. Allowed: {_ALLOWED}.")
@@ -96,7 +97,7 @@ def _require_data_file(name: str, path: Path) -> None:
     if not _is_data(name):
         raise DataError(f"{name}: unknown kind of file {path.suffix!r}. Allowed: {_ALLOWED}.")
     if path.stat().st_size == 0:
-        raise DataError(f"{name}: the file is empty.")
+        raise DataError(f"{name}: the file is empty. Name a file with records.")
 
 
 def _files_of_split(source: "Source", names: Sequence[str]) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def _files_of_split(source: "Source", names: Sequence[str]) -> tuple[str, ...]:
     stems = [Path(name).stem for name in names]
     matches = [name for name, stem in zip(names, stems, strict=True) if source.split in (stem, stem.split("-")[0])]
     if not matches:
-        raise DataError(f"{source.path}: no file of split {source.split!r}. Found: {', '.join(sorted(set(stems)))}.")
+        raise DataError(f"{source.path}: no file of split {source.split!r}.{did_you_mean(source.split, set(stems))}")
     return tuple(matches)
 
 

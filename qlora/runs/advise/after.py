@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import InputError
 from qlora.runs.advise.verdict import Reason
-from qlora.runs.artifacts import MANIFEST, read_manifest
+from qlora.runs.artifacts import require_manifest
 from qlora.runs.evaluate import evaluate_run
 from qlora.runs.inspect_adapter import inspect_adapter
 from qlora.runs.load_run import load_run
@@ -22,10 +21,7 @@ MEMORIZED = 0.5  # rule of thumb: training loss over held-out loss, below this
 
 def advise_after(run: str, log: Log = lambda line: None) -> dict[str, Any]:
     """The object of `qlora advise RUN --json`. InputError for a folder that is not a finished run."""
-    manifest = read_manifest(Path(run))
-    if manifest is None:
-        raise InputError(f"{run}: neither a recipe file nor a finished run: it has no {MANIFEST}.")
-    summary = learning_summary(manifest, read_metrics(Path(run)))
+    summary = learning_summary(require_manifest(Path(run)), read_metrics(Path(run)))
     measured = evaluate_run(load_run(run, None, log), None, "loss", beside_base=True, log=log)
     general = measured["forgetting"]
     change = general["loss"] / general["base_loss"] - 1 if general["base_loss"] else 0.0

@@ -92,7 +92,7 @@ def _table(title: str, runs: Sequence[RunData], rows: Mapping[str, Sequence[str]
         return None
     names = tag("thead", tag("tr", tag("td"), *(tag("th", run.name, scope="col") for run in runs)))
     body = [
-        tag("tr", tag("th", name, scope="row"), *(tag("td", value) for value in values))
+        tag("tr", tag("th", name, scope="row"), *(tag("td", value.replace(" %", "\u00a0%")) for value in values))
         for name, values in rows.items()
     ]
     content = tag("table", names if len(runs) > 1 else None, tag("tbody", *body))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qlora.runs.report.run_data import number, section, string
@@ -151,8 +152,8 @@ def without_local_paths(recipe_text: str) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether the name of a base model is a hub name, not a local folder."""
-    return bool(HUB_NAME.fullmatch(name))
+    """Whether the name of a base model is a hub name, not a local folder such as models/base."""
+    return bool(HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
 
 def _count(value: Any) -> str:

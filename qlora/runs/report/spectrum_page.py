@@ -14,6 +14,7 @@ from qlora.runs.report.run_data import RunData, number, section
 ROW, LETTER, PADDING = 21, 6.6, 14  # pixels: a row, a letter of a label, the space around a label
 MIN_COLUMN = 42  # pixels
 DIRECTION, MAX_DIRECTIONS = 18, 160  # pixels of one direction, and of all directions of a matrix
+ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # columns; others follow
 COUNT = 30  # pixels of the number after the directions
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#1d2126}.quiet{fill:#626a73}.middle{text-anchor:middle}"
@@ -72,7 +73,8 @@ def spectrum_svg(title: str, spectra: Sequence[UpdateSpectrum], verdict: str) ->
     ]
     document = tag(
         "svg", tag("style", Markup(STYLE)), *texts, *grid.elements, xmlns="http://www.w3.org/2000/svg",
-        width=f"{width:.0f}", height=f"{height:.0f}", role="img", aria_label=f"Spectrum of {title}: {verdict}",
+        viewBox=f"0 0 {width:.0f} {height:.0f}", width=f"{width:.0f}", height=f"{height:.0f}",
+        style="max-width:100%;height:auto", role="img", aria_label=f"Spectrum of {title}: {verdict}",
     )  # fmt: skip
     return f"{document}\n"
 
@@ -81,7 +83,7 @@ def draw_grid(spectra: Sequence[UpdateSpectrum], left: float = 0, top: float = 0
     """The cells of all updates with the names of layers and matrices, from the corner (left, top)."""
     cells = _positions(spectra)
     layers = sorted({layer for layer, _ in cells}, key=lambda name: (not name.isdigit(), name.zfill(6)))
-    names = list(dict.fromkeys(name for _, name in cells))
+    names = sorted(dict.fromkeys(name for _, name in cells), key=lambda name: [*ORDER, name].index(name))
     marks = max(min(DIRECTION * len(update.values), MAX_DIRECTIONS) for update in spectra)
     widths = [max(_label_width(_short(name)), marks + COUNT if marks else MIN_COLUMN) for name in names]
     x = left + max(_label_width(label) for label in ("layer", *layers))

@@ -45,7 +45,8 @@ header .legend { margin-top: .6rem; font-size: .95rem; color: var(--ink); }
 .figure { display: block; width: 100%; overflow: visible; font-size: 12px; }
 .plot { height: 220px; padding: 34px 10px 42px 46px; }
 .wide .plot { height: 360px; }
-.bars { box-sizing: content-box; width: calc(100% - 220px); padding: 26px 76px 44px 144px; }
+.bars { box-sizing: content-box; width: calc(100% - 220px); padding: 6px 76px 44px 144px; }
+.marked { padding-top: 26px; }
 .figure text { fill: var(--quiet); }
 .figure .name, .figure .value { fill: var(--ink); }
 .end { text-anchor: end; } .middle { text-anchor: middle; } .start { text-anchor: start; }
@@ -54,8 +55,8 @@ header .legend { margin-top: .6rem; font-size: .95rem; color: var(--ink); }
 .figure line { shape-rendering: crispEdges; }
 .figure line.mark { stroke: var(--mark); stroke-width: 1.5; } .figure text.mark { fill: var(--mark); }
 path { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
-.raw { opacity: .3; stroke-width: 1; } .thin { stroke-width: 1.3; } .smooth { stroke-width: 2; }
-.several .raw { opacity: .16; }
+.raw { opacity: .45; stroke-width: 1; } .thin { stroke-width: 1.3; } .smooth { stroke-width: 2; }
+.several .raw { opacity: .25; }
 .held-out { stroke-width: 1; opacity: .75; }
 .dot { fill: currentColor; stroke: var(--paper); stroke-width: 1; opacity: 1; }
 .dashed { stroke-dasharray: 5 3; }
@@ -74,13 +75,16 @@ path { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; stro
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); column-gap: 3.5rem; }
 .several .tables { grid-template-columns: minmax(0, 1fr); }
 .scroll { overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; font-size: .88rem; }
-tr { border-top: 1px solid var(--hair); }
-th, td { padding: .3rem 0; font-weight: 400; text-align: left; vertical-align: baseline; }
+table { width: 100%; border-collapse: separate; border-spacing: 0; font-size: .88rem; }
+th, td { border-top: 1px solid var(--hair); padding: .3rem 0; font-weight: 400; text-align: left;
+  vertical-align: baseline; }
 td, thead th { padding-left: 1.25rem; text-align: right; overflow-wrap: anywhere; }
+.single td { min-width: 9.5rem; }
+.several td, .several thead th { min-width: 7.5rem; }
+.several tbody th { min-width: 9rem; overflow-wrap: anywhere; }
 tbody th { color: var(--quiet); }
 thead th { font-weight: 600; }
-thead tr { border-top: 0; }
+thead th, thead td { border-top: 0; }
 .spectrum { display: block; font-size: 12px; }
 .spectrum text { fill: var(--ink); pointer-events: none; }
 .spectrum .quiet { fill: var(--quiet); } .spectrum .cell { fill: var(--c0); }
@@ -89,12 +93,14 @@ pre { margin: 0 0 1rem; padding: .9rem 0; border: solid var(--hair); border-widt
   font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 3rem; font-size: .8rem; color: var(--quiet); }
 
+@media (min-width: 34rem) { .single tbody th { white-space: nowrap; } }
 @media (max-width: 34rem) {
   main { padding: 1.5rem 1rem 2rem; }
   .head { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem 1rem; }
   .head dd { font-size: 1.1rem; } .head small { font-size: .9rem; }
   .wide .plot { height: 260px; }
   .row, .tables { grid-template-columns: minmax(0, 1fr); }
+  .several tbody th { position: sticky; left: 0; min-width: 6.5rem; background: var(--paper); }
 }
 @media print {
   :root { --paper: #fff; --ink: #000; --quiet: #555; --hair: #ddd; --base: #888; --mark: #b84d00;

@@ -61,7 +61,7 @@ def bar_chart(x: Axis, rows: Sequence[Bar], marks: Sequence[Mark], title: str, s
     height = ROW * len(rows)
     bars = [element for index, row in enumerate(rows) for element in _bar(row, x, (index + 0.5) / len(rows))]
     lines = [element for mark in marks for element in _mark(mark, x)]
-    image = _image("bars", summary)
+    image = _image("bars marked" if marks else "bars", summary)
     return tag("svg", _x_axis(x, title), *bars, *lines, style=f"height:{height}px", **image)
 
 

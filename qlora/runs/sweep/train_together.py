@@ -21,6 +21,7 @@ from qlora.runs.sweep.variants import Variant
 from qlora.runs.train import choose_kernels
 from qlora.training.run_log import Log, live_display
 from qlora.training.signals import Interrupted, StopSignal, stop_signals
+from qlora.utils.folder_lock import locked_folder
 from qlora.utils.machine import GIB
 
 
@@ -31,7 +32,8 @@ def train_together(variants: Sequence[Variant], out: Path, quiet: bool = False) 
     """
     refuse_several_processes()
     try:
-        return _train_together(variants, out, quiet)
+        with locked_folder(out, "--out"):
+            return _train_together(variants, out, quiet)
     except Interrupted as interrupted:  # a signal that arrived while another error was being raised
         raise interrupted.error from None
 

@@ -16,6 +16,7 @@ from qlora.runs.artifacts import MANIFEST, RECIPE
 from qlora.runs.resources import Resources, open_processes
 from qlora.runs.resume import keep_best, refuse_changed_base, resume
 from qlora.runs.setup import ReadData, add_adapters_and_data, build_job, moments_due_bytes
+from qlora.runs.suspect_adapter import kept_as_suspect
 from qlora.runs.sweep.shared_settings import name_in_errors
 from qlora.runs.sweep.variants import Variant
 from qlora.runs.write_artifacts import Cost, RunSetup, write_artifacts
@@ -118,11 +119,14 @@ class VariantRun:
         return False
 
     def _finish(self, base_sha256: str) -> None:
-        self.shared.adapters.activate(None)
-        refuse_changed_base(self.setup, base_sha256)
-        self.shared.adapters.activate(self.name)
-        keep_best(self.setup, self.job, self._position)
-        self.manifest = write_artifacts(self.setup, self._position, Cost(self.seconds))
+        with kept_as_suspect(self.setup, self._position, self.log):
+            self.shared.adapters.activate(None)
+            try:
+                refuse_changed_base(self.setup, base_sha256)
+            finally:
+                self.shared.adapters.activate(self.name)
+            keep_best(self.setup, self.job, self._position)
+            self.manifest = write_artifacts(self.setup, self._position, Cost(self.seconds))
 
     def _close(self) -> None:
         """Free what only this run needed: its adapter, optimizer state and data order."""

@@ -136,7 +136,7 @@ def _variant(path: str, common: Sequence[str], values: Sequence[AxisValue], out:
         for location in locations:
             text = text.replace(f"{SOURCE}: ", f"{location}")
         raise RecipeError(text) from None
-    output = str(Path(out or recipe.train.output) / name)
+    output = str(Path(out or recipe.train.output).expanduser() / name)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"output": output})})
     settings = dict(override.split("=", 1) for override in overrides)
     return Variant(name, settings, recipe, tuple(notes))
