@@ -5,9 +5,9 @@ A format reads the messages of a record and has no other effect. Which tokens ar
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from qlora.config import REQUIRED, KindOf, OneOrMany, Section, setting
+from qlora.config import REQUIRED, KindOf, OneOrMany, Section, Validator, setting
 from qlora.utils.registry import Registry
 
 FORMATS = Registry(
@@ -19,6 +19,17 @@ FORMATS = Registry(
     text="qlora.data.formats.text:Text",  # text
     tokens="qlora.data.formats.tokens:Tokens",  # input_ids, labels
 )
+
+
+RESERVED = ("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
+
+
+def refuse_reserved(values: dict[str, Any]) -> dict[str, Any]:
+    """ValueError for an argument of the chat template that qlora sets itself."""
+    taken = sorted(values.keys() & {*RESERVED})
+    if taken:
+        raise ValueError(f"{taken[0]!r} is set by qlora, from the record. Remove it.")
+    return values
 
 
 class Source(Section):
@@ -70,13 +81,26 @@ class Data(Section):
         "text", "in plain text: text (as letters) | accept (as control tokens; only for files you trust)"
     )
 
+    template_args: Annotated[dict[str, bool | int | float | str], Validator(refuse_reserved)] = setting(
+        {}, "arguments of the chat template, as in {enable_thinking: false}"
+    )
+    empty_thinking: Literal["mask", "train"] = setting(
+        "mask", "an empty think block that the template writes before an answer: mask (bears no loss) | train"
+    )
+
     def without_effect(self) -> Mapping[str, str]:
         """Examples are held out of the training data only where there is no evaluation data."""
         return {"eval_fraction": "data.eval names the evaluation data"} if self.eval is not None else {}
 
     def conflicts(self) -> Mapping[str, str]:
-        """A packed sequence holds examples from all over the files, and all packed sequences have similar lengths."""
-        if self.order == "shuffle" or not self.packing:
-            return super().conflicts()
-        why = f"{self.order} has no effect on packed sequences. Set data.packing: false, or remove data.order."
-        return {**super().conflicts(), "order": why}
+        """Settings without effect. All packed sequences have similar lengths; only text is split or may be accepted."""
+        conflicts = dict(super().conflicts())
+        if self.order != "shuffle" and self.packing:
+            why = "has no effect on packed sequences. Set data.packing: false, or remove data.order."
+            conflicts["order"] = f"{self.order} {why}"
+        formats = {source.format or self.format for source in (*self.train, *(self.eval or ()))}
+        if self.overlong == "split" and not formats & {"auto", "text", "tokens"}:
+            conflicts["overlong"] = "split has no effect: no data set has the format text or tokens. Remove it."
+        if self.control_strings == "accept" and not formats & {"auto", "text"}:
+            conflicts["control_strings"] = "accept has no effect: no data set has the format text. Remove it."
+        return conflicts

@@ -106,3 +106,17 @@ def test_a_packed_document_sees_no_other(family: str, attention: str) -> None:
 
 def trained_example(ids: np.ndarray, where: str) -> Example:
     return Example(where, ids.astype(np.int32), ids.astype(np.int32))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=5))
+def test_trained_positions_are_those_before_a_label(rows: list[list[bool]]) -> None:
+    examples = []
+    for row in rows:
+        ids = np.arange(1, len(row) + 1, dtype=np.int32)
+        examples.append(Example("x:1", ids, np.where(row, ids, IGNORED).astype(np.int32)))
+    batch = collate(examples, 0)
+    mask = batch.labels[:, 1:] != IGNORED
+    expected = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(1)
+    assert torch.equal(batch.trained, expected) and batch.trained_tokens == int(mask.sum())
+    moved = batch.to(torch.device("meta"))
+    assert moved.trained.device.type == "meta" and moved.trained_tokens == batch.trained_tokens

@@ -10,6 +10,7 @@ import pytest
 from support.tokenizers import END_TOKENS, FAMILIES, make_tokenizer, without_whitespace
 
 from qlora.data.conversations.build_example import Encoded
+from qlora.data.conversations.chat_template import TemplateOptions
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Example, Message, RecordError
 
@@ -133,7 +134,9 @@ def mismatch_of_all(encoder: Encoder, encoded: Encoded | RecordError, dialog: Di
 
 
 def check(template: str, kind: str, count: int) -> None:
-    encoders = {on: Encoder(make_tokenizer(kind, template), on) for on in ("assistant", "last", "all")}
+    options = TemplateOptions(masks_empty_thinking=False)  # the law without an exception
+    tokenizer = make_tokenizer(kind, template)
+    encoders = {on: Encoder(tokenizer, on, options=options) for on in ("assistant", "last", "all")}
     draw, trained = random.Random(f"{template} {kind}"), 0
     for number in range(count):
         dialog = make_dialog(draw, template)

@@ -10,16 +10,18 @@ from hypothesis import strategies as st
 from support.paths import TEMPLATES
 from support.tokenizers import END_TOKENS, FAMILIES, make_tokenizer, template_text, without_whitespace
 
+from qlora.data.conversations.chat_template import TemplateOptions
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Example, Message, RecordError
 from qlora.errors import DataError
 
+TRAINED_BLOCKS = TemplateOptions(masks_empty_thinking=False)  # of thoughts: the law without an exception
 EACH_FAMILY = pytest.mark.parametrize(("template", "kind"), FAMILIES, ids=lambda value: value)
 
 
 @cache
 def build_encoder(template: str, kind: str, train_on: str = "assistant") -> Encoder:
-    return Encoder(make_tokenizer(kind, template), train_on)
+    return Encoder(make_tokenizer(kind, template), train_on, options=TRAINED_BLOCKS)
 
 
 def dialog(*contents: str, system: str = "") -> list[Message]:
@@ -41,7 +43,8 @@ def trained_runs(encoder: Encoder, example: Example) -> list[str]:
 
 words = st.text(
     st.one_of(
-        st.sampled_from("abcd 12,.?!\n"), st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Co", "Zs"])
+        st.sampled_from("abcd 12,.?!\n"),
+        st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Co", "Zs"], exclude_characters="▁"),
     ),
     min_size=1,
     max_size=24,
@@ -286,11 +289,6 @@ def test_a_hostile_template_is_refused_in_time(name: str, tmp_path: Path) -> Non
     path.write_text(HOSTILE[name])
     with pytest.raises(DataError, match="template"):
         Encoder(make_tokenizer("bytes"), "assistant", str(path))
-
-
-def test_a_missing_template_file_is_named() -> None:
-    with pytest.raises(DataError, match=r"no file nowhere\.jinja"):
-        Encoder(make_tokenizer("bytes"), "assistant", "nowhere.jinja")
 
 
 def test_the_date_in_a_template_is_the_same_every_day() -> None:

@@ -14,6 +14,7 @@ from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import encode_chunk
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Record, RecordError
+from qlora.errors import DataError
 
 SPEC = importlib.util.find_spec("trl")
 FOLDER = Path(SPEC.submodule_search_locations[0] if SPEC and SPEC.submodule_search_locations else "") / "chat_templates"
@@ -87,3 +88,8 @@ def test_content_is_never_lost_and_masked_answers_bear_no_loss(name: str) -> Non
         trained = encoder.decode(result.example.labels[result.example.labels != IGNORED])
         text = encoder.decode(result.example.input_ids)
         assert "Good one." in trained and "Wrong" not in trained and "Wrong one." in text and "weight" not in trained
+
+
+def test_a_missing_template_file_is_named() -> None:
+    with pytest.raises(DataError, match=r"no file nowhere\.jinja"):
+        Encoder(make_tokenizer("bytes"), "assistant", "nowhere.jinja")

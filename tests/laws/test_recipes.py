@@ -58,6 +58,10 @@ VALUES = {
     "data.max_length": WHOLE,
     "data.overlong": st.sampled_from(["auto", "split", "drop", "truncate", "error"]),
     "data.control_strings": st.sampled_from(["text", "accept"]),
+    "data.template_args": st.dictionaries(
+        st.sampled_from(["enable_thinking", "reasoning_effort", "depth"]), st.booleans() | WORDS | WHOLE, max_size=2
+    ),
+    "data.empty_thinking": st.sampled_from(["mask", "train"]),
     "data.packing": st.booleans(),
     "data.order": st.sampled_from(["shuffle", "length", "sequential"]),
     "data.train_on": st.sampled_from(["assistant", "last", "all"]),

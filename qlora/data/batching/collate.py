@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qlora.data.types import IGNORED, Example
+from qlora.utils.send import send
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,32 @@ class Batch:
     document_starts: tuple[tuple[int, ...], ...] = ()  # for each sequence, where its documents start
     lengths: tuple[int, ...] = ()  # tokens of each sequence, without padding
 
+    @cached_property
+    def trained(self) -> Tensor:
+        """[N] int64: positions in the flattened [B * T] whose next token bears loss. Found on the host, before `to`."""
+        bears_loss = self.labels != IGNORED
+        bears_loss[:, 0] = False
+        return bears_loss.flatten().nonzero().squeeze(1) - 1
+
     @property
     def trained_tokens(self) -> int:
         """Number of labels that bear loss."""
-        return int((self.labels != IGNORED).sum())
+        return len(self.trained)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The positional arguments of TokenLoss.forward."""
+        starts, lengths = self.document_starts, self.lengths
+        return self.input_ids, self.labels, self.position_ids, starts, lengths, self.trained
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
-        ids, labels, positions = (
-            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.position_ids)
+        """The batch on another device; the host does not wait for a GPU."""
+        ids, labels, positions, trained = (
+            send(tensor, device) for tensor in (self.input_ids, self.labels, self.position_ids, self.trained)
         )
-        return Batch(ids, labels, positions, self.tokens, self.document_starts, self.lengths)
+        batch = Batch(ids, labels, positions, self.tokens, self.document_starts, self.lengths)
+        batch.__dict__["trained"] = trained  # else the device would be asked for the positions
+        return batch
 
     def without_loss(self) -> "Batch":
         """The batch without labels, for a rank that has no sequences left and must still take part."""

@@ -1,8 +1,11 @@
 """The chat template: which one is used, and conversations rendered with it under a size limit."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qlora.data.types import RecordError
@@ -35,17 +38,35 @@ _SAMPLE_TOOL = {  # for samples that are rendered with a template for tools
 _DATE = "26 Jul 2024"  # Llama-3's default. With today's date, a run resumed tomorrow would see other tokens
 
 
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How conversations are rendered and masked: data.template_args and data.empty_thinking."""
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    masks_empty_thinking: bool = True
+
+
 class Template:
     """The chat template of `tokenizer`. `name` describes where it is from, `text` is its Jinja source.
 
     with_tools: the template of conversations with tools, which differs if the tokenizer has one named `tool_use`.
+    args: further variables of the template. DataError for one that the template does not read.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str, with_tools: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str,
+        with_tools: bool = False,
+        args: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._tokenizer = tokenizer
         self.name, self.text = _choose(tokenizer, chat_template, with_tools)
         self.sample_tools = [_SAMPLE_TOOL] if self.name.endswith(repr(_TOOL_TEMPLATE)) else None
-        self._variables = {"date_string": _DATE} if "strftime_now" in self.text else {}
+        self._variables = ({"date_string": _DATE} if "strftime_now" in self.text else {}) | dict(args)
+        unread = next((name for name in args if not re.search(rf"\b{re.escape(name)}\b", self.text)), None)
+        if unread is not None:
+            raise DataError(f"data.template_args: {self.name} does not read {unread!r}. Correct or remove it.")
 
     @property
     def bos(self) -> str:

@@ -5,6 +5,7 @@ and F the rendering of all turns. P must be the beginning of A, and A, up to the
 Then inference, when it generates this answer, sees exactly what training saw. Otherwise the answer is not trained.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from qlora.data.conversations.chat_template import Template, Turn
 from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece, without_whitespace
 from qlora.data.types import RecordError
 
+# A think block without a thought, as templates write it before an answer (Qwen3: "<think>\n\n</think>\n\n"). Some open
+# it in the prompt, or write its end alone (DeepSeek V3.1).
+_EMPTY_THINKING = re.compile(r"\s*(?:<(?:think|thinking|thought)>\s*)?</(?:think|thinking|thought)>\s*")
 _SAMPLE_ANSWER = "Sphinx of black quartz"
 
 
@@ -35,6 +39,11 @@ class AnswerEnding:
     token: str
     prompt_only_chars: int  # at the end of its generation prompt, not in its rendering of an answer
     trained_header: str  # what it writes before an answer although it has no generation prompt
+
+
+def may_write_thoughts(template_text: str) -> bool:
+    """Whether a template has a think block in it."""
+    return "think" in template_text or "thought" in template_text
 
 
 def find_ending(template: Template, tokenizer: SafeTokenizer) -> AnswerEnding:
@@ -64,9 +73,9 @@ def _has_generation_prompt(template: Template, question: Sequence[Turn], prompt:
 class LossMasker:
     """Splits rendered conversations into pieces at the answers."""
 
-    def __init__(self, template: Template, tokenizer: SafeTokenizer) -> None:
-        self._template = template
-        self._tokenizer = tokenizer
+    def __init__(self, template: Template, tokenizer: SafeTokenizer, masks_empty_thinking: bool) -> None:
+        self._template, self._tokenizer = template, tokenizer
+        self._masks_empty_thinking = masks_empty_thinking and may_write_thoughts(template.text)
         self.ending = find_ending(template, tokenizer)
 
     def mask(self, conversation: Conversation, prompt: bool = False) -> MaskedText:
@@ -80,8 +89,9 @@ class LossMasker:
             if span is None or span[0] < at:
                 unlocated.append(i)
                 continue
-            answer = TextPiece(full[span[0] : span[1]], trained[i], conversation.masked[i])
-            pieces += [TextPiece(full[at : span[0]]), answer]
+            start = span[0] + self._empty_thinking_chars(full[span[0] : span[1]], turns[i])
+            answer = TextPiece(full[start : span[1]], trained[i], conversation.masked[i])
+            pieces += [TextPiece(full[at:start]), answer]
             at = span[1]
             closed = self._ends_with_control_string(pieces[-1].text)
             end_trained = closed if trained[i] else end_trained
@@ -91,6 +101,11 @@ class LossMasker:
         return MaskedText(
             full, tuple(piece for piece in pieces if piece.text), tuple(unlocated), end_trained, needs_eos
         )
+
+    def _empty_thinking_chars(self, answer: str, turn: Turn) -> int:
+        """Length of an empty think block at the beginning of `answer` that the template wrote, not the record."""
+        block = _EMPTY_THINKING.match(answer) if self._masks_empty_thinking else None
+        return block.end() if block and not _EMPTY_THINKING.match(str(turn.get("content") or "")) else 0
 
     def _answer_span(self, conversation: Conversation, i: int, full: str, prompt: bool) -> tuple[int, int] | None:
         """Start and end of answer `i` in `full`, its end token included; None if a prefix differs."""
