@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA card the CPU build of torch is enough, and saves gigabytes of CUDA packages.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-.PHONY: demo test lint types slow gpu faults clean
+.PHONY: demo test lint types lowest slow gpu faults clean
 
 demo: $(VENV)/run.ok
 	$(BIN)/qlora demo --out demo-run
@@ -25,6 +25,20 @@ faults: $(VENV)/dev.ok
 	PYTHONPATH=.:tests $(BIN)/python benchmarks/fault_peers.py
 	PYTHONPATH=.:tests $(BIN)/python benchmarks/faults.py
 
+# A smoke test with the lowest versions that pyproject.toml allows, and without the modules of POSIX. torch is the CPU build: its lowest one has none.
+LOWEST := .venv-lowest
+lowest: $(LOWEST)/run.ok
+	$(LOWEST)/bin/python -m pytest -n 0 -m "slow or not slow" -p no:cacheprovider tests/model/test_quantized_cache.py \
+	    tests/memory/test_activation_recompute.py tests/exporters/test_export_run.py tests/utils/test_platforms.py
+
+$(LOWEST)/run.ok: pyproject.toml scripts/lowest_versions.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) scripts/lowest_versions.py torch > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOWEST)/requirements.txt \
+	    pytest pytest-xdist hypothesis
+	touch $@
+
 lint: $(VENV)/dev.ok
 	$(BIN)/ruff check .
 
@@ -42,4 +56,4 @@ $(VENV)/dev.ok: $(VENV)/run.ok
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run build *.egg-info
+	rm -rf $(VENV) $(LOWEST) demo-run build *.egg-info

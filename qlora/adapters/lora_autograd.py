@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.quant.linear import FrozenLinear
+from qlora.utils.owned_gradients import is_owned, mark_owned
 from qlora.utils.rematerialize import Origin
 
 
@@ -56,11 +57,18 @@ class LoraBranch(torch.autograd.Function):
         grad_b = (F.linear(dropped, narrow_a).t() @ grad_update).float().t() * ctx.scaling
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None
-        grad_x = grads[1].reshape(rows.shape)
-        if not ctx.dropout:
-            return torch.addmm(grad_x, grad_reduced, narrow_a).view_as(x), grad_a, grad_b, None, None
-        grad_x = grad_x + _dropout(grad_reduced @ narrow_a, ctx.dropout, ctx.seed)
-        return grad_x.view_as(x), grad_a, grad_b, None, None
+        shape = x.shape
+        del x, rows, dropped  # a rematerialized x is as large as the gradient below
+        grad_x = grads[1].reshape(-1, shape[-1])
+        if ctx.dropout:
+            grad_x = grad_x + _dropout(grad_reduced @ narrow_a, ctx.dropout, ctx.seed)
+        elif is_owned(grads[1]):
+            grad_x.addmm_(grad_reduced, narrow_a)
+        else:
+            grad_x = torch.addmm(grad_x, grad_reduced, narrow_a)
+        grad_x = grad_x.view(shape)
+        # To the function that x is rematerialized by, which is the only one that reads it.
+        return mark_owned(grad_x) if ctx.rematerialization else grad_x, grad_a, grad_b, None, None
 
 
 class AddFrozenMatmul(torch.autograd.Function):
@@ -81,8 +89,9 @@ class AddFrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """The update's gradient is the output's; x's is its product with W."""
         (grad,) = grads
-        grad_x = grad @ ctx.layer.weight(grad.dtype, after=grad.detach()) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, None
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None
+        return grad, mark_owned(grad @ ctx.layer.weight(grad.dtype, after=grad.detach())), None  # read by LoraBranch
 
 
 def _dropout(x: Tensor, probability: float, seed: int) -> Tensor:

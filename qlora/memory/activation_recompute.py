@@ -6,12 +6,14 @@ Every combination gives the same gradients bit for bit: recomputed and fetched t
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from qlora.memory.activation_offload import ActivationOffloader
+from qlora.model.module_tree import decoder_of
 
 
 def recompute(model: nn.Module, layers: int | None, offloader: ActivationOffloader | None = None) -> int:
@@ -23,19 +25,26 @@ def recompute(model: nn.Module, layers: int | None, offloader: ActivationOffload
     modules = decoder_layers(model)
     recomputed = len(modules) if layers is None else min(layers, len(modules))
     for position, module in enumerate(modules):
-        module._gradient_checkpointing_func = partial(_run, offloader, position, position < recomputed)
+        module._gradient_checkpointing_func = partial(_run, offloader, ref(module), position, position < recomputed)
         module.gradient_checkpointing = position < recomputed or offloader is not None
     return recomputed
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
     """The decoder's layers in order: the modules of transformers whose class has the checkpointing switch."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    decoder: nn.Module = decoder_of(model)
     return [module for module in decoder.modules() if _is_layer(module)]
 
 
-def _run(offloader: ActivationOffloader | None, position: int, recomputes: bool, call: Any, *args: Any) -> Any:
-    """One layer's forward in training; `call` is transformers' partial of it, whose first argument is the layer."""
+def _run(
+    offloader: ActivationOffloader | None,
+    layer: "ref[nn.Module]",
+    position: int,
+    recomputes: bool,
+    call: Any,
+    *args: Any,
+) -> Any:
+    """One layer's forward in training; `call` is transformers' partial of it."""
     # Non-reentrant: frozen embeddings need no gradient, and a layer's last product is not recomputed.
     forward = partial(checkpoint, call, use_reentrant=False) if recomputes else call
     if offloader is None:
@@ -43,14 +52,14 @@ def _run(offloader: ActivationOffloader | None, position: int, recomputes: bool,
     if position >= offloader.layers:
         offloader.release()
         return forward(*args)
-    with offloader.offloaded(position, _shared(call)):
+    with offloader.offloaded(position, _shared(layer(), call)):
         return forward(*args)
 
 
-def _shared(call: Any) -> Iterator[Tensor]:
+def _shared(layer: Any, call: Any) -> Iterator[Tensor]:
     """Tensors that outlive the layer's forward: its weights, and the masks and positions that all layers read."""
-    yield from call.args[0].parameters()
-    yield from (value for value in tree_iter(call.keywords) if isinstance(value, Tensor))
+    tensors = (*layer.parameters(), *(value for value in tree_iter(call.keywords) if isinstance(value, Tensor)))
+    yield from (tensor for tensor in tensors if not hasattr(tensor, "to_local"))  # a shard has no memory of its own
 
 
 def _is_layer(module: nn.Module) -> bool:

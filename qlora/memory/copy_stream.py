@@ -5,11 +5,16 @@ Two rules keep it correct. A queued copy starts after the work that the compute 
 between, its source must not change and its target must not be used.
 """
 
+import mmap
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qlora.errors import QloraError
+
+PAGE_BYTES = mmap.PAGESIZE
 
 
 class CopyStream:
@@ -52,11 +57,20 @@ def host_bytes(size: int, device: torch.device) -> Tensor:
 
     Registered with the driver instead of taken from torch's pinned pool, which rounds sizes up to a power of two.
     """
-    memory = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda" and size:
-        driver: Any = torch.cuda.cudart()
-        status = driver.cudaHostRegister(memory.data_ptr(), size, 0)
-        if int(status) != 0:
-            raise MemoryError(f"the driver can't pin {size / 2**20:,.0f} MiB of host memory: {status}")
-        weakref.finalize(memory, driver.cudaHostUnregister, memory.data_ptr())
-    return memory
+    if device.type != "cuda" or not size:
+        return torch.empty(size, dtype=torch.uint8)
+    # Whole pages of its own: two registered ranges must not share a page.
+    memory = torch.empty(-(-size // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE_BYTES
+    memory = memory[start : start + -(-size // PAGE_BYTES) * PAGE_BYTES]
+    driver: Any = torch.cuda.cudart()
+    status = driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+    if int(status) != 0:
+        raise QloraError(
+            f"memory: the driver can't pin {size / 2**20:,.0f} MiB of host memory ({status}). Free host memory or "
+            "raise the limit on locked memory (ulimit -l), or set memory.weights: resident and "
+            "memory.offload_activations: false."
+        )
+    # Of the storage, not the tensor: views of the memory outlive the tensor.
+    weakref.finalize(memory.untyped_storage(), driver.cudaHostUnregister, memory.data_ptr())
+    return memory[:size]

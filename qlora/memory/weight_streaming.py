@@ -86,6 +86,8 @@ class WeightStreamer:
             buffer[span].copy_(stored.detach().reshape(-1).view(torch.uint8))
             setattr(matrix, name, frozen(slot[span].view(stored.dtype).view(stored.shape)))
             matrix.fetch = partial(self.fetch, number)
+        for matrix in _matrices(layer):  # biases are small, and stay on the device
+            matrix.bias = None if matrix.bias is None else frozen(matrix.bias.to(self.copy_stream.device))
         return buffer
 
 
@@ -114,3 +116,14 @@ def embed_on_host(model: nn.Module, device: torch.device) -> None:
     embedding.to("cpu")
     embedding.register_forward_pre_hook(lambda module, args: (args[0].to("cpu"), *args[1:]))
     embedding.register_forward_hook(lambda module, args, rows: rows.to(device, non_blocking=True))
+    # transformers' `generate` sends all inputs to the device of the first parameter, which is the host from now on.
+    model.register_forward_pre_hook(partial(_inputs_on, device), with_kwargs=True)
+
+
+def _inputs_on(device: torch.device, module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
+    """A forward's arguments, tensors moved to `device`."""
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tuple(map(move, args)), {name: move(value) for name, value in inputs.items()}

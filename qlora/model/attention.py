@@ -6,7 +6,6 @@ Registered with transformers as DOCUMENT_ATTENTION. With a padding mask or a KV 
 SDPA attention is called.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,10 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora.model.cpu_attention import block_attention
-
-varlen_attn: Any = None
-with suppress(ImportError):  # torch before 2.10
-    from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
+from qlora.model.kernel_watch import Watch, record_call, record_mask
+from qlora.model.varlen_attention import takes, varlen_attention
+from qlora.utils.send import send
 
 DOCUMENT_ATTENTION = "qlora_documents"
 
@@ -41,7 +39,7 @@ def documents_of(starts: tuple[tuple[int, ...], ...], length: int, device: torch
     bounds = [index * length + start for index, sequence in enumerate(starts) for start in sequence]
     bounds.append(len(starts) * length)
     max_length = max(after - before for before, after in pairwise(bounds))
-    return Documents(starts, torch.tensor(bounds, dtype=torch.int32, device=device), max_length)
+    return Documents(starts, send(torch.tensor(bounds, dtype=torch.int32), device), max_length)
 
 
 def document_kwargs(attention: str, starts: tuple[tuple[int, ...], ...], ids: Tensor) -> dict[str, Any]:
@@ -67,12 +65,14 @@ def document_attention(
 
     `documents` absent: every sequence is one document. `sliding_window`: keys that a query sees, its own included.
     """
+    if Watch.current is not None:
+        record_call(options)
     documents: Documents | None = options.pop("documents", None)
     dropout = options.get("dropout") or 0.0
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     window, scale = options.get("sliding_window"), options.get("scaling")
-    if _use_varlen_kernel(query, dropout):
+    if query.is_cuda and takes(query, dropout):
         return _varlen_attention(query, key, value, documents, scale, window), None
     if _use_cpu_kernel(query, dropout):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -80,15 +80,18 @@ def document_attention(
         return block_attention(query, key, value, bounds, window, scale), None
     starts = documents.starts if documents else ((0,),) * len(query)
     if all(len(sequence) == 1 for sequence in starts):
-        return _causal_attention(query, key, value, scale, window, dropout).transpose(1, 2), None
+        return _causal_attention(query, key, value, scale, window, dropout).transpose(1, 2).contiguous(), None
     sequences = zip(query.split(1), key.split(1), value.split(1), starts, strict=True)
     settings = (scale, window, dropout)
-    return torch.cat([_by_document(q, k, v, begins, settings) for q, k, v, begins in sequences]).transpose(1, 2), None
+    output = torch.cat([_by_document(q, k, v, begins, settings) for q, k, v, begins in sequences])
+    return output.transpose(1, 2).contiguous(), None  # as transformers' own kernels: some classes take a view
 
 
 def document_mask(*sizes: Any, **options: Any) -> Tensor | None:
     """The mask function of DOCUMENT_ATTENTION: no mask, or transformers' SDPA mask for padding or a KV cache."""
     padded = options.get("attention_mask") is not None
+    if Watch.current is not None:
+        record_mask(sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False}), options)
     return sdpa_mask(*sizes, **options) if padded or options.get("q_length") != options.get("kv_length") else None
 
 
@@ -105,6 +108,9 @@ def _causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, dropout: float
 ) -> Tensor:
     length, grouped = query.shape[2], query.shape[1] != key.shape[1]
+    if grouped and query.device.type != "cpu":  # only FlashAttention takes grouped heads, and it is not used here
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     if window is None or window >= length:
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
@@ -120,12 +126,6 @@ def _use_cpu_kernel(query: Tensor, dropout: float) -> bool:
     return query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad and not dropout
 
 
-def _use_varlen_kernel(query: Tensor, dropout: float) -> bool:
-    """Whether torch's variable-length kernel takes this input."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return varlen_attn is not None and query.is_cuda and half and not dropout and query.shape[-1] <= 256
-
-
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scale: float | None, window: int | None
 ) -> Tensor:
@@ -133,17 +133,9 @@ def _varlen_attention(
     batch, _, length, _ = query.shape
     documents = documents or documents_of(((0,),) * batch, length, query.device)
     flat = [tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], -1) for tensor in (query, key, value)]
-    out = varlen_attn(
-        *flat,
-        documents.cu_seqlens,
-        documents.cu_seqlens,
-        documents.max_length,
-        documents.max_length,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.reshape(batch, length, query.shape[1], -1)  # type: ignore[no-any-return]
+    bounds, longest = documents.cu_seqlens, documents.max_length
+    out = varlen_attention(flat, bounds, longest, scale, window)
+    return out.reshape(batch, length, query.shape[1], -1)
 
 
 AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)

@@ -15,7 +15,8 @@ from qlora.quant.block_sizes import NESTED_BLOCK
 from qlora.quant.blockwise import dynamic_levels
 from qlora.quant.levels import LEVELS
 
-PROBE_SHAPE = (2048, 4096)  # of the random matrix that both kernels dequantize
+PROBE_SHAPE = (14336, 4096)  # of the random matrix that both kernels dequantize: long enough to hide launches
+_problems: list[str] = []  # for the log, until `take_problems`
 RUNS = 20  # of each kernel, after as many to warm up
 
 
@@ -49,25 +50,49 @@ def dequantize_fused(stored: Sequence[Tensor], shape: Sequence[int], spec: Spec)
 def _fused_is_better(device: torch.device, tensors: int, spec: Spec, reference: Dequantize) -> bool:
     if find_spec("triton") is None:
         return False
-    stored = random_matrix(PROBE_SHAPE, spec.block, device)[:tensors]
-    if not torch.equal(dequantize_fused(stored, PROBE_SHAPE, spec), reference(stored, PROBE_SHAPE, spec)):
+    stored = random_matrix(PROBE_SHAPE, spec.block, device, tensors)
+    try:
+        fused = dequantize_fused(stored, PROBE_SHAPE, spec)
+    except Exception as error:  # Triton compiles at its first call, which takes a C compiler
+        _problems.append(f"bitsandbytes dequantizes, since the fused kernel does not run here ({_first_line(error)})")
+        return False
+    if not torch.equal(fused, reference(stored, PROBE_SHAPE, spec)):
+        _problems.append("bitsandbytes dequantizes, since the fused kernel gives other bits here")
         return False
     return _seconds(dequantize_fused, stored, spec) < _seconds(reference, stored, spec)
 
 
-def random_matrix(shape: tuple[int, int], block: int, device: torch.device) -> list[Tensor]:
-    """Random codes, absmax codes, nested absmax, offset and absmax levels of a double-quantized [O, I]."""
+def take_problems() -> list[str]:
+    """Why the fused kernel is not used, as lines for the log; every line is returned once."""
+    problems = list(dict.fromkeys(_problems))
+    _problems.clear()
+    return problems
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def random_matrix(shape: tuple[int, int], block: int, device: torch.device, tensors: int = 5) -> list[Tensor]:
+    """Random stored tensors of a matrix [O, I].
+
+    Two: codes and float32 absmax. With double quantization four or five: codes, absmax codes, nested absmax, offset,
+    absmax levels.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = shape[0] * shape[1]
     blocks = -(-weights // block)
+    codes = torch.randint(256, (-(-weights // 2),), dtype=torch.uint8, generator=generator)
+    if tensors == 2:
+        return [codes.to(device), torch.rand(blocks, generator=generator).to(device)]
     stored = [
-        torch.randint(256, (-(-weights // 2),), dtype=torch.uint8, generator=generator),
+        codes,
         torch.randint(256, (blocks,), dtype=torch.uint8, generator=generator),
         torch.rand(-(-blocks // NESTED_BLOCK), generator=generator),
         torch.rand(1, generator=generator),
         dynamic_levels(),
     ]
-    return [tensor.to(device) for tensor in stored]
+    return [tensor.to(device) for tensor in stored[:tensors]]
 
 
 def _seconds(dequantize: Dequantize, stored: Sequence[Tensor], spec: Spec) -> float:

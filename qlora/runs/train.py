@@ -20,7 +20,7 @@ from qlora.runs.resources import Resources, resolve_resources
 from qlora.runs.resume import keep_best, refuse_changed_base, resume
 from qlora.runs.setup import build_job, moments_due_bytes, set_up
 from qlora.runs.suspect_adapter import kept_as_suspect
-from qlora.runs.write_artifacts import Cost, samples_or_note, write_artifacts
+from qlora.runs.write_artifacts import Cost, samples_or_note, write_artifacts, write_weights
 from qlora.training.loop import fit
 from qlora.training.memory_probe import probe_memory
 from qlora.training.run_log import Log, live_display
@@ -77,6 +77,8 @@ def _run(recipe: Recipe, resources: Resources, log: Log, stop: StopSignal, start
     with kept_as_suspect(setup, position, log):
         refuse_changed_base(setup, base_sha256)
         keep_best(setup, job, position)
+        if processes.writes:
+            write_weights(setup)
         # Generating with a sharded model takes all ranks.
         samples = samples_or_note(setup, log) if processes.writes or processes.shards else []
         cost = Cost(time.monotonic() - started, spent_joules(processes, joules_before))

@@ -73,15 +73,21 @@ class Cost:
     energy_joules: float | None = None
 
 
-def write_artifacts(
-    setup: RunSetup, position: Position, cost: Cost, samples: Sequence[Mapping[str, str]] | None = None
-) -> Mapping[str, Any]:
-    """Write the final adapter and the files that describe it; returns run.json. `samples`: None generates them."""
-    samples = generate_samples(setup) if samples is None else samples
+def write_weights(setup: RunSetup) -> None:
+    """Write the final adapter, before anything else that could fail.
+
+    Without run.json the folder does not count as a finished run until `write_artifacts` has written the new one.
+    """
     output = Path(setup.recipe.train.output)
-    # Without run.json the folder does not count as a finished run until the new manifest is written.
     (output / MANIFEST).unlink(missing_ok=True)
     write_trained(setup, output)
+
+
+def write_artifacts(
+    setup: RunSetup, position: Position, cost: Cost, samples: Sequence[Mapping[str, str]]
+) -> Mapping[str, Any]:
+    """Write the files that describe the final adapter, which is written already; returns run.json."""
+    output = Path(setup.recipe.train.output)
     extended_tokenizer = setup.base.tokenizer if setup.recipe.adapter.new_tokens else None
     tokenizer_names = write_tokenizer(output, setup.base.folder.path, extended_tokenizer)
     recipe_text = dump(setup.recipe)

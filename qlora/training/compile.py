@@ -7,6 +7,7 @@ import shutil
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 from qlora.errors import InputError
 from qlora.memory.activation_recompute import decoder_layers
@@ -24,7 +25,7 @@ def compile_layers(model: nn.Module, device: torch.device) -> int:
             f"train.compile: true, but this machine has no C++ compiler ({', '.join(COMPILERS)}). Install g++, "
             "or leave train.compile at false."
         )
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
+    if device.type == "cuda" and not has_triton():
         raise InputError(
             "train.compile: true, but Triton is not installed. Install it, or leave train.compile at false."
         )

@@ -51,10 +51,10 @@ def evaluate(
             total[2] = 1.0
             break
         indices = rank_order[start : start + micro_batch]
-        batch = collate([examples[index] for index in indices or order[:1]], pad_id=0).to(processes.device)
+        batch = collate([examples[index] for index in indices or order[:1]], pad_id=0)
         if not indices:  # this rank has no sequences left, but with FSDP a forward takes all ranks
             batch = batch.without_loss()
-        total[0] += model(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts).double()
+        total[0] += model(*batch.to(processes.device).arguments).double()
         total[1] += batch.trained_tokens
         progress(min(start + micro_batch, len(rank_order)), len(rank_order))
     model.train(training)

@@ -68,12 +68,13 @@ def _step(job: Job, step: int) -> StepResult:
     indices = job.sampler.indices(job.train_examples, step)
     batches = list(_batches(job, indices))
     counts = torch.tensor([[batch.trained_tokens, batch.tokens] for batch in batches]).sum(0)
-    trained_tokens, tokens = (int(count) for count in job.processes.sum(counts.to(job.processes.device)))
+    trained_tokens, tokens = job.processes.sum_counts(counts).tolist()
 
     loss_sum = job.oom_recovery.run(lambda: _gradients(job, step, batches, trained_tokens))
     scale_learning_rates(job.optimizer, learning_rate_factor(job.optim, step, job.total_steps))
-    grad_norm = float(job.processes.clip(job.trainable.values(), job.optim.max_grad_norm))
-    loss = float(job.processes.sum(loss_sum))
+    norm = job.processes.clip(job.trainable.values(), job.optim.max_grad_norm)
+    # In one copy: the host waits for a GPU once.
+    grad_norm, loss = torch.stack([norm.float(), job.processes.sum(loss_sum)]).tolist()
     where = [job.train_examples[index].where for index in indices]
     if job.non_finite_guard.allows(grad_norm, loss, step + 1, where):
         job.optimizer.step()
@@ -97,7 +98,7 @@ def _gradients(job: Job, step: int, batches: Sequence[Batch], trained_tokens: in
 def backward(job: Job, batch: Batch, trained_tokens: int) -> Tensor:
     """Add the gradients of one micro-batch, divided by the step's `trained_tokens`; returns its summed loss."""
     batch = batch.to(job.processes.device)
-    loss: Tensor = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts)
+    loss: Tensor = job.model(*batch.arguments)
     job.processes.backward(loss / max(1, trained_tokens))
     return loss.detach()
 

@@ -1,5 +1,6 @@
 """The loss: cross entropy summed over trained tokens, head and softmax in chunks, so that logits [T, V] never exist."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qlora.data.types import IGNORED
+from qlora.data.batching.collate import Batch
 from qlora.model.lm_head import DocumentStarts, Head
 
 
@@ -23,18 +24,35 @@ class TokenLoss(nn.Module):
         self.model = model
         self.head = Head(model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, starts: DocumentStarts = ()) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        starts: DocumentStarts = (),
+        lengths: Sequence[int] = (),
+        trained: Tensor | None = None,
+    ) -> Tensor:
         """input_ids, labels, position_ids [B, T] -> float32 scalar: the sum over labels that are not IGNORED.
 
         `starts`: where the documents of each sequence begin; without it every sequence is one document.
+        `lengths`: tokens of each sequence without padding; needed where rotary frequencies depend on the length.
+        `trained`: Batch.trained, the positions that bear loss; without it the device is asked for them.
         """
-        targets = labels[:, 1:]
-        trained = targets != IGNORED
-        hidden = self.head.hidden_states(input_ids, position_ids, starts)[:, :-1][trained]
-        if self.head.is_trainable:
-            return checkpointed_loss(hidden, targets[trained], self.head)
+        hidden = self.head.hidden_states(input_ids, position_ids, starts, lengths)
+        return self.of_hidden_states(hidden, labels, trained)
+
+    def of_hidden_states(self, hidden: Tensor, labels: Tensor, trained: Tensor | None = None) -> Tensor:
+        """The same from last hidden states [B, T, I]."""
+        if trained is None:
+            trained = Batch(labels, labels, labels).trained
+        # By index, not by mask: a mask makes the host wait for the device, in forward and in backward.
+        rows = hidden.flatten(0, 1).index_select(0, trained)
+        targets = labels.flatten().index_select(0, trained + 1)
+        if self.head.needs_autograd:
+            return checkpointed_loss(rows, targets, self.head)
         with self.head.unsharded():
-            loss: Tensor = FrozenHeadLoss.apply(hidden, targets[trained], self.head)
+            loss: Tensor = FrozenHeadLoss.apply(rows, targets, self.head)
         return loss
 
 
@@ -79,7 +97,7 @@ def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checkpointed_loss(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """The same sum by autograd, logits recomputed chunk by chunk: for heads that are trained."""
+    """The same sum by autograd, logits recomputed chunk by chunk: for heads that train or keep a class's forward."""
 
     def chunk_loss(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden_chunk), target_chunk, reduction="sum")

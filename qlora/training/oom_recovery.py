@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qlora.errors import QloraError
+from qlora.utils.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 StepDown = Callable[[], str | None]  # reduces memory use from now on and returns how; None: no reduction is left
@@ -31,7 +32,9 @@ class OomRecovery:
         while True:
             try:
                 return gradients()
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, QloraError) or not is_out_of_memory(error):
+                    raise
                 reason = ". ".join(str(error).split(". ")[:2])  # what happened, and for how many bytes
             # Outside the handler: the exception's frames keep the tensors of the step alive.
             self.drop_gradients()

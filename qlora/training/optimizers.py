@@ -18,6 +18,8 @@ from qlora.training.offloaded_adamw import OffloadedStateAdamW
 CONSTANTS = ("qmap1", "qmap2")  # code tables, which bitsandbytes creates again
 Groups = Sequence[dict[str, Any]]
 
+OTHER_STATE = "Resume from a checkpoint of this recipe, or start a new run with train.resume=never."
+
 
 class Adamw:
     """AdamW (arXiv:1711.05101), PyTorch's fused kernel."""
@@ -103,7 +105,7 @@ def load_state(
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         if name not in entries:
-            raise QloraError(f"optimizer state: {name!r} is not a trainable parameter of this run.")
+            raise QloraError(f"optimizer state: {name!r} is not a trainable parameter of this run. {OTHER_STATE}")
         entries[name][entry] = value
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
@@ -122,14 +124,19 @@ def _restore(optimizer: torch.optim.Optimizer, key: tuple[Any, ...], entries: Ma
         state = optimizer.state[parameter] = optimizer.new_state(parameter)
     else:
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        state = optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+        state = optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),  # the fused kernel reads it through a raw pointer
+            **moments,
+        }
     for entry, value in entries.items():
         _fill(state, entry, value)
 
 
 def _fill(state: dict[str, Any], entry: str, value: Tensor) -> None:
     if entry not in state or (isinstance(state[entry], Tensor) and state[entry].shape != value.shape):
-        raise QloraError(f"optimizer state: {entry!r} {list(value.shape)} does not belong to this optimizer.")
+        raise QloraError(
+            f"optimizer state: {entry!r} {list(value.shape)} does not belong to this optimizer. {OTHER_STATE}"
+        )
     if isinstance(state[entry], Tensor):
         state[entry].copy_(value)
     else:

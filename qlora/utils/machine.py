@@ -1,11 +1,19 @@
-"""The machine: host memory, installed package versions, sizes in GiB.
+"""The machine: host memory, installed package versions, sizes in GiB. The module that imports psutil.
 
 Imports no torch, so that `qlora plan` and `qlora check` start without it.
 """
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 GIB = 2**30
 MIB = 2**20
@@ -14,7 +22,18 @@ PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors"
 
 def host_memory_bytes() -> int:
     """All host memory, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if hasattr(os, "sysconf"):  # not on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().total)
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
 def package_versions() -> dict[str, str]:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora.utils.owned_gradients import is_owned
+from qlora.utils.row_chunks import chunk_rows
+
 Function = Callable[..., Tensor]
-CACHED_BYTES = 4 * 2**20  # of a tensor at a time on a CPU, so that intermediate values stay in its cache
 ATTRIBUTE = "qlora_origin"
 
 
@@ -66,7 +68,7 @@ def origin_of(tensor: Tensor) -> Origin | None:
 
 
 class _RowWise(torch.autograd.Function):
-    """A row-wise function that is recomputed in backward, on a CPU as many rows at a time as fit its cache."""
+    """A row-wise function that is recomputed in backward, CHUNK_BYTES of rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, function: Function, trained_count: int, *tensors: Tensor) -> Tensor:
@@ -83,8 +85,10 @@ class _RowWise(torch.autograd.Function):
         count = ctx.trained_count
         trained = [tensor.detach().requires_grad_() for tensor in saved[:count]]
         needed, sources = ctx.needs_input_grad[2 + count :], [_rows(tensor) for tensor in saved[count:]]
-        source_grads = [torch.empty_like(s) if n else None for s, n in zip(sources, needed, strict=True)]
         trained_grads, grad = [torch.zeros_like(tensor) for tensor in trained], _rows(grads[0])
+        source_grads = [torch.empty_like(s) if n else None for s, n in _without_owned(sources, needed, grads[0])]
+        if len(source_grads) < len(sources):  # the first one is written over the rows of `grad` that have been read
+            source_grads.insert(0, grad)
         for chunk in _chunks(sources):
             leaves = [s[chunk].detach().requires_grad_(n) for s, n in zip(sources, needed, strict=True)]
             with torch.enable_grad():
@@ -96,8 +100,16 @@ class _RowWise(torch.autograd.Function):
             for source_grad in source_grads:
                 if source_grad is not None:
                     source_grad[chunk] = next(chunk_grads)
+            del leaves, result, inputs, chunk_grads  # before the next chunk allocates its own
         shaped = (None if g is None else g.view(s.shape) for g, s in zip(source_grads, saved[count:], strict=True))
         return None, None, *trained_grads, *shaped
+
+
+def _without_owned(sources: Sequence[Tensor], needed: Sequence[bool], grad: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """The sources and whether they need a gradient, without the first one if that can be written over `grad`."""
+    fits = sources[0].shape == _rows(grad).shape and sources[0].dtype == grad.dtype and grad.is_contiguous()
+    reused = needed[0] and fits and is_owned(grad)
+    yield from zip(sources[reused:], needed[reused:], strict=True)
 
 
 def _in_chunks(function: Function, sources: Sequence[Tensor]) -> Tensor:
@@ -115,9 +127,9 @@ def _in_chunks(function: Function, sources: Sequence[Tensor]) -> Tensor:
 
 
 def _chunks(rows: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of rows: on a CPU as many as fit its cache in float32, else all at once."""
+    """Slices of rows: of so many that they take CHUNK_BYTES in float32."""
     total, width = len(rows[0]), max(source.shape[-1] for source in rows)
-    step = max(1, CACHED_BYTES // (4 * width)) if rows[0].device.type == "cpu" else max(1, total)
+    step = chunk_rows(width, rows[0].device.type)
     yield from (slice(start, start + step) for start in range(0, max(1, total), step))
 
 

@@ -135,7 +135,7 @@ def test_a_run_resumes_with_any_number_of_ranks_and_any_strategy(zoo: Zoo, tmp_p
     assert_close(adapter_tensors(tmp_path / "resumed"), adapter_tensors(tmp_path / "uninterrupted"))
 
 
-def test_a_cosine_rate_is_the_same_after_a_stop_on_one_process_and_a_resume_on_two(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_cosine_rate_survives_a_stop_on_one_process_and_a_resume_on_two(zoo: Zoo, tmp_path: Path) -> None:
     data = write_records(tmp_path / "records.jsonl", RECORDS, max_words=9)
     options = ("train.max_steps=6", "optim.schedule=cosine", "optim.warmup=0.2", "data.train_on=all")
     recipes = {name: recipe_of(zoo("llama"), data, tmp_path / name, *options) for name in ("whole", "stopped")}

@@ -1,5 +1,8 @@
 """Kept, recomputed and offloaded layers in one model: the same gradients bit for bit, and reuse of host memory."""
 
+import gc
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +11,7 @@ from support.layered_models import CPU, LAYERS, LateCopyStream, gradients, layer
 from support.tiny_models import FAMILIES
 
 from qlora.memory.activation_offload import ActivationOffloader
-from qlora.memory.activation_recompute import recompute
+from qlora.memory.activation_recompute import _shared, recompute
 from qlora.memory.copy_stream import CopyStream
 
 MIXES = [(0, 2), (2, 4), (4, 2), (LAYERS, LAYERS - 1), (0, LAYERS - 1), (3, 3)]  # layers recomputed, offloaded
@@ -72,3 +75,31 @@ def test_a_forward_without_backward_frees_its_host_memory(llama: Any) -> None:
     output: Any = llama.model(input_ids=torch.arange(5, 29)[None].repeat(2, 1), use_cache=False)
     del output  # as after an error
     assert torch.equal(gradients(llama), expected) and offloader.host_bytes == allocated
+
+
+def test_the_layer_of_a_call_is_known_whatever_the_call_holds() -> None:
+    """transformers up to 5.22 passes a bound method without arguments, later ones the layer as first argument."""
+    model = layered("llama")
+    offloader = offloader_of(LAYERS - 1)
+    recompute(model, 0, offloader)
+    layer, x = model.model.layers[0].eval(), torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    positions = model.model.rotary_emb(x, torch.arange(5)[None])
+    keywords = {"position_embeddings": positions, "attention_mask": None}
+    bound = partial(layer.forward, **keywords)
+    unbound = partial(type(layer).forward, layer, **keywords)
+    outputs = [layer._gradient_checkpointing_func(call, x) for call in (bound, unbound)]
+    assert torch.equal(*outputs) and offloader.host_bytes > 0
+    weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    assert weights <= {tensor.untyped_storage().data_ptr() for tensor in _shared(layer, bound)}
+
+
+def test_policies_do_not_keep_a_model_alive() -> None:
+    model = layered("llama")
+    recompute(model, None, offloader_of(1))
+    alive = weakref.ref(model)
+    gc.disable()  # reference counts alone must free it: a cycle would hold gigabytes until the next collection
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()

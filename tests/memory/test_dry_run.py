@@ -38,9 +38,11 @@ def workload_and_dry_run(config: dict[str, Any], dtype: torch.dtype, **options: 
     sequences, length = options.get("sequences", 1), options.get("length", 1024)
     documents, recompute = options.get("documents", 1), options.get("recompute", 2)
     transformers_config = AutoConfig.for_model(**config)
-    measured = dry_run(transformers_config, dtype, sequences, length, documents=documents, recompute=recompute)
+    gpu = options.get("gpu", False)
+    measured = dry_run(transformers_config, dtype, sequences, length, documents=documents, recompute=recompute, gpu=gpu)
     sizes = {"micro_batch": sequences, "max_length": length, "packing": documents > 1, "recompute": recompute}
-    work = workload(shapes_of(config, "model"), dtype_bytes=dtype.itemsize, device="cpu", **sizes)
+    device = "cuda" if gpu else "cpu"
+    work = workload(shapes_of(config, "model"), dtype_bytes=dtype.itemsize, device=device, **sizes)
     return work, measured
 
 
@@ -63,18 +65,31 @@ def assert_close(work: Workload, measured: Measured) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"length": 2048}, {"recompute": 0}, {"recompute": 1, "sequences": 2, "documents": 4}], ids=str
+    "options", [{"length": 1536}, {"recompute": 0}, {"recompute": 1, "sequences": 2, "documents": 4}], ids=str
 )
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-32B"])
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-70B"])
 def test_the_plan_equals_the_dry_run(name: str, options: dict[str, Any]) -> None:
     assert_close(*workload_and_dry_run(CONFIGS[name], BF16, **options))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, BF16) for name in OTHERS), ("Gemma-7B", F32), ("Gemma-3-4B", F32)], ids=str
+)
 def test_the_plan_equals_the_dry_run_in_every_family(name: str, dtype: torch.dtype) -> None:
     assert_close(*workload_and_dry_run(OTHERS[name], dtype, length=512))
 
 
 def test_the_plan_equals_the_dry_run_in_float32() -> None:
     assert_close(*workload_and_dry_run(CONFIGS["Llama-2-7B"], F32, documents=2))
+
+
+@pytest.mark.parametrize(("length", "recompute"), [(2048, 2), (8192, 0), (8192, 2), (32768, 2)])
+@pytest.mark.parametrize("name", ["Llama-2-7B", "Llama-3.1-8B", "Qwen3-32B", "Llama-3.1-70B", "Qwen2-1.5B"])
+def test_the_plan_of_a_gpu_equals_the_dry_run(name: str, length: int, recompute: int) -> None:
+    """The kernels and chunks of a GPU: the whole peak within 3 %, and what is not frozen alone within 5 %."""
+    config = (CONFIGS | OTHERS)[name]
+    work, measured = workload_and_dry_run(config, BF16, length=length, recompute=recompute, gpu=True)
+    peak = max(measured.loss, measured.backward)
+    assert planned_step(work) == pytest.approx(measured.static + peak, rel=0.03)
+    assert planned_step(work) - measured.static == pytest.approx(peak, rel=0.05)
+    assert kept_bytes(work) == pytest.approx(measured.kept, rel=0.001)

@@ -19,6 +19,7 @@ from qlora.runs.evaluate import evaluate_run
 from qlora.runs.generate import generate_from_prompts
 from qlora.runs.load_run import load_run
 from qlora.runs.memory_setup import load_base
+from qlora.runs.prompts import read_prompts
 
 Zoo = Callable[..., Path]
 POLICIES = {
@@ -54,7 +55,8 @@ def test_a_streamed_run_evaluates_and_exports_as_a_resident_one(zoo: Zoo, plain:
     assert streamed.base.manifest == resident.base.manifest
     assert any(layer.fetch for layer in frozen_linears(streamed.base.model).values())
     assert evaluate_run(streamed, None, "loss") == evaluate_run(resident, None, "loss")
-    assert generate_from_prompts(streamed, "red green", 8, 0.0) == generate_from_prompts(resident, "red green", 8, 0.0)
+    prompts = read_prompts("red green")
+    assert generate_from_prompts(streamed, prompts, 8, 0.0) == generate_from_prompts(resident, prompts, 8, 0.0)
     request = ExportRequest(to="merged", dtype="float32")
     folders = [tmp_path / name for name in ("streamed", "resident")]
     exports = [export_run(run, request, str(folder)) for run, folder in zip((streamed, resident), folders, strict=True)]

@@ -112,10 +112,14 @@ def test_a_memory_saving_setting_takes_less_memory(less: dict[str, Any]) -> None
     assert peak("Llama-3.1-8B", **less) < peak("Llama-3.1-8B")
 
 
-def test_paged_moments_leave_a_gpu_and_stay_on_a_cpu() -> None:
+def test_paged_moments_of_large_matrices_leave_a_gpu() -> None:
     work = work_of("Llama-3.1-8B")
     on_cpu = plan(replace(work, device="cpu"), Budget(0))
-    assert plan(work, Budget(0)).owners["optimizer"] == 0
+    sizes = [
+        16 * features for matrix in work.adapters.matrices for features in (matrix.in_features, matrix.out_features)
+    ]
+    unpaged = 8 * sum(size for size in sizes if size < 100_000)  # what bitsandbytes keeps on the device
+    assert 0 < plan(work, Budget(0)).owners["optimizer"] == unpaged < 8 * work.adapters.values / 2
     assert on_cpu.owners["optimizer"] == 8 * work.adapters.values
     assert on_cpu.host_bytes == on_cpu.peak_bytes
 

@@ -61,7 +61,7 @@ def test_the_advice_names_settings_that_rule_out_a_fit() -> None:
 
 
 @pytest.mark.parametrize("options, remedy", [
-    ({"micro_batch": 16}, "train.micro_batch=11"),
+    ({"micro_batch": 16}, "train.micro_batch=10"),
     ({"max_length": 65536}, "data.max_length=16384"),
     ({"choices": UserChoices(recompute=0, offload=False)}, "left at auto"),
 ])  # fmt: skip

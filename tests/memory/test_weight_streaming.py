@@ -15,6 +15,7 @@ from torch import Tensor
 from qlora.adapters.inject import adapted, frozen_linears
 from qlora.memory.activation_offload import ActivationOffloader
 from qlora.memory.activation_recompute import recompute
+from qlora.memory.copy_stream import CopyStream
 from qlora.memory.weight_streaming import SLOTS, WeightStreamer, embed_on_host, streamed_layers
 from qlora.quant import Quant, build_quantizer
 
@@ -129,3 +130,15 @@ def test_resident_layers_are_spread_evenly(layers: int, resident: int) -> None:
     assert len(streamed) == max(0, layers - resident) and streamed == sorted(set(streamed))
     gaps = {after - before for before, after in pairwise(streamed)}
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_biases_of_streamed_layers_are_on_the_device() -> None:
+    """They are no part of the host buffers: once they stayed on the host, and the first product failed on a GPU."""
+    model, meta = layered("llama-tied-bias", adapted=False), torch.device("meta")  # stands for a GPU
+    layers = frozen_linears(model.model.layers[0])
+    assert any(layer.bias is not None for layer in layers.values())
+    WeightStreamer(model, LAYERS - 1, CopyStream(meta))
+    streamed = [layer for layer in frozen_linears(model).values() if layer.fetch is not None]
+    assert len(streamed) == len(layers)
+    for layer in streamed:
+        assert layer.device == meta and (layer.bias is None or layer.bias.device == meta)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora.model.lean_modules import LeanGatedMlp, LeanNorm, lean_version_of, replace_modules, replace_with_lean
 from qlora.utils.rematerialize import ATTRIBUTE, origin_of, rowwise_checkpoint
+from qlora.utils.row_chunks import CHUNK_BYTES
 
 Zoo = Callable[..., Path]
 
@@ -94,7 +95,7 @@ def test_a_rowwise_checkpoint_gives_the_same_bits_for_any_chunk_size(
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora.utils.rematerialize.CACHED_BYTES", cached)
+        patch.setitem(CHUNK_BYTES, "cpu", cached)
         actual = run(lambda *leaves: rowwise_checkpoint(make, *leaves))
     for tensor, expected in zip(actual, run(make), strict=True):
         assert torch.equal(tensor, expected)

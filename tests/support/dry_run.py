@@ -23,6 +23,7 @@ from qlora.model.linear_layers import linear_paths
 from qlora.model.lm_head import Head
 from qlora.quant.fourbit_linear import FourBitLinear, FourBitTensors
 from qlora.training.loss import FrozenHeadLoss
+from support import varlen_memory
 
 
 class LiveBytes(TorchDispatchMode):
@@ -69,17 +70,22 @@ class Measured:
 
 
 def dry_run(config: Any, dtype: torch.dtype, sequences: int, tokens: int, **options: Any) -> Measured:
-    """One forward and backward of the model of `config`; options: rank, recompute (layers), documents per sequence."""
-    with FakeTensorMode():
-        model = fake_model(config, dtype, options.get("rank", 16))
+    """One forward and backward of the model of `config`.
+
+    Options: rank, recompute (layers), documents per sequence; gpu: as on a GPU, on `meta`, for which torch's own
+    kernels, chunk sizes and the variable-length attention kernel are taken.
+    """
+    gpu = options.get("gpu", False)
+    with torch.device("meta") if gpu else FakeTensorMode():
+        model = fake_model(config, dtype, options.get("rank", 16), varlen_memory.NAME if gpu else DOCUMENT_ATTENTION)
         step = _Step(model, dtype, sequences, tokens, options.get("documents", 1))
         return step.measure(options.get("recompute", config.num_hidden_layers))
 
 
-def fake_model(config: Any, dtype: torch.dtype, rank: int) -> Any:
-    """The frozen 4-bit model with its adapters, inside a FakeTensorMode; attention as set by model/meta_model.py."""
+def fake_model(config: Any, dtype: torch.dtype, rank: int, attention: str) -> Any:
+    """The frozen 4-bit model with its adapters, without memory; attention as set by model/meta_model.py."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.set_attn_implementation(DOCUMENT_ATTENTION if model._supports_sdpa else "eager")
+    model.set_attn_implementation(attention if model._supports_sdpa else "eager")
     model.requires_grad_(False)
     for path in linear_paths(model):
         parent, _, leaf = path.rpartition(".")
@@ -102,6 +108,8 @@ class _Step:
 
     def __init__(self, model: Any, dtype: torch.dtype, sequences: int, tokens: int, documents: int) -> None:
         self.model, self.decoder = model, model.get_decoder()
+        with torch.device("cpu"):  # measures the head's formula, which takes numbers
+            self.head = Head(model)
         self.ids = torch.zeros(sequences, tokens, dtype=torch.int64)
         self.positions = torch.arange(tokens)[None]
         hidden = torch.empty(sequences, tokens, model.config.hidden_size, dtype=dtype)
@@ -175,4 +183,4 @@ class _Step:
     def loss(self, hidden: Tensor) -> Tensor:
         """The loss with every token trained."""
         selected = hidden.flatten(0, 1) + 0  # a copy, as the selection of trained tokens makes
-        return FrozenHeadLoss.apply(selected, self.ids.flatten(), Head(self.model))
+        return FrozenHeadLoss.apply(selected, self.ids.flatten(), self.head)

@@ -62,8 +62,9 @@ def test_any_split_of_any_examples_gives_the_same_gradient(
     expected = gradients(job, train=examples, global_batch=len(examples), micro_batch=len(examples))
     split = gradients(job, train=examples, global_batch=len(examples), micro_batch=micro_batch)
     packed = gradients(job, train=pack(examples, 40), global_batch=len(examples), micro_batch=micro_batch)
-    assert difference(split, expected) <= 1e-6
-    assert difference(packed, expected) <= 2e-6  # sums of other lengths, all in float32
+    # Sums of other lengths, all in float32; with one trained token an example the split differs by up to 1.1e-6.
+    assert difference(split, expected) <= 2e-6
+    assert difference(packed, expected) <= 2e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ with a FakeTensor dry run. All results are bytes of a whole micro-batch.
 
 from qlora.memory.planner.shapes import ATTENTION_OUTPUT
 from qlora.memory.planner.workload import Workload
+from qlora.utils.row_chunks import chunk_rows
 
 
 def kept_bytes(work: Workload) -> int:
@@ -23,10 +24,16 @@ def recompute_bytes(work: Workload) -> int:
 def backward_bytes(work: Workload) -> int:
     """What a layer's backward needs in addition to saved tensors and one rebuilt W: the gradients alive at its peak."""
     shapes, b = work.shapes, work.dtype_bytes
-    wide = work.tokens * shapes.intermediate * b
-    # The product with W gives one gradient as wide as the MLP; then W is freed and the adapter's gradient makes it two.
-    through_mlp = wide + max(0, wide - widest_bytes(work))
-    linear = through_mlp + work.tokens * (5 if shapes.parallel else 2) * shapes.hidden * b + _dropout(work)
+    wide, hidden = work.tokens * shapes.intermediate * b, work.tokens * shapes.hidden * b
+    others = 5 if shapes.parallel else 2  # gradients of hidden size
+    chunk = min(work.tokens, chunk_rows(shapes.intermediate, work.device)) * shapes.intermediate * b
+    moments = [
+        wide + widest_bytes(work) + others * hidden,  # the product of the gradient with a rebuilt W
+        2 * wide + (others - 1) * hidden + 4 * chunk,  # W is freed; the gated product's backward, row by row
+    ]
+    if work.recomputed:  # while the layer's forward is recomputed, the gradient of its last product waits
+        moments += [2 * wide + others * hidden + 3 * chunk, 2 * wide + (others + 1) * hidden]
+    linear = max(moments) - widest_bytes(work) + _dropout(work)  # W is counted as the dequantization buffer
     if not work.eager:
         return linear
     # The gradients of the scores, when what the MLP saved is freed.
@@ -70,7 +77,7 @@ def _norms(work: Workload) -> int:
 def _attention(work: Workload) -> int:
     """Per token: what the kernel saves (query, key, value, output), and what the adapters read."""
     shapes, family = work.shapes, work.shapes.family
-    repeated = work.eager or work.masked  # keys and values once per query head
+    repeated = work.repeats_keys
     kept = shapes.query + 2 * (shapes.query if repeated else shapes.key_value)
     if family.fused and (shapes.heads == shapes.kv_heads or not repeated):
         kept += (

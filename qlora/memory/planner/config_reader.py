@@ -9,6 +9,7 @@ from qlora.errors import BaseModelError, did_you_mean
 from qlora.memory.planner.architectures import FAMILIES, NESTED, SIGLIP, ConfigSwitch, Family
 from qlora.memory.planner.shapes import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_INPUT, Matrix, Shapes
 from qlora.model.limits import check_config_sizes
+from qlora.model.tied_head import stores_own_head
 
 
 def read(folder: Path, name: str | None = None) -> Shapes:
@@ -20,11 +21,14 @@ def read(folder: Path, name: str | None = None) -> Shapes:
         raise BaseModelError(f"model: {path} can't be read: {error}. A model's config.json is needed.") from error
     if not isinstance(config, dict):
         raise BaseModelError(f"model: {path} is not a JSON object. A model's config.json is needed.")
-    return shapes_of(config, name or str(folder))
+    return shapes_of(config, name or str(folder), stores_own_head(path.parent))
 
 
-def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
-    """The shapes of a parsed config.json. BaseModelError, with the key, for unknown models and invalid values."""
+def shapes_of(config: Mapping[str, Any], name: str, own_head: bool = False) -> Shapes:
+    """The shapes of a parsed config.json. BaseModelError, with the key, for unknown models and invalid values.
+
+    `own_head`: the model's files hold a head that differs from the embedding, whatever config.json says.
+    """
     check_config_sizes(config)
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(NESTED.get(model_type, model_type))
@@ -33,14 +37,14 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
             f"model: {name}: config.json: the planner does not know the shapes of model_type {model_type!r}."
             f"{did_you_mean(model_type, [*FAMILIES, *NESTED])}"
         )
-    return _Reader(config, family, name).shapes()
+    return _Reader(config, family, name, own_head).shapes()
 
 
 class _Reader:
     """One config.json; missing keys of its text model have the family's defaults."""
 
-    def __init__(self, config: Mapping[str, Any], family: Family, name: str) -> None:
-        self.config, self.family, self.name = config, family, name
+    def __init__(self, config: Mapping[str, Any], family: Family, name: str, own_head: bool) -> None:
+        self.config, self.family, self.name, self.own_head = config, family, name, own_head
         self.nested = config["model_type"] in NESTED
         text = self.section("text_config") if self.nested else config
         self.text = {**family.defaults, **text}
@@ -91,7 +95,8 @@ class _Reader:
     def tied(self) -> bool:
         """Whether the LM head is tied to the embedding."""
         tied = (self.config if self.nested else self.text).get("tie_word_embeddings")
-        return bool(self.family.defaults.get("tie_word_embeddings") if tied is None else tied)
+        tied = bool(self.family.defaults.get("tie_word_embeddings") if tied is None else tied)
+        return tied and not self.own_head
 
     def window(self) -> int | None:
         """The sliding window in tokens, if the model uses one."""

@@ -3,14 +3,15 @@
 optimizer          bytes per value               on a GPU
 adamw              8                             always
 adamw_8bit         2, and 8 for every 256        always
-paged_*            as above                      during the update; in between they give way to activations
+paged_*            as above                      during the update; in between those of large tensors give way
 offloaded_adamw    8                             chunks of them during the update; the rest is in host memory
 """
 
-from qlora.memory.planner.workload import Workload
+from qlora.memory.planner.workload import AdapterSizes, Workload
 
 CHUNK_VALUES = 2**22  # of each moment of offloaded_adamw on the device at a time, in each of two buffers
 CHUNK_BYTES = 2 * 4 * CHUNK_VALUES  # both moments of a chunk
+UNPAGED_VALUES = 100_000  # bitsandbytes pages the moments of tensors from this size on (Optimizer8bit.get_state_buffer)
 CHECKPOINT_COPIES = 3  # of the moments while a checkpoint is written: off the optimizer, as bytes, with a header
 
 
@@ -32,7 +33,12 @@ def device_moments(work: Workload, updating: bool) -> int:
         chunks = min(2 * CHUNK_BYTES, 2 * size)
         return waiting + (chunks * updating if cuda else size + chunks)
     paged_out = work.optimizer.startswith("paged") and cuda and not updating
-    return waiting + (0 if paged_out else size)
+    return waiting + (unpaged_moments(work.adapters, work.optimizer) if paged_out else size)
+
+
+def unpaged_moments(adapters: AdapterSizes, optimizer: str) -> int:
+    """Bytes of a paged optimizer's moments that stay on the device: those of small matrices."""
+    return moment_bytes(adapters.values_in_tensors_below(UNPAGED_VALUES), optimizer)
 
 
 def host_moments(work: Workload) -> int:

@@ -4,6 +4,7 @@ Of the workloads that fit, the one with the fastest predicted step (cost_model.p
 over the host-device link must be clearly faster. Settings of the user are not changed.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -47,7 +48,7 @@ def choose(work: Workload, budget: Budget, choices: UserChoices | None = None) -
         return best
 
     def fits(other: Workload, source: Source) -> bool:
-        return _best(other, budget, choices if source == "user" else UserChoices()).fits
+        return _fits(other, budget, choices if source == "user" else UserChoices())
 
     return replace(best, advice=advise(best, fits))
 
@@ -67,7 +68,11 @@ def next_smaller(work: Workload, choices: UserChoices) -> Workload | None:
 
 def estimated_cost(plan: Plan) -> float:
     """Predicted seconds of a micro-batch, times margins for what moves: links may be shared, predictions inexact."""
-    work = plan.work
+    return estimated_cost_of(plan.work)
+
+
+def estimated_cost_of(work: Workload) -> float:
+    """`estimated_cost` of a workload."""
     margin = (OFFLOAD_MARGIN if work.offloaded else 1.0) * (STREAM_MARGIN if work.streamed else 1.0)
     return seconds(work) * margin * (HOST_EMBEDDING_MARGIN if work.embedding_on_host else 1.0)
 
@@ -81,23 +86,42 @@ def _best(work: Workload, budget: Budget, choices: UserChoices) -> Plan:
     return min(plans, key=lambda plan: (0, plan.host_bytes) if plan.fits_device else (1, plan.peak_bytes))
 
 
+def _fits(work: Workload, budget: Budget, choices: UserChoices) -> bool:
+    """Whether any plan fits. More recomputed layers take less memory, so that only their largest number is tried."""
+    recompute = work.shapes.layers if choices.recompute is None else choices.recompute
+    return any(plan.fits for plan in _candidates(work, budget, replace(choices, recompute=recompute)))
+
+
 def _candidates(work: Workload, budget: Budget, choices: UserChoices) -> Iterator[Plan]:
-    """A plan for each number of recomputed layers, with as few offloaded or streamed layers as fit the GPU."""
+    """A plan for each number of recomputed layers, with as few offloaded or streamed layers as fit the GPU.
+
+    Left out are those that can't be faster than one before: what recomputes or moves more only takes longer.
+    """
     layers, on_gpu = work.shapes.layers, work.device != "cpu"  # on a CPU there is no other memory to move to
     offload_numbers = {True: [layers - 1], False: [0], None: _spread(layers) if on_gpu else [0]}[choices.offload]
     recompute_numbers = range(layers + 1) if choices.recompute is None else [choices.recompute]
+    lowest_cost = math.inf
     if choices.weights != "stream":
         # An embedding that trains stays with the optimizer on the device.
         movable = on_gpu and not work.shapes.tied and not work.adapters.full_values
         for recompute, host_embedding in product(recompute_numbers, (False, True) if movable else (False,)):
             candidate = replace(work, recompute=recompute, host_embedding=host_embedding)
+            if lowest_cost < math.inf and estimated_cost_of(candidate) >= lowest_cost:
+                continue
             offload = range(offload_numbers[0], offload_numbers[-1] + 1)
-            yield _first_that_fits(candidate, "offload", offload, budget)
+            plan = _first_that_fits(candidate, "offload", offload, budget)
+            lowest_cost = min(lowest_cost, estimated_cost(plan)) if plan.fits else lowest_cost
+            yield plan
     if choices.weights == "stream" or (choices.weights is None and on_gpu):
         few = _spread(layers) if choices.recompute is None else recompute_numbers
         for recompute, number in product(few, offload_numbers):
             candidate = replace(work, recompute=recompute, offload=number, weights="stream")
-            yield _first_that_fits(candidate, "resident_layers", range(layers - 1, -1, -1), budget)
+            resident = replace(candidate, weights="resident")
+            if lowest_cost < math.inf and STREAM_MARGIN * estimated_cost_of(resident) >= lowest_cost:
+                continue
+            plan = _first_that_fits(candidate, "resident_layers", range(layers - 1, -1, -1), budget)
+            lowest_cost = min(lowest_cost, estimated_cost(plan)) if plan.fits else lowest_cost
+            yield plan
 
 
 def _spread(layers: int) -> list[int]:

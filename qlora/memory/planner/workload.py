@@ -42,6 +42,15 @@ class AdapterSizes:
             for matrix in self.matrices
         )
 
+    def values_in_tensors_below(self, values: int) -> int:
+        """Values of A and B matrices that hold fewer than `values` each."""
+        sizes = (
+            self.ranks.get(matrix.path, self.rank) * features
+            for matrix in self.matrices
+            for features in (matrix.in_features, matrix.out_features)
+        )
+        return self.magnitudes + sum(size for size in sizes if size < values)
+
     @cached_property
     def magnitudes(self) -> int:
         """Values of dora's magnitudes, one for each row of W; dora also stores the square of each row's norm."""
@@ -125,6 +134,12 @@ class Workload:
         if self.attention == "auto":
             return windowed and self.device == "cpu" and not self.eager and not self.cpu_kernel
         return self.attention == "sdpa" and (windowed or self.packing)
+
+    @property
+    def repeats_keys(self) -> bool:
+        """Whether attention repeats keys and values for every query head: where no kernel takes grouped heads."""
+        float32_on_gpu = self.device == "cuda" and self.dtype_bytes == 4
+        return self.eager or self.masked or float32_on_gpu
 
     @property
     def by_document(self) -> bool:

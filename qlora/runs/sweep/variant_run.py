@@ -19,7 +19,7 @@ from qlora.runs.setup import ReadData, add_adapters_and_data, build_job, moments
 from qlora.runs.suspect_adapter import kept_as_suspect
 from qlora.runs.sweep.shared_settings import name_in_errors
 from qlora.runs.sweep.variants import Variant
-from qlora.runs.write_artifacts import Cost, RunSetup, write_artifacts
+from qlora.runs.write_artifacts import Cost, RunSetup, samples_or_note, write_artifacts, write_weights
 from qlora.training import RENAMED_OPTIMIZERS
 from qlora.training.checkpoint import Position
 from qlora.training.job import Job
@@ -126,7 +126,9 @@ class VariantRun:
             finally:
                 self.shared.adapters.activate(self.name)
             keep_best(self.setup, self.job, self._position)
-            self.manifest = write_artifacts(self.setup, self._position, Cost(self.seconds))
+            write_weights(self.setup)
+            samples = samples_or_note(self.setup, self.log)
+            self.manifest = write_artifacts(self.setup, self._position, Cost(self.seconds), samples)
 
     def _close(self) -> None:
         """Free what only this run needed: its adapter, optimizer state and data order."""

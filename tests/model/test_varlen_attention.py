@@ -1,0 +1,49 @@
+"""The variable-length kernel: which versions of torch have all its options, and the reference of its start-up probe."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from qlora.model.varlen_attention import MAX_HEAD, has_options, reference, takes, works
+
+
+def of_torch_2_10(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, is_causal: bool = False
+) -> None:
+    """The signature in the wheel of torch 2.10.0."""
+
+
+def of_torch_2_11(q: Any, k: Any, v: Any, cu: Any, longest: Any, *, scale: Any = None, window_size: Any = None) -> None:
+    """The signature in the wheel of torch 2.11.0."""
+
+
+def test_the_kernel_is_used_only_where_it_takes_scale_window_and_groups() -> None:
+    assert has_options(varlen_attn)
+    assert not has_options(of_torch_2_10) and not has_options(of_torch_2_11)
+
+
+def test_without_a_gpu_it_does_not_work_and_is_not_taken() -> None:
+    assert not works(torch.device("cpu"), torch.bfloat16, 64)
+    assert not takes(torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16), 0.0)
+    assert MAX_HEAD == 256  # FlashAttention 2's limit
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_the_probes_reference_is_attention_inside_documents(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(9, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])
+    documents = torch.tensor([0] * 4 + [1] * 5)
+    distance = positions[:, None] - positions[None]
+    seen = (documents[:, None] == documents[None]) & (distance >= 0) & (distance < (window or 9))
+
+    def heads_first(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1)[None]
+
+    tensors = (heads_first(query), heads_first(key), heads_first(value))
+    expected = F.scaled_dot_product_attention(*tensors, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
+    assert torch.allclose(reference(query, key, value, [0, 4, 9], window), expected)
