@@ -71,3 +71,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{hint} Known: {', '.join(names)}."
+
+
+def first_line(error: object, characters: int = 160) -> str:
+    """The first line of another library's error, the second too if it ends in a colon; its type if it has no text."""
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    text = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return text[:characters]

@@ -12,8 +12,9 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from qlora.errors import QloraError, ReportedByOtherRank
+from qlora.errors import QloraError, ReportedByOtherRank, first_line
 from qlora.utils.cuda_allocator import use_expandable_segments
+from qlora.utils.out_of_memory import is_out_of_memory
 from qlora.utils.redact import RedactedStream, redacted
 
 app = typer.Typer(
@@ -69,10 +70,9 @@ def run(arguments: list[str]) -> int:
 
 def _unexpected(error: Exception) -> str:
     """The message of an error that no package has turned into one of its own."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's, and Python's
+    if is_out_of_memory(error):
         return (
-            f"out of memory ({first_line}). Close other programs on this device, give shorter texts, or set "
+            f"out of memory ({first_line(error)}). Close other programs on this device, give shorter texts, or set "
             "memory.weights: stream in the recipe."
         )
     if isinstance(error, OSError) and error.filename is not None:

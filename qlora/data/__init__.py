@@ -101,6 +101,8 @@ class Data(Section):
         formats = {source.format or self.format for source in (*self.train, *(self.eval or ()))}
         if self.overlong == "split" and not formats & {"auto", "text", "tokens"}:
             conflicts["overlong"] = "split has no effect: no data set has the format text or tokens. Remove it."
+        if self.template_args and not formats - {"text", "tokens"}:
+            conflicts["template_args"] = "has no effect: no data set is rendered with a chat template. Remove it."
         if self.control_strings == "accept" and not formats & {"auto", "text"}:
             conflicts["control_strings"] = "accept has no effect: no data set has the format text. Remove it."
         return conflicts

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from qlora.errors import InputError, QloraError
+from qlora.errors import InputError, QloraError, first_line
 
 NOT_LOGGED_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 
@@ -31,7 +31,7 @@ def commit(repository: str, files: Mapping[str, Path | bytes], public: bool, mes
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
     except HFValidationError as error:
         raise InputError(
-            f"push: {repository!r} is not a valid repository name ({_first_line(error)}). Use USER/NAME."
+            f"push: {repository!r} is not a valid repository name ({first_line(error)}). Use USER/NAME."
         ) from error
     except LocalTokenNotFoundError as error:
         raise InputError(f"push: no token was found. {NOT_LOGGED_IN}.") from error
@@ -40,14 +40,10 @@ def commit(repository: str, files: Mapping[str, Path | bytes], public: bool, mes
         if status in (401, 403, 404):
             raise InputError(f"push: the hub refused ({status}) for {repository}. {NOT_LOGGED_IN} there.") from error
         raise QloraError(
-            f"push: the hub answered {status}: {_first_line(error)}. Nothing was committed; run it again."
+            f"push: the hub answered {status}: {first_line(error)}. Nothing was committed; run it again."
         ) from error
     except (OfflineModeIsEnabled, OSError) as error:
         raise QloraError(
             f"push: the hub can't be reached ({type(error).__name__}); nothing was committed. Check the network and "
             "HF_HUB_OFFLINE, and run it again."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

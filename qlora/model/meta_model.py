@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
-from qlora.errors import BaseModelError
+from qlora.errors import BaseModelError, first_line
 from qlora.model.attention import DOCUMENT_ATTENTION
 from qlora.model.buffers import compute_buffers
 from qlora.model.limits import check_buffer_sizes, check_config_sizes
@@ -59,7 +59,7 @@ def _load_config(folder: Path) -> Any:
         config.get_text_config()  # a model of several text models has none
         return config
     except Exception as error:  # a damaged file can raise anything in transformers
-        raise BaseModelError(f"model: {folder / 'config.json'}: {_first_line(error)}") from error
+        raise BaseModelError(f"model: {folder / 'config.json'}: {first_line(error)}") from error
 
 
 def build_meta_model(config: Any, dtype: torch.dtype, attention: str, device: torch.device) -> nn.Module:
@@ -76,7 +76,7 @@ def build_meta_model(config: Any, dtype: torch.dtype, attention: str, device: to
     except BaseModelError:
         raise
     except Exception as error:  # impossible sizes can raise anything in the first layer
-        raise BaseModelError(f"model: config.json can't be built as a model: {_first_line(error)}") from error
+        raise BaseModelError(f"model: config.json can't be built as a model: {first_line(error)}") from error
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -155,7 +155,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        problem = f"model: {folder} has no tokenizer that can be read: {_first_line(error).rstrip('.')}. {TOKENIZER}."
+        problem = f"model: {folder} has no tokenizer that can be read: {first_line(error).rstrip('.')}. {TOKENIZER}."
         raise BaseModelError(problem) from error
 
 
@@ -166,9 +166,3 @@ def stop_ids(config: Any, generation: Mapping[str, Any], tokenizer: Any) -> tupl
     for ids in (generation.get("eos_token_id"), configured, tokenizer.eos_token_id):
         stops |= {token for token in (ids if isinstance(ids, list | tuple) else [ids]) if isinstance(token, int)}
     return tuple(sorted(stops))
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message; the second too if the first ends in a colon."""
-    lines = [line.rstrip() for line in (str(error).strip() or type(error).__name__).splitlines()]
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from qlora.utils.kernel_notes import note_kernel
+
 HALF = (torch.bfloat16, torch.float16)
 MAX_HEAD = 256
 OPTIONS = ("scale", "window_size", "enable_gqa")  # of torch 2.12 on; torch 2.11 has no enable_gqa, torch 2.10 none
@@ -56,9 +58,12 @@ def works(device: torch.device, dtype: torch.dtype, head: int) -> bool:
         return False
     try:
         with torch.enable_grad():
-            return _agrees(device, dtype, head)
-    except Exception:  # a GPU, driver or build without it: SDPA runs, document by document
-        return False
+            agrees, reason = _agrees(device, dtype, head), "gives other numbers here"
+    except Exception as error:  # a GPU, driver or build without it
+        agrees, reason = False, f"does not run here ({type(error).__name__})"
+    if not agrees:
+        note_kernel(f"attention: torch's variable-length kernel {reason}: SDPA runs, document by document")
+    return agrees
 
 
 def _agrees(device: torch.device, dtype: torch.dtype, head: int) -> bool:

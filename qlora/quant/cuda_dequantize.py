@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qlora.errors import first_line
 from qlora.quant.block_sizes import NESTED_BLOCK
 from qlora.quant.blockwise import dynamic_levels
 from qlora.quant.levels import LEVELS
+from qlora.utils.kernel_notes import note_kernel
 
 PROBE_SHAPE = (14336, 4096)  # of the random matrix that both kernels dequantize: long enough to hide launches
-_problems: list[str] = []  # for the log, until `take_problems`
 RUNS = 20  # of each kernel, after as many to warm up
 
 
@@ -54,23 +55,12 @@ def _fused_is_better(device: torch.device, tensors: int, spec: Spec, reference: 
     try:
         fused = dequantize_fused(stored, PROBE_SHAPE, spec)
     except Exception as error:  # Triton compiles at its first call, which takes a C compiler
-        _problems.append(f"bitsandbytes dequantizes, since the fused kernel does not run here ({_first_line(error)})")
+        note_kernel(f"bitsandbytes dequantizes, since the fused kernel does not run here ({first_line(error)})")
         return False
     if not torch.equal(fused, reference(stored, PROBE_SHAPE, spec)):
-        _problems.append("bitsandbytes dequantizes, since the fused kernel gives other bits here")
+        note_kernel("bitsandbytes dequantizes, since the fused kernel gives other bits here")
         return False
     return _seconds(dequantize_fused, stored, spec) < _seconds(reference, stored, spec)
-
-
-def take_problems() -> list[str]:
-    """Why the fused kernel is not used, as lines for the log; every line is returned once."""
-    problems = list(dict.fromkeys(_problems))
-    _problems.clear()
-    return problems
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def random_matrix(shape: tuple[int, int], block: int, device: torch.device, tensors: int = 5) -> list[Tensor]:

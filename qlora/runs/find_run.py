@@ -154,8 +154,8 @@ def _recipe_of_model(folder: Path, name: str) -> Recipe:
         raise BaseModelError(f"{name} does not exist. Allowed: {ALLOWED}.{similar_path(folder)}")
     if folder.is_dir() and not (folder / CONFIG).is_file():
         hint = _newest_checkpoint(folder) or name_nested_adapters(folder)
-        found = f"found no {RECIPE}, {adapter_folder.CONFIG} or {CONFIG}"
-        raise BaseModelError(f"{name}: {found}. Allowed: {ALLOWED}.{hint}")
+        files = f"{RECIPE}, {adapter_folder.CONFIG} or {CONFIG}"
+        raise BaseModelError(f"{name}: found no {files}. Allowed: {ALLOWED}.{hint}")
     recipe = default_recipe(name)
     for _, message in path_problems(recipe, ("model.name",)):
         raise BaseModelError(f"{message} Allowed: {ALLOWED}." if "/" in name and not is_local(name) else message)

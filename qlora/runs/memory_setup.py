@@ -18,10 +18,10 @@ from qlora.memory.weight_streaming import WeightStreamer, embed_on_host, streame
 from qlora.model.load_base import Base, load
 from qlora.model.new_tokens import add_tokens_and_resize
 from qlora.quant import build_quantizer
-from qlora.quant.cuda_dequantize import take_problems
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
 from qlora.training.base_check import check_base
+from qlora.utils.kernel_notes import take_kernel_notes
 from qlora.utils.progress import ProgressReporter
 
 Log = Callable[[str], None]
@@ -55,8 +55,8 @@ def load_base(
     if plan.work.embedding_on_host if plan else streams and not several_ranks:
         embed_on_host(base.model, device)
     check_base(base.model, log)
-    for problem in take_problems():  # the comparison has used the kernels of training
-        log(problem)
+    for note in take_kernel_notes():  # the comparison has used the kernels of training
+        log(note)
     return base
 
 

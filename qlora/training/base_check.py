@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qlora.errors import BaseModelError, QloraError
+from qlora.errors import BaseModelError, QloraError, first_line
 from qlora.model.attention import DOCUMENT_ATTENTION
 from qlora.model.class_reference import build_reference
 from qlora.model.kernel_watch import watch_kernel
@@ -25,6 +25,7 @@ from qlora.training.base_trace import (
     trace_loaded,
     trace_reference,
 )
+from qlora.utils.out_of_memory import is_out_of_memory
 
 # Root mean square of the difference, in terms of a layer's update or of the spread of the logits. A wrong scale, mask
 # or cap changes these by several percent; another kernel in 16 bits by about one.
@@ -107,10 +108,10 @@ def _compare(model: Any) -> _Comparison | str:
         reference = trace_reference(build_reference(model), loaded)
         step = "it does not run in training mode"
         run_in_training_mode(model)
-    except (QloraError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a class can raise anything when its modules are not its own
-        return f"{step} ({_first_line(error)})"
+        if isinstance(error, QloraError) or is_out_of_memory(error):
+            raise
+        return f"{step} ({type(error).__name__}: {first_line(error)})"
     difference = _differences(model, loaded, reference)
     return difference if isinstance(difference, str) else _Comparison(difference, loaded.called)
 
@@ -159,8 +160,3 @@ def _relative(own: torch.Tensor, other: torch.Tensor) -> float:
 
 def _rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
-
-
-def _first_line(error: Exception) -> str:
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}"

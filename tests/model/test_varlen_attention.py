@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from qlora.model.varlen_attention import MAX_HEAD, has_options, reference, takes, works
+from qlora.utils.kernel_notes import take_kernel_notes
 
 
 def of_torch_2_10(
@@ -27,7 +28,10 @@ def test_the_kernel_is_used_only_where_it_takes_scale_window_and_groups() -> Non
 
 
 def test_without_a_gpu_it_does_not_work_and_is_not_taken() -> None:
+    works.cache_clear()
+    take_kernel_notes()
     assert not works(torch.device("cpu"), torch.bfloat16, 64)
+    assert "SDPA runs, document by document" in take_kernel_notes()[0]  # a slower kernel is reported
     assert not takes(torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16), 0.0)
     assert MAX_HEAD == 256  # FlashAttention 2's limit
 

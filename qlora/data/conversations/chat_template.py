@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qlora.data.types import RecordError
-from qlora.errors import DataError
+from qlora.errors import DataError, first_line
 
 Turn = Mapping[str, Any]  # a message as the template reads it: {role, content, tool_calls, ...}
 
@@ -85,8 +85,7 @@ class Template:
                 **self._variables,
             )
         except Exception as error:  # a template is a program: it may raise anything
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise RecordError("refused by the chat template", line) from None
+            raise RecordError("refused by the chat template", first_line(error, 200)) from None
         return _limit_size(text, turns, tools)
 
 

@@ -43,8 +43,8 @@ def _masked(fields: Mapping[str, Any], ids: np.ndarray, labels: np.ndarray) -> n
     for key in (key for key in TOKEN_KEYS if fields.get(key) is not None):
         value = fields[key]
         if not isinstance(value, list) or len(value) != len(ids):
-            found = f"{len(value)} flags" if isinstance(value, list) else type(value).__name__
-            raise RecordError("loss mask does not fit", f"{key}: {found} for {len(ids)} input_ids")
+            mask = f"{len(value)} flags" if isinstance(value, list) else type(value).__name__
+            raise RecordError("loss mask does not fit", f"{key}: {mask} for {len(ids)} input_ids")
         trained = np.array([flag_of(flag, f"{key}[{number}]") for number, flag in enumerate(value)], dtype=bool)
         if fields.get("labels") is not None and (labels[~trained] != IGNORED).any():
             raise RecordError("contradictory loss keys", f"labels train a token that {key} masks. Keep one of them")

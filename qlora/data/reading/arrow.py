@@ -15,7 +15,7 @@ import datasets
 from qlora.data.reading.arrow_nulls import without_filled_nulls
 from qlora.data.reading.hub_access import require_reachable_hub
 from qlora.data.types import Record
-from qlora.errors import DataError
+from qlora.errors import DataError, first_line
 
 _DISK_FRACTION = 0.9  # of the free disk space, for a download and the tables made from it
 
@@ -28,7 +28,7 @@ def read_parquet(name: str) -> Iterator[Record]:
             yield Record(f"{name}:{number}", without_filled_nulls(fields, table.features))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name}: not a readable Parquet file: {_first_line(error)}. Write or download it again."
+            f"{name}: not a readable Parquet file: {first_line(error)}. Write or download it again."
         ) from error
 
 
@@ -104,10 +104,6 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(
-            f"{name}: no such file or folder here, and not readable as a hub data set: {_first_line(error)}. "
+            f"{name}: no such file or folder here, and not readable as a hub data set: {first_line(error)}. "
             "Check the name, data.train.split and the network."
         ) from error
-
-
-def _first_line(error: Any) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

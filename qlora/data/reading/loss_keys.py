@@ -42,8 +42,8 @@ def message_flag(item: Mapping[str, Any], location: str) -> bool | None:
     flags = {key: flag_of(item[key], f"{location}{key}") for key in MESSAGE_KEYS if item.get(key) is not None}
     trained = {key: flag == MESSAGE_KEYS[key] for key, flag in flags.items()}
     if len(set(trained.values())) > 1:
-        found = " and ".join(f"{key}: {item[key]!r}" for key in trained)
-        raise RecordError("contradictory loss keys", f"{location}{found}. Keep one of them")
+        values = " and ".join(f"{key}: {item[key]!r}" for key in trained)
+        raise RecordError("contradictory loss keys", f"{location}{values}. Keep one of them")
     return next(iter(trained.values()), None)
 
 
