@@ -194,3 +194,18 @@ def test_a_buffer_that_neither_class_nor_files_set_is_refused(tmp_path: Path) ->
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BaseModelError, match=r"no value for the buffers model\.layers\.0\.mlp\.act_fn\.beta"):
         loaded(folder)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+], ids=str)  # fmt: skip
+def test_running_out_of_memory_is_no_fault_of_the_base(zoo: Zoo, error: RuntimeError) -> None:
+    model = loaded(zoo("llama"))
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError) as caught:
+        check_base(model, lambda line: None)
+    assert caught.value is error
