@@ -13,7 +13,9 @@ from workloads import ALPHA, LEARNING_RATE, RANK, TARGETS, token_lists
 PER_DEVICE_BATCH = 8  # TRL's default; larger batches are accumulated
 
 
-def qlora(gate: StepGate, recompute: int | None = 0, compiled: bool = False, **work: Any) -> None:
+def qlora(
+    gate: StepGate, recompute: int | None = 0, compiled: bool = False, optim: str = "paged_adamw_32bit", **work: Any
+) -> None:
     """The project under test: its loading, adapters, loss and optimizer, assembled as in `qlora train`.
 
     `recompute`: number of layers, from the first, that recompute (None: all). Default: all activations are kept.
@@ -22,6 +24,7 @@ def qlora(gate: StepGate, recompute: int | None = 0, compiled: bool = False, **w
 
     from qlora.adapters.inject import inject
     from qlora.adapters.lora import Lora
+    from qlora.adapters.step_casts import casts_kept
     from qlora.memory.activation_recompute import recompute as recompute_layers
     from qlora.memory.malloc import keep_freed_memory
     from qlora.model import Model
@@ -32,7 +35,7 @@ def qlora(gate: StepGate, recompute: int | None = 0, compiled: bool = False, **w
     from qlora.training.loss import TokenLoss
     from qlora.training.optimizers import parameter_groups
 
-    optimizers, device = OPTIMIZERS["paged_adamw_32bit"], torch.device(work["device"])
+    optimizers, device = OPTIMIZERS[optim], torch.device(work["device"])
     gate.imported()
     if device.type == "cpu":
         keep_freed_memory()
@@ -52,11 +55,12 @@ def qlora(gate: StepGate, recompute: int | None = 0, compiled: bool = False, **w
         micro_batches = _micro_batches(batch, work["length"], work["short"])
         trained_tokens = sum(micro_batch.trained_tokens for micro_batch in micro_batches)
         total = 0.0
-        for micro_batch in micro_batches:
-            micro = micro_batch.to(device)
-            mean = loss(micro.input_ids, micro.labels, micro.position_ids, micro.document_starts) / trained_tokens
-            mean.backward()
-            total += mean.detach()
+        with casts_kept(device):
+            for micro_batch in micro_batches:
+                micro = micro_batch.to(device)
+                mean = loss(micro.input_ids, micro.labels, micro.position_ids, micro.layout) / trained_tokens
+                mean.backward()
+                total += mean.detach()
         torch.nn.utils.clip_grad_norm_(list(trainable.values()), 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -83,6 +87,38 @@ def qlora_recomputing(gate: StepGate, **work: Any) -> None:
 def qlora_compiled(gate: StepGate, **work: Any) -> None:
     """The same with train.compile."""
     qlora(gate, compiled=True, **work)
+
+
+def qlora_fused_adamw(gate: StepGate, **work: Any) -> None:
+    """The same with torch's fused AdamW, whose moments stay on the GPU."""
+    qlora(gate, optim="adamw", **work)
+
+
+def unsloth_plain_loop(gate: StepGate, **work: Any) -> None:
+    """B2: Unsloth's loading and LoRA with its own kernels, in a plain loop."""
+    import unsloth  # isort: skip - before torch and transformers, as it asks
+    import torch
+
+    gate.imported()
+    options = {"max_seq_length": work["length"], "load_in_4bit": True, "dtype": torch.bfloat16}
+    model, _ = unsloth.FastLanguageModel.from_pretrained(work["folder"], **options)
+    model = unsloth.FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, use_gradient_checkpointing=False
+    ).train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
+    examples = token_lists(work["batch"] * work["steps"], work["length"], work["short"])
+    gate.ready("loaded")
+    while gate.wait():
+        started = time.perf_counter()
+        batch, examples = examples[: work["batch"]], examples[work["batch"] :]
+        ids, mask, labels = padded(batch, work["device"])
+        loss = model(input_ids=ids, labels=labels, attention_mask=mask).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 0.3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        gate.done(started, float(loss))
 
 
 def peft_classic(gate: StepGate, **work: Any) -> None:

@@ -1,6 +1,7 @@
 """Tables of docs/large-models.md, predicted by the memory planner: python benchmarks/large_models.py redraws them."""
 
 import sys
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -63,12 +64,16 @@ def free_table() -> str:
 
 def free_from(speed: DeviceSpeed) -> int:
     """The fewest tokens, in steps of STEP, at which computation hides every copy, with all layers recomputed."""
-    work = work_of("Llama-3.1-70B")
-    for tokens in range(STEP, MOST, STEP):
+    work, lengths = work_of("Llama-3.1-70B"), range(STEP, MOST, STEP)
+
+    def is_free(tokens: int) -> bool:
         resident = replace(work, max_length=tokens)
-        if seconds(replace(resident, weights="stream"), speed) <= seconds(resident, speed):
-            return tokens
-    raise ValueError(f"streaming is never free at {speed}")
+        return seconds(replace(resident, weights="stream"), speed) <= seconds(resident, speed)
+
+    index = bisect_left(lengths, True, key=is_free)  # once free, it is free for every longer sequence
+    if index == len(lengths):
+        raise ValueError(f"streaming is never free at {speed}")
+    return lengths[index]
 
 
 TABLES: dict[str, Callable[[], str]] = {"plans": plans_table, "free": free_table}

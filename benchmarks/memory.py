@@ -104,6 +104,8 @@ class RandomModel:
         self.device, self.streaming, self.host_embedding = torch.device(device), False, False
         self.model = random_base(config, self.device)
         inject(self.model, Lora(rank=work.adapters.rank, alpha=32, dropout=0.0), "all-linear", 0)
+        with torch.no_grad():  # kernels are probed here, as in the base check of a run, not inside a recomputed layer
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device))
 
     def step(self, work: Workload) -> int:
         """Peak bytes allocated in two training steps of `work`: the first one creates the optimizer state."""
@@ -151,6 +153,7 @@ def random_base(config: dict[str, Any], device: Any) -> Any:
     import torch
     from transformers import AutoConfig
 
+    from qlora.model.lean_attention import replace_attention
     from qlora.model.lean_modules import replace_with_lean
     from qlora.model.linear_layers import linear_paths
     from qlora.model.meta_model import build_meta_model
@@ -168,6 +171,7 @@ def random_base(config: dict[str, Any], device: Any) -> Any:
         if value.is_meta:
             set_by_path(model, name, torch.nn.Parameter(noise(value), requires_grad=False))
     replace_with_lean(model)
+    replace_attention(model)
     return model
 
 

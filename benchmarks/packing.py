@@ -51,7 +51,7 @@ def padded(examples: Sequence[Example], micro_batch: int, length: int | None = N
         extra = (0, (length or batch.input_ids.shape[1]) - batch.input_ids.shape[1])
         ids, positions = (torch.nn.functional.pad(t, extra) for t in (batch.input_ids, batch.position_ids))
         labels = torch.nn.functional.pad(batch.labels, extra, value=IGNORED)
-        batches.append(Batch(ids, labels, positions, batch.tokens, batch.document_starts))
+        batches.append(Batch(ids, labels, positions, batch.tokens, batch.layout))
     return batches
 
 
@@ -64,7 +64,7 @@ def seconds_of(loss: TokenLoss, batches: Sequence[Batch]) -> tuple[float, float]
     """Forward and backward of one optimizer step: wall-clock and processor seconds."""
     started, processor = time.perf_counter(), time.process_time()
     for batch in batches:
-        loss(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts).backward()
+        loss(batch.input_ids, batch.labels, batch.position_ids, batch.layout).backward()
     seconds = time.perf_counter() - started, time.process_time() - processor
     loss.zero_grad(set_to_none=True)
     return seconds

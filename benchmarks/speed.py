@@ -9,10 +9,19 @@ import json
 import statistics
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from contenders import peft_classic, qlora, qlora_compiled, qlora_recomputing, trl_defaults
+from contenders import (
+    peft_classic,
+    qlora,
+    qlora_compiled,
+    qlora_fused_adamw,
+    qlora_recomputing,
+    trl_defaults,
+    unsloth_plain_loop,
+)
 from harness import RESULTS, Race, write
 from workloads import RANK, SHAPES, make_base, token_lists
 
@@ -23,6 +32,9 @@ CONTENDERS = {  # by their keys in the results files
     "B1 TRL": trl_defaults,
     "B0 PEFT": peft_classic,
 }
+GPU_CONTENDERS = {"ours, fused AdamW": qlora_fused_adamw} | (
+    {"B2 Unsloth": unsloth_plain_loop} if find_spec("unsloth") else {}
+)
 
 
 def matmul_seconds(shape: dict[str, Any], tokens: int, device: str) -> float:
@@ -50,7 +62,8 @@ def matmul_seconds(shape: dict[str, Any], tokens: int, device: str) -> float:
 
 def race(options: argparse.Namespace) -> dict[str, Any]:
     """All chosen contenders on one workload."""
-    contenders = {name: run for name, run in CONTENDERS.items() if not options.only or name in options.only}
+    known = CONTENDERS | (GPU_CONTENDERS if options.device == "cuda" else {})
+    contenders = {name: run for name, run in known.items() if not options.only or name in options.only}
     steps = options.warm_up + options.rounds + 1
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.base or Path(scratch)

@@ -101,7 +101,7 @@ def bound(folder: Path, repeats: int) -> list[dict[str, float]]:
     def seconds(batches: list[Any]) -> float:
         started = time.process_time()
         for batch in batches:
-            loss(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts).backward()
+            loss(batch.input_ids, batch.labels, batch.position_ids, batch.layout).backward()
         return time.process_time() - started
 
     def best(run: Callable[[], float]) -> float:

@@ -1,5 +1,6 @@
 """Fixtures and rules of all tests: no network, no unpickling, one thread, tiny models that are written once."""
 
+import gc
 import os
 import random
 import sys
@@ -25,6 +26,21 @@ def pytest_collection_finish() -> None:
     """Answers in the report of a run have 4 tokens, not 48: else they take longer than the training of a tiny model."""
     if module := sys.modules.get("qlora.runs.write_artifacts"):
         module.SAMPLE_TOKENS = 4  # type: ignore[attr-defined]
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Garbage collection never again looks at what is there after a module: the libraries' millions of objects."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At exit all is freed: libraries report what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

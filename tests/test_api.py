@@ -13,19 +13,28 @@ from qlora.errors import InputError, RecipeError
 
 BLOCKS = [fence for fence in fences(ROOT / "docs" / "api.md") if fence.words == ("python",)]
 DEMO = ROOT / "qlora" / "demo"
-RECIPE = f"""\
-model: {{name: {DEMO / "base"}, dtype: float32}}
-data: {{train: {DEMO / "data" / "train.jsonl"}, eval: {DEMO / "data" / "eval.jsonl"}, max_length: 128, packing: false}}
+RECIPE = """\
+model: {{name: {base}, dtype: float32}}
+data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 128, packing: false}}
 optim: {{kind: adamw}}
 train: {{output: runs/my, micro_batch: 4, global_batch: 4}}
 """
+
+
+def write_recipe(folder: Path) -> Path:
+    """my.yaml, which trains the demo's base model on a part of its data."""
+    for name, count in (("train", 100), ("eval", 12)):
+        lines = (DEMO / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
+    (folder / "my.yaml").write_text(RECIPE.format(base=DEMO / "base", folder=folder))
+    return folder / "my.yaml"
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The output of each block of the page; the blocks run in order in one folder, each with its own globals."""
     folder = tmp_path_factory.mktemp("notebook")
-    (folder / "my.yaml").write_text(RECIPE)
+    write_recipe(folder)
     outputs = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -52,7 +61,8 @@ def test_every_block_of_the_page_runs_and_prints_something(outputs: dict[str, st
 def test_the_block_of_the_readme_runs_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = (fence.text for fence in fences(ROOT / "README.md") if fence.words == ("python",))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.yaml").write_text(RECIPE.replace("train: {output", "train: {max_steps: 2, output"))
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace("train: {output", "train: {max_steps: 2, output"))
     lines: list[str] = []
     exec(block, {"print": lines.append})
     assert len(lines) == 1 and isinstance(lines[0], str)
@@ -103,7 +113,7 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
 def test_a_plan_is_the_one_of_the_command_line_on_several_gpus_too(tmp_path: Path) -> None:
     from support.command_line import qlora as command
 
-    (tmp_path / "my.yaml").write_text(RECIPE)
+    write_recipe(tmp_path)
     for gpus in (1, 2):
         result = command("plan", tmp_path / "my.yaml", "--gpu", "8GiB", "--gpus", gpus, "--ram", "64GiB", "--json").json
         assert qlora.plan(tmp_path / "my.yaml", gpu="8GiB", gpus=gpus, ram="64GiB").peak_bytes == result["peak_bytes"]

@@ -35,7 +35,12 @@ LIBRARIES = {  # foreign library -> the only places that import it
     "accelerate": {"distributed"},
     "datasets": {"data/reading/arrow.py"},
     "safetensors": {"adapters/peft_files.py", "model/safetensors_reader.py", "model/quantized_cache.py"},
-    "triton": {"quant/triton_kernel.py"},
+    "triton": {
+        "quant/triton_kernel.py",
+        "model/kernels/norm_kernel.py",
+        "model/kernels/product_kernel.py",
+        "model/kernels/rotary_kernel.py",
+    },
     "typer": {"cli"},
     "rich": {"cli", "training/run_log.py", "training/live_panel.py", "demo/walkthrough.py"},
     "peft": set(),

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapters.dora import DoraLinear
-from qlora.adapters.inject import frozen_linears
 from qlora.adapters.lora import LoraLinear
 from qlora.adapters.modules_to_save import build_modules_to_save
 from qlora.adapters.peft_config import MAX_RANK, has_layer_filter, module_settings, possible_ranks
@@ -15,6 +14,7 @@ from qlora.adapters.peft_files import AdapterFile
 from qlora.adapters.plain_lora import refuse_changed_base
 from qlora.adapters.trainable_tokens import build_token_rows
 from qlora.errors import AdapterError
+from qlora.model.linear_layers import frozen_linears
 from qlora.model.module_tree import set_by_path
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.lora_autograd import LoraBranch, LoraScale
-from qlora.quant.linear import FrozenLinear
+from qlora.quant.linear import FrozenLinear, multiply
 from qlora.utils.rematerialize import origin_of
 
 MIN_SQUARED_NORM = torch.finfo(torch.float32).tiny  # a row with a smaller one counts as zero
@@ -31,10 +31,15 @@ class ScaleByMagnitude(torch.autograd.Function):
         """Update [..., O], x [..., I], magnitude [O] -> [..., O]."""
         ctx.base = layer.base
         ctx.mark_dirty(update)
-        weight = layer.base.weight(x.dtype)
+        product_dtype = layer.base.product_dtype or x.dtype
+        weight = layer.base.weight(product_dtype)
         ratio = magnitude / layer.row_norms(weight)
         rows, out = x.reshape(-1, x.shape[-1]), update.view(-1, update.shape[-1])
-        out.addmm_(rows, weight.t()).mul_(ratio)  # float32 times 16 bit, rounded once: a ratio is often 1.00x
+        if product_dtype == x.dtype:
+            out.addmm_(rows, weight.t())
+        else:
+            out.add_(multiply(rows, weight.t()))
+        out.mul_(ratio)  # float32 times 16 bit, rounded once: a ratio is often 1.00x
         ctx.save_for_backward(update, magnitude, ratio)
         return update
 
@@ -46,7 +51,7 @@ class ScaleByMagnitude(torch.autograd.Function):
         sums = grad_update.reshape(-1, len(magnitude)).sum(0, dtype=torch.float32)
         grad_magnitude = torch.where(magnitude == 0, 0.0, sums / magnitude)
         torch.mul(grad, ratio, out=grad_update)
-        grad_x = grad_update @ ctx.base.weight(grad.dtype, after=grad.detach()) if ctx.needs_input_grad[1] else None
+        grad_x = ctx.base.input_gradient(grad_update) if ctx.needs_input_grad[1] else None
         return grad_update, grad_x, grad_magnitude, None
 
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from qlora.adapters.changed_base import OriginalWeights, restore_base
 from qlora.adapters.embedding_lora import fold_embedding_and_head
-from qlora.adapters.inject import frozen_linears
 from qlora.adapters.master_weights import trainable_modules
 from qlora.adapters.peft_config import module_settings
 from qlora.adapters.peft_files import CONFIG, AdapterFile
 from qlora.adapters.peft_starts import changed_start
 from qlora.adapters.trainable_tokens import embedding_and_head
 from qlora.errors import AdapterError
+from qlora.model.linear_layers import frozen_linears
 from qlora.model.new_tokens import resize_vocabulary
 from qlora.utils.progress import ProgressReporter
 

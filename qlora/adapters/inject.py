@@ -9,9 +9,8 @@ from torch import nn
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.patterns import refuse_unused
 from qlora.adapters.target_modules import select
-from qlora.model.linear_layers import layers_left_out
+from qlora.model.linear_layers import frozen_linears, layers_left_out
 from qlora.model.module_tree import set_by_path
-from qlora.quant.linear import FrozenLinear
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,6 @@ def inject(model: nn.Module, adapter: Lora, targets: str | Sequence[str], seed: 
         layer.reset(generator)
         set_by_path(model, path, layer)
     return count(model, len(frozen))
-
-
-def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
-    """Path -> frozen matrix, in the model's order; a wrapped one has its wrapper's path."""
-    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, FrozenLinear))
-    return {path.removesuffix(".base"): module for path, module in layers}
 
 
 def adapted(model: nn.Module) -> dict[str, LoraLinear]:

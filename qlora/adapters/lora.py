@@ -1,13 +1,14 @@
 """LoRA (arXiv:2106.09685): a low-rank update added to each frozen matrix."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters.lora_autograd import AddFrozenMatmul, LoraBranch, LoraScale
+from qlora.adapters.lora_group import together
 from qlora.adapters.patterns import by_pattern
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.rematerialize import origin_of
@@ -46,9 +47,13 @@ class LoraLinear(nn.Module):
         """X [..., I] -> [..., O], both in the base's compute dtype."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
-        scale = LoraScale(self.scaling, self.dropout if self.training else 0.0)
+        scale = LoraScale(self.scaling, self.dropout if self.training else 0.0, id(self))
         update, x_out = LoraBranch.apply(x, *self.pair(), scale, origin_of(x))
         return AddFrozenMatmul.apply(update, x_out if x.requires_grad else x, self.base)  # type: ignore[no-any-return]
+
+    def forward_together(self, x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor] | None:
+        """layer(x) of all `layers` by one function; None if they can't join a group."""
+        return together(x, layers) if all(type(layer) is LoraLinear for layer in layers) else None
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update: [A; A0] and [B, -B0] where A0 and B0 are kept."""

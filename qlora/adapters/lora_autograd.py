@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qlora.adapters.step_casts import casts_of
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.owned_gradients import is_owned, mark_owned
 from qlora.utils.rematerialize import Origin
 
 
 class LoraScale(NamedTuple):
-    """The update's factor s, and the dropout probability on x."""
+    """The update's factor s, the dropout probability on x, and the id of the layer whose casts a step keeps."""
 
     scaling: float
     dropout: float
+    owner: int | None = None
 
 
 class LoraBranch(torch.autograd.Function):
@@ -34,13 +36,13 @@ class LoraBranch(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: LoraScale, origin: Origin | None
     ) -> tuple[Tensor, Tensor]:
         """X [..., I], a [R, I], b [O, R] -> [..., O] and x."""
-        scaling, dropout = ctx.scaling, ctx.dropout = scale
+        ctx.scale, dropout = scale, scale.dropout
         ctx.rematerialization = origin.rematerialization if origin else None
         ctx.set_materialize_grads(False)
         ctx.seed = int(torch.randint(2**62, ()).item()) if dropout else 0
         ctx.save_for_backward(a, b, *(origin.sources if origin else (x,)))
-        reduced = F.linear(_dropout(x, dropout, ctx.seed), a.to(x.dtype))
-        return F.linear(reduced, b.to(x.dtype) * scaling), x.view_as(x)
+        narrow_a, scaled_b = _casts(a, b, scale, x.dtype)
+        return F.linear(F.linear(_dropout(x, dropout, ctx.seed), narrow_a), scaled_b), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,19 +51,21 @@ class LoraBranch(torch.autograd.Function):
         x = ctx.rematerialization.run(sources) if ctx.rematerialization else sources[0]
         grad_update = grads[0].reshape(-1, grads[0].shape[-1])
         rows = x.reshape(-1, x.shape[-1])
+        narrow_a, scaled_b = _casts(a, b, ctx.scale, x.dtype)
+        scaling, dropout = ctx.scale.scaling, ctx.scale.dropout
         # Every product below has its long side first and [R, ...] second, which is what matmuls are fast at.
-        scaled_b, narrow_a = (b.to(x.dtype) * ctx.scaling).t().contiguous(), a.to(x.dtype)
-        grad_reduced = F.linear(grad_update, scaled_b)  # [N, R]
-        dropped = _dropout(rows, ctx.dropout, ctx.seed)
+        transposed = scaled_b.t() if x.is_cuda else scaled_b.t().contiguous()
+        grad_reduced = F.linear(grad_update, transposed)  # [N, R]
+        dropped = _dropout(rows, dropout, ctx.seed)
         grad_a = (grad_reduced.t() @ dropped).float()
-        grad_b = (F.linear(dropped, narrow_a).t() @ grad_update).float().t() * ctx.scaling
+        grad_b = (F.linear(dropped, narrow_a).t() @ grad_update).float().t() * scaling
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None
         shape = x.shape
         del x, rows, dropped  # a rematerialized x is as large as the gradient below
         grad_x = grads[1].reshape(-1, shape[-1])
-        if ctx.dropout:
-            grad_x = grad_x + _dropout(grad_reduced @ narrow_a, ctx.dropout, ctx.seed)
+        if dropout:
+            grad_x = grad_x + _dropout(grad_reduced @ narrow_a, dropout, ctx.seed)
         elif is_owned(grads[1]):
             grad_x.addmm_(grad_reduced, narrow_a)
         else:
@@ -82,7 +86,10 @@ class AddFrozenMatmul(torch.autograd.Function):
         if layer.bias is not None:
             update += layer.bias.to(update.dtype)
         rows, out = x.reshape(-1, x.shape[-1]), update.view(-1, update.shape[-1])
-        out.addmm_(rows, layer.weight(x.dtype).t())
+        if layer.product_dtype is None:
+            out.addmm_(rows, layer.weight(x.dtype).t())
+        else:
+            out.add_(layer.product(rows))
         return update
 
     @staticmethod
@@ -91,7 +98,17 @@ class AddFrozenMatmul(torch.autograd.Function):
         (grad,) = grads
         if not ctx.needs_input_grad[1]:
             return grad, None, None
-        return grad, mark_owned(grad @ ctx.layer.weight(grad.dtype, after=grad.detach())), None  # read by LoraBranch
+        return grad, mark_owned(ctx.layer.input_gradient(grad)), None  # read by LoraBranch
+
+
+def _casts(a: Tensor, b: Tensor, scale: LoraScale, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and s B in `dtype`."""
+
+    def make() -> tuple[Tensor, ...]:
+        return a.to(dtype), b.to(dtype) * scale.scaling
+
+    narrow_a, scaled_b = make() if scale.owner is None else casts_of((scale.owner, dtype), make)
+    return narrow_a, scaled_b
 
 
 def _dropout(x: Tensor, probability: float, seed: int) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.adapters.inject import adapted, frozen_linears
+from qlora.adapters.inject import adapted
 from qlora.adapters.lora import LoraLinear
 from qlora.adapters.modules_to_save import ModuleToSave, modules_to_save
 from qlora.errors import AdapterError, did_you_mean
+from qlora.model.linear_layers import frozen_linears
 from qlora.model.module_tree import set_by_path
 from qlora.quant.linear import FrozenLinear
 

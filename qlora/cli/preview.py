@@ -31,17 +31,28 @@ def preview(
         log(note)
     for example in examples:
         typer.secho(example["where"], bold=True, err=True)
+        branch = 0
         for segment in example["segments"]:
-            _show(segment["text"], segment["trained"])
+            if segment["branch"] != branch:
+                branch = segment["branch"]
+                _show_branch(branch, *example["branches"][branch - 1])
+            _show(segment["text"], segment["trained"], segment["thought"])
         log("\n")
     if not examples:
         log("no record can be trained on: `qlora check` shows the reasons")
     return None
 
 
-def _show(text: str, trained: bool) -> None:
-    """Print a segment; trained ones are green on a terminal and in double brackets in a pipe."""
+def _show_branch(number: int, start: int, parent: int) -> None:
+    """Print where a branch of a tree begins."""
+    shared = f"follows the first {parent + 1:,} tokens" if parent >= 0 else "follows no token"
+    typer.secho(f"\nbranch {number} (token {start:,}) {shared}:", dim=True, err=True)
+
+
+def _show(text: str, trained: bool, thought: bool) -> None:
+    """Print a segment; trained ones are green on a terminal, thoughts blue, and both in double brackets in a pipe."""
     if sys.stderr.isatty():
-        typer.secho(text, fg=typer.colors.GREEN if trained else None, underline=trained, nl=False, err=True)
+        color = (typer.colors.BLUE if thought else typer.colors.GREEN) if trained else None
+        typer.secho(text, fg=color, underline=trained, nl=False, err=True)
     else:
         typer.echo(f"[[{text}]]" if trained else text, nl=False, err=True)

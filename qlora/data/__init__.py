@@ -84,6 +84,10 @@ class Data(Section):
     template_args: Annotated[dict[str, bool | int | float | str], Validator(refuse_reserved)] = setting(
         {}, "arguments of the chat template, as in {enable_thinking: false}"
     )
+    thinking: Literal["as_template", "in_content", "drop"] = setting(
+        "as_template",
+        "thoughts: as_template (where it writes them) | in_content (<think>...</think> where it has no place) | drop",
+    )
     empty_thinking: Literal["mask", "train"] = setting(
         "mask", "an empty think block that the template writes before an answer: mask (bears no loss) | train"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qlora.data.answer_counter import summary_of
 from qlora.data.types import MAX_LISTED, Finding, count_of
 from qlora.errors import DataError
 
@@ -34,6 +35,13 @@ class DataReport:
     truncated: int = 0
     split: int = 0  # records of plain text above max_length, each trained in several pieces
     pieces: int = 0  # examples that those records were split into
+    answers: int = 0  # of conversations, that are to be trained
+    trained_answers: int = 0
+    thoughts: int = 0  # of those answers
+    trained_thoughts: int = 0
+    trees: int = 0  # conversations whose answers have contexts of their own, since the template rewrites the past
+    tokens_of_trees: int = 0  # of those conversations
+    tokens_of_paths: int = 0  # that the answers of those conversations would take one by one
     end_trained: float = 1.0  # fraction of the kept records whose last trained token is an end token
     control_rows: int = 0  # records with control strings in their text
     duplicates: int = 0  # records with the same tokens and labels as an earlier one
@@ -63,6 +71,13 @@ class DataReport:
             "tokens per record: " + ", ".join(f"{size} {count:,}" for size, count in self.lengths.items()),
             f"{count_of(self.packed_rows, 'sequence')} to train on, {self.eval_rows:,} held out",
         ]
+        lines[1:1] = summary_of(self.answers, self.trained_answers, self.thoughts, self.trained_thoughts)
+        if self.tokens_of_trees < self.tokens_of_paths:
+            lines.insert(
+                2,
+                f"{count_of(self.trees, 'conversation')} with a context for each answer: {self.tokens_of_trees:,} "
+                f"tokens, since answers share prefixes; {self.tokens_of_paths:,} one by one",
+            )
         if self.split:
             lines.insert(1, f"{count_of(self.split)} of text above max_length split into {self.pieces:,} pieces")
         return lines if self.kept else lines[:1]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora.data import data_report
+from qlora.data.answer_counter import AnswerCounter
 from qlora.data.batching import cache
 from qlora.data.batching.column_store import Array, Columns
 from qlora.data.batching.dataset import EXAMPLE_COLUMNS, ExampleStore, ExampleWriter, SequenceDataset
@@ -18,6 +19,7 @@ from qlora.data.batching.eval_split import eval_mask, nothing_held_out
 from qlora.data.batching.filter import ExampleFilter, filter_example
 from qlora.data.batching.packing import Indices, best_fit
 from qlora.data.conversations import worker_pool
+from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import encode_records
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
@@ -55,20 +57,27 @@ class _DataSet:
     digests: list[str]
 
 
-def prepare(section: "Data", encoder: Encoder, seed: int, progress: Progress = lambda records: None) -> Prepared:
+def prepare(
+    section: "Data",
+    encoder: Encoder,
+    seed: int,
+    progress: Progress = lambda records: None,
+    shares_prefixes: bool = True,
+) -> Prepared:
     """Prepare data, or read it from the cache. DataError for a missing or empty source; the report has the rest.
 
+    shares_prefixes: whether the model trains prefix trees; else each answer of a tree is an example of its own.
     Memory stays bounded: examples are written to files and read through a memory map.
     """
     data_sets = _data_sets(section)
     sha256 = hashlib.sha256(" ".join(" ".join(data_set.digests) for data_set in data_sets).encode()).hexdigest()
 
     def build(columns: Columns) -> tuple[Mapping[str, Array], Mapping[str, object]]:
-        arrays, report = _Preparation(section, encoder, seed, progress).run(data_sets, columns)
+        arrays, report = _Preparation(section, encoder, seed, progress, shares_prefixes).run(data_sets, columns)
         _require_unchanged(data_sets)
         return arrays, replace(report, sha256=sha256).as_json()
 
-    entry = cache.get_or_build(_cache_key(section, encoder, seed, data_sets), build)
+    entry = cache.get_or_build(_cache_key(section, encoder, seed, data_sets, shares_prefixes), build)
     examples = ExampleStore(entry.columns)
     train, evaluation = (
         SequenceDataset(examples, entry.columns[f"{name}_order"], entry.columns[f"{name}_ends"])
@@ -87,12 +96,15 @@ def _data_sets(section: "Data") -> tuple[_DataSet, _DataSet]:
     return data_sets[0], data_sets[1]
 
 
-def _cache_key(section: "Data", encoder: Encoder, seed: int, data_sets: Sequence[_DataSet]) -> str:
+def _cache_key(
+    section: "Data", encoder: Encoder, seed: int, data_sets: Sequence[_DataSet], shares_prefixes: bool
+) -> str:
     """The cache key: a digest of everything that the result depends on."""
     return cache.cache_key(
         section=section.model_dump(mode="json"),
         encoder=encoder.sha256,
         seed=seed,
+        shares_prefixes=shares_prefixes,
         content=[data_set.digests for data_set in data_sets],
         files=[[location.files for location in data_set.resolved] for data_set in data_sets],
         found=[
@@ -114,9 +126,10 @@ def _require_unchanged(data_sets: Sequence[_DataSet]) -> None:
 class _Preparation:
     """All records of data.train and data.eval, filtered into one store of examples, then split and packed."""
 
-    def __init__(self, section: "Data", encoder: Encoder, seed: int, progress: Progress) -> None:
+    def __init__(self, section: "Data", encoder: Encoder, seed: int, progress: Progress, shares_prefixes: bool) -> None:
         self._section, self._encoder, self._seed, self._progress = section, encoder, seed, progress
-        self._records = 0
+        self._records, self._shares_prefixes = 0, shares_prefixes
+        self._answers = AnswerCounter()
         self._workers = worker_pool.available_workers()
 
     def run(self, data_sets: tuple[_DataSet, _DataSet], columns: Columns) -> tuple[dict[str, Array], DataReport]:
@@ -136,7 +149,17 @@ class _Preparation:
         for name, column in zip(_SEQUENCE_COLUMNS, values, strict=True):
             columns.append(name, column)
         report = _report(training, evaluation, held_out, examples)
-        report = replace(report, eval_rows=len(eval_order), packed_rows=len(train_ends))
+        counts, first = self._answers, [Finding(training.where, text) for text in self._answers.warnings()]
+        report = replace(
+            report,
+            eval_rows=len(eval_order),
+            packed_rows=len(train_ends),
+            warnings=[*first, *report.warnings],
+            answers=counts.answers,
+            trained_answers=counts.trained_answers,
+            thoughts=counts.thoughts,
+            trained_thoughts=counts.trained_thoughts,
+        )
         return arrays | columns.finish(_SEQUENCE_COLUMNS), report
 
     def _hold_out(self, training: ExampleFilter) -> Array:
@@ -164,7 +187,10 @@ class _Preparation:
             records = source.read_records(item, resolved, (self._seed, index))
             kind = item.format or self._section.format
             for record, result in encode_records(records, kind, self._encoder, self._workers):
-                filter_example(examples, record, result, self._section)
+                kept, left_out = examples.kept, examples.overlong_answers
+                filter_example(examples, record, result, self._section, self._shares_prefixes)
+                if isinstance(result, Encoded) and examples.kept > kept and data_set.key == "data.train":
+                    self._answers.add(result, examples.overlong_answers - left_out)
                 self._count()
             if examples.records == before:
                 raise DataError(f"{item.path}: no records in this data set. {data_set.key} needs at least one.")
@@ -205,6 +231,9 @@ def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array,
         split=training.split,
         pieces=int(pieces[pieces > 1].sum()),
         end_trained=training.end_trained,
+        trees=training.trees,
+        tokens_of_trees=training.tokens_of_trees,
+        tokens_of_paths=training.tokens_of_paths,
         control_rows=training.control_records,
         duplicates=duplicates,
         overlap=overlap,

@@ -1,16 +1,17 @@
-"""A preview of the training examples: their text in segments, each trained or not."""
+"""A preview of the training examples: their text in segments, and each answer with its context."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora.data.batching.filter import split_overlong, truncate
+from qlora.data.batching.fit_length import fit_length
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import encode_records
 from qlora.data.conversations.encoder import Encoder
+from qlora.data.prefix_tree import paths_of
 from qlora.data.reading import source
 from qlora.data.reading.resolve_paths import resolve_source
 from qlora.data.types import IGNORED, Example
@@ -24,16 +25,23 @@ _CHUNK_RECORDS = 16  # records encoded together: a preview shows a few
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of text whose tokens are all trained, or all not."""
+    """A run of text whose tokens are all trained, or all not, in one run of the example's tree.
+
+    thought: of an answer, with what the template writes around it. branch: 0 for the tokens from the first on, which
+    the branches share or part of; then 1 for the first branch, and so on.
+    """
 
     text: str
     trained: bool
+    thought: bool = False
+    branch: int = 0
 
 
 def segments(example: Example, encoder: Encoder) -> list[Segment]:
-    """The decoded text of `example`, split where training begins and ends."""
+    """The decoded text of `example`, split where training begins and ends, at branches, and after thoughts."""
     trained = example.labels != IGNORED
-    bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(example)]
+    starts = [branch.start for branch in example.branches]
+    bounds = sorted({0, len(example), *starts, *(np.flatnonzero(np.diff(trained)) + 1).tolist()})
     text = encoder.decode(example.input_ids)
     ends = [0]
     for bound in bounds[1:-1]:
@@ -41,12 +49,40 @@ def segments(example: Example, encoder: Encoder) -> list[Segment]:
         prefix = encoder.decode(example.input_ids[:bound]).rstrip("\ufffd")
         ends.append(max(ends[-1], len(prefix) if text.startswith(prefix) else ends[-1]))
     ends.append(len(text))
-    flags = [bool(trained[bound]) for bound in bounds[:-1]]
-    return [Segment(text[start:end], flag) for (start, end), flag in zip(pairwise(ends), flags, strict=True)]
+    parts = list[Segment]()
+    for (start, end), bound in zip(pairwise(ends), bounds, strict=False):
+        branch = sum(first <= bound for first in starts)
+        parts += _with_thought(text[start:end], bool(trained[bound]), branch, encoder.thought_closing)
+    return parts
+
+
+def _with_thought(text: str, trained: bool, branch: int, closing: str) -> list[Segment]:
+    """A segment, or two if it begins with a thought. closing: what the template writes after one."""
+    thought, ending, rest = text.partition(closing) if trained and closing else ("", "", text)
+    if not ending:
+        return [Segment(text, trained, branch=branch)]
+    return [
+        Segment(thought + ending, trained, True, branch),
+        *([Segment(rest, trained, branch=branch)] if rest else []),
+    ]
+
+
+def answers_of(example: Example) -> list[dict[str, Any]]:
+    """Each trained stretch with all tokens that it sees before it, shortest context first."""
+    answers = []
+    for path in paths_of(example):
+        trained = np.append(path.labels != IGNORED, False)
+        trained[0] = False  # nothing is before the first token: it is not predicted
+        edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0)).tolist()
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            context, own = path.input_ids[:start].tolist(), path.input_ids[start:end].tolist()
+            answers.append({"context_ids": context, "trained_ids": own, "role": "assistant"})
+    return sorted(answers, key=lambda answer: len(answer["context_ids"]))
 
 
 def preview(section: "Data", encoder: Encoder, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The first `count` usable examples as JSON objects: where, input_ids, labels (before the shift), segments.
+    """The first `count` usable examples as JSON objects: where, input_ids, labels (before the shift), segments,
+    branches, answers.
 
     Examples above max_length are split, truncated or left out, as in training.
     """
@@ -59,7 +95,9 @@ def as_json(example: Example, encoder: Encoder) -> dict[str, Any]:
         "where": example.where,
         "input_ids": example.input_ids.tolist(),
         "labels": example.labels.tolist(),
-        "segments": [{"text": part.text, "trained": part.trained} for part in segments(example, encoder)],
+        "segments": [asdict(part) for part in segments(example, encoder)],
+        "branches": [list(branch) for branch in example.branches],  # [first token, the token that it follows]
+        "answers": answers_of(example),
     }
 
 
@@ -69,14 +107,4 @@ def _examples(section: "Data", encoder: Encoder, seed: int) -> Iterator[Example]
         kind = item.format or section.format
         for _, result in encode_records(records, kind, encoder, chunk_records=_CHUNK_RECORDS):
             if isinstance(result, Encoded):
-                yield from _fitting(result, section)
-
-
-def _fitting(encoded: Encoded, section: "Data") -> list[Example]:
-    """The example, its pieces or its beginning; empty if it is dropped."""
-    if len(encoded.example) <= section.max_length:
-        return [encoded.example]
-    if pieces := split_overlong(encoded, section):
-        return pieces
-    short = truncate(encoded.example, section.max_length)
-    return [short] if section.overlong == "truncate" and short.trained_tokens() else []
+                yield from fit_length(result, section).examples

@@ -32,6 +32,8 @@ REMEDIES: Mapping[str, str] = {
     "empty answer": "Remove the record, or set train: false in the message",
     "wrong choices": "Correct them",
     "wrong answer": "Correct it",
+    "two thoughts": "Keep one of them",
+    "unclosed thought": "Close it, or set train: false in the message",
     # tokens and loss
     "unknown token": "Tokenize with this model's tokenizer",
     "labels don't fit": "Give each token its own id or -100 as label",
@@ -46,6 +48,7 @@ REMEDIES: Mapping[str, str] = {
     "refused by the chat template": "Change the record, or name another template in model.chat_template",
     "takes too long to render": "Shorten the record, or name another template in model.chat_template",
     "takes too much memory to render": "Shorten the record, or name another template in model.chat_template",
+    "takes too long to tokenize": "Split the conversation, or name another template in model.chat_template",
     "prefix not kept": "Name another template in model.chat_template",
     "the template does not write tools": TEMPLATE,
     "the template does not write tool calls": TEMPLATE,

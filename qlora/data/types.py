@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -85,12 +85,34 @@ class Unused:
     trained_roles: tuple[str, ...] = ()  # roles other than the assistant's that ask for loss
 
 
+class Branch(NamedTuple):
+    """A segment of tokens that continues an earlier token of its document instead of the one before it.
+
+    start: index of its first token. parent: index of the token that it follows, or -1: it follows none.
+    """
+
+    start: int
+    parent: int
+
+
+class Layout(NamedTuple):
+    """What the sequences of a micro-batch consist of, by sequence; all empty: each is one document without padding."""
+
+    starts: tuple[tuple[int, ...], ...] = ()  # where its documents start
+    lengths: tuple[int, ...] = ()  # tokens without padding
+    branches: tuple[tuple[Branch, ...], ...] = ()  # of its documents; empty if no sequence has any
+
+
+PLAIN_LAYOUT = Layout()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
     """Token ids and labels of one conversation, or of a packed sequence. labels: -100 or the token itself, unshifted.
 
     A packed sequence holds several documents: `boundaries` are the indices where the second and later ones start,
     `origins` the file:line of each. Position ids restart at every boundary.
+    A document may be a prefix tree (prefix_tree.py): `branches`, ascending, and position ids that continue the parent.
     """
 
     where: str
@@ -98,6 +120,7 @@ class Example:
     labels: Ints  # [T]
     boundaries: tuple[int, ...] = ()
     origins: tuple[str, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -106,10 +129,15 @@ class Example:
         """The index of the first token of each document."""
         return (0, *self.boundaries)
 
+    def segments(self) -> list[Branch]:
+        """Documents and branches in order: each segment sees itself, its parent, and what the parent sees."""
+        return sorted([*(Branch(start, -1) for start in self.document_starts()), *self.branches])
+
     def trained_tokens(self) -> int:
         """Number of tokens that bear loss. A document's first token is not predicted, so it is not counted."""
         targets = self.labels != IGNORED
-        return int(targets.sum()) - int(targets[list(self.document_starts())].sum() if len(self) else 0)
+        roots = [segment.start for segment in self.segments() if segment.parent < 0]
+        return int(targets.sum()) - int(targets[roots].sum() if len(self) else 0)
 
 
 def count_of(count: int, noun: str = "record") -> str:

@@ -72,12 +72,13 @@ def _sorted(keys: Iterable[str], known: tuple[str, ...]) -> dict[str, list[str]]
 
 
 _WARNINGS = {
+    "thoughts": "have thoughts ({names}) that the chat template does not write: the answers are trained without them. "
+    "Set data.thinking: in_content, which writes <think>...</think> where the template has no place for thoughts, or "
+    "name a template that writes them in model.chat_template",
     "masks": "have keys that look like a loss mask and are NOT read: {names}. They mask nothing. Loss keys "
     f"of a message: {', '.join(loss_keys.MESSAGE_KEYS)}; of a record: {loss_keys.RECORD_KEYS[0]}, a list",
     "content": "have content that is NOT read: {names}. Only text in the fields of the format is trained; "
     "data.train.columns renames fields",
-    "thoughts": "have thoughts ({names}) that the chat template does not write: the answers are trained without them. "
-    "Name a template that writes them in model.chat_template, or put them into `content` as <think>...</think>",
     "contents": "have messages of the role {names} whose content the chat template does not write: it is lost. Name a "
     "template that writes it in model.chat_template, or move the text into a user message",
     "trained_roles": "ask for loss on messages of the role {names}: only the assistant's bear loss. data.train_on: all "

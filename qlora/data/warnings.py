@@ -15,8 +15,8 @@ SAME_ANSWER = 0.5  # fraction of the records
 def data_set_warnings(examples: ExampleFilter, lengths: npt.NDArray[np.int64]) -> list[Finding]:
     """Warnings about the kept examples. lengths: tokens of each."""
     texts = [
-        *_answers(examples),
         *examples.unused.warnings(),
+        *_answers(examples),
         *_control_strings(examples),
         *_amount(examples),
         *_overlong(examples, lengths),
@@ -34,12 +34,9 @@ def _answers(examples: ExampleFilter) -> list[str]:
         text += "name a template in model.chat_template that ends an answer with a token"
         texts.append(examples.without_end_token.describe(text))
     if examples.with_untrained_answers.count:
-        text = f"with answers ({examples.untrained_answers} in all) that are not trained: "
-        texts.append(
-            examples.with_untrained_answers.describe(
-                text + "the template rewrites them in later turns. To train one, end a record with it"
-            )
-        )
+        text = f"with answers ({examples.untrained_answers} in all) that are not trained: their prompt is not the "
+        text += "beginning of their rendering, or they have none. Name another template in model.chat_template"
+        texts.append(examples.with_untrained_answers.describe(text))
     return texts
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES, DistributedDataP
 from torch import Tensor, nn
 
 from qlora.errors import QloraError
+from qlora.utils.devices import device_type
 from qlora.utils.redact import redacted, redacted_values
 
 
@@ -25,7 +26,7 @@ class Processes:
 
     def __init__(self, report_to: Sequence[str] = (), project_dir: Path | None = None) -> None:
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),  # else each of several processes without a GPU would have world size 1
+            cpu=device_type() == "cpu",  # else each of several processes without a GPU would have world size 1
             mixed_precision="no",
             log_with=list(report_to) or None,
             # The base is frozen and every rank computes its own buffers: no broadcast before a forward.

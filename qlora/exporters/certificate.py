@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.data.batching.collate import Batch, collate
+from qlora.data.prefix_tree import paths_of
 from qlora.data.types import IGNORED, Example
 from qlora.memory.planner.export_and_disk import CERTIFICATE_TOKENS, LOGITS_FRACTION
 from qlora.model.lm_head import Head
@@ -69,13 +70,17 @@ def compare(
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Agreement:
-    """Run both models on every example and compare their next-token distributions at each position."""
+    """Run both models on every example and compare their next-token distributions at each position.
+
+    Answers that share a prefix are compared one by one: the written model may not take trees.
+    """
     heads, sums, done = (Head(trained), Head(written)), _Sums(), 0
+    examples = [path for example in examples for path in paths_of(example)]
     for batch in _batches(examples):
         ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
-        is_token = (torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).to(device)
+        is_token = (torch.arange(ids.shape[1]) < torch.tensor(batch.layout.lengths)[:, None]).to(device)
         trained_states, written_states = (
-            head.hidden_states(ids, positions, batch.document_starts, batch.lengths)[is_token] for head in heads
+            head.hidden_states(ids, positions, batch.layout)[is_token] for head in heads
         )
         targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).to(device)[is_token]
         for chunk in torch.arange(len(targets), device=device).split(max(1, heads[0].chunk_rows() // LOGITS_FRACTION)):

@@ -19,7 +19,7 @@ from qlora.exporters.export_source import ExportOptions, ExportSource
 from qlora.exporters.portable import LowRankApproximation, summarize_approximation
 from qlora.exporters.server_support import as_text, servers
 from qlora.memory.weight_streaming import embed_on_host
-from qlora.model.dtypes import DTYPES, dtype_name
+from qlora.model.dtypes import DTYPES, dtype_name, stored_dtype
 from qlora.model.lazy_model import load_lazy_model
 from qlora.model.meta_model import read_config
 from qlora.model.safetensors_writer import PROGRESS
@@ -91,7 +91,7 @@ def build_source(run: LoadedRun) -> ExportSource:
         base.folder.path,
         build_quantizer(run.recipe.quant),
         base.manifest.quantized,
-        base.dtype,
+        stored_dtype(base.dtype),
         base.device,
         base.model,
         base.tokenizer if run.recipe.adapter.new_tokens else None,

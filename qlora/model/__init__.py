@@ -14,7 +14,8 @@ class Model(Section):
     )
     revision: str | None = setting(None, "commit, tag or branch on the hub; null: the latest", min_length=1)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "compute dtype; auto: bfloat16 for a 16-bit base where the device has it, else float32"
+        "auto",
+        "compute dtype; auto: bfloat16 for a 16-bit base, float16 with loss scaling where the GPU has no bfloat16",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = setting(
         "auto", "attention kernel; auto: SDPA within documents, eager where the model has no SDPA"

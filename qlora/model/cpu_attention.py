@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora.data.types import Branch
+from qlora.model.segment_masks import Visibility
+
 BLOCK = 128  # queries
 SCORES_BYTES = 4 * 2**20  # float32 scores computed at a time, over sequences and heads: they stay in a CPU's cache
 
@@ -31,19 +34,14 @@ class Block(NamedTuple):
 
 
 @lru_cache(maxsize=32)  # every layer of a micro-batch has the same documents
-def blocks_of(starts: tuple[int, ...], length: int, window: int | None) -> tuple[Block, ...]:
-    """The blocks of a sequence of `length` tokens whose documents start at `starts`."""
-    return tuple(_block(start, min(length, start + BLOCK), starts, window) for start in range(0, length, BLOCK))
+def blocks_of(segments: tuple[Branch, ...], length: int, window: int | None) -> tuple[Block, ...]:
+    """The blocks of a sequence of `length` tokens in `segments`: documents, and branches that continue a parent."""
+    visibility = Visibility(segments, length, window)
+    return tuple(_block(start, min(length, start + BLOCK), visibility) for start in range(0, length, BLOCK))
 
 
-def _block(start: int, end: int, starts: tuple[int, ...], window: int | None) -> Block:
-    queries, keys = torch.arange(start, end)[:, None], torch.arange(end)[None]
-    document_starts = torch.tensor(starts)
-    query_document = torch.searchsorted(document_starts, queries, right=True)
-    key_document = torch.searchsorted(document_starts, keys, right=True)
-    visible = (query_document == key_document) & (keys <= queries)
-    if window is not None:
-        visible &= keys > queries - window
+def _block(start: int, end: int, visibility: Visibility) -> Block:
+    visible = visibility.mask(start, end)
     first_key = int(visible.any(0).int().argmax())
     # Keys that every query of the block sees need no mask: one run from `first_key` on, or none.
     by_all = visible[:, first_key:].all(0)
@@ -54,15 +52,15 @@ def _block(start: int, end: int, starts: tuple[int, ...], window: int | None) ->
 
 @torch.library.custom_op("qlora::block_attention", mutates_args=(), device_types="cpu")
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, window: int | None, scale: float
 ) -> Tensor:
     """Query [B, H, T, D], key and value [B, G, T, D], H a multiple of G -> [B, T, H, D].
 
-    `cu_seqlens` [documents + 1]: document bounds in the concatenated sequences; None: every sequence is one document.
-    Saves query, key and value for backward.
+    `segments` int [R, 2]: start and parent of each segment in the concatenated sequences, parent -1 for a document;
+    None: every sequence is one document. Saves query, key and value for backward.
     """
     out = query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3])
-    for batch, groups, heads, blocks in _slices(query, key, cu_seqlens, window):
+    for batch, groups, heads, blocks in _slices(query, key, segments, window):
         inputs = query[batch, heads], key[batch, groups], value[batch, groups]
         _attend(*inputs, blocks, scale, out[batch, :, heads])
     return out
@@ -70,11 +68,11 @@ def block_attention(
 
 @torch.library.custom_op("qlora::block_attention_backward", mutates_args=(), device_types="cpu")
 def block_attention_backward(
-    grad: Tensor, inputs: Sequence[Tensor], cu_seqlens: Tensor | None, window: int | None, scale: float
+    grad: Tensor, inputs: Sequence[Tensor], segments: Tensor | None, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the inputs query, key and value, laid out as [B, T, heads, D], from `grad` of the output."""
     query_grad, key_grad, value_grad = (tensor.new_empty(tensor.transpose(1, 2).shape) for tensor in inputs)
-    for batch, groups, heads, blocks in _slices(inputs[0], inputs[1], cu_seqlens, window):
+    for batch, groups, heads, blocks in _slices(inputs[0], inputs[1], segments, window):
         sliced = [inputs[0][batch, heads], inputs[1][batch, groups], inputs[2][batch, groups]]
         grads = [query_grad[batch, :, heads], key_grad[batch, :, groups], value_grad[batch, :, groups]]
         _attend_backward(grad[batch, :, heads], sliced, blocks, scale, grads)
@@ -92,13 +90,13 @@ def _(_grad: Tensor, inputs: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, cu_seqlens, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, cu_seqlens)
+    query, key, value, segments, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, segments)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, cu_seqlens = ctx.saved_tensors
-    grads = block_attention_backward(grad, inputs, cu_seqlens, ctx.window, ctx.scale)
+    *inputs, segments = ctx.saved_tensors
+    grads = block_attention_backward(grad, inputs, segments, ctx.window, ctx.scale)
     return *(tensor.transpose(1, 2) for tensor in grads), None, None, None
 
 
@@ -106,13 +104,13 @@ block_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _slices(
-    query: Tensor, key: Tensor, cu_seqlens: Tensor | None, window: int | None
+    query: Tensor, key: Tensor, segments: Tensor | None, window: int | None
 ) -> Iterator[tuple[slice, slice, slice, tuple[Block, ...]]]:
     """Slices of sequences, key/value heads and query heads whose scores fit SCORES_BYTES, with their blocks."""
     (batch, heads, length, _), groups = query.shape, key.shape[1]
     heads_per_group = heads // groups
     max_groups = max(1, SCORES_BYTES // (4 * BLOCK * length * heads_per_group))
-    for sequences, blocks in _sequences_with_blocks(batch, length, cu_seqlens, window):
+    for sequences, blocks in _sequences_with_blocks(batch, length, segments, window):
         step = max(1, max_groups // groups)
         for first in range(sequences.start, sequences.stop, step):
             for group in range(0, groups, max_groups):
@@ -122,17 +120,18 @@ def _slices(
 
 
 def _sequences_with_blocks(
-    batch: int, length: int, cu_seqlens: Tensor | None, window: int | None
+    batch: int, length: int, segments: Tensor | None, window: int | None
 ) -> Iterator[tuple[slice, tuple[Block, ...]]]:
-    """All sequences together where their documents have the same bounds, else one by one; with their blocks."""
-    starts: list[tuple[int, ...]] = [(0,)] * batch
-    if cu_seqlens is not None:
-        positions = [divmod(int(bound), length) for bound in cu_seqlens[:-1]]
-        starts = [tuple(start for row, start in positions if row == index) for index in range(batch)]
-    if len(set(starts)) == 1:
-        yield slice(0, batch), blocks_of(starts[0], length, window)
+    """All sequences together where their segments are the same, else one by one; with their blocks."""
+    by_row: list[list[Branch]] = [[] if segments is not None else [Branch(0, -1)] for _ in range(batch)]
+    for start, parent in segments.tolist() if segments is not None else ():
+        row = start // length
+        by_row[row].append(Branch(start - row * length, parent - row * length if parent >= 0 else -1))
+    rows = [tuple(row_segments) for row_segments in by_row]
+    if len(set(rows)) == 1:
+        yield slice(0, batch), blocks_of(rows[0], length, window)
         return
-    yield from ((slice(row, row + 1), blocks_of(begins, length, window)) for row, begins in enumerate(starts))
+    yield from ((slice(row, row + 1), blocks_of(row_segments, length, window)) for row, row_segments in enumerate(rows))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float, out: Tensor) -> None:

@@ -15,27 +15,26 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes bfloat16 in hardware (NVIDIA: compute capability 8.0 on; CPUs always, if slowly)."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def choose_dtype(setting: str, checkpoint_dtype: torch.dtype | None, bfloat16: bool) -> torch.dtype:
-    """The compute dtype. `auto`: bfloat16 for a 16-bit checkpoint where the device has `bfloat16`, else float32.
+    """The compute dtype. `auto`: for a 16-bit checkpoint bfloat16 where the device has it, else float16; else float32.
 
-    `auto` never picks float16: its gradients overflow without loss scaling.
     BaseModelError for bfloat16 on a device without it.
     """
     if setting == "bfloat16" and not bfloat16:
         raise BaseModelError(
-            "model.dtype: this GPU has no bfloat16 (compute capability below 8.0). Allowed here: auto (float32 here), "
-            "float32, or float16 to evaluate, generate and export."
+            "model.dtype: this GPU has no bfloat16 (compute capability below 8.0). Allowed here: auto (float16 here), "
+            "float16 or float32."
         )
     if setting != "auto":
         return DTYPES[setting]
     if checkpoint_dtype in (torch.bfloat16, torch.float16):
-        return torch.bfloat16 if bfloat16 else torch.float32
+        return torch.bfloat16 if bfloat16 else torch.float16
     return torch.float32
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is not quantized, and of every tensor between products: float32 where these are float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def kept_in_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:

@@ -32,6 +32,12 @@ def linear_paths(model: nn.Module) -> list[str]:
     return [path for path in _decoder_linears(model) if path not in left_out]
 
 
+def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
+    """Path -> frozen matrix, in the model's order; a wrapped one has its wrapper's path."""
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, FrozenLinear))
+    return {path.removesuffix(".base"): module for path, module in layers}
+
+
 def layers_left_out(model: nn.Module) -> dict[str, str]:
     """Path -> reason, of the decoder's linear layers that can't be replaced: they stay in 16 bits and do not train."""
     readers: dict[str, str] = {}

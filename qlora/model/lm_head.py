@@ -5,14 +5,14 @@ logits = softcap * tanh(scale * (h W^T) / softcap)    h [..., I], W [V, I]; with
 Scale and cap are measured on the class's own forward (class_head.py); a class with any other head keeps that forward.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn, tanh
 
+from qlora.data.types import PLAIN_LAYOUT, Layout
 from qlora.distributed.unshard import unsharded
-from qlora.model.attention import document_kwargs
+from qlora.model.attention import DOCUMENT_ATTENTION, document_kwargs
 from qlora.model.class_head import (
     ClassLogits,
     HeadFormula,
@@ -27,7 +27,6 @@ from qlora.model.logits_chunk import LOGITS_CHUNK_BYTES
 from qlora.model.module_tree import decoder_of
 from qlora.model.rotary import DocumentRotary, lengths_from_starts
 
-DocumentStarts = tuple[tuple[int, ...], ...]
 CLASS_COPIES = 4  # of the logits that a class's own forward may hold at a time
 
 
@@ -56,11 +55,10 @@ class Head:
         is_trained = any(parameter.requires_grad for parameter in self.projection.parameters())
         return is_trained or self._class_logits is not None
 
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, starts: DocumentStarts = (), lengths: Sequence[int] = ()
-    ) -> Tensor:
-        """Last hidden states [B, T, I]. `starts` and `lengths`: of each sequence's documents, and without padding."""
-        options = self._document_kwargs(starts, input_ids)
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, layout: Layout = PLAIN_LAYOUT) -> Tensor:
+        """Last hidden states [B, T, I] of documents and prefix trees."""
+        starts, lengths, branches = layout
+        options = document_kwargs(self.decoder.config._attn_implementation, starts, input_ids, branches)
         arguments = {"position_ids": position_ids, "use_cache": False}
         taken = {name: value for name, value in arguments.items() if name in self._accepted}
         for rotary in self._rotary:
@@ -69,10 +67,6 @@ class Head:
         for rotary in self._rotary:
             rotary.token_lengths = None
         return output.last_hidden_state  # type: ignore[no-any-return]
-
-    def _document_kwargs(self, starts: DocumentStarts, input_ids: Tensor) -> dict[str, Any]:
-        """Keyword arguments with which the attention kernel keeps documents apart."""
-        return document_kwargs(self.decoder.config._attn_implementation, starts, input_ids)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., I]."""
@@ -126,6 +120,12 @@ class Head:
         budget_bytes = LOGITS_CHUNK_BYTES.get(self.weight.device.type, LOGITS_CHUNK_BYTES["cuda"])
         copies = 1 if self._class_logits is None else CLASS_COPIES
         return max(1, budget_bytes // (4 * self.vocab_size * copies))
+
+
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether a model trains prefix trees: by its attention kernel, and with frequencies that no length changes."""
+    kernel = getattr(model.config, "_attn_implementation", None)
+    return kernel == DOCUMENT_ATTENTION and not any(isinstance(module, DocumentRotary) for module in model.modules())
 
 
 def _formula(model: nn.Module, projection: nn.Module) -> HeadFormula | None:

@@ -12,9 +12,10 @@ from torch import nn
 from qlora.distributed.processes import Processes
 from qlora.model import Model
 from qlora.model.download import find_model
-from qlora.model.dtypes import choose_dtype, dtype_name, has_bfloat16
+from qlora.model.dtypes import choose_dtype, dtype_name, stored_dtype
 from qlora.model.fingerprint import BaseManifest
 from qlora.model.layer_sharder import LayerSharder
+from qlora.model.lean_attention import replace_attention
 from qlora.model.lean_modules import replace_with_lean
 from qlora.model.linear_layers import describe_left_out, layers_left_out
 from qlora.model.meta_model import build_meta_model, read_config, read_tokenizer, stop_ids, unties_head
@@ -24,6 +25,7 @@ from qlora.model.rotary import replace_length_dependent_rotary
 from qlora.model.weight_loader import LoadResult, LoadTarget, Report, WeightLoader
 from qlora.quant import Quantizer
 from qlora.quant.linear import FrozenLinear
+from qlora.utils.devices import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Base:
     config: Any
     folder: ModelFolder
     manifest: BaseManifest
-    dtype: torch.dtype
+    dtype: torch.dtype  # of products; float16: what is stored, and all between them, is float32
     device: torch.device
     stop_token_ids: tuple[int, ...]  # that end an answer
     notes: tuple[str, ...] = ()  # lines about the cache, an untied head, and layers that are left out
@@ -61,9 +63,9 @@ def load(
     dtype = choose_dtype(section.dtype, config.get_text_config().dtype or config.dtype, has_bfloat16(device))
     tokenizer = read_tokenizer(folder.path)
     together = processes if processes and processes.loads_together else None
-    target = LoadTarget(quantizer, dtype, device, on_host, together)
+    target = LoadTarget(quantizer, stored_dtype(dtype), device, on_host, together)
     model, result, notes = _load_weights(
-        folder.path, target, lambda: build_meta_model(config, dtype, section.attention, device), report
+        folder.path, target, lambda: build_meta_model(config, target.dtype, section.attention, device), report
     )
     quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
     manifest = BaseManifest(
@@ -90,7 +92,7 @@ def _load_weights(
     try:
         cached = cache.load(model, report)
         if cached:
-            return _finish(model, sharder), cached, ("read quantized from the cache of an earlier start",)
+            return _finish(model, target, sharder), cached, ("read quantized from the cache of an earlier start",)
     except DamagedEntry as error:
         notes.append(f"the cached base does not verify ({error}); reading the checkpoint")
         cache.remove()
@@ -98,12 +100,14 @@ def _load_weights(
         sharder = LayerSharder(model, target.processes, target.on_host) if target.processes else None
     result = WeightLoader(model, folder, target, sharder).run(report)
     note = cache.save(model, result)
-    return _finish(model, sharder), result, (*notes, *([note] if note else []))
+    return _finish(model, target, sharder), result, (*notes, *([note] if note else []))
 
 
-def _finish(model: nn.Module, sharder: LayerSharder | None) -> nn.Module:
+def _finish(model: nn.Module, target: LoadTarget, sharder: LayerSharder | None) -> nn.Module:
     """The loaded model with the modules that replace its class's own, and sharded outside its layers too."""
     replace_with_lean(model)
+    if target.device.type == "cuda":
+        replace_attention(model)
     replace_length_dependent_rotary(model)
     if sharder:
         sharder.shard_rest()

@@ -6,6 +6,7 @@ run this matmul a second time.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ class FrozenMatmul(torch.autograd.Function):
         """Compute y [..., O] of x [..., I]; keeps the layer for backward, no tensor."""
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.weight(x.dtype), bias)
+        if layer.product_dtype is None:
+            return F.linear(x, layer.weight(x.dtype), bias)
+        y = layer.product(x)
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
@@ -33,7 +37,7 @@ class FrozenMatmul(torch.autograd.Function):
         (grad,) = grads
         if not ctx.needs_input_grad[0]:
             return None, None
-        return grad @ ctx.layer.weight(grad.dtype, after=grad.detach()), None
+        return ctx.layer.input_gradient(grad), None
 
 
 class FrozenLinear(nn.Module):
@@ -45,6 +49,7 @@ class FrozenLinear(nn.Module):
     bias: nn.Parameter | None
     fetch: Callable[[], None] | None = None  # of a streamed or sharded layer: copies its tensors to the device
     compute_device: torch.device | None = None  # of a layer whose tensors may be stored on another device
+    product_dtype: torch.dtype | None = None  # of products with W; None: that of x. Input and output keep theirs
     is_used: bool = True  # whether a forward of text alone calls it; the start-up check finds out
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None = None) -> None:
@@ -65,6 +70,14 @@ class FrozenLinear(nn.Module):
         Backward passes its gradient as `after`: without it torch.compile merges both calls and keeps W in between.
         """
         raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """X W^T [..., O] of x [..., I], without the bias: factors in `product_dtype`, the result in x's dtype."""
+        return multiply(x, self.weight(self.product_dtype or x.dtype).t())
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of x [..., I] from that of the output [..., O], in the latter's dtype."""
+        return multiply(grad, self.weight(self.product_dtype or grad.dtype, after=grad.detach()))
 
     def stored(self) -> dict[str, nn.Parameter]:
         """The tensors that W is rebuilt from, by name, without the bias; fetched to the device first if need be."""
@@ -93,6 +106,42 @@ class FrozenLinear(nn.Module):
 
         super()._apply(keep_type, recurse)
         return self
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """X W [..., O] in x's dtype, of x [..., I] rounded to the dtype of W [I, O].
+
+    Tensor cores add products of float16 in float32. The sums are not rounded to float16 where the device can return
+    them: so they can't overflow, and a float32 x needs no cast of the result.
+    """
+    if weight.dtype == x.dtype:
+        return x @ weight
+    if x.device.type == "cpu":
+        return operand(x, weight.dtype) @ operand(weight, weight.dtype)
+    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+    if returns_float32(x.device):
+        return torch.mm(rows, weight, out_dtype=torch.float32).view(*x.shape[:-1], -1)
+    return (rows @ weight).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor of a product in `dtype`. On a CPU float16 values are held in float32, in which tensor cores add too.
+
+    A CPU without float16 units takes 7 to 25 times as long to multiply float16 tensors.
+    """
+    rounded = tensor.to(dtype)
+    return rounded.float() if dtype == torch.float16 and tensor.device.type == "cpu" else rounded
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def returns_float32(device: torch.device) -> bool:
+    """Whether a product of float16 matrices can be returned in float32 here, tried once with one above 65,504."""
+    large = torch.full((16, 16), 128.0, dtype=torch.float16, device=device)
+    try:
+        return float(torch.mm(large, large, out_dtype=torch.float32)[0, 0]) == 16 * 128.0**2
+    except Exception:  # a device, a driver or a version of torch without it
+        return False
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """Dequantization in one Triton kernel: W from codes, levels and double-quantized absmax, no absmax tensor in between.
 
 The arithmetic is that of bitsandbytes, each step rounded separately, so that both give the same bits.
-The only module that imports triton.
+Triton is imported here and by the kernels of qlora/model/kernels, one file for each kernel.
 """
 
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ from typing import Any
 from qlora.data.prepare import prepare
 from qlora.data.preview import preview
 from qlora.errors import BaseModelError, QloraError
+from qlora.model.lm_head import shares_prefixes
 from qlora.recipe.check_model import Structure, check_packing, check_targets, structure_of
 from qlora.recipe.dataset_profile import build_encoder, build_tokenizer
 from qlora.recipe.findings import findings_from_error
@@ -44,7 +45,8 @@ def _check_model(recipe: Recipe, result: dict[str, Any], structures: list[Struct
 def _check_data(recipe: Recipe, result: dict[str, Any], structures: list[Structure]) -> None:
     progress = ProgressReporter(lambda text: console().print(text, markup=False), "data")
     tokenizer = build_tokenizer(recipe)
-    prepared = prepare(recipe.data, build_encoder(recipe, tokenizer), recipe.train.seed, progress)
+    shares = all(shares_prefixes(structure.trial) for structure in structures)
+    prepared = prepare(recipe.data, build_encoder(recipe, tokenizer), recipe.train.seed, progress, shares)
     report = prepared.report
     result["problems"] += [asdict(finding) for finding in report.problems]
     result["warnings"] += [asdict(finding) for finding in report.warnings]

@@ -14,7 +14,7 @@ from qlora.adapters.target_modules import select
 from qlora.data.prepare import Prepared
 from qlora.errors import BaseModelError
 from qlora.model.download import find_config
-from qlora.model.dtypes import choose_dtype
+from qlora.model.dtypes import choose_dtype, stored_dtype
 from qlora.model.lean_modules import replace_with_lean
 from qlora.model.linear_layers import UNUSED, describe_left_out, layers_left_out, linear_paths
 from qlora.model.meta_model import build_meta_model, names_by_key, read_config
@@ -26,7 +26,7 @@ from qlora.recipe.recipe import Recipe
 from qlora.training.base_check import compare_base
 from qlora.training.base_trace import NUMBER
 from qlora.training.loss import TokenLoss
-from qlora.training.packing_probe import refuse_leaks
+from qlora.training.packing_probe import refuse_leaks, refuse_tree_leaks
 
 CPU = torch.device("cpu")
 LAYERS = 6  # of a longer model that run: the known hybrids have each kind of layer among them
@@ -52,7 +52,8 @@ def structure_of(recipe: Recipe) -> Structure:
     if any(folder.glob("*.safetensors")):  # a base on the hub need not be downloaded yet
         names_by_key(model, folder, SafetensorsReader(folder))
     rows, positions = int(model.get_input_embeddings().weight.shape[0]), position_limit(model)
-    dtype = choose_dtype(recipe.model.dtype, config.get_text_config().dtype or config.dtype, bfloat16=True)
+    stored = config.get_text_config().dtype or config.dtype
+    dtype = stored_dtype(choose_dtype(recipe.model.dtype, stored, bfloat16=True))
     in_float32 = model._keep_in_fp32_modules_strict and dtype != torch.float32  # which layers, depends on the dtype
     as_trained = build_meta_model(config, dtype, attention, CPU) if in_float32 else model
     paths, left_out = linear_paths(as_trained), layers_left_out(as_trained)
@@ -96,5 +97,7 @@ def check_targets(recipe: Recipe, structure: Structure) -> None:
 
 
 def check_packing(prepared: Prepared, structure: Structure) -> None:
-    """DataError if packed documents attend to each other in this class."""
-    refuse_leaks(TokenLoss(structure.trial), prepared.train, torch.float32, CPU)
+    """DataError if packed documents, or answers that share a prefix, attend to each other in this class."""
+    loss = TokenLoss(structure.trial)
+    refuse_leaks(loss, prepared.train, torch.float32, CPU)
+    refuse_tree_leaks(loss, prepared.train, torch.float32, CPU)

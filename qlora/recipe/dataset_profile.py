@@ -70,7 +70,7 @@ def build_encoder(recipe: Recipe, tokenizer: Any = None) -> Encoder:
         recipe.data.train_on,
         recipe.model.chat_template,
         recipe.data.control_strings,
-        TemplateOptions(recipe.data.template_args, recipe.data.empty_thinking == "mask"),
+        TemplateOptions(recipe.data.template_args, recipe.data.empty_thinking == "mask", recipe.data.thinking),
     )
 
 

@@ -4,6 +4,7 @@ The plan is for this machine, or for one that is described by sizes such as 24Gi
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,4 +49,4 @@ def requested_machine(gpu: str | None, gpus: int, ram: str | None) -> Machine:
     if gpu:
         return Machine.described(gpu, gpus, ram)
     local = Machine.local(gpus)
-    return local if not ram else Machine(local.gpu_bytes, gpus, size_bytes(ram))
+    return local if not ram else replace(local, gpus=gpus, host_bytes=size_bytes(ram), local_ranks=1)

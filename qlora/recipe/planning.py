@@ -38,15 +38,20 @@ class Machine:
     gpus: int = 1  # one rank each
     host_bytes: int | None = None
     local_ranks: int = 1  # ranks that share this host memory
+    bfloat16: bool = True  # whether the device has it, on which `model.dtype: auto` depends
 
     @classmethod
     def local(cls, ranks: int = 1) -> "Machine":
         """The machine of this process: the free memory of its first GPU, or its host memory."""
-        import torch  # planning for another machine needs no torch, and starts in a tenth of the time
+        # Planning for another machine needs no torch, and starts in a tenth of the time.
+        from qlora.utils.devices import has_bfloat16, memory_bytes, run_device
 
-        # Asking for the free memory creates the CUDA context, which the plan counts as a component of its own.
-        gpu_bytes = torch.cuda.mem_get_info()[0] + CONTEXT_BYTES if torch.cuda.is_available() else None
-        return cls(gpu_bytes, ranks, host_memory_bytes(), min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        device = run_device()
+        memory = memory_bytes(device)
+        # Asking for the free memory creates the GPU's context, which the plan counts as a component of its own.
+        gpu_bytes = None if memory is None else memory[0] + CONTEXT_BYTES
+        local_ranks = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return cls(gpu_bytes, ranks, host_memory_bytes(), local_ranks, has_bfloat16(device))
 
     @classmethod
     def described(cls, gpu: str, gpus: int = 1, ram: str | None = None) -> "Machine":
@@ -165,11 +170,13 @@ def user_choices(recipe: Recipe, layers: int) -> UserChoices:
 
 def workload_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
     """One rank's part of a run, as far as its memory goes."""
+    dtype = dtype_on(machine, recipe.model.dtype, shapes.dtype)
     return Workload(
         shapes=shapes,
         adapters=adapter_sizes(recipe.adapter, shapes),
         quantizer=build_quantizer(recipe.quant),
-        dtype_bytes=dtype_bytes(recipe.model.dtype, shapes.dtype),
+        dtype_bytes=dtype_bytes(dtype),
+        float16=dtype == "float16",
         optimizer=recipe.optim.kind,
         micro_batch=recipe.train.micro_batch,
         max_length=recipe.data.max_length,
@@ -205,7 +212,18 @@ def adapter_sizes(section: Adapter, shapes: Shapes) -> AdapterSizes:
     )
 
 
-def dtype_bytes(dtype: str, base_dtype: str | None) -> int:
-    """Bytes of the compute dtype: `auto` is the base model's own, 16 bit unless that is float32."""
-    name = base_dtype if dtype == "auto" else dtype
-    return 4 if name in (None, "float32") else 2
+def dtype_on(machine: Machine, dtype: str, base_dtype: str | None) -> str:
+    """The compute dtype: `auto` is float32 for a base in float32, else bfloat16 where the machine has it, else float16.
+
+    As `choose_dtype` of model/dtypes.py, without torch.
+    """
+    if dtype != "auto":
+        return dtype
+    if base_dtype in (None, "float32"):
+        return "float32"
+    return "bfloat16" if machine.bfloat16 else "float16"
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of a value between two products, and of one that is not quantized: float16 is for products alone."""
+    return 2 if dtype == "bfloat16" else 4

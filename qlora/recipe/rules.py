@@ -6,6 +6,7 @@ from typing import Any
 from qlora.adapters import Adapter
 from qlora.data import Data
 from qlora.memory import Memory
+from qlora.model import Model
 from qlora.quant import Quant
 from qlora.training import Optim, Train
 
@@ -72,8 +73,16 @@ def _compiled_is_resident(train: Train, memory: Memory) -> dict[str, str]:
     return {key: reason for key, value in settings.items() if train.compile and value is True}
 
 
+def _full_has_no_float16(model: Model, adapter: Adapter) -> dict[str, str]:
+    if adapter.kind != "full" or model.dtype != "float16":
+        return {}
+    message = "is for the products of frozen matrices, and adapter.kind full has none. Use auto, bfloat16 or float32."
+    return {"model.dtype": f"float16 {message}"}
+
+
 RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
     (("adapter", "quant"), _full_needs_dense),
+    (("model", "adapter"), _full_has_no_float16),
     (("adapter", "quant"), _loftq_needs_quantization),
     (("adapter", "optim"), _loraplus_needs_lora),
     (("adapter", "memory"), _full_is_resident),

@@ -1,4 +1,7 @@
-"""`qlora doctor`: versions, devices, memory and disk of this machine; problems with a remedy for each."""
+"""`qlora doctor`: versions, devices, memory and disk of this machine; problems with a remedy for each.
+
+Each device proves an NF4 round trip and training steps in its dtypes (device_proof.py).
+"""
 
 import os
 import platform
@@ -10,7 +13,17 @@ from typing import Any
 import torch
 
 from qlora._version import __version__
-from qlora.quant import Quant, build_quantizer
+from qlora.runs.device_proof import prove
+from qlora.utils.devices import (
+    VARIABLE,
+    available_gpus,
+    capability,
+    device_count,
+    device_name,
+    device_type,
+    has_bfloat16,
+    memory_bytes,
+)
 from qlora.utils.machine import GIB, gib, host_memory_bytes, package_versions
 
 SHOWN = ("python", "torch", "bitsandbytes", "accelerate", "transformers")
@@ -18,28 +31,33 @@ SHOWN = ("python", "torch", "bitsandbytes", "accelerate", "transformers")
 
 def examine_machine() -> dict[str, Any]:
     """The object of `doctor --json`: versions, devices, bitsandbytes backend, memory and disk in bytes, problems."""
-    versions = package_versions()
-    devices = _devices()
-    works, backend = _four_bit()
+    versions, devices = package_versions(), _devices()
+    four_bit = devices[0]["proofs"][0]
     disk = shutil.disk_usage(".")
     return {
         "qlora": __version__,
         **{name: versions[name] for name in SHOWN},
         "platform": platform.platform(),
         "devices": devices,
-        "four_bit": works,
-        "bitsandbytes_backend": backend,
+        "four_bit": four_bit["works"],
+        "bitsandbytes_backend": f"{devices[0]['type']}: {four_bit['result']}",
         "cpu_count": os.cpu_count(),
         "ram_bytes": host_memory_bytes(),
         "disk_free_bytes": disk.free,
-        "problems": [*_problems(devices, works, backend), *_disk_problem(disk.free)],
+        "problems": [*_problems(devices), *_disk_problem(disk.free)],
     }
+
+
+def computes(report: Mapping[str, Any]) -> bool:
+    """Whether every device computes what it should; if not, `qlora doctor` exits with code 1."""
+    return all(proof["works"] for device in report["devices"] for proof in device["proofs"])
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     """The report as text: what works, each problem with its remedy, and a block to paste into an issue."""
     works = [f"works    {_device_line(device)}" for device in report["devices"]]
-    works.append(f"works    bitsandbytes on {report['bitsandbytes_backend']}" if report["four_bit"] else "")
+    proofs = [(device, proof) for device in report["devices"] for proof in device["proofs"] if proof["works"]]
+    works += [f"works    {proof['name']} on {device['name']}: {proof['result']}" for device, proof in proofs]
     problems = [f"problem  {problem}" for problem in report["problems"]]
     versions = ", ".join(f"{name} {report[name]}" for name in ("qlora", *SHOWN))
     sizes = f"{report['cpu_count']} cores, {gib(report['ram_bytes'])} of host memory"
@@ -54,55 +72,50 @@ def _device_line(device: Mapping[str, Any]) -> str:
         return f"{device['name']}, {device['threads']} thread{'s' * (device['threads'] != 1)}"
     bf16 = "bfloat16" if device["bf16"] else "no bfloat16"
     free = f"{gib(device['free_bytes'])} of {gib(device['total_bytes'])} free"
-    return f"{device['name']}, compute capability {device['capability']}, {bf16}, {free}"
+    level = f"compute capability {device['capability']}, " if device["capability"] else ""
+    return f"{device['name']}, {level}{bf16}, {free}"
 
 
 def _devices() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return [{"name": "cpu", "bf16": True, "threads": torch.get_num_threads()}]
-    return [_gpu(index) for index in range(torch.cuda.device_count())]
+    """The devices of a run's type: every GPU, or the CPU."""
+    kind = device_type()
+    if kind == "cpu":
+        return [_device(torch.device(kind)) | {"threads": torch.get_num_threads()}]
+    return [_device(torch.device(kind, index)) for index in range(device_count(kind))]
 
 
-def _gpu(index: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
-    capability = (properties.major, properties.minor)
-    return {
-        "name": properties.name,
-        "capability": f"{capability[0]}.{capability[1]}",
-        "bf16": capability >= (8, 0),
-        "total_bytes": total,
-        "free_bytes": free,
-    }
+def _device(device: torch.device) -> dict[str, Any]:
+    proofs = [proof.as_json() for proof in prove(device)]
+    content = {"type": device.type, "name": device_name(device), "bf16": has_bfloat16(device), "proofs": proofs}
+    memory, level = memory_bytes(device), capability(device)
+    if memory is None:
+        return content
+    version = ".".join(map(str, level)) if level else None
+    return content | {"capability": version, "free_bytes": memory[0], "total_bytes": memory[1]}
 
 
-def _four_bit() -> tuple[bool, str]:
-    """Whether a matrix can be quantized to 4 bits and back on this machine, and on which backend."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        quantizer = build_quantizer(Quant())
-        weight = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
-        error = (quantizer.quantize(weight).weight(torch.float32) - weight).abs().max().item()
-    except (RuntimeError, ImportError, OSError, NotImplementedError) as problem:
-        return False, f"{device}: {problem}"
-    return error < 0.2, f"{device}: NF4 round trip off by at most {error:.3f}"
-
-
-def _problems(devices: list[dict[str, Any]], works: bool, backend: str) -> list[str]:
-    problems = []
-    if not torch.cuda.is_available():
+def _problems(devices: list[dict[str, Any]]) -> list[str]:
+    problems, kind = [], devices[0]["type"]
+    if kind == "cpu":
+        others = [gpu for gpu in available_gpus() if gpu != kind]
+        hint = f"; {others[0]} is prepared, and was never run: {VARIABLE}={others[0]} takes it" if others else ""
         problems.append(
-            "no NVIDIA GPU is visible: training runs on the CPU, which is slow; use it for trials and tests"
+            f"no NVIDIA or AMD GPU is used: training runs on the CPU, which is slow; use it for trials and tests{hint}"
         )
-    if not works:
-        problems.append(f"bitsandbytes can't quantize here ({backend}): reinstall it for this version of CUDA")
-    if torch.cuda.is_available() and not _pages():
+    for device in devices:
+        failed = [f"{proof['name']}: {proof['result']}" for proof in device["proofs"] if not proof["works"]]
+        if failed:
+            problems.append(
+                f"{device['name']} does not compute what it should ({'; '.join(failed)}): do not train on it; update "
+                "its driver, and reinstall torch and bitsandbytes for it"
+            )
+    if kind == "cuda" and not _pages():
         problems.append(
             "the driver has no managed memory paging: paged optimizers stay on the GPU; use optim.kind=offloaded_adamw"
         )
     old = [device["name"] for device in devices if not device["bf16"]]
     if old:
-        problems.append(f"{', '.join(old)}: no bfloat16; the model computes in float32")
+        problems.append(f"{', '.join(old)}: no bfloat16; a 16-bit base computes in float16, with loss scaling")
     return problems
 
 

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qlora.adapters.switch import disable_adapters
-from qlora.data.types import TEXT, Example, Message
+from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import InputError
 from qlora.model.generate_tokens import generate
 from qlora.runs.artifacts import NO_ADAPTER
 from qlora.runs.eval_tasks import require_task
+from qlora.runs.general_text import general_examples
 from qlora.runs.load_run import LoadedRun, held_out_examples
 from qlora.runs.memory_setup import Log
 from qlora.training.eval_loss import evaluate
@@ -19,8 +19,6 @@ from qlora.training.exact_match import exact_match, question, text_of
 from qlora.training.loss import TokenLoss
 from qlora.training.multiple_choice import MultipleChoice, choice_accuracy, choice_of
 from qlora.utils.progress import ProgressReporter
-
-GENERAL = Path(__file__).parent / "general.txt"  # a model should not forget it, whatever it is trained on
 
 
 def evaluate_run(
@@ -39,7 +37,7 @@ def evaluate_run(
     choices = [choice_of(example, run.base.tokenizer) for example in examples] if task == "choice" else []
     result = {"task": task, **_evaluate(run, examples, task, choices, log)}
     if beside_base:
-        text = _general_examples(run)
+        text = general_examples(run.encoder)
         tuned = _evaluate(run, text, "loss", [], log)
         with disable_adapters(run.base.model):
             result["base"] = _evaluate(run, examples, task, choices, log)
@@ -67,13 +65,6 @@ def _evaluate(
         "rows": evaluation.rows,
         "tokens": evaluation.tokens,
     }
-
-
-def _general_examples(run: LoadedRun) -> list[Example]:
-    """The general text as plain text, one example per paragraph; every token bears loss."""
-    paragraphs = GENERAL.read_text(encoding="utf-8").strip().split("\n\n")
-    encode = run.encoder.encode
-    return [encode(f"general text:{number}", [Message(TEXT, text)]) for number, text in enumerate(paragraphs, 1)]
 
 
 def exact_match_rate(run: LoadedRun, examples: Sequence[Example]) -> float:

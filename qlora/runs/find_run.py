@@ -34,10 +34,11 @@ ALLOWED = "a run's folder, a checkpoint, an adapter folder, or a model (its fold
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a path names: the recipe it was trained with, or a model's default one; and the adapter's folder."""
+    """What a path names: the recipe it was trained with, or a model's default one; the folders of adapter and run."""
 
     recipe: Recipe
     adapter: Path | None
+    run: Path | None = None  # the folder with the run's manifest
 
 
 def find_run(name: str, adapter: str | None = None, log: Log = lambda line: None) -> RunFiles:
@@ -47,7 +48,7 @@ def find_run(name: str, adapter: str | None = None, log: Log = lambda line: None
     """
     files = _find(Path(name), name, log)
     folder = Path(adapter).expanduser() if adapter else files.adapter
-    return RunFiles(files.recipe, require_adapter_folder(folder) if folder else None)
+    return RunFiles(files.recipe, require_adapter_folder(folder) if folder else None, files.run)
 
 
 def find_adapter(name: str, log: Log = lambda line: None) -> tuple[Path, Recipe | None]:
@@ -132,7 +133,7 @@ def _trained(run: Path, weights: Path, log: Log) -> RunFiles:
 
     read_recipe(run / RECIPE, (), check)
     (recipe,) = located
-    return RunFiles(recipe, None if recipe.adapter.kind == "full" else weights)
+    return RunFiles(recipe, None if recipe.adapter.kind == "full" else weights, run)
 
 
 def _recipe_of_adapter(folder: Path, log: Log) -> Recipe:

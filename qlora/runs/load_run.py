@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from qlora.adapters import peft_files
 from qlora.adapters.attach import attach, build_layers
 from qlora.adapters.switch import AdapterSwitch
@@ -16,14 +18,20 @@ from qlora.data.prepare import prepare
 from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import AdapterError, InputError
+from qlora.model.float16_products import multiply_in_float16
+from qlora.model.lm_head import shares_prefixes
 from qlora.model.load_base import Base
 from qlora.recipe.dataset_profile import build_encoder
 from qlora.recipe.recipe import Recipe, from_mapping
 from qlora.runs.artifacts import MANIFEST, RECIPE, read_manifest
 from qlora.runs.find_run import RunFiles, find_adapter, find_run, require_examples
 from qlora.runs.foreign_adapter import fit_to, with_own_tokenizer
+from qlora.runs.general_text import general_examples
 from qlora.runs.memory_setup import Log, load_base, plan_if_known
+from qlora.runs.trained_template import with_trained_template
 from qlora.training.checkpoint_folder import POSITION, WEIGHT_FILES, find_damage
+from qlora.training.loss import TokenLoss
+from qlora.training.overflow_map import choose_products
 from qlora.utils.atomic_files import is_bare_name, sha256_of
 
 DAMAGED = "Use an intact copy of the folder, or another checkpoint of the run."
@@ -55,14 +63,15 @@ def load_run(run: str | RunFiles, adapter: str | None = None, log: Log = lambda 
         refuse_damaged(Path(recipe.model.name), log)
     file = read_verified_adapter(files.adapter, log) if files.adapter else None
     base = load_base(recipe, Single().device, plan_if_known(recipe), log)
+    recipe = with_trained_template(recipe, base, files.run, log)
     if file is None:
-        return _stopping_at_end_token(LoadedRun(recipe, base, None))
+        return _ready(LoadedRun(recipe, base, None), log)
     file = fit_to(base, file, log)
     note = attach(base.model, file, base.manifest.sha256)
     if note:
         log(note)
     tokenized = with_own_tokenizer(base, file.folder, log)
-    return _stopping_at_end_token(LoadedRun(recipe, tokenized or base, file, file.folder if tokenized else None))
+    return _ready(LoadedRun(recipe, tokenized or base, file, file.folder if tokenized else None), log)
 
 
 def load_with_adapters(
@@ -72,9 +81,10 @@ def load_with_adapters(
 
     InputError and AdapterError as `load_run`. All adapter files are read before the base model.
     """
-    recipe = (find_run(run, None, log) if isinstance(run, str) else run).recipe
+    run_files = find_run(run, None, log) if isinstance(run, str) else run
     files = {adapter: read_verified_adapter(Path(folder), log) for adapter, folder in adapters.items()}
-    base = load_base(recipe, Single().device, plan_if_known(recipe), log)
+    base = load_base(run_files.recipe, Single().device, plan_if_known(run_files.recipe), log)
+    recipe = with_trained_template(run_files.recipe, base, run_files.run, log)
     files = {adapter: fit_to(base, file, log) for adapter, file in files.items()}
     switch = AdapterSwitch(base.model)
     for adapter, file in files.items():
@@ -85,14 +95,27 @@ def load_with_adapters(
         if note:
             log(note)
     switch.activate(next(iter(files), None))
-    return _stopping_at_end_token(LoadedRun(recipe, base, next(iter(files.values()), None))), switch
+    return _ready(LoadedRun(recipe, base, next(iter(files.values()), None)), log), switch
 
 
-def _stopping_at_end_token(run: LoadedRun) -> LoadedRun:
-    """The run, whose answers stop at the token that closes an answer in its chat template, as in training."""
+def _ready(run: LoadedRun, log: Log) -> LoadedRun:
+    """The run, which multiplies as in training, and whose answers stop at the token that closes an answer there."""
+    if run.base.dtype == torch.float16:
+        paths = _paths_in_float32(run.adapter.folder) if run.adapter else None
+        if paths is None:
+            log(str(choose_products(TokenLoss(run.base.model), general_examples(run.encoder), Single())))
+        else:
+            multiply_in_float16(run.base.model, paths)
     end = run.encoder.end_token_id
     stops = {*run.base.stop_token_ids, *([] if end is None else [end])}
     return replace(run, base=replace(run.base, stop_token_ids=tuple(sorted(stops))))
+
+
+def _paths_in_float32(folder: Path) -> set[str] | None:
+    """The matrices that a run in float16 computed in float32; None if its folder does not say so."""
+    overflow_map = (read_manifest(folder) or {}).get("float16")
+    paths = overflow_map.get("in_float32") if isinstance(overflow_map, dict) else None
+    return set(paths) if isinstance(paths, dict) else None
 
 
 def read_adapter(name: str, log: Log = lambda line: None) -> tuple[peft_files.AdapterFile, Recipe | None]:
@@ -152,10 +175,10 @@ def _manifest_digests(folder: Path) -> dict[str, str]:
 def held_out_examples(run: LoadedRun, data: str | None) -> Sequence[Example]:
     """The examples of `data` (a file, folder or hub name), else the run's held-out ones."""
     require_examples(run.recipe, data)
-    section, seed = run.recipe.data, run.recipe.train.seed
+    section, seed, shares = run.recipe.data, run.recipe.train.seed, shares_prefixes(run.base.model)
     if data:
         settings = {"train": data, "eval_fraction": 0.0, "packing": False, "max_length": section.max_length}
         section = from_mapping({"model": run.recipe.model.name, "data": settings}, "--data")[0].data
-        return prepare(section, run.encoder, seed).train
-    prepared = prepare(section, run.encoder, seed)
+        return prepare(section, run.encoder, seed, shares_prefixes=shares).train
+    prepared = prepare(section, run.encoder, seed, shares_prefixes=shares)
     return prepared.eval or prepared.train

@@ -12,6 +12,7 @@ from qlora.errors import BaseModelError, InputError
 from qlora.memory.planner.memory_plan import Plan, plan_summary
 from qlora.recipe.planning import Machine, Planner, better_strategy, disk_shortage, needs_unsharded_base, require_fit
 from qlora.recipe.recipe import Recipe
+from qlora.utils.devices import device_count, device_type
 from qlora.utils.machine import GIB
 
 
@@ -128,7 +129,7 @@ def _notes(plan: Plan, micro_batches: tuple[int, ...]) -> list[str]:
 
 def unused_gpus(ranks: int, gpus: int | None = None) -> tuple[str, ...]:
     """The command that uses all GPUs, where one process runs on a machine with several; `gpus`: None counts them."""
-    gpus = torch.cuda.device_count() if gpus is None else gpus
+    gpus = device_count(device_type()) if gpus is None else gpus
     if ranks > 1 or gpus < 2:
         return ()
     return (f"one of {gpus} GPUs is used; for all: accelerate launch --num_processes {gpus} -m qlora train RECIPE",)

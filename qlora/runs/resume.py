@@ -6,7 +6,6 @@ from typing import Any
 
 from qlora.errors import InputError, QloraError
 from qlora.model.frozen_digest import frozen_sha256
-from qlora.recipe.recipe import dump
 from qlora.runs.artifacts import RECIPE
 from qlora.runs.write_artifacts import RunSetup, restore_trained
 from qlora.training.checkpoint import (
@@ -46,7 +45,7 @@ def resume(setup: RunSetup, job: Job) -> Position:
             job.log.print(f"resumed from {saved.folder} at step {position.step} of {job.total_steps}")
     if setup.processes.writes:
         job.log.truncate(position.step, position.evaluated_step == position.step)
-        write_text(output / RECIPE, dump(setup.recipe))
+        write_text(output / RECIPE, setup.recipe_text)
     setup.processes.barrier()
     return position
 
@@ -90,7 +89,7 @@ def unchangeable_settings(setup: RunSetup, steps: int) -> dict[str, Any]:
             settings["micro-batches of the processes"] = list(micro_batches)
     settings["model.dtype"] = setup.base.manifest.dtype
     settings["base sha256"], settings["data sha256"] = setup.base.manifest.sha256, setup.data.report.sha256
-    settings["tokenizer and template sha256"] = setup.encoder_sha256
+    settings["tokenizer and template sha256"] = setup.encoder.sha256
     return dict(redacted_values(settings))  # as they are in the checkpoint's file
 
 

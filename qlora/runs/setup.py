@@ -22,6 +22,7 @@ from qlora.distributed.processes import Processes
 from qlora.errors import InputError
 from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.planner.optimizer_state import UNPAGED_VALUES, moment_bytes, moments_leave_device
+from qlora.model.lm_head import shares_prefixes
 from qlora.model.load_base import Base
 from qlora.model.original_weights import iter_weights
 from qlora.model.rotary import describe_lengths
@@ -33,6 +34,7 @@ from qlora.recipe.recommendations import recommend_settings
 from qlora.runs.memory_setup import MemoryFallback, arrange_unplanned, load_base
 from qlora.runs.resources import Resources
 from qlora.runs.resume import unchangeable_settings
+from qlora.runs.trained_template import TrainedEncoder
 from qlora.runs.write_artifacts import RunSetup, write_running_report, write_trained
 from qlora.training import OPTIMIZERS
 from qlora.training.checkpoint import Checkpoints, Position
@@ -42,13 +44,14 @@ from qlora.training.job import Job
 from qlora.training.loss import TokenLoss
 from qlora.training.oom_recovery import OomRecovery, StepDown
 from qlora.training.optimizers import parameter_groups
-from qlora.training.packing_probe import refuse_leaks
+from qlora.training.overflow_map import choose_products
+from qlora.training.packing_probe import refuse_leaks, refuse_tree_leaks
 from qlora.training.run_log import Log
 from qlora.training.schedule import count_steps
 from qlora.training.signals import StopSignal
 from qlora.utils.progress import ProgressReporter
 
-EncodedData = tuple[Prepared, str]  # and the sha256 of tokenizer and template, which decide the tokens of a record
+EncodedData = tuple[Prepared, TrainedEncoder]
 ReadData = Callable[[Recipe, Processes, Base, Log], EncodedData]
 
 WARNINGS_SHOWN = 5  # findings printed before a run; `qlora check` prints all
@@ -63,10 +66,13 @@ def set_up(recipe: Recipe, resources: Resources, log: Log) -> RunSetup:
 def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Base:
     """The base model, placed as planned. InputError if it can't be trained on in its dtype."""
     base = load_base(recipe, processes.device, plan, log.print, processes)
-    if base.dtype == torch.float16:
+    if base.dtype == torch.float16 and recipe.adapter.kind == "full":
         raise InputError(
-            "model.dtype: float16 gradients need loss scaling, which is not built. Use bfloat16 or float32."
+            "model.dtype: float16 is for the products of frozen matrices, and adapter.kind: full has none. Use "
+            "float32, or a GPU with bfloat16."
         )
+    if base.dtype == torch.float16 and recipe.model.dtype == "auto":
+        log.print("model.dtype auto: float16, since this GPU has no bfloat16 (compute capability below 8.0)")
     return base
 
 
@@ -75,7 +81,7 @@ def read_data(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Enc
     encoder = build_encoder(recipe, base.tokenizer)
     # The first rank to arrive prepares for all, so every rank may print progress.
     progress = ProgressReporter(log.print if processes.is_main else log.print_always, "data")
-    data = prepare(recipe.data, encoder, recipe.train.seed, progress)
+    data = prepare(recipe.data, encoder, recipe.train.seed, progress, shares_prefixes(base.model))
     log_report(data.report, log)
     data.report.raise_for_problems()
     refuse_ids_without_row(data, base.tokenizer, len(base.model.get_input_embeddings().weight))  # type: ignore[operator]
@@ -83,7 +89,7 @@ def read_data(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Enc
     note = describe_lengths(base.model, recipe.data.max_length)
     if note:
         log.print(note)
-    return data, encoder.sha256
+    return data, TrainedEncoder.of(encoder)
 
 
 def add_adapters_and_data(
@@ -97,11 +103,15 @@ def add_adapters_and_data(
     init_result = initialize(base.model, init, partial(iter_weights, base.folder.path), recipe.train.seed)
     if init_result:
         log.print(f"adapter.init {init}: {init_result}")
-    data, encoder_sha256 = read(recipe, resources.processes, base, log)
+    data, encoder = read(recipe, resources.processes, base, log)
     steps = count_steps(recipe.train, len(data.train))
     for key, message in recommend_settings(recipe, data.report, steps, injection.trainable_parameters):
         log.print(f"{key}: {message}")
-    return RunSetup(recipe, resources, base, adapter, injection, data, encoder_sha256, init_result)
+    overflow_map = None
+    if base.dtype == torch.float16:
+        overflow_map = choose_products(TokenLoss(base.model), data.train, resources.processes)
+        log.print(str(overflow_map))
+    return RunSetup(recipe, resources, base, adapter, injection, data, encoder, init_result, overflow_map)
 
 
 def log_report(report: DataReport, log: Log) -> None:
@@ -166,6 +176,9 @@ def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown |
         log.print(
             f"packing: documents see only themselves (logits differ by {isolation_error:.1e} standard deviations)"
         )
+    tree_error = refuse_tree_leaks(loss, setup.data.train, setup.base.dtype, processes.device)
+    if tree_error is not None:
+        log.print(f"prefix trees: each answer sees its own context (logits differ by {tree_error:.1e})")
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     steps = count_steps(recipe.train, len(setup.data.train))
     log.redraw_report = partial(write_running_report, setup, steps)
@@ -185,6 +198,7 @@ def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown |
         checkpoints=_checkpoints(setup, steps),
         stop_signal=stop,
         oom_recovery=OomRecovery(trainable.values(), step_down, log.print),
+        scales_loss=setup.base.dtype == torch.float16,
     )
 
 

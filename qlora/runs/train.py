@@ -71,7 +71,7 @@ def _run(recipe: Recipe, resources: Resources, log: Log, stop: StopSignal, start
     position = resume(setup, job)
     base_sha256 = frozen_sha256(setup.base.model)  # after resume: a checkpoint brings its own frozen A0 and B0
     with live_display({log: job.total_steps}, lambda: stop.received):
-        if processes.device.type == "cuda":  # a CPU does not raise when it runs out of memory
+        if processes.device.type != "cpu":  # a CPU does not raise when it runs out of memory
             probe_memory(job, moments_due_bytes(setup, position))
         position = fit(job, position)
     with kept_as_suspect(setup, position, log):
@@ -112,5 +112,5 @@ def spent_joules(processes: Processes, before: float | None) -> float | None:
     """The energy that all GPUs have used since `before`; None where one does not report it."""
     now = energy_joules(processes.device)
     spent = math.nan if before is None or now is None else now - before
-    total = float(processes.sum(torch.tensor(spent, dtype=torch.float64, device=processes.device)))
+    total = float(processes.sum_counts(torch.tensor(spent, dtype=torch.float64)))
     return round(total, 1) if math.isfinite(total) else None

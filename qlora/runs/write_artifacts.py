@@ -5,7 +5,8 @@ run.json is written last of the files that describe the adapter: a folder with o
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from qlora.runs.report.model_card import model_card
 from qlora.runs.report.page import report_page
 from qlora.runs.report.run_data import RunData
 from qlora.runs.resources import Resources
+from qlora.runs.trained_template import SECTION, TrainedEncoder
 from qlora.training.checkpoint import Position, restore_adapter
 from qlora.training.exact_match import question, text_of
+from qlora.training.overflow_map import OverflowMap
 from qlora.training.run_log import Log, read_metrics
 from qlora.utils.atomic_files import sha256_manifest, write_json, write_text
 from qlora.utils.atomic_folders import remove
@@ -56,13 +59,19 @@ class RunSetup:
     adapter: Lora | Full
     injection: Injection
     data: Prepared
-    encoder_sha256: str = ""  # of tokenizer and template, which decide the tokens of a record
+    encoder: TrainedEncoder = field(default_factory=TrainedEncoder)
     init_result: InitResult | None = None  # what the adapters' initialization did to the quantization error
+    overflow_map: OverflowMap | None = None  # of float16: which matrices compute in float32
 
     @property
     def processes(self) -> Processes:
         """The ranks of the run."""
         return self.resources.processes
+
+    @cached_property
+    def recipe_text(self) -> str:
+        """The recipe as YAML, with every default."""
+        return dump(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,9 @@ def write_artifacts(
     output = Path(setup.recipe.train.output)
     extended_tokenizer = setup.base.tokenizer if setup.recipe.adapter.new_tokens else None
     tokenizer_names = write_tokenizer(output, setup.base.folder.path, extended_tokenizer)
-    recipe_text = dump(setup.recipe)
-    names = {peft_files.WEIGHTS, peft_files.CONFIG, RECIPE, *tokenizer_names}
-    write_text(output / RECIPE, recipe_text)
+    template_names = setup.encoder.write(output)
+    names = {peft_files.WEIGHTS, peft_files.CONFIG, RECIPE, *tokenizer_names, *template_names}
+    write_text(output / RECIPE, setup.recipe_text)
     if isinstance(setup.adapter, Full):
         names |= {model_folder.CONFIG, *(file.name for file in model_folder.model_files(output))}
     files = {name: digest for name, digest in sha256_manifest(output).items() if name in names}
@@ -101,8 +110,8 @@ def write_artifacts(
     manifest = run_manifest(content, setup.processes.device, setup.processes.world_size)
     write_json(output / MANIFEST, manifest)
     remove(output / SUSPECT)  # of an earlier attempt that failed
-    write_text(output / MODEL_CARD, model_card(manifest, recipe_text))
-    _write_report(output, manifest, recipe_text)
+    write_text(output / MODEL_CARD, model_card(manifest, setup.recipe_text))
+    _write_report(output, manifest, setup.recipe_text)
     return manifest
 
 
@@ -111,7 +120,7 @@ def write_running_report(setup: RunSetup, steps: int) -> None:
     content = describe(setup, Position()) | {"result": {}, "running": {"steps": steps}}
     manifest = run_manifest(content, setup.processes.device, setup.processes.world_size)
     with suppress(QloraError):
-        _write_report(Path(setup.recipe.train.output), manifest, dump(setup.recipe))
+        _write_report(Path(setup.recipe.train.output), manifest, setup.recipe_text)
 
 
 def _write_report(output: Path, manifest: Mapping[str, Any], recipe_text: str) -> None:
@@ -187,7 +196,8 @@ def restore_trained(setup: RunSetup, folder: Path) -> None:
 def describe(setup: RunSetup, position: Position) -> dict[str, Any]:
     """The sections of run.json that come from the run: base, adapter, data, result, memory."""
     report, injection = setup.data.report, setup.injection
-    return {
+    overflow_map = {} if setup.overflow_map is None else {"float16": asdict(setup.overflow_map)}
+    return overflow_map | {
         "base": setup.base.manifest.as_json(),
         "adapter": {
             "kind": setup.recipe.adapter.kind,
@@ -200,6 +210,7 @@ def describe(setup: RunSetup, position: Position) -> dict[str, Any]:
             "whole": list(injection.trained_modules),
         },
         "data": report.counts(),
+        SECTION: setup.encoder.as_json(),
         "result": result_of(setup, position),
         "memory": {
             "planned_bytes": setup.resources.plan.peak_bytes if setup.resources.plan else None,
@@ -220,4 +231,6 @@ def result_of(setup: RunSetup, position: Position) -> dict[str, Any]:
         "best_eval_loss": position.best_loss,
         "best_step": position.best_step,
         "skipped_steps": position.skipped_steps,
+        "overflow_steps": position.overflow_steps,
+        "loss_scale": position.loss_scale if setup.overflow_map else None,
     }

@@ -14,10 +14,14 @@ from qlora.training.schedule import learning_rate_factor, rates_sha256
 
 def advance(position: Position, result: StepResult) -> Position:
     """The position after one more step."""
+    scale = result.next_scale or position.scale
     return replace(
         position,
         step=position.step + 1,
         skipped_steps=position.skipped_steps + (not result.trained_tokens),
+        overflow_steps=position.overflow_steps + result.is_overflow,
+        loss_scale=scale.value,
+        finite_steps=scale.finite_steps,
         open_loss=position.open_loss + result.loss,
         open_trained_tokens=position.open_trained_tokens + result.trained_tokens,
     )
@@ -37,6 +41,8 @@ def log_steps(job: Job, position: Position, window: Sequence[StepResult]) -> Pos
         "tokens_per_second": sum(step.tokens for step in window) / max(1e-9, sum(step.seconds for step in window)),
         "peak_bytes": peak_bytes(job.processes.device),
     }
+    if job.scales_loss:
+        line |= {"loss_scale": position.loss_scale, "skipped_steps": position.skipped_steps}
     if job.processes.is_main:
         job.log.log_step(line)
     return replace(position, loss=loss, open_loss=0.0, open_trained_tokens=0)

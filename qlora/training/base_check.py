@@ -29,13 +29,9 @@ from qlora.utils.out_of_memory import is_out_of_memory
 
 # Root mean square of the difference, in terms of a layer's update or of the spread of the logits. A wrong scale, mask
 # or cap changes these by several percent; another kernel in 16 bits by about one.
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
-UNFORCED_LIMITS = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.2,
-    torch.float16: 0.05,
-}  # of logits, where no layer is compared
-EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # rounding of a layer's output
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+UNFORCED_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # of logits, where no layer is compared
+EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # rounding of a layer's output
 
 
 def check_base(model: Any, log: Callable[[str], None]) -> None:

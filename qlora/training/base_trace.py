@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.data.types import Layout
 from qlora.memory.activation_recompute import decoder_layers
 from qlora.model.class_head import accepted
 from qlora.model.lm_head import Head
@@ -17,6 +18,7 @@ from qlora.quant.linear import FrozenLinear
 from qlora.training.loss import TokenLoss
 
 SEQUENCES, TOKENS = 2, 12
+LAYOUT = Layout(((0,),) * SEQUENCES, (TOKENS,) * SEQUENCES)
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
 COMMON = 8  # first tokens that all sequences share
 
@@ -47,11 +49,11 @@ def trace_loaded(model: Any) -> Trace:
     frozen = {id(module): path for path, module in model.named_modules() if isinstance(module, FrozenLinear)}
     layers = [module for module in model.modules() if id(module) in frozen]
     with (
-        _hooks(layers, lambda layer, _, __: trace.called.add(frozen[id(layer)])),
-        _hooks(decoder_layers(model), record),
-        _hooks([embedding], lambda _, __, out: _needing_gradient(out)),
+        hooks(layers, lambda layer, _, __: trace.called.add(frozen[id(layer)])),
+        hooks(decoder_layers(model), record),
+        hooks([embedding], lambda _, __, out: _needing_gradient(out)),
     ):
-        hidden = head.hidden_states(ids, positions, ((0,),) * SEQUENCES, (TOKENS,) * SEQUENCES).detach()
+        hidden = head.hidden_states(ids, positions, LAYOUT).detach()
     with torch.no_grad():
         trace.logits = head(hidden)
         trace.loss = float(loss.of_hidden_states(hidden, ids)) / (SEQUENCES * (TOKENS - 1))
@@ -78,7 +80,7 @@ def run_in_training_mode(model: Any) -> None:
     with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         model.train()
         try:
-            head.hidden_states(ids, positions, ((0,),) * SEQUENCES, (TOKENS,) * SEQUENCES)
+            head.hidden_states(ids, positions, LAYOUT)
         finally:
             model.eval()
 
@@ -97,7 +99,7 @@ def trace_reference(reference: Any, loaded: Trace) -> Trace:
             return output
         return _with_hidden(output, forced.to(hidden.device))
 
-    with _hooks(decoder_layers(reference), compare):
+    with hooks(decoder_layers(reference), compare):
         output = reference(**accepted(type(reference).forward, input_ids=ids, use_cache=False))
     trace.logits = output.logits.float()
     trace.loss = float(F.cross_entropy(trace.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
@@ -113,7 +115,7 @@ def _ids(vocabulary: int) -> Tensor:
 
 
 @contextmanager
-def _hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+def hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
     """Forward hooks on modules, inside the block."""
     handles = [module.register_forward_hook(hook) for module in modules]
     try:

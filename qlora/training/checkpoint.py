@@ -26,11 +26,13 @@ from qlora.training.checkpoint_folder import (
     find_damage,
     step_of,
 )
+from qlora.training.loss_scale import INITIAL, LossScale
 from qlora.training.optimizers import load_state, state_tensors
 from qlora.training.schedule import rates_sha256
 from qlora.utils.atomic_files import read_json, sha256_manifest, sha256_of, write_bytes, write_json
 from qlora.utils.atomic_folders import atomic_folder, remove
 
+SINCE_FLOAT16 = {"overflow_steps": 0, "loss_scale": INITIAL, "finite_steps": 0}  # entries that old checkpoints lack
 ARCHIVE = "earlier-"  # name prefix of a folder with the checkpoints of an earlier run
 
 
@@ -43,12 +45,20 @@ class Position:
     eval_loss: float | None = None  # of the last evaluation
     evaluated_step: int | None = None  # step of the last evaluation
     skipped_steps: int = 0  # steps without a finite loss and gradient
+    overflow_steps: int = 0  # of these, the ones whose gradients overflowed by the loss scale alone
+    loss_scale: float = INITIAL  # of the next step, where products are in float16
+    finite_steps: int = 0  # since the loss scale changed
     open_loss: float = 0.0  # summed over the steps since the last logged line
     open_trained_tokens: int = 0
     best_loss: float | None = None  # lowest evaluation loss
     best_step: int | None = None
     evaluations_since_best: int = 0
     rates_sha256: str = ""  # digest of the learning rates of all steps taken
+
+    @property
+    def scale(self) -> LossScale:
+        """The loss scale of the next step, where products are in float16."""
+        return LossScale(self.loss_scale, self.finite_steps)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,7 @@ def read(folder: Path) -> Checkpoint:
 
 def position_of(values: Mapping[str, Any]) -> Position:
     """A position from JSON values. ValueError or TypeError, naming the entry, if one has the wrong type or range."""
+    values = SINCE_FLOAT16 | dict(values)
     for name, kind in get_type_hints(Position).items():
         value = values[name]
         valid = isinstance(value, kind) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora.data.prefix_tree import paths_of
 from qlora.data.types import IGNORED, Example
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -23,6 +24,7 @@ class Question:
 
 def question(example: Example, tokenizer: Any) -> Question:
     """The last run of trained tokens is the reference answer, everything before it the prompt."""
+    example = paths_of(example)[-1]  # of a prefix tree the last answer, which has the longest context
     trained = np.flatnonzero(np.asarray(example.labels) != IGNORED)
     end = int(trained[-1]) + 1
     gaps = np.flatnonzero(np.diff(trained) > 1)

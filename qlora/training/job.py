@@ -12,6 +12,7 @@ from qlora.data.types import Example
 from qlora.distributed.processes import Processes
 from qlora.training import Optim, Train
 from qlora.training.checkpoint import Checkpoints
+from qlora.training.loss_scale import LossScale
 from qlora.training.nonfinite import NonFiniteGuard
 from qlora.training.oom_recovery import OomRecovery
 from qlora.training.run_log import Log
@@ -38,6 +39,7 @@ class Job:
     stop_signal: StopSignal
     non_finite_guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
     oom_recovery: OomRecovery = field(default_factory=OomRecovery)
+    scales_loss: bool = False  # whether gradients pass through float16
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -54,3 +56,5 @@ class StepResult:
     tokens: int  # without padding
     grad_norm: float
     seconds: float
+    is_overflow: bool = False  # whether it was skipped since the loss scale was too large
+    next_scale: LossScale | None = None  # where products are in float16

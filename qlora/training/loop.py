@@ -5,12 +5,15 @@ micro-batches and ranks does not change the result. Order, learning rate and dro
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from qlora.adapters.step_casts import casts_kept
 from qlora.data.batching.collate import Batch, collate
 from qlora.data.batching.sampler import lengths_of, micro_batches, split_across_ranks
 from qlora.training.after_step import (
@@ -23,7 +26,10 @@ from qlora.training.after_step import (
 )
 from qlora.training.checkpoint import Position
 from qlora.training.job import Job, StepResult
+from qlora.training.loss import TokenLoss
+from qlora.training.loss_scale import UNSCALED, unscale
 from qlora.training.optimizers import scale_learning_rates
+from qlora.training.overflow_map import first_overflow
 from qlora.training.schedule import learning_rate_factor
 
 
@@ -45,7 +51,7 @@ def passes(job: Job, position: Position) -> Iterator[Position]:
             f"before step {position.step + 1}: nothing new to save; the same command starts it again"
         )
     while position.step < job.total_steps and not stops_early(job, position):
-        window.append(_step(job, position.step))
+        window.append(_step(job, position))
         position = advance(position, window[-1])
         yield position
         if is_due(position.step, job.settings.log_every) or position.step == job.total_steps:
@@ -62,44 +68,63 @@ def passes(job: Job, position: Position) -> Iterator[Position]:
     yield position
 
 
-def _step(job: Job, step: int) -> StepResult:
+def _step(job: Job, position: Position) -> StepResult:
     """One optimizer step."""
-    started = time.monotonic()
+    started, step, scale = time.monotonic(), position.step, position.scale if job.scales_loss else UNSCALED
     indices = job.sampler.indices(job.train_examples, step)
     batches = list(_batches(job, indices))
     counts = torch.tensor([[batch.trained_tokens, batch.tokens] for batch in batches]).sum(0)
     trained_tokens, tokens = job.processes.sum_counts(counts).tolist()
 
-    loss_sum = job.oom_recovery.run(lambda: _gradients(job, step, batches, trained_tokens))
+    loss_sum = job.oom_recovery.run(lambda: _gradients(job, step, batches, trained_tokens, scale.value))
+    unscale(job.trainable.values(), scale.value)
     scale_learning_rates(job.optimizer, learning_rate_factor(job.optim, step, job.total_steps))
     norm = job.processes.clip(job.trainable.values(), job.optim.max_grad_norm)
     # In one copy: the host waits for a GPU once.
     grad_norm, loss = torch.stack([norm.float(), job.processes.sum(loss_sum)]).tolist()
     where = [job.train_examples[index].where for index in indices]
-    if job.non_finite_guard.allows(grad_norm, loss, step + 1, where):
+    is_overflow = scale.is_overflow(grad_norm, loss)
+    reason = scale.reason if is_overflow else _non_finite_reason(job, batches, loss)
+    if not is_overflow and job.non_finite_guard.allows(grad_norm, loss, step + 1, where, reason):
         job.optimizer.step()
     else:
-        job.log.print(f"step {step + 1}: loss or gradient is not finite; the step was skipped, nothing changed")
+        job.log.print(f"step {step + 1}: {reason}; the step was skipped, nothing changed")
         loss, trained_tokens = 0.0, 0
     job.optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, trained_tokens, tokens, grad_norm, time.monotonic() - started)
+    next_scale = scale.after(math.isfinite(grad_norm)) if job.scales_loss else None
+    return StepResult(loss, trained_tokens, tokens, grad_norm, time.monotonic() - started, is_overflow, next_scale)
 
 
-def _gradients(job: Job, step: int, batches: Sequence[Batch], trained_tokens: int) -> Tensor:
+def _non_finite_reason(job: Job, batches: Sequence[Batch], loss: float) -> str:
+    """What is not finite; where products are in float16, a forward is repeated to name the matrix."""
+    reason = "loss or gradient is not finite"
+    if not job.scales_loss or math.isfinite(loss):
+        return reason
+    model = cast(TokenLoss, job.processes.unwrap(job.model))
+    path = first_overflow(model, [batch.to(job.processes.device) for batch in batches])
+    return f"{reason} (first at {path}, whose values exceed float16)" if path else reason
+
+
+def _gradients(job: Job, step: int, batches: Sequence[Batch], trained_tokens: int, loss_scale: float) -> Tensor:
     """Compute the gradients of all micro-batches of a step; returns their summed loss."""
     loss_sum = torch.zeros((), device=job.processes.device)
-    for index, batch in enumerate(batches):
-        torch.manual_seed(dropout_seed(job.settings.seed, step, job.processes.rank, index))
-        with job.processes.accumulating(job.model, last=index == len(batches) - 1):
-            loss_sum += backward(job, batch, trained_tokens)
+    with casts_kept(job.processes.device):
+        for index, batch in enumerate(batches):
+            torch.manual_seed(dropout_seed(job.settings.seed, step, job.processes.rank, index))
+            with job.processes.accumulating(job.model, last=index == len(batches) - 1):
+                loss_sum += backward(job, batch, trained_tokens, loss_scale)
     return loss_sum
 
 
-def backward(job: Job, batch: Batch, trained_tokens: int) -> Tensor:
-    """Add the gradients of one micro-batch, divided by the step's `trained_tokens`; returns its summed loss."""
+def backward(job: Job, batch: Batch, trained_tokens: int, loss_scale: float = 1.0) -> Tensor:
+    """Add the gradients of one micro-batch, times `loss_scale` / `trained_tokens` of the step; returns its loss, a sum.
+
+    Gradients of the step are divided by `loss_scale` once all are there.
+    """
     batch = batch.to(job.processes.device)
     loss: Tensor = job.model(*batch.arguments)
-    job.processes.backward(loss / max(1, trained_tokens))
+    scaled = loss if loss_scale == 1.0 else loss * loss_scale
+    job.processes.backward(scaled / max(1, trained_tokens))
     return loss.detach()
 
 

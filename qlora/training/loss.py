@@ -1,6 +1,5 @@
 """The loss: cross entropy summed over trained tokens, head and softmax in chunks, so that logits [T, V] never exist."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qlora.data.batching.collate import Batch
-from qlora.model.lm_head import DocumentStarts, Head
+from qlora.data.types import PLAIN_LAYOUT, Layout
+from qlora.model.lm_head import Head
 
 
 class TokenLoss(nn.Module):
@@ -29,17 +29,15 @@ class TokenLoss(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         position_ids: Tensor,
-        starts: DocumentStarts = (),
-        lengths: Sequence[int] = (),
+        layout: Layout = PLAIN_LAYOUT,
         trained: Tensor | None = None,
     ) -> Tensor:
         """input_ids, labels, position_ids [B, T] -> float32 scalar: the sum over labels that are not IGNORED.
 
-        `starts`: where the documents of each sequence begin; without it every sequence is one document.
-        `lengths`: tokens of each sequence without padding; needed where rotary frequencies depend on the length.
-        `trained`: Batch.trained, the positions that bear loss; without it the device is asked for them.
+        `trained`: Batch.trained, which token predicts which; without it the device is asked for the labels, and no
+        document may be a prefix tree.
         """
-        hidden = self.head.hidden_states(input_ids, position_ids, starts, lengths)
+        hidden = self.head.hidden_states(input_ids, position_ids, layout)
         return self.of_hidden_states(hidden, labels, trained)
 
     def of_hidden_states(self, hidden: Tensor, labels: Tensor, trained: Tensor | None = None) -> Tensor:
@@ -47,8 +45,8 @@ class TokenLoss(nn.Module):
         if trained is None:
             trained = Batch(labels, labels, labels).trained
         # By index, not by mask: a mask makes the host wait for the device, in forward and in backward.
-        rows = hidden.flatten(0, 1).index_select(0, trained)
-        targets = labels.flatten().index_select(0, trained + 1)
+        rows = hidden.flatten(0, 1).index_select(0, trained[0])
+        targets = labels.flatten().index_select(0, trained[1])
         if self.head.needs_autograd:
             return checkpointed_loss(rows, targets, self.head)
         with self.head.unsharded():

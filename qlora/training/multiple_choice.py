@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora.data.batching.collate import collate
 from qlora.data.formats.completion import LETTERS
+from qlora.data.prefix_tree import paths_of
 from qlora.data.types import IGNORED, Example
 from qlora.errors import DataError
 from qlora.training.loss import TokenLoss
@@ -30,6 +31,7 @@ class MultipleChoice:
 
 def choice_of(example: Example, tokenizer: Any) -> MultipleChoice:
     """The last answer of an example as a choice of letters. DataError if its question does not offer that letter."""
+    example = paths_of(example)[-1]  # of a prefix tree the last answer, which has the longest context
     trained = np.flatnonzero(np.asarray(example.labels) != IGNORED)
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start, end = int(trained[gaps[-1] + 1] if len(gaps) else trained[0]), int(trained[-1]) + 1
@@ -71,7 +73,7 @@ def choice_accuracy(
     for start in range(0, len(order), micro_batch):
         group = [choices[index] for index in order[start : start + micro_batch]]
         batch = collate([choice.example for choice in group], pad_id=0).to(device)
-        hidden = head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts, batch.lengths)
+        hidden = head.hidden_states(batch.input_ids, batch.position_ids, batch.layout)
         for row, choice in enumerate(group):
             logits = head(hidden[row, len(choice.example) - 1])[list(choice.letter_ids)]
             correct += int(logits.argmax()) == choice.correct

@@ -14,10 +14,10 @@ class NonFiniteGuard:
     def __init__(self) -> None:
         self.consecutive = 0  # steps skipped in a row
 
-    def allows(self, grad_norm: float, loss: float, step: int, where: Sequence[str]) -> bool:
+    def allows(self, grad_norm: float, loss: float, step: int, where: Sequence[str], reason: str) -> bool:
         """False if the gradient norm or the loss is not finite. QloraError, naming examples, for the last one in a row.
 
-        where: file:line of the step's examples.
+        where: file:line of the step's examples. reason: what is not finite.
         """
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self.consecutive = 0
@@ -25,7 +25,7 @@ class NonFiniteGuard:
         self.consecutive += 1
         if self.consecutive >= MAX_CONSECUTIVE:
             raise QloraError(
-                f"step {step}: the loss or a gradient is not finite for {MAX_CONSECUTIVE} steps in a row "
+                f"step {step}: {reason} for {MAX_CONSECUTIVE} steps in a row "
                 f"(examples {', '.join(where[:3])}). None of these steps changed the adapter. "
                 "Lower optim.learning_rate, or inspect these examples with `qlora preview`."
             )

@@ -6,10 +6,10 @@ The gradients of a step are a pure function of (seed, step), so partial gradient
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from qlora.errors import QloraError
+from qlora.utils.devices import release_cache
 from qlora.utils.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -51,6 +51,5 @@ class OomRecovery:
         """Free all gradients and the allocator's cache."""
         for parameter in self.trainable:
             parameter.grad = None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # a copy stream may still read tensors that were freed
-            torch.cuda.empty_cache()
+        for device in {parameter.device for parameter in self.trainable}:
+            release_cache(device)  # waits first: a copy stream may still read tensors that were freed

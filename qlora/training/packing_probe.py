@@ -1,4 +1,7 @@
-"""Packing probe: before training, check that packed documents do not attend to each other on this model and kernel."""
+"""Packing probe: before training, check that documents and the branches of prefix trees see only what they should.
+
+On the model and the attention kernel of the run, with tokens of the data.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora.data.batching.collate import collate
-from qlora.data.types import Example
+from qlora.data.prefix_tree import merge_paths, path_indices
+from qlora.data.types import Example, Ints
 from qlora.errors import DataError
 from qlora.training.loss import TokenLoss
 
@@ -36,7 +40,22 @@ def refuse_leaks(
     return error
 
 
-@torch.no_grad()
+def refuse_tree_leaks(
+    loss: TokenLoss, sequences: Sequence[Example], dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """The isolation error of a small prefix tree; None if no sequence holds a tree. DataError as in `refuse_leaks`."""
+    tree = next((sequence for sequence in sequences if sequence.branches), None)
+    if tree is None:
+        return None
+    error = tree_error(loss, tree.input_ids, device)
+    if not error <= LIMITS[dtype]:
+        raise DataError(
+            "data.train: with this model and attention kernel answers that share a prefix see each other (logits "
+            f"change by {error:.2g} standard deviations). Set model.attention: sdpa: then each is a sequence alone."
+        )
+    return error
+
+
 def isolation_error(loss: TokenLoss, packed: Example, device: torch.device) -> float:
     """The largest logit difference of packed documents and the same documents alone, in standard deviations."""
     ends = [*packed.document_starts(), len(packed)]
@@ -44,14 +63,39 @@ def isolation_error(loss: TokenLoss, packed: Example, device: torch.device) -> f
     alone = [Example(packed.where, packed.input_ids[span], packed.labels[span]) for span in spans]
     # Two sequences with different boundaries: some kernels mix documents only across the sequences of a batch.
     orders = [alone, alone[::-1]]
+    apart = [[document] for documents in orders for document in documents]
+    return _largest_difference(loss, [_joined(documents) for documents in orders], apart, device)
+
+
+def tree_error(loss: TokenLoss, ids: Ints, device: torch.device) -> float:
+    """The same of a small tree of tokens in `ids`: a branch of the trunk, and one of that branch."""
+    distinct, half = np.unique(ids), PROBE_TOKENS // 2
+    trunk = np.resize(ids, PROBE_TOKENS)
+    branch = np.concatenate([trunk[:half], np.resize(distinct[distinct != trunk[half]], half)])
+    fork = half + half // 3
+    twig = np.concatenate([branch[:fork], np.resize(distinct[distinct != branch[fork]], half // 2)])
+    tree = merge_paths("probe", [(path, path) for path in (trunk, branch, twig)])
+    paths = path_indices(tree)
+    apart = [[Example("probe", tree.input_ids[path], tree.labels[path])] for path in paths]
+    return _largest_difference(loss, [tree], apart, device, np.concatenate(paths))
+
+
+@torch.no_grad()
+def _largest_difference(
+    loss: TokenLoss,
+    together: Sequence[Example],
+    apart: Sequence[Sequence[Example]],
+    device: torch.device,
+    order: Ints | None = None,
+) -> float:
+    """Logits of sequences in one batch against those of several batches. order: tokens of the first to be compared."""
     training = loss.training
     loss.eval()
-    packed_logits = _logits(loss, [_joined(documents) for documents in orders], device).flatten(0, 1)
-    separate_logits = torch.cat(
-        [_logits(loss, [document], device)[0] for documents in orders for document in documents]
-    )
+    logits = _logits(loss, together, device).flatten(0, 1)
+    logits = logits if order is None else logits[torch.from_numpy(order).long().to(device)]
+    expected = torch.cat([_logits(loss, batch, device)[0] for batch in apart])
     loss.train(training)
-    return float((packed_logits - separate_logits).abs().max() / separate_logits.std().clamp_min(1e-12))
+    return float((logits - expected).abs().max() / expected.std().clamp_min(1e-12))
 
 
 def _joined(documents: Sequence[Example]) -> Example:
@@ -65,5 +109,5 @@ def _joined(documents: Sequence[Example]) -> Example:
 def _logits(loss: TokenLoss, sequences: Sequence[Example], device: torch.device) -> Tensor:
     """[B, T, V] float32."""
     batch = collate(sequences, pad_id=0).to(device)
-    hidden = loss.head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts, batch.lengths)
+    hidden = loss.head.hidden_states(batch.input_ids, batch.position_ids, batch.layout)
     return loss.head(hidden).float()

@@ -6,6 +6,7 @@ Imports no torch, so that `qlora plan` and `qlora check` start without it.
 import os
 import platform
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -41,6 +42,7 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
+@cache  # it parses the package's metadata: 4 ms
 def _version(name: str) -> str:
     try:
         return version(name)

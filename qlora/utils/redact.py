@@ -17,18 +17,21 @@ MIN_CHARS = 8  # of a variable's value; shorter ones would match ordinary words
 
 _NAMED = re.compile(r"(?:^|_)(?:TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|PAT|PWD)(?:_|$)|API_?KEY")
 _PATH_STARTS = ("/", "~", "./", "\\")  # a value that starts like this is the path of a secret
-_SHAPES = (
-    r"\bhf_[A-Za-z0-9]{16,}", r"\bapi_org_[A-Za-z0-9]{16,}",  # Hugging Face
-    r"\bsk-[\w-]{16,}", r"\bnvapi-[\w-]{16,}", r"\bAIza[\w-]{30,}", r"\bya29\.[\w.-]{16,}",
-    r"\bgh[pousr]_[A-Za-z0-9]{20,}", r"\bgithub_pat_\w{20,}", r"\bglpat-[\w-]{16,}",
-    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", r"\bxox[abeoprs]-[\w-]{10,}", r"\b(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}",
-    r"\bnpm_[A-Za-z0-9]{30,}", r"\bpypi-[\w-]{16,}", r"\bSG\.[\w-]{16,}\.[\w-]{16,}", r"\br8_[A-Za-z0-9]{30,}",
-    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+",  # a JSON web token
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
-)  # fmt: skip
-_SHAPE = re.compile("|".join(_SHAPES), re.DOTALL)
-_AFTER = re.compile(
-    r"(?i)(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+|passw(?:or)?d[\"']?\s*[:=]\s*[\"']?"
+# How each shape begins -> what follows. All at once take a microsecond a character: a text is searched for those only
+# whose beginning it contains.
+_SHAPES = {
+    "hf_": r"[A-Za-z0-9]{16,}", "api_org_": r"[A-Za-z0-9]{16,}",  # Hugging Face
+    "sk-": r"[\w-]{16,}", "nvapi-": r"[\w-]{16,}", "AIza": r"[\w-]{30,}", "ya29.": r"[\w.-]{16,}",
+    **dict.fromkeys(("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"[A-Za-z0-9]{20,}"),
+    "github_pat_": r"\w{20,}", "glpat-": r"[\w-]{16,}",
+    "AKIA": r"[A-Z0-9]{16}\b", "ASIA": r"[A-Z0-9]{16}\b", "xox": r"[abeoprs]-[\w-]{10,}",
+    **{f"{kind}_{mode}_": r"[A-Za-z0-9]{16,}" for kind in ("sk", "rk", "pk") for mode in ("live", "test")},
+    "npm_": r"[A-Za-z0-9]{30,}", "pypi-": r"[\w-]{16,}", "SG.": r"[\w-]{16,}\.[\w-]{16,}", "r8_": r"[A-Za-z0-9]{30,}",
+    "eyJ": r"[\w-]{8,}\.[\w-]{8,}\.[\w-]+",  # a JSON web token
+    "-----BEGIN ": r"[A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+}  # fmt: skip
+_AFTER = re.compile(  # the first letters again in front: most places are ruled out by them, four times as fast
+    r"(?i)(?=[abpts])(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+|passw(?:or)?d[\"']?\s*[:=]\s*[\"']?"
     r"|(?:token|secret|api[_-]?key|access[_-]?key)[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d))"
     r"([\w.~+/=!#$%^*-]{6,})"
 )
@@ -49,7 +52,9 @@ def redacted_values(value: Any) -> Any:
 def _redacted(text: str, environment: re.Pattern[str] | None) -> str:
     if environment:
         text = environment.sub(MARK, text)
-    text = _IN_URL.sub(rf"\1{MARK}@", _SHAPE.sub(MARK, text))
+    if beginnings := tuple(filter(text.__contains__, _SHAPES)):
+        text = _shape_of(beginnings).sub(MARK, text)
+    text = _IN_URL.sub(rf"\1{MARK}@", text)
     return _AFTER.sub(rf"\1{MARK}", text)
 
 
@@ -89,6 +94,13 @@ def _secrets() -> Iterator[str]:
     for name, value in os.environ.items():
         if len(value) >= MIN_CHARS and _NAMED.search(name.upper()) and not value.startswith(_PATH_STARTS):
             yield value
+
+
+@lru_cache(maxsize=64)
+def _shape_of(beginnings: tuple[str, ...]) -> re.Pattern[str]:
+    """One pattern for the shapes that begin so. Only a private key may follow a letter."""
+    shapes = (("" if start.startswith("-") else r"\b") + re.escape(start) + _SHAPES[start] for start in beginnings)
+    return re.compile("|".join(shapes), re.DOTALL)
 
 
 @lru_cache(maxsize=8)

@@ -30,7 +30,7 @@ class Rematerialization:
     def run(self, sources: Sequence[Tensor]) -> Tensor:
         """The tensor, bit for bit as in forward."""
         with torch.no_grad():
-            tensor = _in_chunks(self.function, sources) if self.tensor is None else self.tensor
+            tensor = self.function(*sources) if self.tensor is None else self.tensor
         self.readers -= 1
         self.tensor = tensor if self.readers > 0 else None
         return tensor
@@ -53,8 +53,13 @@ def rowwise_checkpoint(function: Function, *sources: Tensor, trained: tuple[Tens
     if not has_grad or torch.compiler.is_compiling():  # a compiler decides on its own what to recompute
         return function(*sources, *trained)
     result: Tensor = _RowWise.apply(function, len(trained), *trained, *sources)
-    setattr(result, ATTRIBUTE, Origin(Rematerialization(lambda *rows: function(*rows, *trained)), sources))
-    return result
+    return set_origin(result, lambda *saved: _in_chunks(lambda *rows: function(*rows, *trained), saved), *sources)
+
+
+def set_origin(tensor: Tensor, function: Function, *sources: Tensor) -> Tensor:
+    """`tensor`, whose readers may make it again as function(*sources), in every bit the same, instead of saving it."""
+    setattr(tensor, ATTRIBUTE, Origin(Rematerialization(function), sources))
+    return tensor
 
 
 def origin_of(tensor: Tensor) -> Origin | None:

@@ -80,12 +80,20 @@ def trained_run(zoo: Zoo, family: str, folder: Path, names: tuple[str, ...], *ov
     return folder / "run"
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize(("family", "names"), [
+TRAINED = [
     (UNTIED, ("embed_tokens", "lm_head")), (UNTIED, ("norm",)), (UNTIED, ("lm_head", "layers.0.input_layernorm")),
     (TIED, ("embed_tokens",)), (TIED, ("lm_head", "norm")), ("gemma3", ("q_norm", "embed_tokens")),
     ("gpt_neox", ("embed_in", "lm_head", "input_layernorm")), ("gemma2", ("post_feedforward_layernorm",)),
-])  # fmt: skip
+]  # fmt: skip
+# One kind of adapter with each of them, both with the first.
+CASES = [
+    pytest.param(*modules, kind, marks=[pytest.mark.slow] if number and number % 2 != place else [])
+    for number, modules in enumerate(TRAINED)
+    for place, kind in enumerate(("lora", "dora"))
+]
+
+
+@pytest.mark.parametrize(("family", "names", "kind"), CASES)
 def test_peft_and_the_merged_model_give_the_runs_logits(
     zoo: Zoo, family: str, names: tuple[str, ...], kind: str, tmp_path: Path
 ) -> None:

@@ -5,14 +5,13 @@ import os
 import random
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.paths import ROOT, SHARED, TESTS
+from support.child_processes import Child, Notify
+from support.paths import SHARED
 from support.tokenizers import make_tokenizer, template_text
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +24,7 @@ from qlora.data.prepare import Prepared, prepare
 from qlora.errors import DataError
 
 BEFORE, KEPT, NOT_KEPT = "prepared before", "prepared, and kept", "not kept"
+WRITTEN = [name for name in column_store.DTYPES if name != "branches"]  # of which the records have none
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def entry_of(cache_home: Path) -> Path:
     return next(path for path in cache_home.iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("name", [*column_store.DTYPES, "entry"])
+@pytest.mark.parametrize("name", [*WRITTEN, "entry"])
 @pytest.mark.parametrize("damage", ["flipped bit", "shorter", "missing", "longer"])
 def test_a_damaged_entry_is_built_again(
     records_file: Path, encoder: Encoder, cache_home: Path, name: str, damage: str
@@ -190,7 +190,7 @@ def test_without_a_writable_folder_data_is_prepared_with_a_note(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("name", column_store.DTYPES)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_on_a_full_disk_data_is_prepared_and_not_kept(
     records_file: Path, encoder: Encoder, cache_home: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,23 +243,13 @@ def test_unused_and_unfinished_entries_are_removed_and_no_other_file(
     assert not unfinished.exists() and current.exists()
 
 
-PREPARE = """
-import sys
-sys.path[:0] = {paths!r}
-from support.tokenizers import make_tokenizer
-from qlora.data import Data
-from qlora.data.prepare import prepare
-from qlora.data.conversations.encoder import Encoder
-section = Data.model_validate({{"train": {path!r}, "max_length": 256}})
-prepared = prepare(section, Encoder(make_tokenizer("bytes", "chatml")), 0)
-print(prepared.report.notes[-1])
-"""
+def test_processes_that_start_together_prepare_once(records_file: Path, cache_home: Path, tmp_path: Path) -> None:
+    def prepare_alone(notify: Notify) -> None:
+        notify(note(prepare(section(records_file), Encoder(make_tokenizer("bytes", "chatml")), 0)))
 
-
-def test_processes_that_start_together_prepare_once(records_file: Path, cache_home: Path) -> None:
-    code = PREPARE.format(paths=[str(TESTS), str(ROOT)], path=str(records_file))
-    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    notes = sorted(run.communicate(timeout=120)[0] for run in runs)
+    children = [Child(prepare_alone, tmp_path / "log") for _ in range(3)]
+    assert [child.wait() for child in children] == [0, 0, 0], (tmp_path / "log").read_text()
+    notes = [line for child in children for line in child.lines()]
     assert [KEPT in line for line in notes].count(True) == 1
     assert [BEFORE in line for line in notes].count(True) == 2
 

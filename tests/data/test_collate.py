@@ -117,6 +117,7 @@ def test_trained_positions_are_those_before_a_label(rows: list[list[bool]]) -> N
     batch = collate(examples, 0)
     mask = batch.labels[:, 1:] != IGNORED
     expected = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(1)
-    assert torch.equal(batch.trained, expected) and batch.trained_tokens == int(mask.sum())
+    assert torch.equal(batch.trained, torch.stack([expected, expected + 1]))
+    assert batch.trained_tokens == int(mask.sum())
     moved = batch.to(torch.device("meta"))
     assert moved.trained.device.type == "meta" and moved.trained_tokens == batch.trained_tokens

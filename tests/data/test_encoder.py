@@ -12,6 +12,7 @@ from support.tokenizers import END_TOKENS, FAMILIES, make_tokenizer, template_te
 
 from qlora.data.conversations.chat_template import TemplateOptions
 from qlora.data.conversations.encoder import Encoder
+from qlora.data.prefix_tree import paths_of
 from qlora.data.types import IGNORED, Example, Message, RecordError
 from qlora.errors import DataError
 
@@ -30,14 +31,15 @@ def dialog(*contents: str, system: str = "") -> list[Message]:
 
 
 def trained_runs(encoder: Encoder, example: Example) -> list[str]:
-    """The text of each run of consecutive trained tokens."""
+    """The text of each run of consecutive trained tokens of each path, shortest path first."""
     runs, run = list[str](), list[int]()
-    for token, label in zip([*example.input_ids, -1], [*example.labels, IGNORED], strict=True):
-        if label != IGNORED:
-            run.append(token)
-        elif run:
-            runs.append(encoder.decode(run))
-            run = []
+    for path in paths_of(example):
+        for token, label in zip([*path.input_ids, -1], [*path.labels, IGNORED], strict=True):
+            if label != IGNORED:
+                run.append(token)
+            elif run:
+                runs.append(encoder.decode(run))
+                run = []
     return runs
 
 
@@ -61,17 +63,15 @@ def test_the_trained_tokens_are_the_answers_and_their_end_tokens(template: str, 
     encoded = encoder.encode_batch([("x:1", dialog(*[text for pair in pairs for text in pair]))])[0]
     assert not isinstance(encoded, RecordError), encoded
     answers = [answer for _, answer in pairs]
-    if template == "qwen3":  # a later question removes the thought of an earlier answer: only the last is trained
-        answers = [f"<think></think>{answers[-1]}"]
+    if template == "qwen3":  # a later question removes the block before an earlier answer: each is a branch
+        answers = [f"<think></think>{answer}" for answer in answers]
     runs = trained_runs(encoder, encoded.example)
     if encoded.unknown_tokens:  # the small unigram vocabulary has no piece for some characters
         assert len(runs) == len(answers)
     else:
-        assert [without_whitespace(run) for run in runs] == [
-            without_whitespace(answer) + END_TOKENS[template] for answer in answers
-        ]
-    assert encoded.end_trained
-    assert encoded.untrained_answers == (len(pairs) - 1 if template == "qwen3" else 0)
+        expected = [without_whitespace(answer) + END_TOKENS[template] for answer in answers]
+        assert sorted(without_whitespace(run) for run in runs) == sorted(expected)
+    assert encoded.end_trained and not encoded.untrained_answers
 
 
 @EACH_FAMILY
@@ -82,21 +82,22 @@ def test_training_ids_are_prompt_ids_and_then_the_answer(template: str, kind: st
     turns = dialog(*[text for pair in pairs for text in pair])
     example = encoder.encode("x:1", turns)
     prompt = encoder.prompt_ids(turns[:-1])
-    assert example.input_ids[: len(prompt)].tolist() == prompt
-    assert example.labels[len(prompt)] != IGNORED
-    assert (example.labels[: len(prompt)] == IGNORED).all() or len(pairs) > 1
+    path = next(path for path in paths_of(example) if path.input_ids[: len(prompt)].tolist() == prompt)
+    assert path.labels[len(prompt)] != IGNORED
+    assert (path.labels[: len(prompt)] == IGNORED).all() or len(pairs) > 1
 
 
 @EACH_FAMILY
 def test_pieces_have_the_ids_of_the_whole_rendering(template: str, kind: str) -> None:
-    """Tokenizing piece by piece gives the ids that the tokenizer gives for the whole text."""
+    """A path has the ids that the tokenizer gives for the whole text."""
     tokenizer, encoder = make_tokenizer(kind, template), build_encoder(template, kind)
     turns = dialog("How are you?", "Fine, the dog says.", "And now?", "Still fine.")
     rendered = encoder.template.render([{"role": m.role, "content": m.content} for m in turns])
     expected = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     if encoder.tokenizer.adds_bos and expected[0] != tokenizer.bos_token_id:
         expected = [tokenizer.bos_token_id, *expected]
-    assert encoder.encode("x:1", turns).input_ids.tolist() == expected
+    paths = [path.input_ids.tolist() for path in paths_of(encoder.encode("x:1", turns))]
+    assert expected in paths or expected[:-1] in paths  # qwen3's last line break is in no path
 
 
 @EACH_FAMILY
@@ -191,11 +192,11 @@ def test_a_record_without_an_answer_to_train_is_refused(turns: list[Message], re
 
 def test_a_template_may_refuse_one_record_and_render_the_next() -> None:
     encoder = build_encoder("gemma", "gemma_like")
-    good, bad = dialog("Hi", "Good day."), dialog("Hi", "Good day.", system="Be brief.")
+    good, bad = dialog("Hi", "Good day."), [*dialog("Hi", "Good day."), Message("assistant", "Well.")]
     results = encoder.encode_batch([("x:1", good), ("x:2", bad), ("x:3", good)])
     assert [isinstance(result, RecordError) for result in results] == [False, True, False]
     assert results[1].reason == "refused by the chat template"
-    assert "system turns are not known" in results[1].detail
+    assert "turns must alternate" in results[1].detail
 
 
 def test_a_batch_of_records_is_encoded_as_each_alone() -> None:

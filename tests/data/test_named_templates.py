@@ -10,6 +10,7 @@ from support.tiny_models import byte_tokenizer
 from support.tokenizers import make_tokenizer
 from support.tool_templates import TEMPLATES
 
+from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import read_messages
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.types import IGNORED, Message, Record, RecordError
@@ -119,9 +120,12 @@ def test_a_header_that_is_trained_is_a_note(tmp_path: Path) -> None:
 def test_an_answer_that_the_template_cuts_names_the_remedy() -> None:
     encoder = Encoder(make_tokenizer("bytes_bos", "forced_thinking"))
     with pytest.raises(
-        RecordError, match=r"drops part of an answer: '<think>.*Name a template .* in model.chat_template"
+        RecordError, match=r"drops part of an answer: 'Write `</think>.*Name a template .* in model.chat_template"
     ):
-        encoder.encode("x:1", [Message("user", "Hi"), Message("assistant", "<think>hm</think>Ho")])
+        encoder.encode("x:1", [Message("user", "Hi"), Message("assistant", "Write `</think>` there.")])
+    thought = [Message("user", "Hi"), Message("assistant", "<think>hm</think>Ho")]
+    result = encoder.encode_batch([("x:1", thought)])[0]
+    assert isinstance(result, Encoded) and (result.answers.thoughts, result.answers.trained_thoughts) == (1, 0)
 
 
 def test_an_answer_alone_names_the_format_for_plain_text() -> None:

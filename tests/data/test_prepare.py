@@ -150,7 +150,7 @@ def test_data_without_trained_tokens_is_a_problem(tmp_path: Path, encoder: Encod
         prepare(section(empty), encoder, 0)
 
 
-def test_few_records_control_strings_and_untrained_answers_are_reported(tmp_path: Path) -> None:
+def test_few_records_and_control_strings_are_reported(tmp_path: Path) -> None:
     encoder = Encoder(make_tokenizer("bytes", "qwen3"))
     texts = ["a", "b", "<|im_end|>\n<|im_start|>assistant\nc", "d"]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -159,7 +159,8 @@ def test_few_records_control_strings_and_untrained_answers_are_reported(tmp_path
     messages = "\n".join(f"{finding.where} {finding.message}" for finding in report.warnings)
     assert "1 record: will overfit" in messages
     assert f"{path}:1 control strings in the text, kept as text: '<|im_end|>', '<|im_start|>'" in messages
-    assert "1 record with answers (1 in all) that are not trained" in messages
+    assert (report.answers, report.trained_answers) == (2, 2)
+    assert "answers trained: 2 of 2" in report.summary()
     assert report.control_rows == 1
 
 

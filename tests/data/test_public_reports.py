@@ -46,8 +46,9 @@ def test_turns_in_a_row_and_a_last_question_are_kept_untrained(chatml: Encoder) 
     answers = turns_of(("user", "One?"), ("assistant", "Two."), ("assistant", "Three."))
     assert trained_text(chatml, answers) == "Two.<|im_end|>Three.<|im_end|>"
     strict = Encoder(make_tokenizer("gemma_like", "gemma"))
-    for fields in (twice, answers):
-        assert "turns must alternate" in str(result_of(strict, fields))
+    assert "turns must alternate" in str(result_of(strict, answers))
+    assert trained_text(strict, twice) == "Three.<end_of_turn>"  # the questions as one
+    assert trained_text(strict, last) == "Two.<end_of_turn>"
 
 
 def test_a_closing_tag_alone_is_part_of_the_answer() -> None:

@@ -80,10 +80,8 @@ def test_content_is_never_lost_and_masked_answers_bear_no_loss(name: str) -> Non
              {"role": "assistant", "content": "Good one.", "mood": "glad"}]  # fmt: skip
     plain, with_system = results_of(name, {"messages": turns}, {"messages": turns, "system": "Be brief, please."})
     for result in (plain, with_system):
-        if name in NO_SYSTEM and result is with_system:
-            assert isinstance(result, RecordError) and result.reason == "refused by the chat template"
-            continue
         assert isinstance(result, Encoded), result
+        assert bool(result.answers.merges) == (name in NO_SYSTEM and result is with_system)
         assert result.unused.contents == () and result.unused.keys == ("mood",)
         trained = encoder.decode(result.example.labels[result.example.labels != IGNORED])
         text = encoder.decode(result.example.input_ids)

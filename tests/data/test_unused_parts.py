@@ -12,7 +12,7 @@ from support.tokenizers import make_tokenizer
 from support.tool_templates import TEMPLATES
 
 from qlora.data import Data
-from qlora.data.conversations.build_example import Encoded
+from qlora.data.conversations.build_example import AnswerCounts, Encoded
 from qlora.data.conversations.encode_records import encode_chunk
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
@@ -126,7 +126,7 @@ def test_a_key_that_the_template_reads_is_not_reported(tmp_path: Path, chatml: E
     messages = [{**QUESTION, "name": "Ada", "loud": True, "mood": "x"}, {**ANSWER, "mood": "y"}]
     assert unused_of(template_encoder(tmp_path, named), messages=messages).keys == ("mood",)
     assert unused_of(chatml, messages=messages).keys == ("loud", "mood", "name")
-    dumped = "{% for m in messages %}{{ m.role + m.content + m | tojson + eos_token }}{% endfor %}"
+    dumped = "{% for m in messages %}{{ m.role + m.content + (m | list | string) + eos_token }}{% endfor %}"
     assert unused_of(template_encoder(tmp_path, dumped), messages=messages).keys == ()
 
 
@@ -145,7 +145,8 @@ def test_thoughts_that_the_template_loses_are_a_warning(key: str, tmp_path: Path
     report = report_of(tmp_path, chatml, [*conversations(2, **{key: THOUGHT}), *conversations(120)])
     (warning,) = about_all(report)
     assert warning.startswith(f"2 records have thoughts ({key}) that the chat template does not write")
-    assert "model.chat_template" in warning and "<think>" in warning
+    assert "model.chat_template" in warning and "data.thinking: in_content" in warning
+    assert (report.answers, report.trained_answers, report.thoughts, report.trained_thoughts) == (122, 122, 2, 0)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -155,10 +156,11 @@ def test_thoughts_that_the_template_writes_are_trained(key: str, qwen3: Encoder)
     assert THOUGHT in qwen3.decode(result.example.labels[result.example.labels != -100])
 
 
-def test_an_earlier_thought_that_is_taken_out_is_not_called_lost(qwen3: Encoder) -> None:
+def test_an_earlier_thought_that_is_taken_out_is_trained_in_a_branch(qwen3: Encoder) -> None:
     turns = [QUESTION, {**ANSWER, "reasoning_content": THOUGHT}, QUESTION, {**ANSWER, "reasoning_content": "Again."}]
     result = encode_chunk([Record("x:1", {"messages": turns})], "auto", qwen3)[0]
-    assert isinstance(result, Encoded) and result.unused.thoughts == () and result.untrained_answers == 1
+    assert isinstance(result, Encoded) and result.unused.thoughts == () and result.untrained_answers == 0
+    assert result.answers == AnswerCounts(2, 2, 2, 2) and len(result.example.branches) == 1
 
 
 FIRST, BRIEF = "{% for m in messages %}{% if ", {"role": "system", "content": 'Be "brief",\nplease.'}

@@ -188,33 +188,33 @@ def test_a_small_data_set_starts_no_workers(tmp_path: Path, monkeypatch: pytest.
 
 PEAK_MEMORY = """
 import json, sys
+from pathlib import Path
 sys.path.insert(0, {paths!r})
 from support.tokenizers import make_tokenizer
 from qlora.data import Data
 from qlora.data.prepare import prepare
 from qlora.data.conversations.encoder import Encoder
-def peak_bytes():
-    lines = open("/proc/self/status").read().splitlines()  # ru_maxrss includes the parent's
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-data = Data.model_validate({{"train": {path!r}, "max_length": 512, "eval_fraction": 0.01}})
-prepared = prepare(data, Encoder(make_tokenizer("bytes", "chatml")), 0)
-print(json.dumps([peak_bytes(), prepared.report.kept, prepared.report.tokens]))
+def peak_bytes(path):
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    data = Data.model_validate({{"train": path, "max_length": 512, "eval_fraction": 0.01}})
+    prepared = prepare(data, Encoder(make_tokenizer("bytes", "chatml")), 0)
+    lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss includes the parent's
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return peak, prepared.report.kept, prepared.report.tokens
+print(json.dumps([peak_bytes(path) for path in {files!r}]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
-    """15,000 more records may take 200 bytes each (keys, lengths, order: 110 measured), not the 2,600 of objects."""
-    line = json.dumps({"text": "word " * 20 + "{}"})
-    peaks = []
-    for count in (2_500, 17_500):
-        path = tmp_path / f"{count}.jsonl"
-        path.write_text("\n".join(line.replace("{}", str(i)) for i in range(count)))
-        code = PEAK_MEMORY.format(paths=str(TESTS), path=str(path))
-        root = str(ROOT)
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=300)
-        assert child.returncode == 0, child.stderr
-        peak, kept, tokens = json.loads(child.stdout)
-        assert kept == count and tokens > 100 * count
-        peaks.append(peak)
-    assert peaks[1] - peaks[0] < 200 * 15_000 + 8 * 2**20  # 8 MiB: the allocator varies between runs
+    """11,000 more records may take 200 bytes each (keys, lengths, order: 110 measured), not the 2,600 of objects."""
+    line, counts = json.dumps({"text": "word " * 20 + "{}"}), (1_000, 12_000)
+    for count in counts:
+        (tmp_path / f"{count}.jsonl").write_text("\n".join(line.replace("{}", str(i)) for i in range(count)))
+    code = PEAK_MEMORY.format(paths=str(TESTS), files=[str(tmp_path / f"{count}.jsonl") for count in counts])
+    root = str(ROOT)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=300)
+    assert child.returncode == 0, child.stderr
+    (small, *_), (large, *_) = results = json.loads(child.stdout)
+    assert all(kept == count and tokens > 100 * count for (_, kept, tokens), count in zip(results, counts, strict=True))
+    assert large - small < 200 * 11_000 + 8 * 2**20  # 8 MiB: the allocator varies between runs

@@ -15,8 +15,8 @@ from support.small_runs import adapter_tensors, metrics, recipe_of, run, write_r
 from support.stopped_runs import signal_in_step
 
 from qlora.adapters import peft_files
-from qlora.adapters.inject import frozen_linears
 from qlora.errors import InputError, Stopped
+from qlora.model.linear_layers import frozen_linears
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
 from qlora.runs.resources import open_processes, resolve_resources, unplanned
@@ -27,7 +27,7 @@ from qlora.training.run_log import Log, read_metrics
 from qlora.training.signals import StopSignal
 
 Zoo = Callable[..., Path]
-STEPS = 12
+STEPS = 6
 RECORDS = 17  # global batch 6: three steps an epoch, the last of five examples; not divisible by two or three
 LOSS, ADAPTER = 1e-5, 1e-4  # relative, absolute: float32 sums of the same products in another order, over STEPS steps
 CASES = {
@@ -121,13 +121,13 @@ def test_a_run_resumes_with_any_number_of_ranks_and_any_strategy(zoo: Zoo, tmp_p
 
     def recipe(name: str, steps: int, kind: str) -> Recipe:
         options = (f"train.max_steps={steps}", "train.global_batch=6", "optim.warmup=0", "data.eval_fraction=0.2")
-        saving = ("train.save_every=3", "train.eval_every=3", "train.keep=9", f"distributed.kind={kind}")
+        saving = ("train.save_every=2", "train.eval_every=2", "train.keep=9", f"distributed.kind={kind}")
         # train_on all: there are no prompts to answer, which would cost more than the steps.
         return recipe_of(zoo("llama"), data, tmp_path / name, *options, *saving, "data.train_on=all")
 
-    run(recipe("uninterrupted", 12, "single"))
+    run(recipe("uninterrupted", 8, "single"))
     for world_size, kind in ((1, "single"), (2, "fsdp"), (3, "fsdp"), (2, "ddp")):
-        steps = 3 * (1 + len(list((tmp_path / "resumed").glob("checkpoint-*"))))
+        steps = 2 * (1 + len(list((tmp_path / "resumed").glob("checkpoint-*"))))
         on_ranks(run, recipe("resumed", steps, kind), tmp_path, world_size)
     for line, expected in zip(metrics(tmp_path / "resumed"), metrics(tmp_path / "uninterrupted"), strict=True):
         assert line["step"] == expected["step"] and line["learning_rate"] == expected["learning_rate"]
@@ -153,7 +153,7 @@ def test_as_many_ranks_write_the_same_file_with_ddp_and_fsdp(zoo: Zoo, tmp_path:
     data = write_records(tmp_path / "records.jsonl", RECORDS, max_words=9)
     files = []
     for name, kind in (("sharded", "fsdp"), ("repeated", "fsdp"), ("replicated", "ddp")):
-        options = ("train.max_steps=4", "train.global_batch=5", "adapter.dropout=0.1", f"distributed.kind={kind}")
+        options = ("train.max_steps=2", "train.global_batch=5", "adapter.dropout=0.1", f"distributed.kind={kind}")
         on_ranks(run, recipe_of(zoo("qwen3"), data, tmp_path / name, *options), tmp_path, 2)
         files.append((tmp_path / name / peft_files.WEIGHTS).read_bytes())
     assert files[0] == files[1] == files[2]

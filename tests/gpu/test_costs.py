@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 from support.gpu_runs import GpuRun, GpuRuns
@@ -10,7 +11,8 @@ from support.pretended_gpu.counters import Event
 
 SYNCS_PER_MASK = 1  # of transformers, for each kind of mask in a micro-batch, whatever the number of layers
 SYNCS_PER_STEP = 1
-LAUNCHES_PER_LAYER = {"none": 313, "all": 402}  # forward and backward of a micro-batch, by memory.recompute
+# Forward and backward of a micro-batch, by memory.recompute: with the fused kernels, and without Triton.
+LAUNCHES_PER_LAYER = {"none": 142, "all": 183} if find_spec("triton") else {"none": 249, "all": 320}
 LAUNCHES_BESIDE_LAYERS = 60
 BASE = ("model.dtype=bfloat16", "data.packing=false", "train.micro_batch=1", "data.max_length=64")
 
@@ -36,7 +38,7 @@ def total(events: Counter[Event]) -> int:
     return sum(events.values())
 
 
-@pytest.mark.parametrize("layers", [2, 6])
+@pytest.mark.parametrize("layers", [2, 3])
 def test_the_host_waits_once_per_micro_batch(runs: GpuRuns, layers: int) -> None:
     assert per_micro_batch(runs, lambda counters: total(counters.syncs), layers=layers) <= SYNCS_PER_MASK
 
@@ -53,7 +55,7 @@ def test_the_host_waits_a_few_times_per_step(runs: GpuRuns) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "layers"), [("none", (2, 6)), pytest.param("all", (2, 3), marks=pytest.mark.slow)]
+    ("recompute", "layers"), [("none", (2, 3)), pytest.param("all", (2, 3), marks=pytest.mark.slow)]
 )
 def test_launches_per_layer(runs: GpuRuns, recompute: str, layers: tuple[int, int]) -> None:
     launches = [

@@ -8,8 +8,8 @@ from support.gpu_runs import GpuRuns
 from support.pretended_gpu import GpuError, on_gpu, pretended_gpu
 from torch import Tensor, nn
 
-from qlora.adapters.inject import frozen_linears
 from qlora.memory.copy_stream import CopyStream, host_bytes
+from qlora.model.linear_layers import frozen_linears
 from qlora.quant.linear import frozen
 from qlora.runs.memory_setup import load_base
 from qlora.utils.devices import same_device

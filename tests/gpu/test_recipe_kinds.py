@@ -10,7 +10,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {  # what does not touch each other, in o
     "bfloat16": ("plain", "bfloat16"),
     "dora-eager-unpacked": ("dora", "eager", "unpacked"),
     "rslora-sdpa-recompute": ("rslora", "sdpa", "recompute"),
-    "pissa-dropout-loraplus": ("pissa", "dropout", "loraplus"),
+    "pissa-dropout-loraplus-float16": ("pissa", "dropout", "loraplus", "float16"),
     "fp4-evaluation": ("fp4", "evaluation"),
     "tokens": ("tokens",),
     "modules-to-save": ("modules-to-save", "dense"),
@@ -19,6 +19,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {  # what does not touch each other, in o
 KINDS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "bfloat16": ("model.dtype=bfloat16",),
+    "float16": ("model.dtype=float16",),
     "sdpa": ("model.attention=sdpa",),
     "eager": ("model.attention=eager",),
     "unpacked": ("data.packing=false",),

@@ -61,6 +61,7 @@ VALUES = {
     "data.template_args": st.dictionaries(
         st.sampled_from(["enable_thinking", "reasoning_effort", "depth"]), st.booleans() | WORDS | WHOLE, max_size=2
     ),
+    "data.thinking": st.sampled_from(["as_template", "in_content", "drop"]),
     "data.empty_thinking": st.sampled_from(["mask", "train"]),
     "data.packing": st.booleans(),
     "data.order": st.sampled_from(["shuffle", "length", "sequential"]),
@@ -134,7 +135,8 @@ def mutations():
         key = line.split(":")[0].strip(" -")
         if line.startswith("#") or not key:
             continue
-        for typo in [key + key[-1], *(_replaced(key, index, number * 7 + index * 5) for index in range(len(key)))]:
+        places = sorted({0, len(key) // 2, len(key) - 1})
+        for typo in [key + key[-1], *(_replaced(key, index, number * 7 + index * 5) for index in places)]:
             changed = [*lines[: number - 1], line.replace(key, typo, 1), *lines[number:]]
             yield pytest.param("\n".join(changed), number, key, id=f"{number}-{typo}")
 

@@ -50,7 +50,7 @@ def step(loss: TokenLoss, examples: Sequence[Example], micro_batch: int, world: 
     for rank_batches in batches:
         loss.zero_grad(set_to_none=True)
         for batch in rank_batches:
-            value = loss(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts) / trained_tokens
+            value = loss(batch.input_ids, batch.labels, batch.position_ids, batch.layout) / trained_tokens
             value.backward()
             mean += float(value.detach())
         gradients = [value.grad.flatten() for value in loss.parameters() if value.grad is not None]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from support.small_runs import differing_tensors, metrics, recipe_of, run, write_records
 
-from qlora.adapters.inject import frozen_linears
 from qlora.errors import RecipeError
 from qlora.exporters import ExportRequest
 from qlora.exporters.export_run import export_run
 from qlora.memory.planner.search import UserChoices
+from qlora.model.linear_layers import frozen_linears
 from qlora.model.safetensors_reader import SafetensorsReader
 from qlora.recipe.planning import user_choices
 from qlora.runs.evaluate import evaluate_run

@@ -10,6 +10,7 @@ from support.tiny_models import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.errors import BaseModelError
+from qlora.memory.planner.architectures import FAMILIES as ARCHITECTURES
 from qlora.memory.planner.config_reader import read, shapes_of
 from qlora.model.linear_layers import linear_paths
 
@@ -26,7 +27,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3-tied-with-bias": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
     "phi3-grouped": {"model_type": "phi3", "num_key_value_heads": 8, "hidden_size": 5120, "num_attention_heads": 40},
 }  # fmt: skip
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "granite")
+MODEL_TYPES = tuple(ARCHITECTURES)
 
 
 def meta_model(config: Any) -> Any:

@@ -8,15 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from support.layered_models import CPU, LAYERS, LateCopyStream, adapt, gradients, layered
+from support.layered_models import CPU, LAYERS, LateCopyStream, adapt, gradients, layered, plain_gradients
 from support.tiny_models import FAMILIES
 from torch import Tensor
 
-from qlora.adapters.inject import adapted, frozen_linears
+from qlora.adapters.inject import adapted
 from qlora.memory.activation_offload import ActivationOffloader
 from qlora.memory.activation_recompute import recompute
 from qlora.memory.copy_stream import CopyStream
 from qlora.memory.weight_streaming import SLOTS, WeightStreamer, embed_on_host, streamed_layers
+from qlora.model.linear_layers import frozen_linears
 from qlora.quant import Quant, build_quantizer
 
 IDS = torch.arange(5, 29)[None].repeat(2, 1)
@@ -41,12 +42,18 @@ def streaming(family: str, resident: int, quantizer: Any = None) -> tuple[Any, W
     return model, streamer, copies
 
 
-@pytest.mark.parametrize("resident, recomputed, offloaded", [
-    (0, LAYERS, 0), (0, 0, 0), (1, 3, 0), (3, LAYERS, LAYERS - 1), (4, LAYERS, 0), (5, 2, 0), (2, 1, 3),
-])  # fmt: skip
-@pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "gpt_neox", "gemma3"])
+MIXES = [(0, LAYERS, 0), (0, 0, 0), (1, 3, 0), (3, LAYERS, LAYERS - 1), (4, LAYERS, 0), (5, 2, 0), (2, 1, 3)]
+QUICK = {"llama": MIXES, "llama-tied-bias": MIXES[1:3], "gpt_neox": MIXES[3:5], "gemma3": MIXES[5:]}
+CASES = [
+    pytest.param(family, *mix, marks=[] if mix in quick else [pytest.mark.slow])
+    for family, quick in QUICK.items()
+    for mix in MIXES
+]
+
+
+@pytest.mark.parametrize("family, resident, recomputed, offloaded", CASES)
 def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed: int, offloaded: int) -> None:
-    expected = gradients(layered(family))
+    expected = plain_gradients(family)
     model, _, copies = streaming(family, resident)
     recompute(model, recomputed, ActivationOffloader(offloaded, copies, smallest_bytes=0) if offloaded else None)
     for _ in range(2):
@@ -55,7 +62,7 @@ def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_streams(family: str) -> None:
-    expected = gradients(layered(family))
+    expected = plain_gradients(family)
     model, streamer, _ = streaming(family, 0)
     recompute(model, None)
     assert len(streamer.layers) == LAYERS and torch.equal(gradients(model), expected)

@@ -1,4 +1,4 @@
-"""Block attention on a CPU equals masked attention: documents, windows, grouped heads, both passes, compiled."""
+"""Block attention on a CPU equals masked attention: documents, trees, windows, grouped heads, both passes, compiled."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.trees import Branches, Starts, dense_mask, layouts
 from torch import Tensor
 from torch.nn import functional as F
 
+from qlora.data.types import Branch
 from qlora.model.attention import document_attention, documents_of
 from qlora.model.cpu_attention import block_attention, blocks_of
-
-Starts = tuple[tuple[int, ...], ...]
 
 
 def inputs_of(rows: int, heads: int, groups: int, length: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -23,39 +23,32 @@ def inputs_of(rows: int, heads: int, groups: int, length: int, dtype: torch.dtyp
     return [*(tensor.transpose(1, 2).requires_grad_() for tensor in tensors[:3]), tensors[3]]
 
 
-def reference(inputs: list[Tensor], starts: Starts, window: int | None) -> list[Tensor]:
+def reference(inputs: list[Tensor], starts: Starts, window: int | None, branches: Branches = ()) -> list[Tensor]:
     """Output and gradients in float64 through a dense mask."""
     query, key, value = (tensor.detach().double().requires_grad_() for tensor in inputs[:3])
     length, repeat = query.shape[2], query.shape[1] // key.shape[1]
-    mask = torch.zeros(len(starts), 1, length, length, dtype=torch.bool)
-    for row, begins in enumerate(starts):
-        for begin, end in zip(begins, (*begins[1:], length), strict=True):
-            mask[row, 0, begin:end, begin:end] = True
-    mask = mask.tril()
-    if window is not None:
-        mask &= torch.ones(length, length, dtype=torch.bool).triu(1 - window)
+    mask = dense_mask(starts, branches or ((),) * len(starts), length, window)
     repeated = (tensor.repeat_interleave(repeat, 1) for tensor in (key, value))
     out = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask).transpose(1, 2)
     return [out, *torch.autograd.grad(out, (query, key, value), inputs[3].double())]
 
 
-def block(inputs: list[Tensor], starts: Starts, window: int | None) -> list[Tensor]:
+def block(inputs: list[Tensor], starts: Starts, window: int | None, branches: Branches = ()) -> list[Tensor]:
     """Output and gradients of block attention."""
     length = inputs[0].shape[2]
-    bounds = documents_of(starts, length, torch.device("cpu")).cu_seqlens
-    out = block_attention(*inputs[:3], bounds, window, inputs[0].shape[-1] ** -0.5)
+    segments = documents_of(starts, length, torch.device("cpu"), branches).flat_segments
+    out = block_attention(*inputs[:3], segments, window, inputs[0].shape[-1] ** -0.5)
     return [out, *torch.autograd.grad(out, inputs[:3], inputs[3])]
 
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), groups=st.sampled_from([1, 2]), repeat=st.sampled_from([1, 3]), length=st.integers(1, 300))
 def test_block_attention_is_masked_attention(data: Any, groups: int, repeat: int, length: int) -> None:
-    positions = st.sets(st.integers(1, max(1, length - 1)), max_size=4)
-    begins = positions.map(lambda positions: (0, *sorted(positions - {length})))
-    starts = data.draw(st.lists(begins, min_size=1, max_size=3).map(tuple))
+    starts, branches = zip(*data.draw(st.lists(layouts(length), min_size=1, max_size=3)), strict=True)
     window = data.draw(st.none() | st.integers(1, length + 5))
     inputs = inputs_of(len(starts), groups * repeat, groups, length, torch.float32)
-    for actual, exact in zip(block(inputs, starts, window), reference(inputs, starts, window), strict=True):
+    settings = (starts, window, branches)
+    for actual, exact in zip(block(inputs, *settings), reference(inputs, *settings), strict=True):
         assert (actual - exact).norm() <= 2e-6 * exact.norm() + 1e-6  # float32 against float64
 
 
@@ -94,7 +87,7 @@ def test_only_16_bit_training_on_a_cpu_uses_block_attention() -> None:
 
 @pytest.mark.parametrize("starts", [(0,), (0, 130), (0, 5, 9, 250)])
 def test_blocks_cover_each_query_once_and_start_at_its_document(starts: tuple[int, ...]) -> None:
-    blocks = blocks_of(starts, 300, None)
+    blocks = blocks_of(tuple(Branch(start, -1) for start in starts), 300, None)
     assert [blocks[0].start, *(block.end for block in blocks)] == [0, 128, 256, 300]
     for block in blocks:
         assert block.first_key == max(start for start in starts if start <= block.start)
@@ -102,5 +95,19 @@ def test_blocks_cover_each_query_once_and_start_at_its_document(starts: tuple[in
 
 def test_the_operator_is_well_formed_for_the_compiler() -> None:
     inputs = inputs_of(1, 2, 1, 12, torch.float32)
-    bounds = documents_of(((0, 5),), 12, torch.device("cpu")).cu_seqlens
-    torch.library.opcheck(block_attention, (*inputs[:3], bounds, None, 0.25))
+    segments = documents_of(((0, 5),), 12, torch.device("cpu"), ((Branch(8, 6),),)).flat_segments
+    torch.library.opcheck(block_attention, (*inputs[:3], segments, None, 0.25))
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), groups=st.sampled_from([1, 2]), length=st.integers(1, 80))
+def test_sdpa_run_by_segment_is_masked_attention(data: Any, groups: int, length: int) -> None:
+    starts, branches = zip(*data.draw(st.lists(layouts(length), min_size=1, max_size=2)), strict=True)
+    window = data.draw(st.none() | st.integers(1, length + 5))
+    inputs = inputs_of(len(starts), 2, groups, length, torch.float32)
+    documents = documents_of(starts, length, torch.device("cpu"), branches)
+    options = {"documents": documents, "sliding_window": window, "num_key_value_groups": 2 // groups}
+    out, _ = document_attention(torch.nn.Module().train(), *inputs[:3], None, **options)
+    result = [out, *torch.autograd.grad(out, inputs[:3], inputs[3])]
+    for actual, exact in zip(result, reference(inputs, starts, window, branches), strict=True):
+        assert (actual - exact).norm() <= 2e-6 * exact.norm() + 1e-6  # float32 against float64

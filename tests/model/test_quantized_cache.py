@@ -12,8 +12,8 @@ import torch
 from support.child_processes import Child, Notify
 from support.tiny_models import FAMILIES
 
-from qlora.adapters.inject import frozen_linears
 from qlora.model import Model, quantized_cache
+from qlora.model.linear_layers import frozen_linears
 from qlora.model.load_base import Base, load
 from qlora.model.module_tree import set_tensors
 from qlora.model.weight_loader import WeightLoader

@@ -96,10 +96,10 @@ def number_of(example: Example) -> int:
 def assert_equal(head: Head, rows: list[Example], numbers: list[list[int]], expected: list[torch.Tensor]) -> None:
     """Every document of a micro-batch has the logits that it has alone."""
     batch = collate(rows, pad_id=0)
-    hidden = head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts, batch.lengths)
+    hidden = head.hidden_states(batch.input_ids, batch.position_ids, batch.layout)
     logits = head(hidden)
     for row, documents in enumerate(numbers):
-        starts = batch.document_starts[row]
+        starts = batch.layout.starts[row]
         for start, number in zip(starts, documents, strict=True):
             alone = expected[number]
             difference = (logits[row, start : start + len(alone)] - alone).abs().max()

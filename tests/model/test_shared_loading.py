@@ -13,11 +13,11 @@ from support.child_processes import Notify
 from support.rank_processes import ranks
 from support.small_runs import recipe_of, write_records
 
-from qlora.adapters.inject import frozen_linears
 from qlora.cli.app import run as run_cli
 from qlora.errors import BaseModelError
 from qlora.model import quantized_cache
 from qlora.model.frozen_digest import frozen_sha256
+from qlora.model.linear_layers import frozen_linears
 from qlora.model.weight_loader import WeightLoader
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs.memory_setup import load_base

@@ -3,10 +3,9 @@
 `check` agrees with `train` on each. Classes with experts are refused by their configuration, without a model.
 """
 
-import gc
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,6 @@ LENGTHS = (3, 30, 17)
 
 def kinds(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_garbage_collection() -> Iterator[None]:
-    """The libraries' objects are not looked at again and again, which took a third of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +101,16 @@ def assert_equal(model: Any, reference: Any, sequences: list[list[Example]]) -> 
     """Logits and loss of packed or single documents are those that transformers gives each document alone."""
     batch = collate([join_documents(documents) for documents in sequences], pad_id=0)
     head, loss = Head(model), TokenLoss(model)
-    logits = head(head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts, batch.lengths))
+    logits = head(head.hidden_states(batch.input_ids, batch.position_ids, batch.layout))
     expected_loss = torch.zeros(())
-    for row, (packed, starts) in enumerate(zip(sequences, batch.document_starts, strict=True)):
+    for row, (packed, starts) in enumerate(zip(sequences, batch.layout.starts, strict=True)):
         for document, start in zip(packed, starts, strict=True):
             alone = logits_alone(reference, document)
             own = logits[row, start : start + len(document)]
             assert float((own - alone).abs().max()) < 1e-3 * float(alone.std()), (len(document), start)
             targets = torch.from_numpy(document.labels.astype(np.int64))
             expected_loss += F.cross_entropy(alone[:-1], targets[1:], reduction="sum")
-    total = loss(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts, batch.lengths)
+    total = loss(batch.input_ids, batch.labels, batch.position_ids, batch.layout)
     assert float(total) == pytest.approx(float(expected_loss), rel=1e-4)
 
 
@@ -156,7 +147,7 @@ def alone(prepared: Prepared) -> Prepared:
 @torch.no_grad()
 def mean_loss(loss: Any, sequences: Any) -> float:
     batch = collate(list(sequences), pad_id=0)
-    total = loss.eval()(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts, batch.lengths)
+    total = loss.eval()(batch.input_ids, batch.labels, batch.position_ids, batch.layout)
     loss.train()
     return float(total) / batch.trained_tokens
 

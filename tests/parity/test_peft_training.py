@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from qlora.adapters.inject import adapted, frozen_linears
+from qlora.adapters.inject import adapted
 from qlora.data.batching.collate import collate
 from qlora.data.batching.sampler import Sampler
 from qlora.data.types import IGNORED
 from qlora.errors import InputError
 from qlora.exporters import ExportRequest
 from qlora.exporters.export_run import export_run
+from qlora.model.linear_layers import frozen_linears
 from qlora.runs.load_run import load_run
 from qlora.runs.resources import unplanned
 from qlora.runs.setup import build_job, set_up

@@ -6,17 +6,18 @@ import os
 import pty
 import re
 import select
-import subprocess
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.child_processes import Child, Notify
 from support.command_line import qlora
 from support.documents import ROOT
 from support.small_runs import write_records
 
+from qlora.cli.app import run as run_cli
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import read
 from qlora.training.schedule import count_steps
@@ -110,10 +111,14 @@ def test_without_a_terminal_the_missing_option_is_named(tmp_path: Path, monkeypa
 def test_at_a_terminal_it_asks(tmp_path: Path) -> None:
     records = write_records(tmp_path / "records.jsonl", 12)
     master, slave = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "init", "-o", "asked.yaml"],
-        stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+
+    def init(notify: Notify) -> int:
+        for handle in (0, 1, 2):
+            os.dup2(slave, handle)
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(handle, "r" if handle == 0 else "w") for handle in (0, 1, 2))
+        return run_cli(["init", "-o", str(tmp_path / "asked.yaml")])
+
+    child = Child(init, tmp_path / "log")
     os.close(slave)
     output = ""
     for question, answer in (
@@ -123,7 +128,7 @@ def test_at_a_terminal_it_asks(tmp_path: Path) -> None:
     ):
         output += _read_until(master, question)
         os.write(master, f"{answer}\n".encode())
-    assert child.wait(60) == 0, output
+    assert child.wait() == 0, output
     os.close(master)
     assert read(tmp_path / "asked.yaml")[0].model.name == str(DEMO / "base")
 

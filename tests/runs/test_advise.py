@@ -26,7 +26,7 @@ def write_recipe(folder: Path, train: list[str], held_out: list[str]) -> Path:
     path.write_text(
         f"model: {{name: {BASE}, dtype: float32}}\nadapter: {{rank: 4}}\noptim: {{kind: adamw, learning_rate: 5e-3}}\n"
         f"data: {{train: {folder}/train.jsonl, eval: {folder}/held_out.jsonl, max_length: 200, packing: false}}\n"
-        f"train: {{output: {folder}/run, max_steps: 30, micro_batch: 8, global_batch: 8, log_every: 5}}\n"
+        f"train: {{output: {folder}/run, max_steps: 12, micro_batch: 8, global_batch: 8, log_every: 3}}\n"
     )
     read(path)
     return path
@@ -75,12 +75,12 @@ def test_only_the_tokens_of_the_example_after_the_shots_are_scored() -> None:
 
 
 def test_the_losses_of_the_base_model_are_those_of_eval(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, LINES[:120], LINES[200:216])
-    result = qlora("advise", path, "--rows", 16, "--json").json
+    path = write_recipe(tmp_path, LINES[:60], LINES[200:208])
+    result = qlora("advise", path, "--rows", 8, "--json").json
     shot = result["few_shot"]
     measured = qlora("eval", BASE, "--data", tmp_path / "held_out.jsonl", "--json").json
     # `eval` of a model computes in its bfloat16, the recipe in float32.
-    assert shot["rows"] == 16 and shot["loss"] == pytest.approx(measured["loss"], rel=0.02)
+    assert shot["rows"] == 8 and shot["loss"] == pytest.approx(measured["loss"], rel=0.02)
     assert shot["shots"] >= 2 and shot["few_shot_loss"] < shot["loss"]  # the base model copies from its context
 
 
@@ -127,7 +127,7 @@ def test_a_task_that_the_base_model_can_do_needs_a_prompt_only(tmp_path: Path) -
 
 
 def test_after_a_run_the_figures_are_those_of_eval_and_inspect(tmp_path: Path) -> None:
-    assert qlora("train", write_recipe(tmp_path, LINES[:200], LINES[200:230])).code == 0
+    assert qlora("train", write_recipe(tmp_path, LINES[:60], LINES[200:208])).code == 0
     result = qlora("advise", tmp_path / "run", "--json").json
     measured = qlora("eval", tmp_path / "run", "--beside-base", "--json").json
     rank = qlora("inspect", tmp_path / "run", "--json").json

@@ -41,9 +41,9 @@ def test_every_variant_equals_its_run_alone(zoo: Zoo, tmp_path: Path, dtype: str
 
 
 @pytest.mark.xdist_group("sweep")
-@pytest.mark.parametrize("memory", ["memory.recompute=all", "memory.weights=stream"])
-def test_every_variant_equals_its_run_alone_under_any_policy(zoo: Zoo, tmp_path: Path, memory: str) -> None:
-    sweep = Sweep(zoo("llama"), tmp_path, memory, "adapter.dropout=0.2")
+@pytest.mark.parametrize("policy", [("memory.recompute=all",), ("memory.weights=stream", "model.dtype=float16")])
+def test_every_variant_equals_its_run_alone_under_any_policy(zoo: Zoo, tmp_path: Path, policy: tuple[str, ...]) -> None:
+    sweep = Sweep(zoo("llama"), tmp_path, *policy, "adapter.dropout=0.2")
     sweep.train_together("adapter.kind=lora,dora")
     sweep.assert_same_runs(sweep.train_alone("adapter.kind=lora,dora"))
 

@@ -12,12 +12,13 @@ from support.command_line import qlora
 from support.small_runs import metrics
 from support.sweeps import Sweep, Zoo, nan_gradient
 
-from qlora.adapters.inject import adapted, frozen_linears, inject
+from qlora.adapters.inject import adapted, inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.round_robin import RoundRobin
 from qlora.cli.app import run as run_cli
 from qlora.model import Model
 from qlora.model.frozen_digest import frozen_sha256
+from qlora.model.linear_layers import frozen_linears
 from qlora.model.load_base import load
 from qlora.quant import Quant, build_quantizer
 

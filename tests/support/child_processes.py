@@ -1,5 +1,6 @@
 """Child processes forked from the test process, with everything imported; they report lines through a pipe."""
 
+import gc
 import io
 import os
 import select
@@ -94,6 +95,7 @@ def _run_child(main: ChildMain, writer: int, log: Path) -> None:
     """Run `main` in the child and exit; never returns to the parent's code."""
     code = 1
     try:
+        gc.freeze()  # a collection would copy every page of the parent's objects
         os.setsid()
         # torch creates its thread pool again after a fork; two threads that use it first at the same time would fail.
         torch.set_num_threads(1)

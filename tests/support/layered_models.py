@@ -1,6 +1,7 @@
 """Small models of several layers, their gradients, and a copy stream that copies as late as allowed."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ def layered(family: str, layers: int = LAYERS, quantizer: Any = None, adapted: b
     if adapted:
         adapt(model)
     return model.train()
+
+
+@cache
+def plain_gradients(family: str) -> Tensor:
+    """Those of `layered(family)` with every layer and activation on the device, computed once."""
+    return gradients(layered(family))
 
 
 def adapt(model: Any) -> None:

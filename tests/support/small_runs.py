@@ -32,13 +32,16 @@ def write_records(path: Path, count: int, seed: int = 0, max_words: int = 6) -> 
 
 
 def recipe_of(model: Path, data: Path, output: Path, *overrides: str, **sections: Mapping[str, Any]) -> Recipe:
-    """A short run of a tiny model: 6 steps of 4 sequences, rank 4. The last override of a key counts."""
+    """A short run of a tiny model: 6 steps of one micro-batch of 4 sequences, rank 4.
+
+    The last override of a key counts.
+    """
     mapping: dict[str, Any] = {
         "model": {"name": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8},
         "data": {"train": str(data), "eval_fraction": 0.0, "max_length": 96, "packing": False},
         "optim": {"kind": "adamw", "learning_rate": 5e-3},
-        "train": {"output": str(output), "max_steps": 6, "micro_batch": 2, "global_batch": 4},
+        "train": {"output": str(output), "max_steps": 6, "micro_batch": 4, "global_batch": 4},
     }
     for name, section in sections.items():
         mapping[name] = mapping.get(name, {}) | dict(section)

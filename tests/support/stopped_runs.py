@@ -17,9 +17,10 @@ from support.training_hooks import before_first_forward, before_update, trainabl
 Zoo = Callable[..., Path]
 RECORDS, STEPS = 10, 6  # global batch 4: three steps an epoch, the last one short; two epochs
 
-# Every optimizer, with and without dropout, packing, LoRA+, evaluation. Rank 64 makes tensors that 8 bits can hold.
+# Every optimizer, with and without dropout, packing, LoRA+, evaluation, several micro-batches.
+# Rank 64 makes tensors that 8 bits can hold.
 COMBINATIONS = {
-    "adamw": ("adapter.dropout=0.2", "adapter.kind=dora"),
+    "adamw": ("adapter.dropout=0.2", "adapter.kind=dora", "train.micro_batch=2"),
     "offloaded_adamw": ("adapter.dropout=0.1",),
     "adamw_8bit": ("adapter.rank=64", "data.packing=true", "adapter.dropout=0.1"),
     "paged_adamw_32bit": (

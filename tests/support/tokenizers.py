@@ -1,5 +1,6 @@
 """Small tokenizers of every kind, built in memory, and chat templates for them."""
 
+import re
 from functools import cache
 from typing import Any
 
@@ -45,6 +46,24 @@ FAMILIES = [  # template and kind of tokenizer, as released models combine them
 
 def without_whitespace(text: str) -> str:
     return "".join(text.split())
+
+
+_SPECIAL = re.compile(r"<\|[\w/]+\|>|<｜[^>\s]+｜>|<\|[a-z_]+>|<[a-z_]+\|>|<(?:start|end)_of_turn>|</?s>|\[/?INST\]")
+_TAGS = re.compile(r"</?(?:think|tool_call|tool_response)>")
+
+
+def tokenizer_for(chat_template: str) -> Any:
+    """A byte-level tokenizer with a chat template, and the control tokens that the template writes."""
+    backend = Tokenizer.from_str(make_tokenizer("bytes").backend_tokenizer.to_str())
+    for pattern, special in ((_SPECIAL, True), (_TAGS, False)):
+        tokens = [
+            AddedToken(text, special=special, normalized=False) for text in sorted({*pattern.findall(chat_template)})
+        ]
+        (backend.add_special_tokens if special else backend.add_tokens)(tokens)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def template_text(name: str) -> str:

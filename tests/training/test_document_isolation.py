@@ -54,12 +54,12 @@ def documents(seed: int, lengths: tuple[int, ...] = (9, 50, 33, 1, 40)) -> list[
 
 def logits_of(loss: TokenLoss, rows: list[Example]) -> Tensor:
     batch = collate(rows, pad_id=0)
-    return loss.head(loss.head.hidden_states(batch.input_ids, batch.position_ids, batch.document_starts))
+    return loss.head(loss.head.hidden_states(batch.input_ids, batch.position_ids, batch.layout))
 
 
 def sum_of(loss: TokenLoss, rows: list[Example]) -> float:
     batch = collate(rows, pad_id=0)
-    return float(loss(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts))
+    return float(loss(batch.input_ids, batch.labels, batch.position_ids, batch.layout))
 
 
 def require(loss: TokenLoss, backend: str) -> None:

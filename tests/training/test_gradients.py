@@ -126,7 +126,7 @@ def test_the_loss_is_cross_entropy_of_transformers_logits(
     job = job_of(zoo(family), tmp_path, "quant.kind=dense", records=4)
     monkeypatch.setattr("qlora.model.lm_head.Head.chunk_rows", lambda self: chunk_rows)
     batch = collate(job.train_examples, pad_id=0)
-    loss = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.document_starts)
+    loss = job.model(batch.input_ids, batch.labels, batch.position_ids, batch.layout)
     reference = AutoModelForCausalLM.from_pretrained(zoo(family), dtype=torch.float32)
     with merged(reference, job.model.model) as model, torch.no_grad():
         expected = torch.zeros(())

@@ -13,7 +13,7 @@ from support.tiny_models import FAMILIES
 from qlora.data.conversations.encode_records import read_messages
 from qlora.data.types import Record
 from qlora.errors import DataError
-from qlora.runs.evaluate import GENERAL
+from qlora.runs.general_text import GENERAL
 from qlora.runs.load_run import LoadedRun, held_out_examples, load_run
 from qlora.training.multiple_choice import choice_accuracy, choice_of
 

@@ -1,18 +1,17 @@
 """SIGTERM and SIGINT end a run at an exact checkpoint."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
+from support.child_processes import Child, Notify
 from support.small_runs import metrics, recipe_of, run, write_records
 from support.stopped_runs import RECORDS, STEPS, ReferenceRun, Zoo, assert_same_run, signal_in_step
 
+from qlora.cli.app import run as run_cli
 from qlora.errors import Stopped
 from qlora.recipe.recipe import dump
 
@@ -39,16 +38,18 @@ def test_a_terminated_process_exits_with_143_and_resumes(zoo: Zoo, tmp_path: Pat
     data, output = write_records(tmp_path / "records.jsonl", RECORDS), tmp_path / "run"
     endless = recipe_of(zoo("llama"), data, output, "train.max_steps=100000", "optim.warmup=0", "adapter.dropout=0.1")
     (tmp_path / "recipe.yaml").write_text(dump(endless))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "train", str(tmp_path / "recipe.yaml")], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+
+    def train(notify: Notify) -> int:
+        sys.stdout = (tmp_path / "stdout").open("w")
+        return run_cli(["train", str(tmp_path / "recipe.yaml")])
+
+    process = Child(train, tmp_path / "log")
     deadline = time.monotonic() + 120
-    while len(metrics(output)) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(metrics(output)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143 and stdout == "" and "Traceback" not in stderr, stderr
+    process.send(signal.SIGTERM)
+    code, stderr = process.wait(), (tmp_path / "log").read_text()
+    assert code == 143 and (tmp_path / "stdout").read_text() == "" and "Traceback" not in stderr, stderr
     step = metrics(output)[-1]["step"]
     assert max(output.glob("checkpoint-*")).name == f"checkpoint-{step:06d}" and f"{step:06d}" in stderr
     short = (f"train.max_steps={step + 2}", "optim.warmup=0", "adapter.dropout=0.1")

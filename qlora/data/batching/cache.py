@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,15 @@ def code_sha256(package: Path = DATA_PACKAGE) -> str:
     return digest.hexdigest()
 
 
+@cache
+def _own_code_sha256() -> str:
+    """`code_sha256` of the code that this process runs, read once."""
+    return code_sha256()
+
+
 def cache_key(**inputs: Any) -> str:
     """The name of the entry that this code builds from `inputs` (JSON values)."""
-    text = json.dumps({**inputs, "code": code_sha256()}, sort_keys=True)
+    text = json.dumps({**inputs, "code": _own_code_sha256()}, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.data.types import IGNORED, Example
+from qlora.data.types import IGNORED, PLAIN_LAYOUT, Example, Layout
 from qlora.utils.send import send
 
 
@@ -19,42 +19,52 @@ class Batch:
 
     input_ids: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64, -100 for padding and for the first token of every document
-    position_ids: Tensor  # [B, T] int64, 0 where a document starts; padding continues the last document
+    position_ids: Tensor  # [B, T] int64, 0 where a document starts; padding continues the last segment
     tokens: int = 0  # without padding
-    document_starts: tuple[tuple[int, ...], ...] = ()  # for each sequence, where its documents start
-    lengths: tuple[int, ...] = ()  # tokens of each sequence, without padding
+    layout: Layout = PLAIN_LAYOUT
 
     @cached_property
     def trained(self) -> Tensor:
-        """[N] int64: positions in the flattened [B * T] whose next token bears loss. Found on the host, before `to`."""
+        """[2, N] int64, in the flattened [B * T]: tokens that predict, and the tokens that they predict and bear loss.
+
+        Found on the host, before `to`. The first token of a branch is predicted by its parent.
+        """
         bears_loss = self.labels != IGNORED
         bears_loss[:, 0] = False
-        return bears_loss.flatten().nonzero().squeeze(1) - 1
+        targets = bears_loss.flatten().nonzero().squeeze(1)
+        return torch.stack([self._predecessors[targets] if self.layout.branches else targets - 1, targets])
+
+    @property
+    def _predecessors(self) -> Tensor:
+        """[B * T]: the token that each token follows."""
+        before = torch.arange(self.labels.numel()) - 1
+        for row, branches in enumerate(self.layout.branches):
+            for start, parent in branches:
+                before[row * self.labels.shape[1] + start] = row * self.labels.shape[1] + parent
+        return before
 
     @property
     def trained_tokens(self) -> int:
         """Number of labels that bear loss."""
-        return len(self.trained)
+        return self.trained.shape[1]
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The positional arguments of TokenLoss.forward."""
-        starts, lengths = self.document_starts, self.lengths
-        return self.input_ids, self.labels, self.position_ids, starts, lengths, self.trained
+        return self.input_ids, self.labels, self.position_ids, self.layout, self.trained
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device; the host does not wait for a GPU."""
         ids, labels, positions, trained = (
             send(tensor, device) for tensor in (self.input_ids, self.labels, self.position_ids, self.trained)
         )
-        batch = Batch(ids, labels, positions, self.tokens, self.document_starts, self.lengths)
+        batch = Batch(ids, labels, positions, self.tokens, self.layout)
         batch.__dict__["trained"] = trained  # else the device would be asked for the positions
         return batch
 
     def without_loss(self) -> "Batch":
         """The batch without labels, for a rank that has no sequences left and must still take part."""
-        ignored = torch.full_like(self.labels, IGNORED)
-        return Batch(self.input_ids, ignored, self.position_ids, document_starts=self.document_starts)
+        return Batch(self.input_ids, torch.full_like(self.labels, IGNORED), self.position_ids, layout=self.layout)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -66,10 +76,20 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     for row, example in enumerate(examples):
         input_ids[row, : len(example)] = example.input_ids
         labels[row, : len(example)] = example.labels
-        for start in example.document_starts():
-            position_ids[row, start:] = np.arange(shape[1] - start)
+        _count_positions(position_ids[row], example)
     labels[position_ids == 0] = IGNORED  # a document's first token is predicted from nothing
     ids, targets, positions = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
     starts = tuple(example.document_starts() for example in examples)
     lengths = tuple(len(example) for example in examples)
-    return Batch(ids, targets, positions, sum(lengths), starts, lengths)
+    branches = tuple(example.branches for example in examples)
+    layout = Layout(starts, lengths, branches if any(branches) else ())
+    return Batch(ids, targets, positions, sum(lengths), layout)
+
+
+def _count_positions(positions: "np.ndarray[Any, np.dtype[np.int64]]", example: Example) -> None:
+    """Write the positions of a sequence: from 0 in each document; a branch goes on from its parent."""
+    segments = example.segments()
+    ends = [*(segment.start for segment in segments[1:]), len(positions)]
+    for (start, parent), end in zip(segments, ends, strict=True):
+        first = int(positions[parent]) + 1 if parent >= 0 else 0
+        positions[start:end] = np.arange(first, first + end - start)

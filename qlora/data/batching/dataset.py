@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from qlora.data.batching.column_store import Array, Columns
 from qlora.data.batching.packing import join_documents
-from qlora.data.types import IGNORED, Example
+from qlora.data.types import IGNORED, Branch, Example
 
 Indices = npt.NDArray[np.int64]
 
 _SCANNED = 2**22  # token ids of a memory map looked at at a time
-EXAMPLE_COLUMNS = ("ids", "trained", "ends", "where", "where_ends")
+EXAMPLE_COLUMNS = ("ids", "trained", "ends", "branches", "branch_ends", "where", "where_ends")
 
 
 class ExampleWriter:
@@ -25,17 +25,20 @@ class ExampleWriter:
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self._tokens = self._where_bytes = self.count = 0
+        self._tokens = self._branches = self._where_bytes = self.count = 0
 
     def add(self, example: Example) -> None:
         """Append one example. Labels are stored as flags: each is the token itself or IGNORED."""
         where = np.frombuffer(example.where.encode("utf-8", "surrogateescape"), dtype=np.uint8)
         self._tokens += len(example)
+        self._branches += len(example.branches)
         self._where_bytes += len(where)
         self.count += 1
         self._columns.append("ids", example.input_ids)
         self._columns.append("trained", example.labels != IGNORED)
         self._columns.append("ends", np.array([self._tokens]))
+        self._columns.append("branches", np.array(example.branches, dtype=np.int64).ravel())
+        self._columns.append("branch_ends", np.array([self._branches]))
         self._columns.append("where", where)
         self._columns.append("where_ends", np.array([self._where_bytes]))
 
@@ -45,7 +48,8 @@ class ExampleStore(Sequence[Example]):
 
     def __init__(self, columns: Mapping[str, Array]) -> None:
         arrays = (columns[name] for name in EXAMPLE_COLUMNS)
-        self._ids, self._trained, self._ends, self._where, self._where_ends = arrays
+        self._ids, self._trained, self._ends, branches, self._branch_ends, self._where, self._where_ends = arrays
+        self._branches = branches.reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -60,7 +64,8 @@ class ExampleStore(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         span = _span(self._ends, range(len(self))[index])
         ids = np.array(self._ids[span], dtype=np.int32)
-        return Example(self.where(index), ids, np.where(self._trained[span], ids, np.int32(IGNORED)))
+        labels = np.where(self._trained[span], ids, np.int32(IGNORED))
+        return Example(self.where(index), ids, labels, branches=self.branches(index))
 
     def first_with_id_from(self, limit: int) -> tuple[int, int] | None:
         """The first example with a token id of at least `limit`, and that id; None if there is none."""
@@ -70,6 +75,11 @@ class ExampleStore(Sequence[Example]):
                 position = start + int((chunk >= limit).argmax())
                 return int(np.searchsorted(self._ends, position, side="right")), int(self._ids[position])
         return None
+
+    def branches(self, index: int) -> tuple[Branch, ...]:
+        """The branches of example `index`."""
+        pairs = self._branches[_span(self._branch_ends, range(len(self))[index])]
+        return tuple(Branch(start, parent) for start, parent in pairs.tolist())
 
     def where(self, index: int) -> str:
         """The file:line of example `index`."""

@@ -8,22 +8,12 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from qlora.data.batching.dataset import ExampleWriter
-from qlora.data.batching.split_text import split
+from qlora.data.batching.fit_length import FittedRecord, fit_length
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import EncodeResult, RawRecord
+from qlora.data.prefix_tree import paths_of
 from qlora.data.remedies import with_remedy
-from qlora.data.types import (
-    IGNORED,
-    TEXT,
-    TOKENS,
-    BadRecord,
-    Example,
-    Finding,
-    Ints,
-    Occurrences,
-    Record,
-    RecordError,
-)
+from qlora.data.types import IGNORED, BadRecord, Example, Finding, Ints, Occurrences, Record, RecordError
 from qlora.data.unused_counter import UnusedCounter
 
 if TYPE_CHECKING:
@@ -40,6 +30,7 @@ class ExampleFilter:
         self.where = where
         self.records = self.kept = self.truncated = self.split = self.control_records = 0
         self.tokens = self.trained_tokens = 0
+        self.trees = self.tokens_of_trees = self.tokens_of_paths = self.overlong_answers = 0
         self.dropped: Counter[str] = Counter()
         self.problems: list[Finding] = []
         self.warnings: list[Finding] = []
@@ -61,21 +52,32 @@ class ExampleFilter:
         finding = Finding(where, f"dropped, {with_remedy(reason, detail)}")
         (self.problems if is_problem else self.warnings).append(finding)
 
-    def keep(self, encoded: Encoded, copies: int, pieces: Sequence[Example] = ()) -> None:
-        """Count and store an example, or its pieces, that is trained on `copies` times in an epoch."""
+    def keep(self, encoded: Encoded, copies: int, examples: Sequence[Example]) -> None:
+        """Count and store the examples of a record, which are trained on `copies` times in an epoch."""
         example = encoded.example
         self.records += 1
         self.kept += 1
-        self.tokens += len(example)
-        self.trained_tokens += example.trained_tokens()
+        self.trained_tokens += sum(part.trained_tokens() for part in examples)
+        if example.branches:
+            self._count_tree(example, examples)
+        else:
+            self.tokens += len(example)
+            self.split += examples[0] is not example
         self.keys.append(_key(example.input_ids, example.labels))
         self.answer_keys.append(_key(example.labels[example.labels != IGNORED]))
         self.copies.append(copies)
-        self.pieces.append(len(pieces) or 1)
-        self.split += bool(pieces)
-        for piece in pieces or [example]:
-            self._writer.add(piece)
+        self.pieces.append(len(examples))
+        for part in examples:
+            self._writer.add(part)
         self._add_findings(encoded)
+
+    def _count_tree(self, tree: Example, examples: Sequence[Example]) -> None:
+        """Count the tokens that are computed for a record, and those that its answers would take one by one."""
+        tokens = sum(map(len, examples))
+        self.tokens += tokens
+        self.tokens_of_trees += tokens
+        self.trees += 1
+        self.tokens_of_paths += sum(len(path) for path in paths_of(tree))
 
     def _add_findings(self, encoded: Encoded) -> None:
         where = encoded.example.where
@@ -124,43 +126,38 @@ def _key(*arrays: Ints) -> int:
     return int.from_bytes(digest, "little")
 
 
-def filter_example(examples: ExampleFilter, record: RawRecord, result: EncodeResult, section: "Data") -> None:
-    """Keep, split, truncate or drop one record."""
+def filter_example(
+    examples: ExampleFilter, record: RawRecord, result: EncodeResult, section: "Data", shares_prefixes: bool = True
+) -> None:
+    """Keep, split, truncate or drop one record. shares_prefixes: whether prefix trees can be trained."""
     if isinstance(record, BadRecord):
         examples.drop(record.where, record.reason, record.detail, is_problem=True)
     elif isinstance(result, RecordError):
         examples.drop(record.where, result.reason, result.detail)
-    elif result is not None and len(result.example) <= section.max_length:
-        examples.keep(result, record.copies)
     elif result is not None:
-        _filter_overlong(examples, record, result, section)
+        _filter_by_length(examples, record, result, section, fit_length(result, section, shares_prefixes))
 
 
-def _filter_overlong(examples: ExampleFilter, record: Record, encoded: Encoded, section: "Data") -> None:
+def _filter_by_length(
+    examples: ExampleFilter, record: Record, encoded: Encoded, section: "Data", fitted: FittedRecord
+) -> None:
     length = f"{len(encoded.example)} tokens, data.max_length is {section.max_length}"
-    pieces = split_overlong(encoded, section)
-    if pieces:
-        examples.keep(encoded, record.copies, pieces)
-        return
-    examples.overlong_lengths.append(len(encoded.example))
-    short = truncate(encoded.example, section.max_length)
-    if section.overlong != "truncate":
-        only = "; only plain text is split" if section.overlong == "split" else ""
-        examples.drop(record.where, "overlong", length + only, is_problem=section.overlong == "error")
-    elif not short.trained_tokens():
+    if fitted.truncated or not fitted.examples:
+        examples.overlong_lengths.append(len(encoded.example))
+    if fitted.examples and not (fitted.overlong_answers and section.overlong == "error"):
+        examples.overlong_answers += fitted.overlong_answers
+        examples.truncated += fitted.truncated
+        if fitted.truncated:
+            examples.warnings.append(Finding(record.where, f"truncated: {length}"))
+            is_tree = bool(encoded.example.branches)
+            example = encoded.example if is_tree else fitted.examples[0]
+            encoded = replace(encoded, example=example, end_trained=is_tree and encoded.end_trained)
+        if fitted.overlong_answers:
+            message = f"answers above data.max_length left out: {fitted.overlong_answers}"
+            examples.warnings.append(Finding(record.where, message))
+        examples.keep(encoded, record.copies, fitted.examples)
+    elif section.overlong == "truncate":
         examples.drop(record.where, "nothing left to train", f"{length}, and all trained tokens come after it")
     else:
-        examples.truncated += 1
-        examples.warnings.append(Finding(record.where, f"truncated: {length}"))
-        examples.keep(replace(encoded, example=short, end_trained=False), record.copies)
-
-
-def split_overlong(encoded: Encoded, section: "Data") -> list[Example]:
-    """The pieces of an example above max_length; empty for conversations, whose parts need the prompt before them."""
-    kinds = {"auto": (TEXT,), "split": (TEXT, TOKENS)}.get(section.overlong, ())
-    return split(encoded.example, section.max_length) if encoded.kind in kinds and section.max_length > 1 else []
-
-
-def truncate(example: Example, length: int) -> Example:
-    """The first `length` tokens of an example."""
-    return Example(example.where, example.input_ids[:length], example.labels[:length])
+        only = "; only plain text is split" if section.overlong == "split" else ""
+        examples.drop(record.where, "overlong", length + only, is_problem=section.overlong == "error")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.types import Example
+from qlora.data.types import Branch, Example
 
 Indices = npt.NDArray[np.int64]
 
@@ -62,12 +62,18 @@ def join_documents(examples: Sequence[Example]) -> Example:
         for start, example in zip(starts, examples, strict=True)
         for inner in example.document_starts()
     ]
+    branches = [
+        Branch(int(start) + branch.start, int(start) + branch.parent if branch.parent >= 0 else -1)
+        for start, example in zip(starts, examples, strict=True)
+        for branch in example.branches
+    ]
     return Example(
         where=f"{examples[0].where} and {len(examples) - 1} more",
         input_ids=np.concatenate([example.input_ids for example in examples]),
         labels=np.concatenate([example.labels for example in examples]),
         boundaries=tuple(boundaries[1:]),
         origins=tuple(origin for example in examples for origin in (example.origins or (example.where,))),
+        branches=tuple(branches),
     )
 
 
@@ -76,7 +82,12 @@ def split_documents(sequence: Example) -> list[Example]:
     if not sequence.boundaries:
         return [sequence]
     ends = (*sequence.boundaries, len(sequence))
-    return [
-        Example(origin, sequence.input_ids[start:end], sequence.labels[start:end])
-        for origin, start, end in zip(sequence.origins, sequence.document_starts(), ends, strict=True)
-    ]
+    spans = zip(sequence.origins, sequence.document_starts(), ends, strict=True)
+    return [_document(sequence, origin, start, end) for origin, start, end in spans]
+
+
+def _document(sequence: Example, origin: str, start: int, end: int) -> Example:
+    """The document start..end as an example, with its branches counted from its start."""
+    own = (branch for branch in sequence.branches if start <= branch.start < end)
+    branches = tuple(Branch(branch.start - start, max(-1, branch.parent - start)) for branch in own)
+    return Example(origin, sequence.input_ids[start:end], sequence.labels[start:end], branches=branches)

@@ -5,25 +5,41 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora.data.conversations.safe_tokenizer import SafeTokenizer, TextPiece, without_whitespace
+from qlora.data.conversations.path_tokens import NO_IDS, TokenPaths
+from qlora.data.conversations.safe_tokenizer import SafeTokenizer, without_whitespace
+from qlora.data.conversations.text_paths import TextPath
+from qlora.data.prefix_tree import merge_paths
 from qlora.data.types import IGNORED, Example, Ints, Message, RecordError, Unused
 
-NO_IDS: Ints = np.zeros(0, dtype=np.int32)
 NOTHING = Unused()
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCounts:
+    """The answers of a record that are to be trained, and their thoughts; and how many of both are trained."""
+
+    total: int = 0
+    trained: int = 0
+    thoughts: int = 0
+    trained_thoughts: int = 0
+    merges: tuple[str, ...] = ()  # rules by which messages were changed, since the template refuses them (roles.py)
+
+
+NO_ANSWERS = AnswerCounts()
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A record after rendering and masking, before tokenization."""
 
-    pieces: tuple[TextPiece, ...] = ()
+    paths: tuple[TextPath, ...] = ()
     break_char: str = ""  # breaks control strings of the record's text; never tokenized
     control_strings: tuple[str, ...] = ()  # in the record's text
-    untrained_answers: int = 0  # answers without loss, because the template rewrites them in later turns
-    end_trained: bool = True  # the last trained piece ends with an end token
-    prefix_ids: Ints = field(default_factory=lambda: NO_IDS)  # before the pieces, not trained
-    suffix_ids: Ints = field(default_factory=lambda: NO_IDS)  # after the pieces, trained
+    end_trained: bool = True  # the last trained answer ends with an end token
+    prefix_ids: Ints = field(default_factory=lambda: NO_IDS)  # before each path; trained with every other token only
+    eos: Ints = field(default_factory=lambda: NO_IDS)  # after an answer that no control token closes
     unused: Unused = NOTHING
+    answers: AnswerCounts = NO_ANSWERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +48,31 @@ class Encoded:
 
     example: Example
     control_strings: tuple[str, ...] = ()
-    untrained_answers: int = 0
     end_trained: bool = True
     unknown_tokens: int = 0  # trained tokens that stand for text without a token of its own
     unused: Unused = NOTHING
     kind: str = ""  # TEXT or TOKENS; empty for a conversation
+    answers: AnswerCounts = NO_ANSWERS
+
+    @property
+    def untrained_answers(self) -> int:
+        """Answers that are to be trained, and are not."""
+        return self.answers.total - self.answers.trained
 
 
-def build_example(where: str, draft: Draft, ids: Sequence[Ints], train_all: bool) -> Example:
-    """The example of a draft. ids: of each piece."""
-    trained = [train_all, *(piece.trained or (train_all and not piece.masked) for piece in draft.pieces), True]
-    spans = [draft.prefix_ids, *ids, draft.suffix_ids]
-    labels = [span if t else np.full(len(span), IGNORED, np.int32) for span, t in zip(spans, trained, strict=True)]
-    return Example(where, np.concatenate(spans), np.concatenate(labels))
+def build_example(where: str, draft: Draft, tokens: TokenPaths, train_all: bool) -> Example:
+    """The example of a draft: its paths merged by their common beginnings. train_all: every token bears loss."""
+    prefix = draft.prefix_ids
+    if not len(prefix):
+        return merge_paths(where, tokens.paths)
+    untrained = np.full(len(prefix), IGNORED, np.int32)
+    return merge_paths(
+        where,
+        [
+            (np.concatenate([prefix, ids]), np.concatenate([untrained if number or not train_all else prefix, labels]))
+            for number, (ids, labels) in enumerate(tokens.paths)
+        ],
+    )
 
 
 def from_token_record(where: str, message: Message, vocab_size: int) -> Example:
@@ -57,23 +85,16 @@ def from_token_record(where: str, message: Message, vocab_size: int) -> Example:
     return Example(where, ids, labels)
 
 
-def verify_masks(
-    drafts: Sequence[Draft], ids: Sequence[Sequence[Ints]], tokenizer: SafeTokenizer
-) -> list[int | RecordError]:
-    """Verify for each draft that its trained ids decode to its trained text; returns the number of unknown tokens.
+def verify_masks(records: Sequence[TokenPaths], tokenizer: SafeTokenizer) -> list[int | RecordError]:
+    """Verify for each record that its trained ids decode to its trained text; returns the number of unknown tokens.
 
     RecordError if they do not: a loss mask that can't be verified is not trained on.
     """
-    trained = [
-        (index, piece.text.replace(draft.break_char, "") if draft.break_char else piece.text, piece_ids)
-        for index, (draft, draft_ids) in enumerate(zip(drafts, ids, strict=True))
-        for piece, piece_ids in zip(draft.pieces, draft_ids, strict=True)
-        if piece.trained
-    ]
-    results: list[int | RecordError] = [0] * len(drafts)
-    decoded = tokenizer.decode([piece_ids for _, _, piece_ids in trained])
-    for (index, text, piece_ids), decoded_text in zip(trained, decoded, strict=True):
-        unknown = int((piece_ids == tokenizer.unknown_id).sum())
+    trained = [(index, item) for index, record in enumerate(records) for item in record.trained]
+    results: list[int | RecordError] = [0] * len(records)
+    decoded = tokenizer.decode([item.ids for _, item in trained])
+    for (index, (text, ids)), decoded_text in zip(trained, decoded, strict=True):
+        unknown = int((ids == tokenizer.unknown_id).sum())
         so_far = results[index]
         if isinstance(so_far, RecordError):
             continue

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +27,7 @@ PLAIN = (
 
 _FREE_CHARS = 2**20  # for headers, tool schemas and system prompts that a template adds to a conversation
 _MAX_GROWTH = 64  # rendered characters per input character
+_MARKS = re.compile(r"\{%-?\s*generation\b")
 _TOOL_TEMPLATE = "tool_use"
 _SAMPLE_TOOL = {  # for samples that are rendered with a template for tools
     "type": "function",
@@ -35,15 +37,24 @@ _SAMPLE_TOOL = {  # for samples that are rendered with a template for tools
         "parameters": {"type": "object", "properties": {"vow": {"type": "string", "description": "the vow"}}},
     },
 }
-_DATE = "26 Jul 2024"  # Llama-3's default. With today's date, a run resumed tomorrow would see other tokens
+# With today's date, a run resumed tomorrow would see other tokens. This is Llama-3's default.
+_TODAY = datetime(2024, 7, 26)  # a template writes the day alone
+_DATE = "26 Jul 2024"
+_CURRENT_DATE = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
+
+
+def with_pinned_date(template_text: str) -> str:
+    """A template whose calls of strftime_now, the current date, give the same day in every run."""
+    return _CURRENT_DATE.sub(lambda match: repr(_TODAY.strftime(match[2])), template_text)
 
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """How conversations are rendered and masked: data.template_args and data.empty_thinking."""
+    """How conversations are rendered and masked: data.template_args, data.thinking and data.empty_thinking."""
 
     args: Mapping[str, Any] = field(default_factory=dict)
     masks_empty_thinking: bool = True
+    thinking: str = "as_template"
 
 
 class Template:
@@ -62,6 +73,7 @@ class Template:
     ) -> None:
         self._tokenizer = tokenizer
         self.name, self.text = _choose(tokenizer, chat_template, with_tools)
+        self._pinned_text = with_pinned_date(self.text)
         self.sample_tools = [_SAMPLE_TOOL] if self.name.endswith(repr(_TOOL_TEMPLATE)) else None
         self._variables = ({"date_string": _DATE} if "strftime_now" in self.text else {}) | dict(args)
         unread = next((name for name in args if not re.search(rf"\b{re.escape(name)}\b", self.text)), None)
@@ -73,13 +85,19 @@ class Template:
         """The beginning-of-text token as text; empty if the tokenizer has none."""
         return str(self._tokenizer.bos_token or "")
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Everything but the conversation that decides what is rendered."""
+        variables = (type(self._tokenizer), self._tokenizer.special_tokens_map, self._variables, self.sample_tools)
+        return self.text, *map(repr, variables)
+
     def render(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
         """The text of a conversation; with `prompt`, followed by the generation prompt. RecordError if refused."""
         try:
             text: str = self._tokenizer.apply_chat_template(
                 turns,
                 tools=tools,
-                chat_template=self.text,
+                chat_template=self._pinned_text,
                 add_generation_prompt=prompt,
                 tokenize=False,
                 **self._variables,
@@ -87,6 +105,20 @@ class Template:
         except Exception as error:  # a template is a program: it may raise anything
             raise RecordError("refused by the chat template", first_line(error, 200)) from None
         return _limit_size(text, turns, tools)
+
+    def marked_text(self, turns: Sequence[Turn]) -> str | None:
+        """The text of a conversation that the template's generation marks cover; None if it has none."""
+        if not _MARKS.search(self.text):
+            return None
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, **self._variables}
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                turns, tools=self.sample_tools, chat_template=self._pinned_text, **options
+            )
+            pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+            return str(self._tokenizer.decode([token for token, flag in pairs if flag]))
+        except Exception as error:  # a template is a program: it may raise anything
+            raise RecordError("refused by the chat template", first_line(error, 200)) from None
 
 
 def _choose(tokenizer: Any, chat_template: str, with_tools: bool) -> tuple[str, str]:

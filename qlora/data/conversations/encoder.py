@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from qlora.data.conversations import record_limits
+from qlora.data.conversations.answer_counts import answer_counts, nothing_to_train
 from qlora.data.conversations.build_example import (
-    NO_IDS,
-    NOTHING,
     Draft,
     Encoded,
     build_example,
@@ -20,10 +20,12 @@ from qlora.data.conversations.build_example import (
 )
 from qlora.data.conversations.chat_messages import Conversation, build_conversation
 from qlora.data.conversations.chat_template import PLAIN, TemplateOptions
-from qlora.data.conversations.loss_mask import MaskedText, may_write_thoughts
+from qlora.data.conversations.loss_mask import may_write_thoughts
+from qlora.data.conversations.path_tokens import NO_IDS, TokenPaths, path_jobs, token_paths
 from qlora.data.conversations.renderer import build_renderers
-from qlora.data.conversations.safe_tokenizer import TextPiece
-from qlora.data.types import IGNORED, TEXT, TOKENS, Example, Ints, Message, RecordError
+from qlora.data.conversations.roles import render_in_a_form
+from qlora.data.conversations.text_paths import MaskedText, Stretch, TextPath
+from qlora.data.types import IGNORED, TEXT, TOKENS, TOOLS, Example, Ints, Message, RecordError
 
 Item = tuple[str, Sequence[Message]]  # where, messages
 
@@ -61,14 +63,30 @@ class Encoder:
         inputs += [self._tool_renderer.template.text] if self._tool_renderer is not self._renderer else []
         inputs += ["accept"] if self._accept else []
         inputs += [json.dumps(dict(self._options.args), sort_keys=True)] if self._options.args else []
+        inputs += [self._options.thinking] if self._options.thinking != "as_template" else []
         masks = self._options.masks_empty_thinking and may_write_thoughts(self.template.text)
         inputs += ["empty thinking masked"] if masks else []
         return hashlib.sha256("\0".join(inputs).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
+    def has_one_template(self) -> bool:
+        """Whether conversations with tools are rendered with the same template as others."""
+        return self._tool_renderer is self._renderer
+
+    @property
+    def template_args(self) -> Mapping[str, Any]:
+        """The arguments of the template: data.template_args."""
+        return self._options.args
+
+    @property
     def uses_plain_template(self) -> bool:
         """Whether conversations are rendered with qlora's plain template, because the model has none."""
         return self.template.text == PLAIN
+
+    @property
+    def thought_closing(self) -> str:
+        """What the template writes after a thought; empty if it has no place for thoughts."""
+        return self._renderer.thoughts.place.closing
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -90,19 +108,29 @@ class Encoder:
         """`encode` for many records, which is much faster, with a RecordError for each that can't be used."""
         with record_limits.memory():
             drafts = [self._draft(messages) for _, messages in items]
-        valid_drafts = [draft for draft in drafts if isinstance(draft, Draft)]
-        ids = self.tokenizer.encode([(draft.pieces, draft.break_char) for draft in valid_drafts])
-        tokenized = [
-            (d, piece_ids) for d, piece_ids in zip(valid_drafts, ids, strict=True) if isinstance(piece_ids, list)
-        ]
-        verified = iter(
-            verify_masks([d for d, _ in tokenized], [piece_ids for _, piece_ids in tokenized], self.tokenizer)
-        )
-        remaining_ids = iter(ids)
+        tokens = self._tokenize(drafts)
+        valid = [token for token in tokens if isinstance(token, TokenPaths)]
+        verified = iter(verify_masks(valid, self.tokenizer))
         return [
-            self._finish(item, draft, next(remaining_ids) if isinstance(draft, Draft) else draft, verified)
-            for item, draft in zip(items, drafts, strict=True)
+            self._finish(item, draft, token, next(verified) if isinstance(token, TokenPaths) else token)
+            for item, draft, token in zip(items, drafts, tokens, strict=True)
         ]
+
+    def _tokenize(self, drafts: Sequence[Draft | RecordError]) -> list[TokenPaths | RecordError]:
+        """The ids and labels of each draft's paths; a RecordError for one that has none."""
+        jobs = [[] if isinstance(draft, RecordError) else path_jobs(draft.paths, self.tokenizer) for draft in drafts]
+        chars = ["" if isinstance(draft, RecordError) else draft.break_char for draft in drafts]
+        texts = [(job.text, char) for record, char in zip(jobs, chars, strict=True) for job in record]
+        ids, results = iter(self.tokenizer.encode_texts(texts)), list[TokenPaths | RecordError]()
+        for draft, record, char in zip(drafts, jobs, chars, strict=True):
+            own_ids = [next(ids) for _ in record]
+            try:
+                eos = NO_IDS if isinstance(draft, RecordError) else draft.eos
+                tokens = token_paths(record, own_ids, self.tokenizer, char, eos, self.train_on == "all")
+                results.append(draft if isinstance(draft, RecordError) else tokens)
+            except RecordError as error:
+                results.append(error)
+        return results
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a prompt: those that training puts before the next answer. RecordError if refused."""
@@ -110,10 +138,10 @@ class Encoder:
             draft = self._text(messages[0]) if _is(messages, TEXT) else self._conversation(messages, prompt=True)
         if isinstance(draft, RecordError):
             raise draft
-        ids = self.tokenizer.encode([(draft.pieces, draft.break_char)])[0]
-        if isinstance(ids, RecordError):
-            raise ids
-        return [int(token) for token in np.concatenate([draft.prefix_ids, *ids])]
+        tokens = self._tokenize([replace(draft, eos=NO_IDS)])[0]
+        if isinstance(tokens, RecordError):
+            raise tokens
+        return [int(token) for token in np.concatenate([draft.prefix_ids, tokens.paths[0][0]])]
 
     def decode(self, ids: Sequence[int] | Ints) -> str:
         """The text of `ids`, control tokens included."""
@@ -135,65 +163,72 @@ class Encoder:
             text = message.content
             prefix_ids = NO_IDS if self.tokenizer.starts_with_bos(text) else prefix_ids
             suffix_ids = NO_IDS if self.tokenizer.ends_with_special(text.rstrip()) else suffix_ids
-            return Draft((TextPiece(text, True),), prefix_ids=prefix_ids, suffix_ids=suffix_ids)
+            return Draft((_all_trained(text),), prefix_ids=prefix_ids, eos=suffix_ids)
         try:
             (text,), break_char, control_strings = self.tokenizer.break_control_strings([message.content], [True])
         except RecordError as error:
             return error
-        piece = TextPiece(text, True)
-        return Draft((piece,), break_char, control_strings, prefix_ids=prefix_ids, suffix_ids=suffix_ids)
+        path = _all_trained(text)
+        return Draft((path,), break_char, control_strings, prefix_ids=prefix_ids, eos=suffix_ids)
 
     def _conversation(self, messages: Sequence[Message], prompt: bool = False) -> Draft | RecordError:
         try:
             with record_limits.time_limit():
-                conversation = build_conversation(messages, self.train_on, self.tokenizer)
-                renderer = self._tool_renderer if conversation.tools else self._renderer
-                conversation, masked = renderer.render(conversation, prompt, self.train_on == "all")
-                find_unused = renderer.unused_parts.find
-                unused = NOTHING if prompt else find_unused(messages, conversation, masked.text, self.train_on)
+                return self._rendered(messages, prompt)
         except RecordError as error:
             return error
         except MemoryError:
             return RecordError("takes too much memory to render")
-        if not prompt and self.train_on != "all" and not any(piece.trained for piece in masked.pieces):
-            return _nothing_to_train(conversation, masked)
-        eos = self._eos if masked.needs_eos and conversation.trained[-1] else NO_IDS
+
+    def _rendered(self, messages: Sequence[Message], prompt: bool) -> Draft:
+        """The draft of a conversation. RecordError if it can't be rendered, or nothing in it is trained."""
+        renderer = self._tool_renderer if any(m.role == TOOLS for m in messages) else self._renderer
+        messages, own_rules = renderer.with_known_roles(messages)
+
+        def render(form: Sequence[Message]) -> tuple[Sequence[Message], dict[int, str], Conversation, MaskedText]:
+            written, thoughts = renderer.thoughts.write(form)
+            conversation = build_conversation(written, self.train_on, self.tokenizer)
+            return written, thoughts, *renderer.render(conversation, prompt, self.train_on == "all")
+
+        (messages, thoughts, conversation, masked), rules = render_in_a_form(messages, render)
+        if prompt:
+            return Draft(masked.paths, conversation.break_char, prefix_ids=self._bos(masked))
+        if self.train_on != "all" and not masked.trains:
+            raise nothing_to_train(conversation, masked)
+        counts, lost = answer_counts(messages, conversation, masked, thoughts)
+        unused = renderer.unused_parts.find(messages, conversation, masked.text, self.train_on)
         return Draft(
-            masked.pieces,
+            masked.paths,
             conversation.break_char,
             conversation.control_strings,
-            0 if self.train_on == "all" else _untrained_answers(conversation, masked),
-            masked.end_trained or len(eos) > 0,
+            masked.end_trained or (any(path.unclosed for path in masked.paths) and len(self._eos) > 0),
             self._bos(masked),
-            eos,
-            unused,
+            self._eos,
+            replace(unused, thoughts=lost) if lost and self._options.thinking != "drop" else unused,
+            replace(counts, merges=(*own_rules, *rules)),
         )
 
     def _bos(self, masked: MaskedText) -> Ints:
         """The beginning-of-text token, if the tokenizer adds one and the template does not write it."""
-        text = masked.pieces[0].text if masked.pieces else ""
-        if not self.tokenizer.adds_bos or text.startswith(self.tokenizer.bos):
+        if not self.tokenizer.adds_bos or masked.text.startswith(self.tokenizer.bos):
             return NO_IDS
         return np.array([self.tokenizer.bos_id], dtype=np.int32)
 
-    def _finish(self, item: Item, draft: Any, ids: Any, verified: Iterator[int | RecordError]) -> Encoded | RecordError:
-        """The result for one item. ids: of its draft's pieces, or the reason why it has none."""
+    def _finish(self, item: Item, draft: Any, tokens: Any, unknown_tokens: int | RecordError) -> Encoded | RecordError:
+        """The result for one item. tokens: of its draft."""
         where, messages = item
-        if isinstance(ids, RecordError):
-            return ids
-        unknown_tokens = next(verified)
         if isinstance(unknown_tokens, RecordError):
             return unknown_tokens
         if not _is(messages, TOKENS):
-            example = build_example(where, draft, ids, self.train_on == "all")
+            example = build_example(where, draft, tokens, self.train_on == "all")
             return Encoded(
                 example,
                 draft.control_strings,
-                draft.untrained_answers,
                 draft.end_trained,
                 unknown_tokens,
                 draft.unused,
                 TEXT if _is(messages, TEXT) else "",
+                draft.answers,
             )
         try:
             example = from_token_record(where, messages[0], self.vocab_size)
@@ -203,22 +238,9 @@ class Encoder:
         return Encoded(example, end_trained=self.tokenizer.is_control(last), kind=TOKENS)
 
 
+def _all_trained(text: str) -> TextPath:
+    return TextPath(text, (Stretch(0, 0, len(text)),), unclosed=True)
+
+
 def _is(messages: Sequence[Message], role: str) -> bool:
     return len(messages) == 1 and messages[0].role == role
-
-
-def _untrained_answers(conversation: Conversation, masked: MaskedText) -> int:
-    """Number of answers to be trained that the template rewrites."""
-    return sum(conversation.trained[i] for i in masked.unlocated)
-
-
-def _nothing_to_train(conversation: Conversation, masked: MaskedText) -> RecordError:
-    """Why no piece of a conversation is trained."""
-    if len(conversation.turns) == 1 and conversation.trained[0]:
-        return RecordError("no prompt", 'the only message is the assistant\'s. As plain text it is {"text": ...}')
-    if _untrained_answers(conversation, masked):
-        detail = "the template's prompt for the answer is not the beginning of its rendering with the answer"
-        return RecordError("prefix not kept", detail)
-    if not any(turn["role"] == "assistant" for turn in conversation.turns):
-        return RecordError("no assistant turn")
-    return RecordError("nothing to train", "data.train_on and the record's own loss keys select no answer")

@@ -1,8 +1,7 @@
-"""Text -> token ids, piece by piece. Only the template's text can become control tokens, never a record's text."""
+"""Text -> token ids. Only the template's text can become control tokens, never a record's text."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,6 @@ from qlora.data.types import Ints, RecordError
 
 # Inserted into a control string of a record, one of these splits it into parts that are tokenized separately.
 _BREAK_CHARS = [chr(point) for point in range(0xF8F0, 0xF8FF)]
-
-
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """A span of rendered text, and whether its tokens are trained. masked: never, also if every token is."""
-
-    text: str
-    trained: bool = False
-    masked: bool = False
 
 
 def without_whitespace(text: str) -> str:
@@ -72,22 +62,30 @@ class SafeTokenizer:
         ]
         return broken, break_char, matches
 
-    def encode(self, batch: Sequence[tuple[Sequence[TextPiece], str]]) -> "list[list[Ints] | RecordError]":
-        """Ids of the pieces of each item, (pieces, break character). RecordError if its text makes a control token."""
-        jobs, part_counts = list[tuple[str, str]](), list[list[int]]()
-        for pieces, break_char in batch:
-            part_counts.append([])
-            before = ""
-            for piece in pieces:
-                parts = piece.text.split(break_char) if break_char else [piece.text]
-                jobs.extend((self._context(last), part) for last, part in zip([before, *parts], parts, strict=False))
-                part_counts[-1].append(len(parts))
-                before = piece.text or before
+    def encode_texts(self, batch: Sequence[tuple[str, str]]) -> list[Ints]:
+        """Ids of each text of (text, break character): in one piece, but for the breaks in its control strings."""
+        jobs, counts = list[tuple[str, str]](), list[int]()
+        for text, break_char in batch:
+            parts = text.split(break_char) if break_char and break_char in text else [text]
+            jobs.extend((self._context(before), part) for before, part in zip(["", *parts], parts, strict=False))
+            counts.append(len(parts))
         ids = iter(self._encode_jobs(jobs))
-        return [
-            self._check([np.concatenate([next(ids) for _ in range(count)]) for count in counts], pieces)
-            for counts, (pieces, _) in zip(part_counts, batch, strict=True)
-        ]
+        return [next(ids) if count == 1 else np.concatenate([next(ids) for _ in range(count)]) for count in counts]
+
+    def encode_text(self, text: str, break_char: str) -> Ints:
+        """`encode_texts` for one text."""
+        cached = self._cache.get(text)
+        return self.encode_texts([(text, break_char)])[0] if cached is None else cached
+
+    def encode_after(self, before: str, text: str, break_char: str) -> Ints:
+        """Ids of `text`, tokenized apart from the text before it."""
+        parts = text.split(break_char) if break_char else [text]
+        jobs = [(self._context(last), part) for last, part in zip([before, *parts], parts, strict=False)]
+        return np.concatenate(self._encode_jobs(jobs))
+
+    def control_positions(self, ids: Ints) -> Ints:
+        """The indices of the control tokens in `ids`."""
+        return np.flatnonzero(self._is_control[ids]).astype(np.int32)
 
     def starts_with_bos(self, text: str) -> bool:
         """Whether a text starts with the beginning-of-text token's string, if the tokenizer adds one."""
@@ -114,14 +112,6 @@ class SafeTokenizer:
         """`text` after the tokenizer's normalizer, to compare with decoded text."""
         normalizer = self._backend.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text)).replace("\u2581", " ")
-
-    def _check(self, ids: list[Ints], pieces: Sequence[TextPiece]) -> "list[Ints] | RecordError":
-        """`ids`, or a RecordError if they have more control tokens than the pieces have control strings."""
-        allowed = sum(len(self.control_pattern.findall(piece.text)) for piece in pieces)
-        count = int(self._is_control[np.concatenate(ids)].sum()) if ids else 0
-        if count > allowed:
-            return RecordError("forged control token", f"the tokenizer makes {count - allowed} from ordinary text")
-        return ids
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

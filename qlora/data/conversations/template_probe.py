@@ -4,6 +4,7 @@ Jinja's sandbox keeps a template from running code, not from looping endlessly o
 """
 
 import os
+import re
 import select
 import signal
 import time
@@ -18,18 +19,24 @@ from qlora.utils.sandbox import Limits
 PROBE_LIMITS = Limits(seconds=1, memory_bytes=GIB)  # an honest template takes a few hundredths of a second
 _WALL_SECONDS = 20.0  # for a machine that is busy with other things
 _TEMPLATE_CHARS = 2**20
+_RENDERINGS = 3  # of one conversation, compared
+_CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # what Jinja has of it
+_passed: set[tuple[str, ...]] = set()  # keys of the templates that this process has tried already
 
 
 def probe(template: Template) -> None:
     """Render short conversations under the limits. DataError if the template exceeds them or can't render.
 
-    Where a process can't fork, the template is tried without limits.
+    A template is tried once a process. Where a process can't fork, it is tried without limits.
     """
     if len(template.text) > _TEMPLATE_CHARS:
         raise DataError(f"{template.name}: {len(template.text)} characters, at most {_TEMPLATE_CHARS} are allowed.")
+    if template.key in _passed:
+        return
     problem = _in_child(template) if hasattr(os, "fork") else _render_all(template)
     if problem:
         raise DataError(f"{template.name}: {problem} Give another one with model.chat_template=FILE.jinja.")
+    _passed.add(template.key)
 
 
 def _conversation(*contents: str) -> list[Turn]:
@@ -46,10 +53,18 @@ def _render_all(template: Template) -> str:
             template.render(turns, template.sample_tools, prompt)
     except RecordError as error:
         return f"can't render a question and an answer ({error.detail})."
+    if _is_random(template, needed[1][0]):
+        return "writes another text each time: it depends on the time or on chance."
     for turns, prompt in optional:
         with suppress(RecordError):  # a template may refuse a system turn; what it costs is still measured
             template.render(turns, template.sample_tools, prompt)
     return ""
+
+
+def _is_random(template: Template, turns: list[Turn]) -> bool:
+    """Whether a template's output is not a function of the conversation."""
+    texts = {template.render(turns, template.sample_tools) for _ in range(_RENDERINGS)}
+    return len(texts) > 1 or bool(_CHANCE.search(template.text))
 
 
 def _in_child(template: Template) -> str:

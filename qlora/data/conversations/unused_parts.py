@@ -9,12 +9,11 @@ from typing import Any
 from qlora.data.conversations.chat_messages import Conversation
 from qlora.data.conversations.chat_template import Template, Turn
 from qlora.data.conversations.safe_tokenizer import without_whitespace
+from qlora.data.conversations.thoughts import SAMPLE_CALL, THOUGHT_KEYS
 from qlora.data.types import TOOLS, Message, RecordError, Unused
 
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _KNOWN_KEYS = ("role", "content", "tool_calls", *THOUGHT_KEYS)  # the loss mask proves content and calls of answers
 _MARKER = "Qx7Zq9Wk3"  # of nine letters and digits, as some templates require of a call's id
-_CALL = {"id": _MARKER[::-1], "type": "function", "function": {"name": "judge", "arguments": {}}}
 _SAMPLES = (  # a key is tried in each message of its role
     [("system", "Be brief."), ("user", "Judge my vow."), ("assistant", "Judged."), ("user", "Again.")],
     [("user", "Judge my vow."), ("assistant", "Judged."), ("user", "Again."), ("assistant", "Judged.")],
@@ -35,7 +34,6 @@ class UnusedParts:
         asked = {m.role for m in messages if m.train and m.role not in ("assistant", TOOLS)}
         return Unused(
             keys=tuple(sorted({key for role, key in keys if not self.reads(role, key)})),
-            thoughts=self._lost_thoughts(conversation, text),
             contents=self._lost_contents(conversation, text),
             trained_roles=tuple(sorted(asked)) if train_on != "all" else (),
         )
@@ -69,25 +67,6 @@ class UnusedParts:
         except RecordError:
             return None
 
-    def _lost_thoughts(self, conversation: Conversation, text: str) -> tuple[str, ...]:
-        """Keys of thoughts that are not in the rendering up to their turn: later on a template may take them out."""
-        lost, turns = set(), conversation.turns
-        for number, turn in enumerate(turns, 1):
-            thoughts = {key: turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str) and turn[key].strip()}
-            if not thoughts:
-                continue
-            rendered = text if number == len(turns) else self._rendered_up_to(conversation, number)
-            dense = without_whitespace(rendered)
-            lost |= {key for key, thought in thoughts.items() if without_whitespace(thought) not in dense}
-        return tuple(sorted(lost))
-
-    def _rendered_up_to(self, conversation: Conversation, count: int) -> str:
-        """The rendering of the first turns; empty if the template refuses them."""
-        try:
-            return self._template.render(conversation.turns[:count], conversation.tools)
-        except RecordError:
-            return ""
-
     def _lost_contents(self, conversation: Conversation, text: str) -> tuple[str, ...]:
         """Roles, other than the assistant's, of messages whose content makes no difference to the rendering."""
         lost, dense = set(), ""
@@ -115,5 +94,5 @@ class UnusedParts:
 def _turn(role: str, content: str) -> dict[str, Any]:
     """A turn of a sample, with the keys that tool conversations need."""
     if role == "tool":
-        return {"role": role, "content": content, "name": "judge", "tool_call_id": _CALL["id"]}
-    return {"role": role, "content": content, **({} if content else {"tool_calls": [_CALL]})}
+        return {"role": role, "content": content, "name": "judge", "tool_call_id": SAMPLE_CALL["id"]}
+    return {"role": role, "content": content, **({} if content else {"tool_calls": [SAMPLE_CALL]})}

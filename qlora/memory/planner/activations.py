@@ -67,11 +67,22 @@ def widest_bytes(work: Workload) -> int:
 
 
 def _norms(work: Workload) -> int:
-    """Per token: the inputs of the norms, which backward rematerializes; heads' norms read views of saved tensors."""
+    """Per token: the inputs of the norms, which backward rematerializes; heads' norms read views of saved tensors.
+
+    Without norms before attention and MLP, these read the residual stream, which is saved.
+    """
     shapes = work.shapes
-    inputs = 1 if shapes.parallel else shapes.family.wide_norms
-    heads = shapes.query + shapes.key_value if shapes.family.head_norms else 0
-    return (inputs * shapes.hidden + heads) * work.dtype_bytes
+    inputs = 1 if shapes.parallel else len(shapes.family.wide_norms) + (2 if shapes.family.norms_after else 0)
+    heads = shapes.query + shapes.key_value if any(shapes.query_key_norms) else 0
+    head_rows = 2 if shapes.family.flat_norms else shapes.heads + shapes.kv_heads
+    rows = inputs + (head_rows if heads else 0)  # a GPU's kernel saves 1 / rms of each in float32
+    return (inputs * shapes.hidden + heads) * work.dtype_bytes + (4 * rows if work.device == "cuda" else 0)
+
+
+def cast_bytes(work: Workload) -> int:
+    """Casts of A and B to the compute dtype, which a step on a GPU keeps."""
+    kept = work.device == "cuda" and work.adapters.kind in ("lora", "rslora")
+    return work.adapters.low_rank * work.dtype_bytes if kept else 0
 
 
 def _attention(work: Workload) -> int:

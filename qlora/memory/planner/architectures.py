@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 ConfigSwitch = bool | str  # True, False, or the key of config.json that decides
 
 
@@ -23,11 +24,17 @@ class Family:
     mlp_bias: ConfigSwitch = False
     gated: bool = True  # act(gate) * up; else act(up) alone
     layer_norm: bool = False  # LayerNorm with a bias, in the compute dtype; else RMSNorm in float32
-    wide_norms: int = 2  # norms over the hidden size in one layer
+    wide_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")  # over the hidden size, in one layer
     head_norms: bool = False  # a norm over each head's query and key
+    flat_norms: bool = False  # a norm over all query heads together, and one over all key heads
     softcap: bool = False  # of attention scores: attention is eager then, with T x T scores in memory
     scaled: bool = False  # the logits are multiplied by a scale
     window: ConfigSwitch = False  # whether `sliding_window` is used
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether norms come after attention and MLP only."""
+        return self.wide_norms == _AFTER
 
     @property
     def fused(self) -> bool:
@@ -41,9 +48,10 @@ def _sizes(*values: int, **others: Any) -> dict[str, Any]:
     return {**dict(zip((*keys, "num_key_value_heads"), values, strict=False)), **others}
 
 
+_AROUND = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _GEMMA3 = Family(
     _sizes(262208, 2304, 9216, 26, 8, 4, head_dim=256, tie_word_embeddings=True, sliding_window=4096),
-    qkv_bias="attention_bias", output_bias="attention_bias", wide_norms=4, head_norms=True, window=True,
+    qkv_bias="attention_bias", output_bias="attention_bias", wide_norms=_AROUND, head_norms=True, window=True,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
@@ -63,7 +71,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma2": Family(
         _sizes(256000, 2304, 9216, 26, 8, 4, head_dim=256, tie_word_embeddings=True, sliding_window=4096),
-        qkv_bias="attention_bias", output_bias="attention_bias", wide_norms=4, softcap=True, window=True,
+        qkv_bias="attention_bias", output_bias="attention_bias", wide_norms=_AROUND, softcap=True, window=True,
     ),
     "gemma3_text": _GEMMA3,
     "phi3": Family(
@@ -78,6 +86,32 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(
         _sizes(32000, 4096, 11008, 32, 32), scaled=True,
         qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias",
+    ),
+    "smollm3": Family(
+        _sizes(128256, 2048, 11008, 36, 16, 4, tie_word_embeddings=True), window="use_sliding_window",
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias",
+    ),
+    "ministral3": Family(_sizes(131072, 4096, 14336, 34, 32, 8, head_dim=128), window=True),
+    "olmo2": Family(
+        _sizes(50304, 4096, 11008, 32, 32), wide_norms=_AFTER, flat_norms=True,
+        qkv_bias="attention_bias", output_bias="attention_bias",
+    ),
+    "olmo3": Family(
+        _sizes(50304, 4096, 11008, 32, 32, sliding_window=4096), wide_norms=_AFTER, flat_norms=True, window=True,
+        qkv_bias="attention_bias", output_bias="attention_bias",
+    ),
+    "exaone4": Family(
+        _sizes(102400, 4096, 16384, 32, 32, 32, sliding_window=4096), wide_norms=_AFTER, head_norms=True, window=True
+    ),
+    "ernie4_5": Family(
+        _sizes(103424, 1024, 3072, 18, 16, 2, head_dim=128, tie_word_embeddings=True),
+        qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias",
+    ),
+    "helium": Family(
+        _sizes(48000, 2560, 7040, 24, 20, 20, head_dim=128), qkv_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
+    "cwm": Family(
+        _sizes(128256, 6144, 21504, 64, 48, 8, head_dim=128, sliding_window=8192), window=True, mlp_bias="mlp_bias"
     ),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ compute dtype, T tokens of a micro-batch, H hidden and V vocabulary size, N trai
     boundaries             T H b for each recomputed layer; two in evaluation           loss, backward, evaluation
     kept_activations       kept_bytes for each layer that neither recomputes nor offloads   loss, backward
     layer_working_set      head_bytes / recompute_bytes + backward_bytes / forward_bytes    loss / backward / evaluation
+                           and cast_bytes on a GPU                                          loss, backward
     logits_chunk           float32 logits computed at a time                            loss, evaluation
     dequantisation_buffer  the largest matrix W, and the quantizer's scratch            load, backward, evaluation
     stream_buffers         packed bytes of two streamed layers / n                      backward, evaluation
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 from qlora.memory.planner.activations import (
     backward_bytes,
+    cast_bytes,
     forward_bytes,
     head_bytes,
     kept_bytes,
@@ -98,7 +100,8 @@ def _phases(work: Workload) -> dict[str, Components]:
     forward = {"boundaries": 2 * boundary_bytes(work), "layer_working_set": forward_bytes(work) + head_bytes(work)}
     backward = _backward(work, saved)
     gathered, logits = _gathered(work), {"logits_chunk": logits_bytes(work)}
-    loss = {"layer_working_set": head_bytes(work), "dequantisation_buffer": full.head, "gathered": gathered["ends"]}
+    loss = {"layer_working_set": head_bytes(work) + cast_bytes(work)}
+    loss |= {"dequantisation_buffer": full.head, "gathered": gathered["ends"]}
     return {
         "load": frozen | {"dequantisation_buffer": widest_bytes(work), "gathered": gathered["load"]},
         "loss": training | saved | loss | logits,
@@ -150,7 +153,7 @@ def _backward(work: Workload, saved: Components) -> Components:
     fetched = min(IN_FLIGHT, max(0, work.offloaded - work.recomputed)) * kept_bytes(work)
     kept = max(saved["kept_activations"], fetched)
     recomputed = recompute_bytes(work) if work.recomputed else 0
-    working_set = backward_bytes(work)
+    working_set = backward_bytes(work) + cast_bytes(work)
     if recomputed <= kept:
         return saved | {"kept_activations": kept, "layer_working_set": working_set}
     return saved | {"kept_activations": 0, "layer_working_set": recomputed + working_set}

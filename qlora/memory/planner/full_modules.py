@@ -5,9 +5,6 @@ from collections.abc import Iterable
 from qlora.memory.planner.shapes import Shapes
 
 EMBEDDINGS, HEADS = ("embed_tokens", "embed_in"), ("lm_head",)
-WIDE_NORMS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
-)  # fmt: skip
 LAST_NORMS, HEAD_NORMS = ("norm", "final_layer_norm"), ("q_norm", "k_norm")
 
 
@@ -33,9 +30,10 @@ def _known(shapes: Shapes) -> dict[str, int]:
     """Path -> values of every module that can train in full."""
     layer_norm = shapes.family.layer_norm
     wide = shapes.hidden * (2 if layer_norm else 1)
-    inside = dict.fromkeys(WIDE_NORMS[: shapes.family.wide_norms], wide)
-    if shapes.family.head_norms:
-        inside |= {f"{shapes.family.attention}.{name}": shapes.head_dim for name in HEAD_NORMS}
+    inside = dict.fromkeys(shapes.family.wide_norms, wide)
+    if any(shapes.query_key_norms):
+        norms = zip(HEAD_NORMS, shapes.query_key_norms, strict=True)
+        inside |= {f"{shapes.family.attention}.{name}": values for name, values in norms}
     inside |= {matrix.path: matrix.weights + (matrix.out_features if matrix.bias else 0) for matrix in shapes.block}
     root = shapes.layers_path.rpartition(".")[0]
     known = {_embedding(shapes): shapes.embedding}

@@ -80,8 +80,14 @@ class Shapes:
     def norms(self) -> int:
         """Values of all norms, with their biases."""
         wide = self.hidden * (2 if self.family.layer_norm else 1)
-        heads = 2 * self.head_dim if self.family.head_norms else 0
-        return self.layers * (self.family.wide_norms * wide + heads) + wide
+        return self.layers * (len(self.family.wide_norms) * wide + sum(self.query_key_norms)) + wide
+
+    @property
+    def query_key_norms(self) -> tuple[int, int]:
+        """Values of the norms of queries and keys in one layer; zeros without them."""
+        if self.family.flat_norms:
+            return self.query, self.key_value
+        return (self.head_dim, self.head_dim) if self.family.head_norms else (0, 0)
 
     @cached_property
     def biases(self) -> int:

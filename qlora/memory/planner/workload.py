@@ -4,6 +4,7 @@ What the sections of a recipe set has no default here: the recipe's own defaults
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,12 +45,16 @@ class AdapterSizes:
 
     def values_in_tensors_below(self, values: int) -> int:
         """Values of A and B matrices that hold fewer than `values` each."""
-        sizes = (
+        return self.magnitudes + sum(size * count for size, count in self._tensors_of_size.items() if size < values)
+
+    @cached_property
+    def _tensors_of_size(self) -> Counter[int]:
+        """How many of the A and B matrices hold so many values; counted once, since a search makes many plans."""
+        return Counter(
             self.ranks.get(matrix.path, self.rank) * features
             for matrix in self.matrices
             for features in (matrix.in_features, matrix.out_features)
         )
-        return self.magnitudes + sum(size for size in sizes if size < values)
 
     @cached_property
     def magnitudes(self) -> int:
@@ -86,7 +91,7 @@ class Workload:
     shapes: Shapes
     adapters: AdapterSizes
     quantizer: Quantizer
-    dtype_bytes: int  # of the compute dtype: embeddings, head, norms, activations
+    dtype_bytes: int  # of embeddings, head, norms, and of activations between products
     optimizer: str  # optim.kind
     micro_batch: int  # sequences
     max_length: int  # tokens of a sequence
@@ -100,6 +105,7 @@ class Workload:
     host_embedding: bool = False  # the embedding is in host memory; it always is while layers stream
     processes: int = 1
     waiting: WaitingAdapters = field(default_factory=WaitingAdapters)
+    float16: bool = False  # products of frozen matrices in float16, all else (`dtype_bytes`) in float32
     sharded: bool = False  # FSDP: every rank holds a shard of the frozen base and all-gathers a layer when it is used
 
     @property
@@ -192,5 +198,6 @@ class Workload:
         """Bytes of the largest matrix of a layer while it is rebuilt, with what the quantizer needs on top of it."""
         return max(
             self.quantizer.scratch_bytes(matrix.out_features, matrix.in_features, self.dtype_bytes)
+            + (2 * self.tokens * (matrix.in_features + matrix.out_features) if self.float16 else 0)  # rounded copies
             for matrix in self.shapes.block
         )

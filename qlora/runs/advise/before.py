@@ -35,7 +35,8 @@ def advise_before(recipe: Recipe, rows: int, log: Log = lambda line: None) -> di
     DataError if no record can be trained on, or no example is held out; BaseModelError.
     """
     encoder = build_encoder(recipe)
-    prepared = prepare(recipe.data.model_copy(update={"packing": False}), encoder, recipe.train.seed)
+    section = recipe.data.model_copy(update={"packing": False})
+    prepared = prepare(section, encoder, recipe.train.seed, shares_prefixes=False)
     prepared.report.raise_for_problems()
     if not prepared.eval:
         raise DataError(

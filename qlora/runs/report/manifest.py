@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from qlora._version import __version__
+from qlora.utils.devices import device_name, memory_bytes
 from qlora.utils.machine import host_memory_bytes, package_versions
 
 
 def machine(device: torch.device, processes: int) -> dict[str, Any]:
     """The hardware of a run: device name, processes, cores, bytes of memory."""
-    cuda = device.type == "cuda"
-    memory_bytes = host_memory_bytes()
+    host_bytes, device_bytes = host_memory_bytes(), memory_bytes(device)
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "device_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else memory_bytes,
+        "device": device_name(device),
+        "device_bytes": host_bytes if device_bytes is None else device_bytes[1],
         "processes": processes,
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": memory_bytes,
+        "memory_bytes": host_bytes,
         "platform": platform.platform(),
     }
 

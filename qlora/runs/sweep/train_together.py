@@ -107,7 +107,7 @@ def _train(runs: Sequence[VariantRun], stop: StopSignal) -> None:
     shared.adapters.activate(None)
     base_sha256 = frozen_sha256(shared.base.model)
     moment_bytes = sum([run.resume() for run in runs])
-    if shared.base.device.type == "cuda":  # a CPU does not raise when it runs out of memory
+    if shared.base.device.type != "cpu":  # a CPU does not raise when it runs out of memory
         for run in runs:
             run.probe_memory(moment_bytes)
     active = list(runs)

@@ -11,7 +11,6 @@ from qlora.adapters.round_robin import RoundRobin
 from qlora.errors import QloraError, Stopped
 from qlora.memory.planner.memory_plan import Plan
 from qlora.model.load_base import Base
-from qlora.recipe.recipe import dump
 from qlora.runs.artifacts import MANIFEST, RECIPE
 from qlora.runs.resources import Resources, open_processes
 from qlora.runs.resume import keep_best, refuse_changed_base, resume
@@ -161,7 +160,7 @@ def finished_manifest(setup: RunSetup) -> Mapping[str, Any] | None:
         return None
     for old, new in RENAMED_OPTIMIZERS.items():
         recipe_text = recipe_text.replace(f"kind: {old}\n", f"kind: {new}\n")
-    same_recipe = RECIPE in files and recipe_text == redacted(dump(setup.recipe))
+    same_recipe = RECIPE in files and recipe_text == redacted(setup.recipe_text)
     same_digests = digests == (setup.base.manifest.sha256, setup.data.report.sha256)
     return manifest if same_recipe and same_digests and intact else None
 

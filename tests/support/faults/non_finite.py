@@ -91,13 +91,15 @@ def inject_into_run(injection: Injection, rank: int) -> Iterator[None]:
 def inject_non_finite(
     model: Path, home: Path, count: int, seed: int, report: Callable[[Result], None], world: int = 1
 ) -> Result:
-    """`count` runs with an injection each; all their files are read."""
+    """`count` runs with an injection each, every second one in float16; all their files are read."""
     rng, result = random.Random(seed), Result()
     data = write_records(home / "rows.jsonl", 10)
-    for _ in range(count):
+    for number in range(count):
         injection, output = Injection.draw(rng, world), home / "injected"
         shutil.rmtree(output, ignore_errors=True)
+        dtype = ("float16", "float32")[number % 2]
         options = ("train.save_every=1", "train.keep=99", f"train.max_steps={STEPS}", "adapter.dropout=0.1")
+        options += (f"model.dtype={dtype}",)
         recipe = recipe_of(model, data, output, *options, "train.micro_batch=4")  # one micro-batch a step
 
         def work(rank: int, notify: Notify, injection: Injection = injection, recipe: Any = recipe) -> None:
@@ -109,7 +111,7 @@ def inject_non_finite(
         result.runs += 1
         if any(codes):
             result.failed += 1
-            result.notes.append(f"{injection}: {codes} {(home / 'log-0').read_text()[-300:]}")
+            result.notes.append(f"{dtype} {injection}: {codes} {(home / 'log-0').read_text()[-300:]}")
         else:
             check_files(output, injection, result)
         (home / "log-0").unlink(missing_ok=True)

@@ -33,7 +33,8 @@ class Case:
         options = (
             f"optim.kind={self.optimizer}", f"data.packing={str(self.packing).lower()}", "data.max_length=64",
             f"adapter.dropout={self.dropout}", f"train.max_steps={STEPS}", "train.save_every=1", "train.keep=99",
-            "adapter.rank=64", "data.eval_fraction=0.2", "train.eval_every=2", "data.train_on=all",
+            "train.micro_batch=2", "adapter.rank=64", "data.eval_fraction=0.2", "train.eval_every=2",
+            "data.train_on=all",
         )  # fmt: skip
         return recipe_of(model, data, output, *options)
 
