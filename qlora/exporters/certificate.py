@@ -79,9 +79,7 @@ def compare(
     for batch in _batches(examples):
         ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
         is_token = (torch.arange(ids.shape[1]) < torch.tensor(batch.layout.lengths)[:, None]).to(device)
-        trained_states, written_states = (
-            head.hidden_states(ids, positions, batch.layout)[is_token] for head in heads
-        )
+        trained_states, written_states = (head.hidden_states(ids, positions, batch.layout)[is_token] for head in heads)
         targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).to(device)[is_token]
         for chunk in torch.arange(len(targets), device=device).split(max(1, heads[0].chunk_rows() // LOGITS_FRACTION)):
             sums.add(

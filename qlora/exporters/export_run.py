@@ -15,7 +15,7 @@ from qlora.errors import QloraError
 from qlora.exporters import FULL_MODELS, MAX_KL, MERGE_BASE, TARGETS, ExportRequest
 from qlora.exporters.adapter_agreement import compare_adapters
 from qlora.exporters.certificate import Agreement, Rounding, compare, summarize_rounding
-from qlora.exporters.export_source import ExportOptions, ExportSource
+from qlora.exporters.export_source import ExportOptions, ExportSource, with_default_arguments
 from qlora.exporters.portable import LowRankApproximation, summarize_approximation
 from qlora.exporters.server_support import as_text, servers
 from qlora.memory.weight_streaming import embed_on_host
@@ -62,7 +62,7 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
         (partial / PROGRESS).unlink(missing_ok=True)
     log(f"programs that load {out}:\n{as_text(table)}")
     if run.recipe.data.template_args:
-        log(f"careful: training rendered with {_json(run.recipe.data.template_args)}: give a server the same arguments")
+        log(f"its chat template has {_json(run.recipe.data.template_args)} where a server passes no other values")
     if request.to not in FULL_MODELS:
         log("these servers add the adapter to the 16-bit base; `--to merged` keeps the quantized one of training")
         rows = len(run.base.model.get_input_embeddings().weight)  # type: ignore[operator]
@@ -85,7 +85,8 @@ def _json(values: Mapping[str, Any]) -> str:
 def build_source(run: LoadedRun) -> ExportSource:
     """The run as exporters read it; for full fine-tuning its own folder, with an empty adapter."""
     base, own = run.base, run.base.tokenizer.chat_template
-    text, own = run.encoder.template.text, own.get("default") if isinstance(own, dict) else own
+    own = own.get("default") if isinstance(own, dict) else own
+    text = with_default_arguments(run.encoder.template.text, run.recipe.data.template_args)
     return ExportSource(
         run.adapter or AdapterFile(base.folder.path, {}, {}, None),
         base.folder.path,

@@ -1,5 +1,6 @@
 """What an exporter reads: a trained adapter and its base; and the options it writes with."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,3 +55,13 @@ class ExportOptions:
     rank: int | None = None  # of the LoRA nearest to DoRA
     rounding: dict[str, Any] = field(default_factory=dict)  # path -> norms of rounding error and update
     approximation: dict[str, Any] = field(default_factory=dict)  # path -> rank, norms of missing part and update
+
+
+def with_default_arguments(template: str, values: Mapping[str, Any]) -> str:
+    """The template, in which variables that a server does not pass have the values of training."""
+    # The empty expression at the end keeps a line end with which the template begins.
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value)} %}}{{% endif %}}{{{{ '' }}}}"
+        for name, value in values.items()
+    ]
+    return "".join(lines) + template

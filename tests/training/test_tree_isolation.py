@@ -50,6 +50,16 @@ def test_a_tree_is_the_sum_of_its_branches(zoo: Zoo, family: str) -> None:
         assert_close(actual, exact, 1e-5)
 
 
+def test_the_split_into_micro_batches_does_not_matter(zoo: Zoo) -> None:
+    loss = loss_of(zoo, "llama", DOCUMENT_ATTENTION)
+    value, grads = gradients(loss, TREES)
+    for groups in ([TREES[:1], TREES[1:]], [[tree] for tree in TREES], [[join_documents(TREES)]]):
+        parts = [gradients(loss, group) for group in groups]
+        assert_close(torch.stack([part for part, _ in parts]).sum(), value, 1e-6)
+        for index, expected in enumerate(grads):
+            assert_close(torch.stack([part[index] for _, part in parts]).sum(0), expected, 1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_in_bfloat16_a_tree_differs_by_rounding(zoo: Zoo, family: str) -> None:
     """The 16-bit kernel of CPUs: as far from float32 as the branches alone are, times two."""
