@@ -10,6 +10,7 @@ from qlora.distributed import STRATEGIES
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError, InputError
 from qlora.memory.planner.memory_plan import Plan, plan_summary
+from qlora.recipe.faster_settings import faster_settings
 from qlora.recipe.planning import Machine, Planner, better_strategy, disk_shortage, needs_unsharded_base, require_fit
 from qlora.recipe.recipe import Recipe
 from qlora.utils.devices import device_count, device_type
@@ -48,7 +49,7 @@ def resolve_resources(recipe: Recipe, joined: Callable[[], None] = lambda: None)
         return Resources(
             processes, micro_batches, None, (*unused_gpus(processes.world_size), f"no memory plan: {error}")
         )
-    notes = (*unused_gpus(processes.world_size), *_notes(plan, micro_batches))
+    notes = (*unused_gpus(processes.world_size), *_notes(plan, micro_batches), *faster_settings(plan, recipe))
     shortage = disk_shortage(recipe, plan)
     return Resources(processes, micro_batches, plan, (*notes, f"train.output: {shortage}") if shortage else notes)
 
