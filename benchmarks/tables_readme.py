@@ -166,11 +166,32 @@ def gpus_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def trees_table() -> str:
+    """Tokens and seconds of multi-turn reasoning data, as prefix trees and answer by answer."""
+    result = read("prefix_trees")
+    if result is None:
+        return ""
+    lines = [
+        f"| {result['conversations']} conversations of {result['turns']} turns, thoughts of the past stripped | "
+        "tokens, answer by answer | as prefix trees | | step time |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in result["sets"].items():
+        words = entry["median_words"]
+        lines.append(
+            f"| {name}: medians of {words['question']}, {words['thought']} and {words['answer']} words | "
+            f"{entry['tokens_separate']:,} | {entry['tokens_trees']:,} | {entry['share']:.0%} | "
+            f"{1 / entry['trees_are_faster_by']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed_table,
     "memory": memory_table,
     "faults": faults_table,
     "gpus": gpus_table,
+    "trees": trees_table,
 }
 
 

@@ -44,7 +44,10 @@ BAD_RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a kind without support for this model": (("adapter.kind=full", "quant.kind=dense"), ("full",)),
     "an initialization of a rank that is too high": (("adapter.init=pissa", "adapter.rank=999"), ("999", "pissa")),
     "a checkpoint that does not exist": (("train.resume={folder}/gone",), ("gone",)),
-    "float16 on a CPU": (("model.dtype=float16",), ("model.dtype", "float16")),
+    "float16 weights that train": (
+        ("model.dtype=float16", "adapter.kind=full", "adapter.rank=null", "adapter.alpha=null", "quant.kind=dense"),
+        ("model.dtype", "float16"),
+    ),
     "a template that does not exist": (("model.chat_template={folder}/gone.jinja",), ("gone.jinja",)),
     "a template that is damaged": (("model.chat_template={folder}/bad.jinja",), ("bad.jinja",)),
 }

@@ -110,4 +110,4 @@ def test_sdpa_run_by_segment_is_masked_attention(data: Any, groups: int, length:
     out, _ = document_attention(torch.nn.Module().train(), *inputs[:3], None, **options)
     result = [out, *torch.autograd.grad(out, inputs[:3], inputs[3])]
     for actual, exact in zip(result, reference(inputs, starts, window, branches), strict=True):
-        assert (actual - exact).norm() <= 2e-6 * exact.norm() + 1e-6  # float32 against float64
+        assert (actual - exact).norm() <= 2e-6 * exact.norm() + 1e-5  # float32 against float64

@@ -33,6 +33,7 @@ from qlora.recipe.check_model import check_packing, check_targets, structure_of
 from qlora.recipe.recipe import Recipe
 from qlora.runs.resources import unplanned
 from qlora.runs.setup import add_adapters_and_data, build_job, open_base
+from qlora.runs.trained_template import TrainedEncoder
 from qlora.runs.write_artifacts import RunSetup
 from qlora.training.checkpoint import Position
 from qlora.training.loop import fit
@@ -82,7 +83,7 @@ def train_setup(recipe: Recipe, prepared: Prepared) -> tuple[RunSetup, Log]:
     log.truncate(0)
     resources = unplanned(recipe)
     base = open_base(recipe, resources.processes, None, log)
-    return add_adapters_and_data(recipe, resources, base, log, lambda *_: (prepared, "")), log
+    return add_adapters_and_data(recipe, resources, base, log, lambda *_: (prepared, TrainedEncoder())), log
 
 
 def documents() -> list[Example]:
