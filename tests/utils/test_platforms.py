@@ -37,7 +37,7 @@ for name in ("setitimer", "SIGALRM", "SIGPROF", "SIGVTALRM", "SIGKILL", "SIGUSR1
 
 import qlora
 for module in pkgutil.walk_packages(qlora.__path__, "qlora."):
-    if module.name not in ("qlora.__main__", "qlora.quant.triton_kernel"):  # Triton is not installed everywhere
+    if module.name != "qlora.__main__" and not module.name.endswith("_kernel"):  # Triton is not installed everywhere
         importlib.import_module(module.name)
 
 from qlora.cli.app import run
