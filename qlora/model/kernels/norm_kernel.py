@@ -38,6 +38,22 @@ def _forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _block(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes each pointer as a parameter
+    grad, x, weight, scale, column, width, dtype: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
+    """A block of a row: g = grad * w, rounded as in forward, and n = x * rstd."""
+    mask = column < width
+    value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32) * scale
+    factor = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    if FORM == 2:
+        factor += 1.0
+    slope = tl.load(grad + column, mask=mask, other=0.0).to(tl.float32) * factor
+    if FORM == 0:
+        slope = slope.to(dtype).to(tl.float32)
+    return slope, value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes each pointer as a parameter
     grad, x, weight, rstd, out, width, grad_stride, x_stride, out_stride,
     FORM: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -51,27 +67,13 @@ def _backward(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes
     products = tl.zeros([BLOCK], dtype=tl.float32)
     for block in tl.static_range(BLOCKS):
         column = block * BLOCK + tl.arange(0, BLOCK)
-        mask = column < width
-        value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32) * scale
-        factor = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        if FORM == 2:
-            factor += 1.0
-        slope = tl.load(grad + column, mask=mask, other=0.0).to(tl.float32) * factor
-        if FORM == 0:
-            slope = slope.to(out.dtype.element_ty).to(tl.float32)
+        slope, value = _block(grad, x, weight, scale, column, width, out.dtype.element_ty, FORM)
         products += slope * value
     mean = tl.sum(products, axis=0) / width
     for block in tl.static_range(BLOCKS):
         column = block * BLOCK + tl.arange(0, BLOCK)
-        mask = column < width
-        value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32) * scale
-        factor = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        if FORM == 2:
-            factor += 1.0
-        slope = tl.load(grad + column, mask=mask, other=0.0).to(tl.float32) * factor
-        if FORM == 0:
-            slope = slope.to(out.dtype.element_ty).to(tl.float32)
-        tl.store(out + column, ((slope - value * mean) * scale).to(out.dtype.element_ty), mask=mask)
+        slope, value = _block(grad, x, weight, scale, column, width, out.dtype.element_ty, FORM)
+        tl.store(out + column, ((slope - value * mean) * scale).to(out.dtype.element_ty), mask=column < width)
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, form: int, out: Tensor, rstd: Tensor) -> None:
