@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from qlora.errors import QloraError
 from qlora.utils.devices import device_type
 from qlora.utils.redact import redacted, redacted_values
+
+_ended_groups: list[Any] = []  # kept until the process exits
 
 
 class Processes:
@@ -136,4 +138,7 @@ class Processes:
 
     def end(self) -> None:
         """Close trackers and the process group."""
+        if distributed.is_initialized():
+            # Freed with the DDP wrapper, it joins gloo's threads under Python's lock, which one of them may wait for.
+            _ended_groups.append(distributed.group.WORLD)
         self.accelerator.end_training()
