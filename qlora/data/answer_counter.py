@@ -1,7 +1,8 @@
 """How many answers and thoughts of a data set are trained, of those that its records have."""
 
 from qlora.data.conversations.build_example import Encoded
-from qlora.data.types import TEXT, TOKENS, Occurrences
+from qlora.data.occurrences import Occurrences
+from qlora.data.types import TEXT, TOKENS
 
 _WHY = "the chat template refuses the messages as they are. Inference must send them in the same form"
 MANY_LEFT_OUT = 0.1  # a fraction above this is a warning at the top

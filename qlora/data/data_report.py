@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora.data.answer_counter import summary_of
-from qlora.data.types import MAX_LISTED, Finding, count_of
+from qlora.data.occurrences import MAX_LISTED
+from qlora.data.types import Finding, count_of
 from qlora.errors import DataError
 
 Keys = npt.NDArray[np.uint64]

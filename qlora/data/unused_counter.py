@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from qlora.data.occurrences import Occurrences
 from qlora.data.reading import loss_keys
-from qlora.data.types import Occurrences, Unused
+from qlora.data.types import Unused
 
 # Keys that other tools read as part of the conversation.
 _CONTENT_KEYS = ("system", "system_prompt", "tools", "functions", "history", "documents", "chat_template_kwargs",

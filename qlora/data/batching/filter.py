@@ -11,9 +11,10 @@ from qlora.data.batching.dataset import ExampleWriter
 from qlora.data.batching.fit_length import FittedRecord, fit_length
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import EncodeResult, RawRecord
+from qlora.data.occurrences import Occurrences
 from qlora.data.prefix_tree import paths_of
 from qlora.data.remedies import with_remedy
-from qlora.data.types import IGNORED, BadRecord, Example, Finding, Ints, Occurrences, Record, RecordError
+from qlora.data.types import IGNORED, BadRecord, Example, Finding, Ints, Record, RecordError
 from qlora.data.unused_counter import UnusedCounter
 
 if TYPE_CHECKING:
