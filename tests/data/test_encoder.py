@@ -52,7 +52,9 @@ words = st.text(
     max_size=24,
 ).filter(lambda text: text.strip())
 Pairs = list[tuple[str, str]]
-conversations = st.lists(st.tuples(words, words), min_size=1, max_size=4)
+# A thought that is opened and not closed is refused (test_thoughts.py); hypothesis knows the tags from the code.
+without_thoughts = words.filter(lambda text: "<th" not in text and "</th" not in text)
+conversations = st.lists(st.tuples(without_thoughts, without_thoughts), min_size=1, max_size=4)
 
 
 @EACH_FAMILY
