@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from qlora.data.conversations.encoder import Encoder
@@ -24,7 +25,7 @@ class Result:
 
     templates: int = 0
     escaped: int = 0  # created the canary file
-    not_stopped: int = 0  # ran for more than SECONDS of processor time, or killed the process
+    not_stopped: int = 0  # took more than SECONDS for its probe or a conversation, or killed the process
     slowest_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -41,6 +42,11 @@ def conversations() -> list[list[Message]]:
     return [*short, turns[:4], turns]
 
 
+def processor_seconds() -> float:
+    """Seconds of processor time that this process and its ended children have taken."""
+    return time.process_time() + os.times().children_user
+
+
 def render_all(home: Path, selection: slice, report: Callable[[Result], None]) -> Result:
     """Encode conversations with each template of the folder, in a child each, as training does."""
     result, canary, tokenizer = Result(), home / "canary", byte_tokenizer()
@@ -48,14 +54,17 @@ def render_all(home: Path, selection: slice, report: Callable[[Result], None]) -
 
         def work(notify: Notify, path: Path = path) -> int:
             os.environ["QLORA_CANARY"] = str(canary)
-            started = time.process_time()
+            times, code = [processor_seconds()], HARMLESS
             try:
                 encoder = Encoder(tokenizer, "assistant", str(path))
-                encoder.encode_batch([("row", messages) for messages in conversations()])
-                code = HARMLESS
+                times.append(processor_seconds())
+                for messages in conversations():
+                    encoder.encode_batch([("row", messages)])
+                    times.append(processor_seconds())
             except QloraError:
                 code = REFUSED
-            notify(f"seconds {time.process_time() - started + os.times().children_user}")
+            times.append(processor_seconds())
+            notify(f"seconds {max(end - start for start, end in pairwise(times))}")
             return code
 
         child = Child(work, home / "log")
