@@ -10,6 +10,9 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 demo: $(VENV)/run.ok
 	$(BIN)/qlora demo --out demo-run
 
+# Several processes import the same files: they compile them once.
+test slow: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/dev.ok
 	$(BIN)/python -m pytest
 

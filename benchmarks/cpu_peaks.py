@@ -1,8 +1,9 @@
 """Planned against measured peak memory of whole runs of `qlora train` on a CPU: python benchmarks/cpu_peaks.py.
 
-Random Llamas of three sizes; no, half or all layers recomputed; several sequence lengths; one thread; each run in a new
-process. The constants for the CPU's heap in memory/planner/ were fitted to the runs of 4 x 512 tokens with no or all
-layers recomputed.
+Random Llamas of three sizes, with no, half or all layers recomputed, and several sequence lengths; a mixture of experts
+and a hybrid, in float32, with no or all layers recomputed. One thread; each run in a new process. The constants for the
+CPU's heap in memory/planner/ were fitted to the runs of 4 x 512 tokens of Llamas and of the mixture of experts, with no
+or all layers recomputed.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from workloads import SHAPES
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
-SIZES = ("30M", "100M", "250M")
+OTHER = ("moe", "hybrid")
+SIZES = ("30M", "100M", "250M", *OTHER)
 EXAMPLES, STEPS = 24, 3
 MAKE = """
 import json, sys
@@ -50,6 +52,8 @@ class Run:
 def runs_of(size: str) -> list[Run]:
     """No, half and all layers recomputed; for one size with other micro-batches too."""
     layers = SHAPES[size]["num_hidden_layers"]
+    if size in OTHER:
+        return [Run(size, recompute) for recompute in (0, layers)]
     runs = [Run(size, recompute) for recompute in (0, layers // 2, layers)]
     if size == "100M":
         runs += [Run(size, recompute, rows, 2048 // rows) for rows in (1, 8) for recompute in (0, layers)]
@@ -65,7 +69,7 @@ def measured(folder: Path, run: Run, scratch: Path) -> dict[str, Any]:
         python("-c", MAKE, str(base), run.size, str(EXAMPLES), str(run.length))
     recipe = out.with_suffix(".yaml")
     recipe.write_text(json.dumps({  # JSON is YAML
-        "model": str(base),
+        "model": {"name": str(base), "dtype": "float32" if run.size in OTHER else "auto"},
         "data": {"train": str(data), "max_length": run.length, "eval_fraction": 0.0},
         "train": {"output": str(out), "micro_batch": run.rows, "global_batch": run.rows, "max_steps": STEPS},
         "memory": {"recompute": run.recompute},
@@ -97,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             planned, peak = results[-1]["planned_bytes"], results[-1]["peak_bytes"]
             print(f"{run}: planned {planned / 2**20:,.0f} MiB, measured {peak / 2**20:,.0f} MiB, "
                   f"{100 * (planned / peak - 1):+.1f} %", flush=True)  # fmt: skip
-    print(write("cpu_peaks", {"steps": STEPS, "runs": results}))
+    path = HERE / "results" / "cpu_peaks.json"
+    others = json.loads(path.read_text())["runs"] if path.exists() else []
+    others = [run for run in others if run["size"] not in options.sizes]
+    print(write("cpu_peaks", {"steps": STEPS, "runs": others + results}))
 
 
 if __name__ == "__main__":

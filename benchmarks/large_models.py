@@ -2,7 +2,7 @@
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,15 @@ PLANS = (
     ("Llama-3.1-70B", 12, 64),
     ("Llama-3.1-70B", 16, 64),
 )  # GPU and host memory in GiB
+NEWER = (
+    ("Qwen3-30B-A3B", 8, 32),
+    ("Qwen3.6-35B-A3B", 16, 32),
+    ("gpt-oss-20b", 12, 32),
+    ("Gemma-4-26B-A4B", 12, 32),
+    ("Qwen3.6-27B", 16, 32),
+    ("Mistral-Small-3.2-24B", 16, 32),
+    ("GLM-4.7-Flash", 16, 32),
+)
 LENGTHS = (512, 2048, 4096, 8192)
 REACHED = 0.65  # of a GPU's dense bfloat16 peak: the best published values are 0.62 to 0.71
 GPUS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "A100": 312e12}  # FLOP/s
@@ -33,24 +42,36 @@ STEP, MOST = 32, 65_536  # tokens
 
 def plans_table() -> str:
     """The planner's choice for models that exceed the GPU's memory."""
+    return _table((plan, length) for plan in PLANS for length in LENGTHS)
+
+
+def newer_table() -> str:
+    """The planner's choice for hybrids and mixtures of experts, with a paged optimizer."""
+    return _table(((plan, 2048) for plan in NEWER), optimizer="paged_adamw_8bit")
+
+
+def _table(plans: Iterable[tuple[tuple[str, int, int], int]], **options: Any) -> str:
+    """One line for each model on a GPU, and tokens of a sequence."""
     lines = [
-        "| model | GPU | host memory | tokens | GPU peak | host peak | recomputed / offloaded / streamed | layers |"
+        "| model | GPU | host memory | tokens | GPU peak | host peak | recomputed / offloaded / streamed | layers | "
+        "seconds |"
     ]
-    lines.append("|---" * 8 + "|")
-    for name, gpu_gib, host_gib in PLANS:
-        for length in LENGTHS:
-            work = work_of(name, max_length=length)
-            cells = _planned(work, gpu_gib, host_gib)
-            lines.append(f"| {name} | {gpu_gib} GiB | {host_gib} GiB | {length:,} | {cells} |")
+    lines.append("|---" * 9 + "|")
+    for (name, gpu_gib, host_gib), length in plans:
+        cells = _planned(work_of(name, max_length=length, **options), gpu_gib, host_gib)
+        lines.append(f"| {name} | {gpu_gib} GiB | {host_gib} GiB | {length:,} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _planned(work: Workload, gpu_gib: int, host_gib: int) -> str:
     plan = choose(work, Budget(gpu_gib * GIB, host_gib * GIB))
     if not plan.fits:
-        return "does not fit | | |"
+        return "does not fit | | | |"
     layers = f"{plan.work.recomputed} / {plan.work.offloaded} / {plan.work.streamed}"
-    return f"{plan.peak_bytes / GIB:.1f} GiB | {plan.host_bytes / GIB:.1f} GiB | {layers} | {work.shapes.layers}"
+    return (
+        f"{plan.peak_bytes / GIB:.1f} GiB | {plan.host_bytes / GIB:.1f} GiB | {layers} | {work.shapes.layers} | "
+        f"{seconds(plan.work):.1f}"
+    )
 
 
 def free_table() -> str:
@@ -76,7 +97,7 @@ def free_from(speed: DeviceSpeed) -> int:
     return lengths[index]
 
 
-TABLES: dict[str, Callable[[], str]] = {"plans": plans_table, "free": free_table}
+TABLES: dict[str, Callable[[], str]] = {"plans": plans_table, "newer": newer_table, "free": free_table}
 
 
 def redraw(text: str, tables: dict[str, Any] = TABLES) -> str:

@@ -101,7 +101,8 @@ def cpu_peaks() -> list[str]:
     errors = [abs(run["planned_bytes"] / run["peak_bytes"] - 1) for run in result["runs"]]
     lines = [
         "",
-        f"Measured on a CPU, whole runs of random Llamas; the plan's error is {100 * statistics.median(errors):.1f} % "
+        "Measured on a CPU, whole runs of random models: Llamas, a mixture of experts, a hybrid (Gated DeltaNet); "
+        f"the plan's error is {100 * statistics.median(errors):.1f} % "
         f"(median), {100 * max(errors):.1f} % at most:",
         "",
         "| base model | micro-batch | layers recomputed | planned | measured |",

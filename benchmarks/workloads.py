@@ -19,6 +19,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 4_096,
         "tie_word_embeddings": True,
     },
+    "moe": {  # 90 million parameters, 16 experts of which a token visits 4
+        "model_type": "qwen3_moe", "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1_408,
+        "moe_intermediate_size": 384, "num_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4_096,
+        "tie_word_embeddings": True,
+    },
+    "hybrid": {  # 40 million parameters, Gated DeltaNet in three layers of four
+        "model_type": "qwen3_5_text", "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1_408,
+        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64, "max_position_embeddings": 4_096, "tie_word_embeddings": True,
+    },
     "8B": {
         "vocab_size": 128_256, "hidden_size": 4_096, "intermediate_size": 14_336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8_192,
@@ -32,16 +44,17 @@ MEDIAN_TOKENS, SPREAD = 100, 1.0  # of short examples: lognormal, as in an instr
 
 
 def make_base(folder: Path, shape: str, device: str) -> None:
-    """Save a random bfloat16 Llama, created on `device`, with a tokenizer that TRL can load."""
+    """Save a random bfloat16 model, created on `device`, with a tokenizer that TRL can load."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").exists():
         return
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
+        config = AutoConfig.for_model(**{"model_type": "llama", **SHAPES[shape]})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     words = {f"w{number}": number for number in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))

@@ -6,6 +6,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,39 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-
-torch.set_num_threads(1)
+from support.case_samples import mark_samples
 
 MakeModel = Callable[..., Path]
+# Tens of thousands of waits for the disk: a killed process loses nothing without them, only a machine without power.
+os.fsync = lambda fd: None
+
+# Which part of the long lists runs; the workers of xdist take it from the environment of the first process.
+SAMPLE = int(os.environ.setdefault("QLORA_TEST_SAMPLE", str(random.SystemRandom().randrange(10**6))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Before cases are deselected by their marks."""
+    mark_samples(items, SAMPLE, config.option.markexpr, config.args)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The sample of this run, with which it can be run again."""
+    terminalreporter.write_line(f"QLORA_TEST_SAMPLE={SAMPLE}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Imports make millions of objects that stay: no collection looks at them meanwhile."""
+    gc.disable()
+    result = yield
+    gc.enable()
+    return result
 
 
 def pytest_collection_finish() -> None:
     """Answers in the report of a run have 4 tokens, not 48: else they take longer than the training of a tiny model."""
+    _set_one_thread()
     if module := sys.modules.get("qlora.runs.write_artifacts"):
         module.SAMPLE_TOKENS = 4  # type: ignore[attr-defined]
     gc.freeze()
@@ -57,6 +82,14 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         return folders[key]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def expert_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`expert_zoo("mixtral")`: the folder of a tiny random model of experts. Never write into it."""
+    from support.expert_models import save_expert_model
+
+    return cache(lambda family: save_expert_model(tmp_path_factory.mktemp(family), family))
 
 
 @pytest.fixture
@@ -97,6 +130,12 @@ def _nothing_was_unpickled() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Every test starts with one thread, even if a library has set another number."""
+    _set_one_thread()
+
+
+def _set_one_thread() -> None:
+    import torch  # not at the top: the process that only hands out the tests does without
+
     torch.set_num_threads(1)
 
 

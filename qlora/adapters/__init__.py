@@ -68,6 +68,11 @@ class Adapter(Section):
     init: Literal["default", "gaussian", "pissa", "loftq"] = setting(
         "default", "how A and B are initialized", nullable=True
     )
+    expert_rank: Literal["auto"] | Annotated[int, Between(ge=0)] = setting(
+        "auto",
+        "rank of each expert's update: auto (rank / experts a token visits, at least 1) | a number | 0: experts frozen",
+        nullable=True,
+    )
 
     def trains_base_weights(self) -> str | None:
         """The first setting that trains weights of the base model itself; None if only low-rank updates train."""

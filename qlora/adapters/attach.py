@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapters.dora import DoraLinear
+from qlora.adapters.expert_lora import ExpertLora
 from qlora.adapters.lora import LoraLinear
 from qlora.adapters.modules_to_save import build_modules_to_save
 from qlora.adapters.peft_config import MAX_RANK, has_layer_filter, module_settings, possible_ranks
@@ -14,8 +15,10 @@ from qlora.adapters.peft_files import AdapterFile
 from qlora.adapters.plain_lora import refuse_changed_base
 from qlora.adapters.trainable_tokens import build_token_rows
 from qlora.errors import AdapterError
+from qlora.model.expert_forward import expert_stacks
 from qlora.model.linear_layers import frozen_linears
 from qlora.model.module_tree import set_by_path
+from qlora.quant.expert_stack import ExpertStack
 
 
 def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False) -> str | None:
@@ -32,18 +35,29 @@ def attach(model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_ba
 def build_layers(
     model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False
 ) -> tuple[dict[str, nn.Module], str | None]:
-    """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrix."""
+    """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrices."""
     note = _check_base(file, base_sha256, allow_other_base)
     refuse_changed_base(file)
-    frozen = frozen_linears(model)
+    frozen, stacks = frozen_linears(model), expert_stacks(model)
     modules, module_problems = build_modules_to_save(model, file.modules)
     rows, row_problems = build_token_rows(model, file.config, file.rows)
-    problems = _pair_problems(file, frozen) + module_problems + row_problems + _missing_modules(file, model)
+    problems = (
+        _pair_problems(file, frozen)
+        + _stack_problems(file, stacks)
+        + module_problems
+        + row_problems
+        + _missing_modules(file, model)
+    )
     if problems:
         listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise AdapterError(f"{file.folder}: does not fit this base: {listed}. Use the base it was trained on.")
     layers: dict[str, nn.Module] = {**modules, **rows}
+    for path, stack in stacks.items():
+        if f"{path}.0" in file.pairs:
+            layers[path] = _expert_layer(file, path, stack)
     for path, (a, b) in file.pairs.items():
+        if path.rpartition(".")[0] in stacks:
+            continue
         kind = DoraLinear if path in file.magnitudes else LoraLinear
         scaling = module_settings(file.config, path, a.shape[0]).scaling
         layers[path] = layer = kind(frozen[path], a.shape[0], scaling, 0.0)
@@ -51,6 +65,15 @@ def build_layers(
         if isinstance(layer, DoraLinear):
             layer.magnitude.data.copy_(file.magnitudes[path])
     return layers, note
+
+
+def _expert_layer(file: AdapterFile, path: str, stack: ExpertStack) -> ExpertLora:
+    """A stack of experts with its updates of the file."""
+    pairs = [file.pairs[f"{path}.{expert}"] for expert in range(len(stack))]
+    rank = pairs[0][0].shape[0]
+    layer = ExpertLora(stack, rank, module_settings(file.config, f"{path}.0", rank).scaling, 0.0)
+    layer.load_pair(torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))
+    return layer
 
 
 def _check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> str | None:
@@ -74,14 +97,26 @@ def _pair_problems(file: AdapterFile, frozen: Mapping[str, Any]) -> list[str]:
     return problems + [f"{path} is named by target_modules, but the file lacks it" for path in _missing(file, frozen)]
 
 
+def _stack_problems(file: AdapterFile, stacks: Mapping[str, ExpertStack]) -> list[str]:
+    """Stacks of which the file has the updates of some experts only, or updates of several ranks."""
+    problems = []
+    for path, stack in stacks.items():
+        pairs = [file.pairs.get(f"{path}.{expert}") for expert in range(len(stack))]
+        ranks = sorted({len(pair[0]) for pair in pairs if pair is not None and pair[0].ndim})
+        if ranks and None in pairs:
+            number = len(stack) - pairs.count(None)
+            problems.append(f"{path} has updates of {number} experts, the base has {len(stack)}")
+        elif len(ranks) > 1:
+            problems.append(f"{path} has experts of the ranks {ranks}, needed: one rank")
+    return problems
+
+
 def _pair_problem(file: AdapterFile, path: str, frozen: Mapping[str, Any]) -> str | None:
     a, b = file.pairs[path]
     if path not in frozen:
-        is_expert = ".experts." in path
-        kind = (
-            "an expert, which stays frozen here: merge it in PEFT" if is_expert else "not a linear layer of this base"
-        )
-        return f"{path} is {kind}"
+        if ".experts." in path and any(".experts." in other for other in frozen):  # as transformers 4 named them
+            return f"{path} is an expert alone, here a part of a stack: load the adapter in PEFT 0.19, save it again"
+        return f"{path} is not a linear layer of this base"
     layer = frozen[path]
     if not (a.is_floating_point() and b.is_floating_point()):
         return f"{path} is stored as {a.dtype}, needed: floating-point numbers"

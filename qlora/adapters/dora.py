@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.adapters.expert_lora import ExpertLora
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.lora_autograd import LoraBranch, LoraScale
+from qlora.errors import AdapterError
+from qlora.quant.expert_stack import ExpertStack
 from qlora.quant.linear import FrozenLinear, multiply
 from qlora.utils.rematerialize import origin_of
 
+NO_EXPERTS = (
+    "adapter.kind: dora can't adapt experts, for which PEFT's format has no magnitudes. Use kind: lora, or "
+    "adapter.expert_rank: 0, which leaves the experts frozen."
+)
 MIN_SQUARED_NORM = torch.finfo(torch.float32).tiny  # a row with a smaller one counts as zero
 
 
@@ -121,3 +128,7 @@ class Dora(Lora):
     def wrap(self, base: FrozenLinear) -> DoraLinear:
         """`base` with an untrained update, and the norms of its rows as magnitude."""
         return DoraLinear(base, self.rank, self.scaling, self.dropout)
+
+    def wrap_experts(self, base: ExpertStack) -> ExpertLora:
+        """AdapterError: PEFT's format has no magnitudes of experts."""
+        raise AdapterError(NO_EXPERTS)

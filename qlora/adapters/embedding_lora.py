@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapters.dora import scale_rows
+from qlora.adapters.expert_keys import target_fields
 from qlora.adapters.peft_config import module_settings
 from qlora.adapters.peft_files import AdapterFile
 from qlora.adapters.trainable_tokens import embedding_and_head
@@ -45,7 +46,7 @@ def fold_embedding_and_head(file: AdapterFile, model: nn.Module) -> AdapterFile:
     rows = {path: values for path, values in file.rows.items() if path not in trained}
     pairs = {path: pair for path, pair in file.pairs.items() if path not in ends}
     magnitudes = {path: magnitude for path, magnitude in file.magnitudes.items() if path not in ends}
-    config = {**file.config, **_fields(file, modules, sorted(pairs), rows)}
+    config = {**file.config, **_fields(file, modules, pairs, rows)}
     return replace(
         file, pairs=pairs, magnitudes=magnitudes, modules=modules, rows=rows, embeddings={}, base_weights={},
         config=config, is_changed=True,
@@ -98,10 +99,11 @@ def _refuse_unused(file: AdapterFile, ends: Mapping[str, Any]) -> None:
 
 
 def _fields(
-    file: AdapterFile, modules: Mapping[str, Tensor], targets: list[str], rows: Mapping[str, Tensor]
+    file: AdapterFile, modules: Mapping[str, Tensor], pairs: Mapping[str, Any], rows: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The fields of the config that name what is adapted."""
     saved = {*(file.config.get("modules_to_save") or ()), *(name.rpartition(".")[0] for name in modules)}
     filters = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     tokens = file.config.get("trainable_token_indices") if rows else None
-    return {**filters, "target_modules": targets, "modules_to_save": sorted(saved), "trainable_token_indices": tokens}
+    targets = target_fields(file.config, {path: path for path in pairs})
+    return {**filters, **targets, "modules_to_save": sorted(saved), "trainable_token_indices": tokens}

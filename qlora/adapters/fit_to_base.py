@@ -11,7 +11,9 @@ from torch import nn
 
 from qlora.adapters.changed_base import OriginalWeights, restore_base
 from qlora.adapters.embedding_lora import fold_embedding_and_head
+from qlora.adapters.expert_keys import renamed_in_patterns, target_fields
 from qlora.adapters.master_weights import trainable_modules
+from qlora.adapters.old_expert_layout import with_current_layout
 from qlora.adapters.peft_config import module_settings
 from qlora.adapters.peft_files import CONFIG, AdapterFile
 from qlora.adapters.peft_starts import changed_start
@@ -32,7 +34,7 @@ def fit_to_base(file: AdapterFile, model: nn.Module, originals: OriginalWeights,
     originals: the base's weights before quantization. AdapterError if a start, or an update of embedding or head, can't
     be read.
     """
-    file = _with_paths_of(model, file, log)
+    file = with_current_layout(_with_paths_of(model, file, log), model, log)
     start = changed_start(file.folder / CONFIG, file.config)
     if start:
         log(
@@ -121,7 +123,7 @@ def _renamed(file: AdapterFile, paths: Mapping[str, str]) -> AdapterFile:
             **file.config,
             **filters,
             **_patterns(file, paths),
-            "target_modules": sorted(map(paths.get, file.pairs)),
+            **target_fields(file.config, {path: paths[path] for path in file.pairs}),
         },
         is_changed=True,
     )
@@ -131,7 +133,10 @@ def _patterns(file: AdapterFile, paths: Mapping[str, str]) -> dict[str, Any]:
     """Rank and alpha by new path: the keys of the file's patterns are for its own paths."""
     if not any(file.config.get(key) for key in ("rank_pattern", "alpha_pattern")):
         return {}
-    settings = {paths[path]: module_settings(file.config, path, a.shape[0]) for path, (a, _) in file.pairs.items()}
+    settings = {
+        renamed_in_patterns(file.config, path, paths[path]): module_settings(file.config, path, a.shape[0])
+        for path, (a, _) in file.pairs.items()
+    }
     return {
         "rank_pattern": {path: layer.rank for path, layer in settings.items()},
         "alpha_pattern": {path: layer.alpha for path, layer in settings.items()},

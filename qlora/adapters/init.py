@@ -9,16 +9,19 @@ one, and V the R leading right singular vectors (of W for pissa, of W - Q for lo
 Either way the model starts at Q + (W - Q) V V^T: nearer to W than Q is, and at the base where nothing was quantized.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters.dora import DoraLinear
-from qlora.adapters.inject import adapted
+from qlora.adapters.expert_lora import ExpertLora
+from qlora.adapters.inject import adapted, adapted_experts
 from qlora.adapters.lora import LoraLinear
 from qlora.errors import AdapterError
+from qlora.quant.linear import FrozenLinear
 
 ITERATIONS, OVERSAMPLING = 8, 8  # of subspace iteration (Halko et al. 2011, 4.4): rounds, and directions beyond R
 MIN_SINGULAR_VALUE = 1e-6  # relative to the largest: with a smaller one A would not learn
@@ -49,19 +52,28 @@ def initialize(model: nn.Module, kind: str, originals: OriginalWeights, seed: in
 
     AdapterError if a matrix has fewer directions than the rank, or loftq has no quantization error to start from.
     """
-    layers = adapted(model)
+    layers: dict[str, LoraLinear | ExpertLora] = {**adapted(model), **adapted_experts(model)}
     if kind == "gaussian":
         generator = torch.Generator().manual_seed(seed)
         for layer in layers.values():
             _initialize_gaussian(layer, generator)
-    if kind not in ("pissa", "loftq"):
-        return None
-    for path, layer in layers.items():
-        _refuse_rank(path, layer, kind)
-    seeds = {path: seed + number for number, path in enumerate(layers)}  # files have another order than layers
+    return _start_from_weights(layers, kind, originals, seed) if kind in ("pissa", "loftq") else None
+
+
+def _start_from_weights(
+    layers: Mapping[str, LoraLinear | ExpertLora], kind: str, originals: OriginalWeights, seed: int
+) -> InitResult:
+    """Initialize A and B by the original weights; returns the quantization error."""
+    matrices = _matrices(layers, keeps_start=kind == "pissa")
+    for path, matrix in matrices.items():
+        _refuse_rank(path, matrix, kind)
+    seeds = {path: seed + number for number, path in enumerate(matrices)}  # files have another order than layers
     sums = torch.zeros(3, dtype=torch.float64)
-    for path, weight in originals(set(layers)):
-        sums += _initialize_from_weight(layers[path], weight, kind, torch.Generator().manual_seed(seeds[path]))
+    for path, weight in originals(set(matrices)):
+        sums += _initialize_from_weight(matrices[path], weight, kind, torch.Generator().manual_seed(seeds[path]))
+    for layer in layers.values():
+        if isinstance(layer, DoraLinear):
+            layer.reset_magnitude()
     norm, before, after = sums.clamp_min(0).sqrt().tolist()
     if kind == "loftq" and not before:
         raise AdapterError(
@@ -69,6 +81,35 @@ def initialize(model: nn.Module, kind: str, originals: OriginalWeights, seed: in
             "Use the 16-bit checkpoint, or init default."
         )
     return InitResult(before / norm, after / norm)
+
+
+class _Matrix(NamedTuple):
+    """One frozen matrix and the memory of its update; a0 and b0 where the update keeps its start."""
+
+    base: FrozenLinear
+    scaling: float
+    a: Tensor  # [R, I]
+    b: Tensor  # [O, R]
+    a0: Tensor | None
+    b0: Tensor | None
+
+
+def _matrices(layers: Mapping[str, LoraLinear | ExpertLora], keeps_start: bool) -> dict[str, _Matrix]:
+    """Path -> matrix, each expert of a stack under its own."""
+    matrices: dict[str, _Matrix] = {}
+    for path, layer in layers.items():
+        a, b = layer.A.detach(), layer.B.detach()
+        if keeps_start:
+            layer.A0, layer.B0 = torch.zeros_like(a), torch.zeros_like(b)
+        a0, b0 = layer.A0, layer.B0
+        if isinstance(layer, LoraLinear):
+            matrices[path] = _Matrix(layer.base, layer.scaling, a, b, a0, b0)
+            continue
+        for e, frozen in enumerate(layer.base):
+            assert isinstance(frozen, FrozenLinear)
+            start = (None, None) if a0 is None or b0 is None else (a0[e], b0[e])
+            matrices[f"{path}.{e}"] = _Matrix(frozen, layer.scaling, a[e], b[e], *start)
+    return matrices
 
 
 @torch.no_grad()
@@ -85,36 +126,35 @@ def principal_directions(matrix: Tensor, rank: int, generator: torch.Generator) 
 
 
 @torch.no_grad()
-def _initialize_gaussian(layer: LoraLinear, generator: torch.Generator) -> None:
+def _initialize_gaussian(layer: LoraLinear | ExpertLora, generator: torch.Generator) -> None:
     """A normal with standard deviation 1 / R, as PEFT's `gaussian`; B stays zero."""
     layer.A.copy_(torch.empty(layer.A.shape).normal_(0, 1 / layer.rank, generator=generator))
 
 
 @torch.no_grad()
-def _initialize_from_weight(layer: LoraLinear, weight: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Initialize one layer; returns |W|^2, and |W - Q|^2 before and after, float64."""
-    stored = layer.base.weight(torch.float32)
+def _initialize_from_weight(matrix: _Matrix, weight: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """Initialize one matrix's update; returns |W|^2, and |W - Q|^2 before and after, float64."""
+    stored, scaling = matrix.base.weight(torch.float32), matrix.scaling
     weight = weight.to(stored.device, torch.float32)
     error = weight - stored
     source = weight if kind == "pissa" else error
-    right = principal_directions(source, layer.rank, generator)
+    right = principal_directions(source, len(matrix.a), generator)
     left = source @ right
     values = torch.linalg.vector_norm(left, dim=0)
-    root = (values.clamp_min(MIN_SINGULAR_VALUE * float(values.max())).clamp_min(1e-30) / layer.scaling).sqrt()
-    layer.A.copy_((right * root).t())
-    layer.B.copy_(left / (layer.scaling * root))
-    if kind == "pissa":
-        layer.A0, layer.B0 = layer.A.detach().clone(), stored @ right / (layer.scaling * root)
-    if isinstance(layer, DoraLinear):
-        layer.reset_magnitude()
+    root = (values.clamp_min(MIN_SINGULAR_VALUE * float(values.max())).clamp_min(1e-30) / scaling).sqrt()
+    matrix.a.copy_((right * root).t())
+    matrix.b.copy_(left / (scaling * root))
+    if matrix.a0 is not None and matrix.b0 is not None:
+        matrix.a0.copy_(matrix.a)
+        matrix.b0.copy_(stored @ right / (scaling * root))
     norm, before, removed = (m.square().sum(dtype=torch.float64).cpu() for m in (weight, error, error @ right))
     return torch.stack([norm, before, before - removed])
 
 
-def _refuse_rank(path: str, layer: LoraLinear, kind: str) -> None:
-    directions = min(layer.base.out_features, layer.base.in_features)
-    if layer.rank > directions:
+def _refuse_rank(path: str, matrix: _Matrix, kind: str) -> None:
+    directions, rank = min(matrix.base.out_features, matrix.base.in_features), len(matrix.a)
+    if rank > directions:
         raise AdapterError(
-            f"adapter.rank: {layer.rank} is more than the {directions} directions of {path}, "
+            f"adapter.rank: {rank} is more than the {directions} directions of {path}, "
             f"which adapter.init {kind} starts from. Use at most {directions}, or init default."
         )

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from qlora.adapters.expert_lora import ExpertLora
 from qlora.adapters.lora_autograd import AddFrozenMatmul, LoraBranch, LoraScale
 from qlora.adapters.lora_group import together
 from qlora.adapters.patterns import by_pattern
+from qlora.quant.expert_stack import ExpertStack
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.rematerialize import origin_of
 
@@ -84,7 +86,8 @@ class LoraLinear(nn.Module):
 class Lora:
     """Settings of plain LoRA; builds one LoraLinear per frozen matrix.
 
-    The patterns give some modules another rank or alpha: `for_module(path)` returns the settings of one.
+    The patterns give some modules another rank or alpha: `for_module(path)` returns the settings of one. expert_rank:
+    of the update of each expert; 0: experts stay frozen.
     """
 
     rank: int
@@ -92,6 +95,7 @@ class Lora:
     dropout: float
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    expert_rank: int = 0
 
     @property
     def scaling(self) -> float:
@@ -103,6 +107,17 @@ class Lora:
         rank, alpha = by_pattern(self.rank_pattern, path, self.rank), by_pattern(self.alpha_pattern, path, self.alpha)
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
+    def for_experts(self, path: str) -> "Lora":
+        """The settings of one stack of experts: `expert_rank` at the adapter's scaling.
+
+        A pattern gives another rank or alpha; as in every module, a rank of a pattern does not change alpha.
+        """
+        rank = by_pattern(self.rank_pattern, path, self.expert_rank)
+        is_given = by_pattern(self.rank_pattern, path, 0) > 0
+        alpha = self.alpha if is_given else self.alpha * self.scaling / replace(self, rank=rank).scaling
+        alpha = by_pattern(self.alpha_pattern, path, alpha)
+        return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
     def with_rank_times(self, factor: int) -> "Lora":
         """The same scaling at `factor` times the rank."""
         change = replace(self, rank=self.rank * factor).scaling / self.scaling
@@ -112,8 +127,13 @@ class Lora:
             alpha=self.alpha / change,
             rank_pattern={key: rank * factor for key, rank in self.rank_pattern.items()},
             alpha_pattern={key: alpha / change for key, alpha in self.alpha_pattern.items()},
+            expert_rank=self.expert_rank * factor,
         )
 
     def wrap(self, base: FrozenLinear) -> LoraLinear:
         """`base` with an untrained update."""
         return LoraLinear(base, self.rank, self.scaling, self.dropout)
+
+    def wrap_experts(self, base: ExpertStack) -> ExpertLora:
+        """`base` with an untrained update of each expert."""
+        return ExpertLora(base, self.rank, self.scaling, self.dropout)

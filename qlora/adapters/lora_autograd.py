@@ -4,6 +4,7 @@ They are two functions so that activation checkpointing can stop between them: a
 when its forward ends, so what the branch saves exists before the expensive frozen product starts.
 """
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,11 @@ from qlora.utils.rematerialize import Origin
 
 
 class LoraScale(NamedTuple):
-    """The update's factor s, the dropout probability on x, and the id of the layer whose casts a step keeps."""
+    """The update's factor s, the dropout probability on x, and the key under which a step keeps the layer's casts."""
 
     scaling: float
     dropout: float
-    owner: int | None = None
+    owner: Hashable | None = None
 
 
 class LoraBranch(torch.autograd.Function):

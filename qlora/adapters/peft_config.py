@@ -2,19 +2,23 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qlora.adapters.dora import Dora
-from qlora.adapters.inject import adapted
-from qlora.adapters.lora import Lora
+from qlora.adapters.expert_keys import name_in_patterns
+from qlora.adapters.expert_lora import ExpertLora
+from qlora.adapters.inject import adapted, adapted_experts
+from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.modules_to_save import names_for_peft
 from qlora.adapters.patterns import matches
 from qlora.adapters.peft_fields import MERGE_IN_PEFT, refuse_fields
 from qlora.adapters.peft_starts import changed_start
+from qlora.adapters.peft_targets import pattern_fields, plain_number, target_names, target_parameters
 from qlora.adapters.rslora import RsLora
 from qlora.adapters.trainable_tokens import trainable_token_indices
 from qlora.errors import AdapterError
@@ -52,34 +56,44 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def build_config(model: nn.Module, adapter: Lora, name: str, revision: str | None) -> dict[str, Any]:
     """The adapter_config.json of a model's adapter; `name` and `revision` are those of its base."""
-    path, layer = next(iter(adapted(model).items()))
-    stored = adapter.with_rank_times(layer.pair()[0].shape[0] // adapter.for_module(path).rank)
-    token_indices = trainable_token_indices(model)
-    return dict(PEFT_FIELDS) | {
-        "alpha_pattern": {key: _plain_number(alpha) for key, alpha in stored.alpha_pattern.items()},
-        "base_model_name_or_path": name,
-        "lora_alpha": _plain_number(stored.alpha),
-        "lora_dropout": adapter.dropout,
-        "modules_to_save": names_for_peft(model),
-        "r": stored.rank,
-        "rank_pattern": dict(stored.rank_pattern),
-        "revision": revision,
-        "target_modules": target_names(model),
-        **({"trainable_token_indices": token_indices} if token_indices else {}),
-        "use_dora": isinstance(adapter, Dora),
-        "use_rslora": isinstance(adapter, RsLora),
-    }
+    layers: list[LoraLinear | ExpertLora] = [*adapted(model).values(), *adapted_experts(model).values()]
+    stored = adapter.with_rank_times(layers[0].pair()[1].shape[-1] // layers[0].rank)
+    token_indices, parameters = trainable_token_indices(model), target_parameters(model)
+    return (
+        dict(PEFT_FIELDS)
+        | pattern_fields(model, stored)
+        | {
+            "base_model_name_or_path": name,
+            "lora_alpha": plain_number(stored.alpha),
+            "lora_dropout": 0.0 if parameters else adapter.dropout,  # PEFT loads no target parameters with dropout
+            "modules_to_save": names_for_peft(model),
+            "r": stored.rank,
+            "revision": revision,
+            "target_modules": target_names(model),
+            **({"target_parameters": parameters} if parameters else {}),
+            **({"trainable_token_indices": token_indices} if token_indices else {}),
+            "use_dora": isinstance(adapter, Dora),
+            "use_rslora": isinstance(adapter, RsLora),
+        }
+    )
 
 
-def build_plain_config(source: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
-    """The adapter_config.json of a plain LoRA with a scaling of 1; base, revision and dropout are those of `source`."""
+def build_plain_config(
+    source: Mapping[str, Any], rank: int, targets: Mapping[str, Any], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """The adapter_config.json of a plain LoRA with a scaling of 1; base, revision and dropout are those of `source`.
+
+    targets: the fields that name the adapted matrices; ranks: of experts that have another one.
+    """
     return dict(PEFT_FIELDS) | {
+        "alpha_pattern": dict(ranks),
         "base_model_name_or_path": source.get("base_model_name_or_path"),
         "lora_alpha": rank,
         "lora_dropout": float(source.get("lora_dropout") or 0.0),
         "r": rank,
+        "rank_pattern": dict(ranks),
         "revision": source.get("revision"),
-        "target_modules": targets,
+        **targets,
     }
 
 
@@ -89,15 +103,6 @@ def plain_fields(rank: int) -> dict[str, Any]:
     return fields | {"lora_alpha": rank, "r": rank}
 
 
-def target_names(model: nn.Module) -> list[str]:
-    """The shortest names that match exactly the adapted layers: leaf names (servers expect those), else full paths."""
-    chosen = set(adapted(model))
-    leaves = {path.rpartition(".")[2] for path in chosen}
-    # PEFT matches names against every module, so a leaf must not occur outside the adapted layers.
-    matched = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in leaves}
-    return sorted(leaves if matched == chosen else chosen)
-
-
 def has_layer_filter(config: Mapping[str, Any]) -> bool:
     """Whether the config adapts fewer layers than `target_modules` matches."""
     return any(config.get(key) for key in LAYER_FILTERS)
@@ -105,15 +110,24 @@ def has_layer_filter(config: Mapping[str, Any]) -> bool:
 
 def module_settings(config: Mapping[str, Any], path: str, rank: int) -> Lora:
     """Kind, rank and alpha of one module, with the config's patterns applied."""
-    alpha = _by_pattern_in_time(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", PEFT_ALPHA))
+    alphas, name = config.get("alpha_pattern") or {}, name_in_patterns(config, path)
+    alpha = _by_pattern_in_time(alphas, name, config.get("lora_alpha", PEFT_ALPHA))
     kind = RsLora if config.get("use_rslora") else Lora
     return kind(rank=rank, alpha=float(alpha), dropout=float(config.get("lora_dropout") or 0.0))
 
 
 def possible_ranks(config: Mapping[str, Any], path: str) -> set[int]:
     """The ranks that the config allows for one module: of every key that matches, as PEFT sorts them when it saves."""
-    ranks = [config.get("r"), *_matching(config.get("rank_pattern") or {}, path).values()]
+    ranks = [config.get("r"), *_matching(config.get("rank_pattern") or {}, name_in_patterns(config, path)).values()]
     return {rank for rank in ranks if type(rank) is int}
+
+
+def rank_of(config: Mapping[str, Any], stack: str) -> int:
+    """The rank of each expert's update in a stack: of the first key that matches. AdapterError without one."""
+    rank = _by_pattern_in_time(config.get("rank_pattern") or {}, stack, config.get("r"))
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise AdapterError(f"adapter_config.json: r: found {rank!r}, allowed: a whole number from 1.")
+    return rank
 
 
 def report_unclear_alphas(where: Path, config: Mapping[str, Any], paths: Iterable[str]) -> Iterator[str]:
@@ -124,7 +138,7 @@ def report_unclear_alphas(where: Path, config: Mapping[str, Any], paths: Iterabl
     patterns = config.get("alpha_pattern") or {}
     if len(patterns) < 2 or list(patterns) != sorted(patterns):
         return
-    for path in paths:
+    for path in dict.fromkeys(name_in_patterns(config, path) for path in paths):
         alphas = _matching(patterns, path)
         if len(set(alphas.values())) > 1:
             keys = ", ".join(f"{key!r} ({alpha})" for key, alpha in alphas.items())
@@ -142,10 +156,13 @@ def _by_pattern_in_time(patterns: Mapping[str, Any], path: str, default: Any) ->
 
 def _matching(patterns: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The patterns whose key matches `path`. AdapterError for an expression that takes too long."""
-    if not patterns:
-        return {}
+    return {key: patterns[key] for key in _matching_keys(tuple(patterns), path)} if patterns else {}
+
+
+@lru_cache(maxsize=4096)  # the experts of a stack ask for the same
+def _matching_keys(keys: tuple[str, ...], path: str) -> tuple[str, ...]:
     try:
-        return within_limits(lambda: {key: value for key, value in patterns.items() if matches(key, path)})
+        return within_limits(lambda: tuple(key for key in keys if matches(key, path)))
     except (LimitExceeded, MemoryError):
         raise AdapterError(
             f"adapter_config.json: rank_pattern or alpha_pattern: an expression takes too long to match {path!r}."
@@ -180,8 +197,3 @@ def _is_expression(key: Any) -> bool:
         return isinstance(key, str) and len(key) < MAX_PATTERN_LENGTH and re.compile(rf"(?:.*\.)?(?:{key})") is not None
     except (re.error, OverflowError, RecursionError):
         return False
-
-
-def _plain_number(alpha: float) -> float:
-    """An int where the value is one: Ollama reads nothing else."""
-    return int(alpha) if alpha == int(alpha) else alpha

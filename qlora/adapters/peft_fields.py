@@ -14,7 +14,7 @@ from qlora.errors import AdapterError
 APPLIED = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "revision", "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
+    "revision", "target_modules", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 WITHOUT_EFFECT = frozenset({
     "auto_mapping", "inference_mode", "lora_dropout", "megatron_core", "peft_version", "runtime_config", "task_type",
@@ -31,7 +31,6 @@ REFUSED: Mapping[str, str] = {
     "lora_bias": "B has a bias",
     "megatron_config": "the adapted layers are Megatron's",
     "monteclora_config": "A and B are drawn at random",
-    "target_parameters": "it adapts parameters that are not linear layers, such as fused experts",
     "use_bdlora": "A and B are stored as blocks",
     "use_qalora": "A acts on means of the input's groups",
 }  # fmt: skip

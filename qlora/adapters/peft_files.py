@@ -21,10 +21,20 @@ from qlora.adapters.adapter_keys import PREFIX as PREFIX
 from qlora.adapters.adapter_keys import SUFFIXES as SUFFIXES
 from qlora.adapters.adapter_keys import refuse_incomplete, sort_tensors
 from qlora.adapters.dora import DoraLinear
-from qlora.adapters.inject import adapted
+from qlora.adapters.expert_keys import (
+    join_experts,
+    keys_of_stacks,
+    split_experts,
+    stack_a,
+    stack_b,
+    unstack_a,
+    unstack_b,
+)
+from qlora.adapters.expert_lora import ExpertLora
+from qlora.adapters.inject import adapted, adapted_experts
 from qlora.adapters.lora import Lora
 from qlora.adapters.modules_to_save import weights_to_save
-from qlora.adapters.peft_config import build_config, read_config, report_unclear_alphas
+from qlora.adapters.peft_config import build_config, rank_of, read_config, report_unclear_alphas
 from qlora.adapters.peft_fields import report_unknown_fields
 from qlora.adapters.trainable_tokens import TENSOR_SUFFIX, token_rows
 from qlora.errors import AdapterError, QloraError
@@ -48,7 +58,7 @@ class AdapterFile:
 
     folder: Path
     config: Mapping[str, Any]
-    pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R])
+    pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A [R, I], B [O, R]); of an expert `...gate_up_proj.3`
     base_sha256: str | None
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)  # path -> m [O]; of DoRA, for every pair
     modules: Mapping[str, Tensor] = field(default_factory=dict)  # name -> weight of a module to save
@@ -62,7 +72,7 @@ class AdapterFile:
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names: `base_model.model.{path}.lora_A.weight` [R, I] and `.lora_B` [O, R].
 
-    DoRA has a `.lora_magnitude_vector` [O] as well; modules to save keep their own names.
+    DoRA has a `.lora_magnitude_vector` [O] as well; modules to save keep their own names. Experts: expert_keys.py.
     """
     named: dict[str, Tensor] = {}
     for path, layer in adapted(model).items():
@@ -71,6 +81,10 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         named[PREFIX + path + SUFFIXES["B"]] = b.detach()
         if isinstance(layer, DoraLinear):
             named[PREFIX + path + SUFFIXES["magnitude"]] = layer.magnitude.detach()
+    for key, stack in _stacks_by_key(model).items():
+        a, b = stack.pair()
+        named[PREFIX + key + SUFFIXES["A"]] = stack_a(a.detach())
+        named[PREFIX + key + SUFFIXES["B"]] = stack_b(b.detach())
     named |= {PREFIX + path + TENSOR_SUFFIX: module.rows.detach() for path, module in token_rows(model).items()}
     return named | {PREFIX + name: value.detach() for name, value in weights_to_save(model)}
 
@@ -82,6 +96,9 @@ def load_tensors(model: nn.Module, named: Mapping[str, Tensor]) -> None:
         layer.load_pair(named[PREFIX + path + SUFFIXES["A"]], named[PREFIX + path + SUFFIXES["B"]])
         if isinstance(layer, DoraLinear):
             layer.magnitude.copy_(named[PREFIX + path + SUFFIXES["magnitude"]])
+    for key, stack in _stacks_by_key(model).items():
+        a, b = (named[PREFIX + key + SUFFIXES[side]] for side in ("A", "B"))
+        stack.load_pair(unstack_a(a, len(stack.base)), unstack_b(b, len(stack.base)))
     for name, value in weights_to_save(model):
         value.copy_(named[PREFIX + name])
     for path, module in token_rows(model).items():
@@ -101,10 +118,8 @@ def write(folder: Path, model: nn.Module, adapter: Lora, base: BaseIdentity) -> 
 
 def write_file(folder: Path, file: AdapterFile) -> None:
     """Write an adapter as `read` returns it. QloraError, and nothing is written, if a value is not finite."""
-    sides = {
-        "A": {path: a for path, (a, _) in file.pairs.items()},
-        "B": {path: b for path, (_, b) in file.pairs.items()},
-    }
+    pairs = join_experts(file.pairs, file.config)
+    sides = {"A": {path: a for path, (a, _) in pairs.items()}, "B": {path: b for path, (_, b) in pairs.items()}}
     layers = {**sides, "magnitude": file.magnitudes}
     named = {
         f"{PREFIX}{path}{SUFFIXES[side]}": value for side, values in layers.items() for path, value in values.items()
@@ -155,12 +170,14 @@ def read(folder: Path) -> AdapterFile:
     tensors = sort_tensors(named, tuple(config.get("modules_to_save") or ()), folder / WEIGHTS)
     refuse_incomplete(tensors, bool(config.get("use_dora")), folder / WEIGHTS)
     sides, notes = tensors.sides.items(), [*report_unknown_fields(folder / CONFIG, config)]
+    pairs = {path: (layer["A"], layer["B"]) for path, layer in sides if "A" in layer}
+    pairs = split_experts(pairs, config, lambda stack: rank_of(config, stack), folder / WEIGHTS)
     if FINGERPRINT not in metadata:
-        notes += report_unclear_alphas(folder / CONFIG, config, [*tensors.sides, *tensors.embeddings])
+        notes += report_unclear_alphas(folder / CONFIG, config, [*pairs, *tensors.embeddings])
     return AdapterFile(
         folder,
         config,
-        {path: (layer["A"], layer["B"]) for path, layer in sides if "A" in layer},
+        pairs,
         metadata.get(FINGERPRINT),
         {path: layer["magnitude"] for path, layer in sides if "magnitude" in layer},
         tensors.modules,
@@ -169,6 +186,12 @@ def read(folder: Path) -> AdapterFile:
         tensors.base_weights,
         (*notes, *([tensors.note] if tensors.note else [])),
     )
+
+
+def _stacks_by_key(model: nn.Module) -> dict[str, ExpertLora]:
+    """What the names of each adapted stack's tensors begin with -> the stack."""
+    stacks = adapted_experts(model)
+    return {key: stacks[path] for path, key in keys_of_stacks(stacks).items()}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,16 +1,18 @@
 """A plain LoRA folder: scaling folded into B, one rank for all layers, alpha = rank, no patterns.
 
 Every reader of PEFT's format computes the same update: the scaling is 1 whether alpha, rsLoRA and patterns are read or
-not.
+not. Only experts, of which there are many, keep their own rank, with an alpha equal to it.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qlora.adapters.expert_keys import join_experts, name_in_patterns, stack_of, target_fields
 from qlora.adapters.peft_config import build_plain_config, has_layer_filter, module_settings
 from qlora.adapters.peft_files import CONFIG, FINGERPRINT, PREFIX, SUFFIXES, WEIGHTS, AdapterFile, serialize
 from qlora.adapters.peft_starts import changed_start
@@ -57,8 +59,8 @@ def refuse_changed_base(file: AdapterFile) -> None:
 
 
 def truncate(pairs: Pairs, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The best approximation of `rank` to each update, A and B of equal norm."""
-    return {path: factors(a, b, 1.0).pair(rank) for path, (a, b) in pairs.items()}
+    """The best approximation of at most `rank` to each update, A and B of equal norm."""
+    return {path: factors(a, b, 1.0).pair(min(rank, len(a))) for path, (a, b) in pairs.items()}
 
 
 def pad(pairs: Pairs, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -83,30 +85,46 @@ def largest_rank(pairs: Pairs) -> int:
     return max(a.shape[0] for a, _ in pairs.values())
 
 
-def write_plain_lora(folder: Path, pairs: Pairs, source: AdapterFile, targets: Sequence[str]) -> None:
+def write_plain_lora(folder: Path, pairs: Pairs, source: AdapterFile, targets: Mapping[str, Any]) -> None:
     """Write the two files of an adapter; base, revision, dropout and fingerprint are those of `source`.
 
     AdapterError, and nothing is written, if a value is not finite.
     """
-    rank = largest_rank(pairs)
+    experts = {path: pair for path, pair in pairs.items() if stack_of(targets, path)}
+    others = {path: pair for path, pair in pairs.items() if path not in experts}
+    rank = largest_rank(others or experts)
+    ranks = _expert_ranks(experts, targets)
     named: dict[str, Tensor] = {}
-    for path, (a, b) in pad(pairs, rank).items():
+    for path, (a, b) in join_experts({**pad(others, rank), **experts}, targets).items():
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise AdapterError(f"{folder / WEIGHTS}: {path} has a value that is not finite; nothing was written.")
         named[PREFIX + path + SUFFIXES["A"]], named[PREFIX + path + SUFFIXES["B"]] = a.contiguous(), b.contiguous()
     metadata = {FINGERPRINT: source.base_sha256} if source.base_sha256 else {}
     write_bytes(folder / WEIGHTS, serialize(named, metadata))
-    write_json(folder / CONFIG, build_plain_config(source.config, rank, targets))
+    patterns = {key: value for key, value in ranks.items() if value != rank}
+    write_json(folder / CONFIG, build_plain_config(source.config, rank, targets, patterns))
 
 
-def joint_target_names(files: Sequence[AdapterFile]) -> list[str]:
-    """Names that match every layer of `files` and no other: the union of their lists, or else full paths.
+def joint_targets(files: Sequence[AdapterFile]) -> dict[str, Any]:
+    """Fields that match every layer of `files` and no other: the union of their lists, or else full paths.
 
     A list of names is exact for its own adapter, so the union is exact for the sum; a regular expression is not copied,
     since vLLM and SGLang read a list.
     """
     targets = [file.config.get("target_modules") for file in files]
-    lists = [names for names in targets if isinstance(names, list) and names]
+    lists = [names for names in targets if isinstance(names, list)]
+    parameters = sorted({str(name) for file in files for name in file.config.get("target_parameters") or ()})
     if any(has_layer_filter(file.config) for file in files) or len(lists) < len(targets):
-        return sorted({path for file in files for path in file.pairs})
-    return sorted({str(name) for names in lists for name in names})
+        return target_fields({"target_parameters": parameters}, {path: path for file in files for path in file.pairs})
+    modules = sorted({str(name) for names in lists for name in names})
+    return {"target_modules": modules} | ({"target_parameters": parameters} if parameters else {})
+
+
+def _expert_ranks(experts: Pairs, targets: Mapping[str, Any]) -> dict[str, int]:
+    """Name of a target parameter, or path of a stack if its name stands for several ranks -> rank."""
+    stacks = {name_in_patterns(targets, path): len(a) for path, (a, _) in experts.items()}
+    ranks: dict[str, int] = {}
+    for name in targets.get("target_parameters") or ():
+        members = {stack: rank for stack, rank in stacks.items() if f".{stack}".endswith(f".{name}")}
+        ranks |= {name: next(iter(members.values()))} if len(set(members.values())) == 1 else members
+    return ranks

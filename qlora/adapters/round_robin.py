@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from qlora.adapters.inject import adapted
+from qlora.adapters.expert_lora import ExpertLora
+from qlora.adapters.inject import adapted, adapted_experts
 from qlora.adapters.lora import LoraLinear
 from qlora.model.module_tree import set_by_path
 
@@ -18,18 +19,18 @@ class RoundRobin:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._layers: dict[str, Mapping[str, LoraLinear]] = {}
+        self._layers: dict[str, Mapping[str, LoraLinear | ExpertLora]] = {}
         self._active: str | None = None
 
     def add(self, name: str) -> None:
         """Register the adapter that was just injected as `name`; it is active."""
-        self._layers[name], self._active = adapted(self.model), name
+        self._layers[name], self._active = self._adapted(), name
 
     def activate(self, name: str | None) -> None:
         """Put the layers of `name` into the model instead of those of the active adapter."""
         if name == self._active:
             return
-        for path, layer in adapted(self.model).items():
+        for path, layer in self._adapted().items():
             set_by_path(self.model, path, layer.base)
         for path, layer in (self._layers[name] if name is not None else {}).items():
             set_by_path(self.model, path, layer)
@@ -40,3 +41,6 @@ class RoundRobin:
         if name == self._active:
             self.activate(None)
         self._layers.pop(name, None)
+
+    def _adapted(self) -> dict[str, LoraLinear | ExpertLora]:
+        return {**adapted(self.model), **adapted_experts(self.model)}

@@ -100,6 +100,18 @@ def spectrum(a: Tensor, b: Tensor, scaling: float) -> Spectrum:
     return Spectrum((*values, *[0.0] * (a.shape[0] - len(values))))
 
 
+def mean_spectrum(a: Tensor, b: Tensor, scaling: float) -> Spectrum:
+    """The root mean square, direction by direction, of the spectra of a stack: A [E, R, I], B [E, O, R].
+
+    Of the products A A^T and B^T B, [R, R] for each of what may be thousands of experts: to 1e-8 of the largest value.
+    """
+    a, b = a.double(), b.double()
+    squares, directions = torch.linalg.eigh(b.transpose(1, 2) @ b)
+    root = directions * squares.clamp_min(0).sqrt()[:, None, :]
+    energies = torch.linalg.eigvalsh(root.transpose(1, 2) @ (a @ a.transpose(1, 2)) @ root).clamp_min(0).flip(1)
+    return Spectrum(tuple((scaling * energies.mean(0).sqrt()).tolist()))
+
+
 def advise(spectra: Sequence[Spectrum]) -> Advice:
     """Judge the rank of an adapter by the spectra of its trained layers."""
     rank = max(layer.rank for layer in spectra)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.adapters.inject import adapted
+from qlora.adapters.expert_lora import ExpertLora
+from qlora.adapters.expert_targets import adaptable
+from qlora.adapters.inject import adapted, adapted_experts
 from qlora.adapters.lora import LoraLinear
 from qlora.adapters.modules_to_save import ModuleToSave, modules_to_save
 from qlora.errors import AdapterError, did_you_mean
-from qlora.model.linear_layers import frozen_linears
 from qlora.model.module_tree import set_by_path
+from qlora.quant.expert_stack import ExpertStack
 from qlora.quant.linear import FrozenLinear
 
 Layers = Mapping[str, nn.Module]  # path -> adapted layer
@@ -25,8 +27,8 @@ Layers = Mapping[str, nn.Module]  # path -> adapted layer
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the block `model` computes what its base does."""
-    switchable: list[LoraLinear | ModuleToSave] = [*adapted(model).values(), *modules_to_save(model).values()]
-    layers = [layer for layer in switchable if layer.active]
+    layers: list[LoraLinear | ExpertLora | ModuleToSave] = [*adapted(model).values(), *adapted_experts(model).values()]
+    layers = [layer for layer in (*layers, *modules_to_save(model).values()) if layer.active]
     for layer in layers:
         layer.active = False
     try:
@@ -44,7 +46,7 @@ class AdapterSwitch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._frozen: dict[str, nn.Module] = {**frozen_linears(model)}
+        self._frozen: dict[str, nn.Module] = {**adaptable(model)}
         self._adapters: dict[str, Layers] = {}
         self.active: str | None = None
         self.activate(None)
@@ -53,6 +55,11 @@ class AdapterSwitch:
     def names(self) -> list[str]:
         """The adapters, in the order in which they were added."""
         return list(self._adapters)
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether `per_row` can have several adapters in a batch: experts get tokens without their rows."""
+        return not any(isinstance(layer, ExpertLora) for layers in self._adapters.values() for layer in layers.values())
 
     def add(self, name: str, layers: Layers) -> None:
         """Register an adapter's layers, built for this base, as `name`; the active adapter does not change."""
@@ -83,7 +90,14 @@ class AdapterSwitch:
 
     @contextmanager
     def per_row(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside the block row n of every batch uses adapter `names[n]`; the base's product is computed once."""
+        """Inside the block row n of every batch uses adapter `names[n]`; the base's product is computed once.
+
+        AdapterError for several names where `mixes_rows` is false.
+        """
+        if not self.mixes_rows:
+            with self._one_for_all_rows(names):
+                yield
+            return
         groups = [
             (self._layers(name), torch.tensor([row for row, other in enumerate(names) if other == name]))
             for name in dict.fromkeys(names)
@@ -93,6 +107,14 @@ class AdapterSwitch:
             members = [(layers[path], index) for layers, index in groups if path in layers]
             modules[path] = PerRowAdapters(frozen, members, len(names)) if members else frozen
         with self._mounted(modules):
+            yield
+
+    @contextmanager
+    def _one_for_all_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        if len(set(names)) != 1:
+            raise AdapterError("adapters of experts can't be chosen by row. Run one adapter at a time.")
+        layers = self._layers(names[0])
+        with self._mounted({path: layers.get(path, frozen) for path, frozen in self._frozen.items()}):
             yield
 
     @contextmanager
@@ -150,17 +172,24 @@ def layer_update(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x) - layer.base(x)  # type: ignore[operator,no-any-return]
 
 
-def _weighted_sum(frozen: nn.Module, weighted: Sequence[tuple[LoraLinear, float]]) -> LoraLinear:
+def _weighted_sum(
+    frozen: nn.Module, weighted: Sequence[tuple[LoraLinear | ExpertLora, float]]
+) -> LoraLinear | ExpertLora:
     """One LoRA layer whose update is the weighted sum of several."""
     rank = sum(layer.rank for layer, _ in weighted)
-    assert isinstance(frozen, FrozenLinear)  # `_require_lora` refuses every other adapted module
-    mixed = LoraLinear(frozen, rank, 1.0, 0.0).requires_grad_(False).eval()
-    mixed.A.copy_(torch.cat([layer.A for layer, _ in weighted]))
-    mixed.B.copy_(torch.cat([layer.B * (weight * layer.scaling) for layer, weight in weighted], dim=1))
+    mixed: LoraLinear | ExpertLora
+    if isinstance(frozen, ExpertStack):
+        mixed = ExpertLora(frozen, rank, 1.0, 0.0)
+    else:
+        assert isinstance(frozen, FrozenLinear)  # `_require_lora` refuses every other adapted module
+        mixed = LoraLinear(frozen, rank, 1.0, 0.0)
+    mixed.requires_grad_(False).eval()
+    mixed.A.copy_(torch.cat([layer.A for layer, _ in weighted], dim=-2))
+    mixed.B.copy_(torch.cat([layer.B * (weight * layer.scaling) for layer, weight in weighted], dim=-1))
     return mixed
 
 
-def _require_lora(layer: nn.Module, path: str) -> LoraLinear:
-    if type(layer) is not LoraLinear:
+def _require_lora(layer: nn.Module, path: str) -> LoraLinear | ExpertLora:
+    if type(layer) not in (LoraLinear, ExpertLora):
         raise AdapterError(f"{path}: only LoRA updates can be mixed by weight, this is a {type(layer).__name__}.")
-    return layer
+    return layer  # type: ignore[return-value]

@@ -12,7 +12,7 @@ def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run's folder, a checkpoint, or a model")],
     adapter: Annotated[str | None, typer.Option(help="folder of the adapter to use instead of the run's")] = None,
     data: Annotated[str | None, typer.Option(help="examples to measure on; default: the run's held-out ones")] = None,
-    task: Annotated[str, typer.Option(help="loss | exact-match | choice")] = "loss",
+    task: Annotated[str, typer.Option(help="loss | exact-match | choice | preference")] = "loss",
     beside_base: Annotated[
         bool, typer.Option("--beside-base", help="evaluate the base model too, and both on a general text")
     ] = False,
@@ -35,12 +35,22 @@ def evaluate(
     result = evaluate_run(load_run(files, None, log), data, task, beside_base, log)
     if as_json:
         return print_json(result)
+    if task == "preference":
+        return log(_preference_line(result))
     log(_line(result) + f" on {count_of(result['rows'], 'example')}")
     if beside_base:
         general = result["forgetting"]
         log(f"base model: {_line(result['base'])}")
         log(f"general text ({general['tokens']} tokens): loss {general['base_loss']:.4f} -> {general['loss']:.4f}")
     return None
+
+
+def _preference_line(result: dict[str, Any]) -> str:
+    base = f" (base {100 * result['base']['likelier']:.1f} %)" if "base" in result else ""
+    return (
+        f"chosen answer preferred in {100 * result['score']:.1f} % of {result['rows']:,} pairs, margin "
+        f"{result['margin']:.3f}; likelier per token in {100 * result['likelier']:.1f} %{base}"
+    )
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -42,10 +42,10 @@ def sweep(
     from qlora.utils.paths import require_writable_folder
 
     runs = variants_of(recipe, context.args, variants, out)
-    require_shared_paths((run.recipe for run in runs), ("model.name",) if plan else ENCODING)
     if out and not plan:
         require_writable_folder(Path(out), "--out")
     require_paths(runs[0].recipe, () if plan else ("train.output",))
+    require_shared_paths((run.recipe for run in runs), ("model.name",) if plan else ENCODING)
     if plan:
         _plan(runs, as_json)
     else:

@@ -18,7 +18,10 @@ FORMATS = Registry(
     completion="qlora.data.formats.completion:Completion",  # prompt, completion
     text="qlora.data.formats.text:Text",  # text
     tokens="qlora.data.formats.tokens:Tokens",  # input_ids, labels
+    preference="qlora.data.formats.preference:Preference",  # chosen, rejected (+ prompt)
+    feedback="qlora.data.formats.feedback:Feedback",  # prompt, completion, label
 )
+SIDED_FORMATS = ("preference", "feedback")  # for the objectives that compare answers
 
 
 RESERVED = ("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
@@ -63,7 +66,7 @@ class Data(Section):
         0.02, "fraction of the examples held out; 0: no evaluation", ge=0, lt=1, nullable=True
     )
     format: Annotated[str, KindOf(FORMATS, "auto")] = setting(
-        "auto", "auto (by columns) | alpaca | sharegpt | messages | completion | text | tokens"
+        "auto", "auto (by columns) | alpaca | sharegpt | messages | completion | text | tokens | preference | feedback"
     )
     max_length: int = setting(2048, "maximum tokens of a sequence", ge=1)
     overlong: Literal["auto", "split", "drop", "truncate", "error"] = setting(

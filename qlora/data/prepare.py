@@ -32,6 +32,7 @@ from qlora.errors import DataError
 if TYPE_CHECKING:
     from qlora.data import Data, Source
 
+_Form = tuple[bool, str | None]  # shares_prefixes and sided_format of `prepare`
 Progress = Callable[[int], None]  # called with the number of records read so far
 
 _SEQUENCE_COLUMNS = ("train_order", "train_ends", "eval_order", "eval_ends")
@@ -63,21 +64,23 @@ def prepare(
     seed: int,
     progress: Progress = lambda records: None,
     shares_prefixes: bool = True,
+    sided_format: str | None = None,
 ) -> Prepared:
     """Prepare data, or read it from the cache. DataError for a missing or empty source; the report has the rest.
 
     shares_prefixes: whether the model trains prefix trees; else each answer of a tree is an example of its own.
+    sided_format: what every record is read as, for an objective that compares answers; None: data.format.
     Memory stays bounded: examples are written to files and read through a memory map.
     """
-    data_sets = _data_sets(section)
+    data_sets, form = _data_sets(section), (shares_prefixes, sided_format)
     sha256 = hashlib.sha256(" ".join(" ".join(data_set.digests) for data_set in data_sets).encode()).hexdigest()
 
     def build(columns: Columns) -> tuple[Mapping[str, Array], Mapping[str, object]]:
-        arrays, report = _Preparation(section, encoder, seed, progress, shares_prefixes).run(data_sets, columns)
+        arrays, report = _Preparation(section, encoder, seed, progress, form).run(data_sets, columns)
         _require_unchanged(data_sets)
         return arrays, replace(report, sha256=sha256).as_json()
 
-    entry = cache.get_or_build(_cache_key(section, encoder, seed, data_sets, shares_prefixes), build)
+    entry = cache.get_or_build(_cache_key(section, encoder, seed, data_sets, form), build)
     examples = ExampleStore(entry.columns)
     train, evaluation = (
         SequenceDataset(examples, entry.columns[f"{name}_order"], entry.columns[f"{name}_ends"])
@@ -96,15 +99,13 @@ def _data_sets(section: "Data") -> tuple[_DataSet, _DataSet]:
     return data_sets[0], data_sets[1]
 
 
-def _cache_key(
-    section: "Data", encoder: Encoder, seed: int, data_sets: Sequence[_DataSet], shares_prefixes: bool
-) -> str:
+def _cache_key(section: "Data", encoder: Encoder, seed: int, data_sets: Sequence[_DataSet], form: _Form) -> str:
     """The cache key: a digest of everything that the result depends on."""
     return cache.cache_key(
         section=section.model_dump(mode="json"),
         encoder=encoder.sha256,
         seed=seed,
-        shares_prefixes=shares_prefixes,
+        form=form,
         content=[data_set.digests for data_set in data_sets],
         files=[[location.files for location in data_set.resolved] for data_set in data_sets],
         found=[
@@ -126,9 +127,10 @@ def _require_unchanged(data_sets: Sequence[_DataSet]) -> None:
 class _Preparation:
     """All records of data.train and data.eval, filtered into one store of examples, then split and packed."""
 
-    def __init__(self, section: "Data", encoder: Encoder, seed: int, progress: Progress, shares_prefixes: bool) -> None:
+    def __init__(self, section: "Data", encoder: Encoder, seed: int, progress: Progress, form: _Form) -> None:
         self._section, self._encoder, self._seed, self._progress = section, encoder, seed, progress
-        self._records, self._shares_prefixes = 0, shares_prefixes
+        self._shares_prefixes, self._sided_format = form
+        self._records = 0
         self._answers = AnswerCounter()
         self._workers = worker_pool.available_workers()
 
@@ -185,7 +187,7 @@ class _Preparation:
             examples.warnings.extend(resolved.findings)
             before = examples.records
             records = source.read_records(item, resolved, (self._seed, index))
-            kind = item.format or self._section.format
+            kind = self._sided_format or item.format or self._section.format
             for record, result in encode_records(records, kind, self._encoder, self._workers):
                 kept, left_out = examples.kept, examples.overlong_answers
                 filter_example(examples, record, result, self._section, self._shares_prefixes)

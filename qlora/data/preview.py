@@ -11,10 +11,11 @@ from qlora.data.batching.fit_length import fit_length
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import encode_records
 from qlora.data.conversations.encoder import Encoder
+from qlora.data.pairs import sides_of
 from qlora.data.prefix_tree import paths_of
 from qlora.data.reading import source
 from qlora.data.reading.resolve_paths import resolve_source
-from qlora.data.types import IGNORED, Example
+from qlora.data.types import IGNORED, ROLES, Example
 
 if TYPE_CHECKING:
     from qlora.data import Data
@@ -69,6 +70,9 @@ def _with_thought(text: str, trained: bool, branch: int, closing: str) -> list[S
 
 def answers_of(example: Example) -> list[dict[str, Any]]:
     """Each trained stretch with all tokens that it sees before it, shortest context first."""
+    if example.sides:
+        sides = zip(sides_of(example), example.sides, strict=True)
+        return [answer | {"role": ROLES[side.role]} for item, side in sides for answer in answers_of(item)]
     answers = []
     for path in paths_of(example):
         trained = np.append(path.labels != IGNORED, False)
@@ -80,13 +84,15 @@ def answers_of(example: Example) -> list[dict[str, Any]]:
     return sorted(answers, key=lambda answer: len(answer["context_ids"]))
 
 
-def preview(section: "Data", encoder: Encoder, count: int, seed: int = 0) -> list[dict[str, Any]]:
+def preview(
+    section: "Data", encoder: Encoder, count: int, seed: int = 0, sided_format: str | None = None
+) -> list[dict[str, Any]]:
     """The first `count` usable examples as JSON objects: where, input_ids, labels (before the shift), segments,
     branches, answers.
 
-    Examples above max_length are split, truncated or left out, as in training.
+    Examples above max_length are split, truncated or left out, as in training. sided_format: as in `prepare`.
     """
-    return [as_json(example, encoder) for example in islice(_examples(section, encoder, seed), count)]
+    return [as_json(example, encoder) for example in islice(_examples(section, encoder, seed, sided_format), count)]
 
 
 def as_json(example: Example, encoder: Encoder) -> dict[str, Any]:
@@ -101,10 +107,10 @@ def as_json(example: Example, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _examples(section: "Data", encoder: Encoder, seed: int) -> Iterator[Example]:
+def _examples(section: "Data", encoder: Encoder, seed: int, sided_format: str | None) -> Iterator[Example]:
     for index, item in enumerate(section.train):
         records = source.read_records(item, resolve_source(item), (seed, index))
-        kind = item.format or section.format
+        kind = sided_format or item.format or section.format
         for _, result in encode_records(records, kind, encoder, chunk_records=_CHUNK_RECORDS):
             if isinstance(result, Encoded):
                 yield from fit_length(result, section).examples

@@ -34,6 +34,14 @@ REMEDIES: Mapping[str, str] = {
     "wrong answer": "Correct it",
     "two thoughts": "Keep one of them",
     "unclosed thought": "Close it, or set train: false in the message",
+    # preference pairs and feedback
+    "different prompts": "Give both sides the same messages up to the answers",
+    "identical sides": "Remove the record",
+    "tie": "Remove the record",
+    "sides exchanged": "Exchange chosen and rejected, or remove the record",
+    "wrong label": "Write true or false",
+    "answers compared": "Set objective.kind (dpo, ipo, orpo, simpo for pairs; kto for labels), or data.format",
+    "no single rendering": "Set model.attention: auto, or give each side one answer",
     # tokens and loss
     "unknown token": "Tokenize with this model's tokenizer",
     "labels don't fit": "Give each token its own id or -100 as label",

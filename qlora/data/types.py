@@ -95,6 +95,17 @@ class Branch(NamedTuple):
     parent: int
 
 
+class Side(NamedTuple):
+    """One answer of a preference pair, or of feedback: the trained tokens from `start` to the next side or document."""
+
+    start: int
+    role: int  # CHOSEN or REJECTED
+
+
+ROLES = ("chosen", "rejected")
+CHOSEN, REJECTED = range(2)
+
+
 class Layout(NamedTuple):
     """What the sequences of a micro-batch consist of, by sequence; all empty: each is one document without padding."""
 
@@ -113,6 +124,7 @@ class Example:
     A packed sequence holds several documents: `boundaries` are the indices where the second and later ones start,
     `origins` the file:line of each. Position ids restart at every boundary.
     A document may be a prefix tree (prefix_tree.py): `branches`, ascending, and position ids that continue the parent.
+    It may consist of `sides` (pairs.py), the first of which starts with it.
     """
 
     where: str
@@ -121,6 +133,7 @@ class Example:
     boundaries: tuple[int, ...] = ()
     origins: tuple[str, ...] = ()
     branches: tuple[Branch, ...] = ()
+    sides: tuple[Side, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

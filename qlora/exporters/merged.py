@@ -4,10 +4,10 @@ The default base is the dequantized one that training used. Sums are float32 and
 quantized are dequantized; embeddings, norms and the head are copied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ from qlora.exporters.export_source import ExportOptions, ExportSource
 from qlora.memory.planner.export_and_disk import MERGE_CHUNK_VALUES
 from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
 from qlora.model.buffers import tensors_of_other_dtype
+from qlora.model.checkpoint_reader import CheckpointReader
 from qlora.model.hf_config import merged_config, with_untied_head, with_vocab_size
-from qlora.model.meta_model import build_meta_model, names_by_key, read_config, unties_head
-from qlora.model.safetensors_reader import SafetensorsReader
+from qlora.model.layouts.checkpoint_layout import read_layout
+from qlora.model.layouts.pieces import TensorSource, assemble
+from qlora.model.meta_model import build_meta_model, read_config, unties_head
+from qlora.model.module_tree import tensor_of
+from qlora.model.open_checkpoint import open_checkpoint
 from qlora.model.safetensors_writer import PlannedTensor, write_model
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.atomic_files import read_json, write_bytes, write_json
@@ -76,37 +80,71 @@ class _Merge:
     def plan(self) -> Iterator[PlannedTensor]:
         """Every tensor of the merged model, in the order of the base's files."""
         source = self.source
-        reader = SafetensorsReader(source.base_folder)
+        reader = open_checkpoint(source.base_folder)
         skeleton = build_meta_model(read_config(source.base_folder), source.compute_dtype, "auto", torch.device("cpu"))
-        modules = source.adapter.modules
-        tied: dict[str, str] = dict(skeleton.all_tied_weights_keys)  # type: ignore[arg-type]
         packed = {key for key in reader if is_prequantized(key, reader)}
         companions = {companion for key in packed for companion in companion_keys(key)}
         if packed and self.options.base != MERGE_BASE:
             raise InputError(
                 "--base original: this base is stored in 4 bits and has no 16-bit weights. Use --base dequantized."
             )
+        tied: dict[str, str] = dict(skeleton.all_tied_weights_keys)  # type: ignore[arg-type]
+        layout = read_layout(skeleton, reader, companions)
+        ignored = set(layout.ignored)
         merged_paths, other_dtypes = self._merged_paths(), tensors_of_other_dtype(skeleton, source.compute_dtype)
-        keys = (key for key in reader if key not in companions)
-        for key, name in names_by_key(skeleton, source.base_folder, keys).items():
+        for key in (key for key in reader if key not in companions):
+            if key in ignored:
+                yield PlannedTensor(key, reader.shape(key), reader[key].dtype, partial(reader.__getitem__, key))
+            sources = layout.by_key.get(key, [])  # none of a tied head that is stored as well
+            if len(sources) == 1 and sources[0].is_whole:
+                name = sources[0].name
+                shape = tuple(tensor_of(skeleton, name).shape)
+                yield self._whole_tensor(reader, sources[0], shape, merged_paths, other_dtypes.get(name))
+                for head in (head for head, embedding in tied.items() if embedding == name):
+                    yield from self._untied_head(reader, key, head, name)
+            elif sources:
+                yield self._assembled_tensor(reader, key, sources, merged_paths)
+
+    def _whole_tensor(
+        self,
+        reader: CheckpointReader,
+        source: TensorSource,
+        shape: tuple[int, ...],
+        merged_paths: set[str],
+        dtype: torch.dtype | None,
+    ) -> PlannedTensor:
+        """A tensor that is one tensor of the model, there of `shape`."""
+        key, modules, path = source.key, self.source.adapter.modules, source.name.removesuffix(".weight")
+        if source.name in modules:
+            return self._trained_tensor(key, modules[source.name])
+        if path in self.source.rows:
+            return self._tensor_with_rows(reader, key, path)
+        if path in merged_paths or is_prequantized(key, reader):
+            return self._merged_matrix(reader, source, path, shape)
+        return self._copied_tensor(reader, key, dtype=dtype)
+
+    def _assembled_tensor(
+        self, reader: CheckpointReader, key: str, sources: Sequence[TensorSource], merged_paths: set[str]
+    ) -> PlannedTensor:
+        """A tensor that holds parts of several matrices, such as a stack of experts, or a part of one."""
+        if not any(source.name.removesuffix(".weight") in merged_paths for source in sources):
+            return self._copied_tensor(reader, key)
+        by_name = {source.name: source for source in sources}
+
+        def values(name: str) -> Tensor:
             path = name.removesuffix(".weight")
-            if name in modules:
-                yield self._trained_tensor(key, modules[name])
-            elif path in source.rows:
-                yield self._tensor_with_rows(reader, key, path)
-            elif key in packed or path in merged_paths:
-                yield self._merged_matrix(reader, key, path, _shape_of(skeleton, path))
-            else:
-                yield self._copied_tensor(reader, key, dtype=other_dtypes.get(name))
-            for head in (head for head, embedding in tied.items() if embedding == name):
-                yield from self._untied_head(reader, key, head, name)
+            if path in merged_paths:
+                return self._merge(self._base_weight(reader, by_name[name]), path)
+            return self._in_compute_dtype(by_name[name].read(reader))
+
+        return PlannedTensor(key, reader.shape(key), self.options.dtype, lambda: assemble(key, sources, values, reader))
 
     def _merged_paths(self) -> set[str]:
         """Paths of matrices that are not copied: those with an update, and those that are dequantized."""
         adapted = set(self.source.adapter.pairs)
         return adapted | set(self.source.quantized) if self.options.base == MERGE_BASE else adapted
 
-    def _untied_head(self, reader: SafetensorsReader, key: str, head: str, embedding: str) -> Iterator[PlannedTensor]:
+    def _untied_head(self, reader: CheckpointReader, key: str, head: str, embedding: str) -> Iterator[PlannedTensor]:
         """A head that was tied to the embedding, if training has made them differ."""
         modules = self.source.adapter.modules
         if not modules.keys() & {head, embedding}:
@@ -119,7 +157,7 @@ class _Merge:
                 self._copied_tensor(reader, key, head) if trained[0] is None else self._trained_tensor(head, trained[0])
             )
 
-    def _tensor_with_rows(self, reader: SafetensorsReader, key: str, path: str) -> PlannedTensor:
+    def _tensor_with_rows(self, reader: CheckpointReader, key: str, path: str) -> PlannedTensor:
         """An embedding or a head with its trained rows."""
         index, rows = self.source.rows[path]
         height, width = reader.shape(key)
@@ -137,7 +175,7 @@ class _Merge:
         return PlannedTensor(key, tuple(values.shape), self.options.dtype, lambda: self._in_compute_dtype(values))
 
     def _copied_tensor(
-        self, reader: SafetensorsReader, key: str, name: str | None = None, dtype: torch.dtype | None = None
+        self, reader: CheckpointReader, key: str, name: str | None = None, dtype: torch.dtype | None = None
     ) -> PlannedTensor:
         """A tensor of the base. `dtype`: in which its class holds it, if that is not the compute dtype."""
         if not reader.is_float(key):
@@ -151,8 +189,11 @@ class _Merge:
     def _in_compute_dtype(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.source.compute_dtype) if tensor.is_floating_point() else tensor
 
-    def _merged_matrix(self, reader: SafetensorsReader, key: str, path: str, shape: tuple[int, ...]) -> PlannedTensor:
-        return PlannedTensor(key, shape, self.options.dtype, lambda: self._merge(self._base_weight(reader, key), path))
+    def _merged_matrix(
+        self, reader: CheckpointReader, source: TensorSource, path: str, shape: tuple[int, ...]
+    ) -> PlannedTensor:
+        make = lambda: self._merge(self._base_weight(reader, source), path)  # noqa: E731
+        return PlannedTensor(source.key, shape, self.options.dtype, make)
 
     def _merge(self, weight: Tensor, path: str) -> Tensor:
         """W + s B A [O, I], summed in float32 a few rows at a time and rounded once; records the rounding error.
@@ -179,12 +220,12 @@ class _Merge:
         self.options.rounding[path] = {"error": error**0.5, "update": size**0.5}
         return written
 
-    def _base_weight(self, reader: SafetensorsReader, key: str) -> Tensor:
+    def _base_weight(self, reader: CheckpointReader, source: TensorSource) -> Tensor:
         """The matrix that the update is added to, [O, I] in float32, in memory of its own."""
-        if is_prequantized(key, reader):
-            layer = read_4bit_layer(key, reader.__getitem__, reader, None)
+        if is_prequantized(source.key, reader):
+            layer = read_4bit_layer(source.key, reader.__getitem__, reader, None)
             return layer.to(self.source.device).weight(torch.float32)
-        weight = reader[key].to(self.source.device, self.source.compute_dtype)
+        weight = source.read(reader).to(self.source.device, self.source.compute_dtype)
         if self.options.base != MERGE_BASE:
             return weight.to(torch.float32, copy=True)
         frozen: FrozenLinear = self.source.quantizer.quantize(weight, None)
@@ -192,7 +233,3 @@ class _Merge:
         # A dense layer returns its stored tensor, which must not change; a copy of any other would double the peak.
         shared = any(dequantized.data_ptr() == stored.data_ptr() for stored in frozen.parameters())
         return dequantized.clone() if shared else dequantized
-
-
-def _shape_of(skeleton: Any, path: str) -> tuple[int, ...]:
-    return tuple(skeleton.get_submodule(path).weight.shape)

@@ -17,9 +17,8 @@ from qlora.adapters.peft_files import WEIGHTS
 from qlora.adapters.plain_lora import (
     Pairs,
     fold_scaling,
-    joint_target_names,
+    joint_targets,
     largest_rank,
-    pad,
     refuse_base_weights,
     write_plain_lora,
 )
@@ -37,7 +36,7 @@ class PortableExporter:
         InputError for --rank where nothing is approximated; AdapterError for weights that no LoRA can represent.
         """
         pairs = nearest_lora(source, options) if source.adapter.magnitudes else _exact_lora(source, options)
-        write_plain_lora(folder, pad(pairs, largest_rank(pairs)), source.adapter, joint_target_names([source.adapter]))
+        write_plain_lora(folder, pairs, source.adapter, joint_targets([source.adapter]))
         source.write_tokenizer(folder)
         return (folder / WEIGHTS).stat().st_size
 

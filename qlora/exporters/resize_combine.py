@@ -12,9 +12,8 @@ from qlora.adapters.plain_lora import (
     Pairs,
     concatenate,
     fold_scaling,
-    joint_target_names,
+    joint_targets,
     largest_rank,
-    pad,
     truncate,
     write_plain_lora,
 )
@@ -75,7 +74,7 @@ def combine(
     if exact_rank > MAX_RANK or (rank is not None and rank < 1):
         raise InputError(f"--rank: found {rank}, allowed: 1 to {exact_rank}, the ranks of all adapters together.")
     if rank is None or rank >= exact_rank:
-        energy, pairs, loss = 1.0, pad(pairs, exact_rank), "exactly, by concatenation"
+        energy, loss = 1.0, "exactly, by concatenation"
     else:
         energy, pairs = _energy_kept(_spectra(pairs), rank), truncate(pairs, rank)
         loss = f"{1 - energy:.3%} of the energy is lost"
@@ -144,7 +143,7 @@ def _write_folder(
     """The folder: adapter, tokenizer files of the first adapter, recipe, manifest and model card."""
     source, rank = files[0], largest_rank(pairs)
     with atomic_folder(folder) as partial:
-        write_plain_lora(partial, pairs, source, joint_target_names(files))
+        write_plain_lora(partial, pairs, source, joint_targets(files))
         write_tokenizer(partial, source.folder, None)
         digests = sha256_manifest(partial)
         if recipe:

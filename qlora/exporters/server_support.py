@@ -48,6 +48,8 @@ def _adapter_table(out: str, config: Mapping[str, Any], base: str) -> list[Serve
         return _peft_only(out, base, "does not support DoRA: use --to merged, or --to portable for the nearest LoRA")
     if config.get("modules_to_save") or config.get("trainable_token_indices"):
         return _peft_only(out, base, "does not support modules to save or trainable tokens: use --to merged")
+    if config.get("target_parameters"):
+        return _peft_only(out, base, "loads no updates of experts (target_parameters): use --to merged")
     patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
     rescaled = bool(config.get("use_rslora")) or patterns
     rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])

@@ -3,7 +3,7 @@
 Every combination gives the same gradients bit for bit: recomputed and fetched tensors equal the saved ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from qlora.memory.activation_offload import ActivationOffloader
-from qlora.model.module_tree import decoder_of
+from qlora.model.module_tree import decoder_of, is_decoder_layer
+from qlora.model.recurrent_mixers import DocumentMixer, documents_apart, mixers_of
 
 
 def recompute(model: nn.Module, layers: int | None, offloader: ActivationOffloader | None = None) -> int:
@@ -25,7 +26,8 @@ def recompute(model: nn.Module, layers: int | None, offloader: ActivationOffload
     modules = decoder_layers(model)
     recomputed = len(modules) if layers is None else min(layers, len(modules))
     for position, module in enumerate(modules):
-        module._gradient_checkpointing_func = partial(_run, offloader, ref(module), position, position < recomputed)
+        forward = partial(_recomputed, mixers_of(module)) if position < recomputed else _kept
+        module._gradient_checkpointing_func = partial(_run, offloader, ref(module), position, forward)
         module.gradient_checkpointing = position < recomputed or offloader is not None
     return recomputed
 
@@ -33,35 +35,45 @@ def recompute(model: nn.Module, layers: int | None, offloader: ActivationOffload
 def decoder_layers(model: nn.Module) -> list[Any]:
     """The decoder's layers in order: the modules of transformers whose class has the checkpointing switch."""
     decoder: nn.Module = decoder_of(model)
-    return [module for module in decoder.modules() if _is_layer(module)]
+    return [module for module in decoder.modules() if is_decoder_layer(module)]
 
 
 def _run(
     offloader: ActivationOffloader | None,
     layer: "ref[nn.Module]",
     position: int,
-    recomputes: bool,
+    forward: Callable[..., Any],
     call: Any,
     *args: Any,
 ) -> Any:
     """One layer's forward in training; `call` is transformers' partial of it."""
-    # Non-reentrant: frozen embeddings need no gradient, and a layer's last product is not recomputed.
-    forward = partial(checkpoint, call, use_reentrant=False) if recomputes else call
     if offloader is None:
-        return forward(*args)
+        return forward(call, *args)
     if position >= offloader.layers:
         offloader.release()
-        return forward(*args)
+        return forward(call, *args)
     with offloader.offloaded(position, _shared(layer(), call)):
-        return forward(*args)
+        return forward(call, *args)
+
+
+def _kept(call: Any, *args: Any) -> Any:
+    """A layer's forward, whose tensors are kept for backward."""
+    return call(*args)
+
+
+def _recomputed(mixers: Sequence[DocumentMixer], call: Any, *args: Any) -> Any:
+    """A layer's forward, which runs again in backward: with the documents that its recurrent mixers have now."""
+    documents = mixers[0].batches if mixers else None
+
+    def forward(*args: Any) -> Any:
+        with documents_apart(mixers, documents):
+            return call(*args)
+
+    # Non-reentrant: frozen embeddings need no gradient, and a layer's last product is not recomputed.
+    return checkpoint(forward if mixers else call, *args, use_reentrant=False)
 
 
 def _shared(layer: Any, call: Any) -> Iterator[Tensor]:
     """Tensors that outlive the layer's forward: its weights, and the masks and positions that all layers read."""
     tensors = (*layer.parameters(), *(value for value in tree_iter(call.keywords) if isinstance(value, Tensor)))
     yield from (tensor for tensor in tensors if not hasattr(tensor, "to_local"))  # a shard has no memory of its own
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether the module's class, or a base class of it, has transformers' checkpointing switch."""
-    return "gradient_checkpointing" in {name for kind in type(module).__mro__ for name in vars(kind)}

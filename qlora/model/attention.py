@@ -8,6 +8,7 @@ Registered with transformers as DOCUMENT_ATTENTION. With a padding mask or a KV 
 SDPA attention is called.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,7 @@ from qlora.model.kernel_watch import Watch, record_call, record_mask
 from qlora.model.path_keys import SegmentBounds, SegmentContexts, contexts_on_device
 from qlora.model.segment_masks import flat_segments
 from qlora.model.sequence_segments import SegmentsBySequence, lengths_of_segments, segments_of_sequences, with_contexts
+from qlora.model.sink_attention import Visible, masked_sink_attention, sink_attention
 from qlora.model.varlen_attention import attention_with_contexts, takes, varlen_attention
 from qlora.utils.send import send
 
@@ -85,6 +87,8 @@ def document_attention(
         record_call(options)
     documents: Documents | None = options.pop("documents", None)
     dropout = options.get("dropout") or 0.0
+    if options.get("s_aux") is not None:
+        return _sink_attention((query, key, value), attention_mask, documents, options), None
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     window, scale = options.get("sliding_window"), options.get("scaling")
@@ -107,6 +111,18 @@ def document_mask(*sizes: Any, **options: Any) -> Tensor | None:
     if Watch.current is not None:
         record_mask(sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False}), options)
     return sdpa_mask(*sizes, **options) if padded or options.get("q_length") != options.get("kv_length") else None
+
+
+def _sink_attention(
+    inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, documents: Documents | None, options: Mapping[str, Any]
+) -> Tensor:
+    """Attention of query, key and value with a logit of no value in every softmax."""
+    (query, key, _), sinks = inputs, options["s_aux"]
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    if mask is not None or query.shape[2] != key.shape[2]:
+        return masked_sink_attention(*inputs, sinks, mask, scale)
+    segments = documents.segments if documents else ((Branch(0, -1),),) * len(query)
+    return sink_attention(*inputs, sinks, Visible(segments, options.get("sliding_window"), scale))
 
 
 def _by_segment(

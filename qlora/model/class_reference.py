@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from qlora.errors import BaseModelError
 from qlora.model.buffers import compute_buffers
+from qlora.model.expert_forward import expert_stacks
+from qlora.model.host_table import HostTable
 from qlora.model.module_tree import path_of, set_by_path
 from qlora.model.random_weights import LowRankLinear
+from qlora.model.wrapper_models import build_class
+from qlora.quant.expert_stack import ExpertStack
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.devices import same_device
 
@@ -36,6 +39,21 @@ class _Dequantized(nn.Module):
         return F.linear(x, layer.weight(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
+class _DequantizedStack:
+    """What an experts class reads as its parameter: one expert's matrix or bias, dequantized on each use."""
+
+    def __init__(self, stack: ExpertStack, dtype: torch.dtype, is_bias: bool) -> None:
+        self._stack, self._dtype, self._is_bias = stack, dtype, is_bias
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        """The matrix [O, I] or [I, O] as the class holds it, or the bias [O]."""
+        layer: Any = self._stack[int(expert)]
+        if self._is_bias:
+            return layer.bias.to(self._dtype)  # type: ignore[no-any-return]
+        weight: Tensor = layer.weight(self._dtype)
+        return weight.t() if self._stack.transposed else weight
+
+
 def build_reference(model: Any) -> nn.Module:
     """The class's own model with the parameters of `model`, in evaluation mode.
 
@@ -44,16 +62,17 @@ def build_reference(model: Any) -> nn.Module:
     embedding = model.get_input_embeddings()
     device = next(value.device for value in model.get_output_embeddings().parameters())
     with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(
-            copy.deepcopy(model.config), dtype=embedding.weight.dtype, attn_implementation="eager"
-        )
+        reference = build_class(copy.deepcopy(model.config), embedding.weight.dtype, "eager")
     is_tied = reference.get_output_embeddings().weight is reference.get_input_embeddings().weight
     reference.requires_grad_(False)
     compute_buffers(reference, device)
     own = dict(model.named_modules())
+    for path, stack in expert_stacks(model).items():
+        _share_stack(reference, path, stack, embedding.weight.dtype)
     for path, module in list(reference.named_modules()):
-        if isinstance(own.get(path), FrozenLinear):
-            set_by_path(reference, path, _Dequantized(own[path]))  # type: ignore[arg-type]
+        stand_in = _stand_in(own.get(path))
+        if stand_in is not None:
+            set_by_path(reference, path, stand_in)
         elif path in own:
             _share(module, own[path])
     if is_tied:
@@ -65,6 +84,23 @@ def build_reference(model: Any) -> nn.Module:
     if missing:
         raise BaseModelError(f"model: {type(model).__name__} was loaded without {missing[0]}. Choose another base.")
     return reference.eval()  # type: ignore[no-any-return]
+
+
+def _stand_in(module: nn.Module | None) -> nn.Module | None:
+    """What runs in place of a module of the class; None: the class's own with the parameters of `module`."""
+    if isinstance(module, FrozenLinear):
+        return _Dequantized(module)
+    return module if isinstance(module, HostTable) else None
+
+
+def _share_stack(reference: nn.Module, path: str, stack: ExpertStack, dtype: torch.dtype) -> None:
+    """Let the class's own forward of an experts module read the matrices of `stack`."""
+    parent, _, name = path.rpartition(".")
+    experts: Any = reference.get_submodule(parent)
+    for leaf, is_bias in ((name, False), (f"{name}_bias", True)):
+        if experts._parameters.pop(leaf, None) is not None:
+            setattr(experts, leaf, _DequantizedStack(stack, dtype, is_bias))
+    experts.config._experts_implementation = "eager"
 
 
 def _share(module: nn.Module, own: Any) -> None:

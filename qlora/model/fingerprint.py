@@ -32,10 +32,29 @@ class BaseManifest:
         """The manifest as plain JSON values."""
         return {
             **asdict(self),
-            "quantized": dict(self.quantized),
+            "quantized": _by_stack(self.quantized),
             "ignored": list(self.ignored),
             "left_out": dict(self.left_out),
         }
+
+
+def _by_stack(quantized: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One entry `path.*` with their number for the matrices of a stack, if they are stored alike."""
+    stacks: dict[str, list[str]] = {}
+    for path in quantized:
+        stack, _, number = path.rpartition(".")
+        stacks.setdefault(f"{stack}.*" if number.isdecimal() else path, []).append(path)
+    entries: dict[str, Any] = {}
+    for stack, paths in stacks.items():
+        errors = {"second_error": max(float(quantized[path].get("second_error", 0.0)) for path in paths)}
+        first = {**quantized[paths[0]], **(errors if errors["second_error"] else {})}
+        if len(paths) > 1 and all(
+            {**quantized[path], "second_error": 0.0} == first | {"second_error": 0.0} for path in paths
+        ):
+            entries[stack] = {**first, "matrices": len(paths)}
+        else:
+            entries |= {path: quantized[path] for path in paths}
+    return entries
 
 
 class Fingerprint:

@@ -17,9 +17,10 @@ LARGEST = torch.finfo(torch.float16).max  # 65,504
 
 
 def multiply_in_float16(model: nn.Module, except_paths: Collection[str] = ()) -> None:
-    """Let frozen layers multiply in float16, apart from those at `except_paths`."""
+    """Let frozen layers multiply in float16, apart from those at `except_paths`: matrices, or stacks of experts."""
     for path, layer in frozen_linears(model).items():
-        layer.product_dtype = None if path in except_paths else torch.float16
+        is_exception = path in except_paths or path.rpartition(".")[0] in except_paths
+        layer.product_dtype = None if is_exception else torch.float16
 
 
 @contextmanager

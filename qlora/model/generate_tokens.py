@@ -1,5 +1,6 @@
 """Text generation on token ids: batches of prompts to answers, or one answer token by token."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,15 +51,19 @@ def stream_tokens(
     model: Any = base.model.eval()
     generator = torch.Generator(base.device).manual_seed(seed)
     ids = torch.tensor([list(prompt)], device=base.device)
-    cache = None
+    names = inspect.signature(type(model).forward).parameters
+    cache, count = None, len(prompt)
     for _ in range(max_new_tokens):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = output.past_key_values, output.logits[0, -1].float()
+        positions = torch.arange(count - ids.shape[1], count, device=base.device)[None]
+        options = {"position_ids": positions, "cache": cache, "use_cache": True, "logits_to_keep": 1}
+        output = model(input_ids=ids, **{name: value for name, value in options.items() if name in names})
+        cache, logits = getattr(output, "cache", None), output.logits[0, -1].float()
         if temperature > 0:
-            ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[None]
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
         else:
-            ids = logits.argmax()[None, None]
-        token = int(ids)
+            token = int(logits.argmax())
+        following = ids.new_tensor([[token]])
+        ids, count = torch.cat([ids, following], dim=1) if cache is None else following, count + 1
         yield token
         if token in base.stop_token_ids:
             return

@@ -8,11 +8,16 @@ import torch
 
 from qlora.model.dtypes import dtype_name
 
+QUANTIZATION = ("quantization_config", "compression_config")
+
 
 def merged_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     """The base's config.json with `dtype` and without its quantization; nothing else changes."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION:
+            part.pop(key, None)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = dtype_name(dtype)
     return config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Keyword arguments of attention functions in transformers that change the result.
-CHANGING = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "alibi")
+CHANGING = ("softcap", "sinks", "position_bias", "head_mask", "alibi")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class KernelUse:
         """Why the kernel does not compute what the class means; None if it does."""
         if not self.calls:
             return "no attention layer calls it"
-        unknown = self.masks - self.windows - {None}
+        unknown = {window for window in self.masks - self.windows if window}  # a mask of 0 tokens is never used
         if unknown:
             return f"its layers do not pass their window of {max(size or 0 for size in unknown):,} tokens"
         return next(iter(self.problems), None)

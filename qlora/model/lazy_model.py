@@ -1,5 +1,6 @@
 """A written model whose matrices stay on disk: each is read when it is used, so that a model of any size can run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -7,12 +8,16 @@ from torch import Tensor, nn
 
 from qlora.errors import BaseModelError
 from qlora.model.buffers import persistent_buffers
+from qlora.model.checkpoint_reader import CheckpointReader
 from qlora.model.dtypes import loaded_dtype
+from qlora.model.layouts.checkpoint_layout import read_layout
+from qlora.model.layouts.pieces import TensorSource
 from qlora.model.linear_layers import linear_paths
-from qlora.model.meta_model import build_meta_model, names_by_key, read_config
+from qlora.model.meta_model import build_meta_model, read_config
 from qlora.model.module_tree import set_by_path
+from qlora.model.open_checkpoint import open_checkpoint
+from qlora.model.recurrent_mixers import isolate_recurrent_mixers
 from qlora.model.rotary import replace_length_dependent_rotary
-from qlora.model.safetensors_reader import SafetensorsReader
 from qlora.model.tensor_checks import check_complete
 from qlora.quant.linear import FrozenLinear, check_matrix
 
@@ -20,14 +25,16 @@ from qlora.quant.linear import FrozenLinear, check_matrix
 class OnDiskLinear(FrozenLinear):
     """y = x W^T + bias with W [O, I] read from its file on each use."""
 
-    def __init__(self, reader: SafetensorsReader, key: str, device: torch.device, bias: Tensor | None) -> None:
-        out_features, in_features = reader.shape(key)
+    def __init__(
+        self, reader: CheckpointReader, source: TensorSource, device: torch.device, bias: Tensor | None
+    ) -> None:
+        out_features, in_features = source.shape(reader)
         super().__init__(out_features, in_features, bias)
-        self._reader, self._key, self._device = reader, key, device
+        self._reader, self._source, self._device = reader, source, device
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """W [O, I] in `dtype`, read from the file. BaseModelError if it is damaged or not finite."""
-        stored = self._reader[self._key].to(self._device)
+        stored = self._source.read(self._reader).to(self._device)
         check_matrix(stored)
         return stored.to(dtype)
 
@@ -42,26 +49,28 @@ def load_lazy_model(
     """
     shared = dict(share_with.named_parameters()) if share_with else {}
     model = build_meta_model(read_config(folder), dtype, attention, device)
-    reader = SafetensorsReader(folder)
+    reader = open_checkpoint(folder)
     linears, tied = set(linear_paths(model)), set(model.all_tied_weights_keys)  # type: ignore[arg-type]
-    keys = {name: key for key, name in names_by_key(model, folder, reader).items()}
+    sources = read_layout(model, reader).sources
     buffers = persistent_buffers(model)
     for name, tensor in [*model.named_parameters(), *buffers.items()]:
         path, _, leaf = name.rpartition(".")
-        if name in tied or (path in linears and leaf == "bias") or (name in buffers and name not in keys):
+        if name in tied or (path in linears and leaf == "bias") or (name in buffers and name not in sources):
             continue
-        key, held = _key_of(name, keys, tensor, reader), loaded_dtype(model, name, tensor, dtype)
+        source, held = _source_of(name, sources, tensor, reader), loaded_dtype(model, name, tensor, dtype)
         if path in linears:
             bias = model.get_submodule(path).bias
             if isinstance(bias, Tensor):
-                bias = reader[_key_of(f"{path}.bias", keys, bias, reader)].to(device, dtype, copy=True)
-            set_by_path(model, path, OnDiskLinear(reader, key, device, bias))  # type: ignore[arg-type]  # a tensor or None
+                bias_source = _source_of(f"{path}.bias", sources, bias, reader)
+                bias = bias_source.read(reader).to(device, dtype, copy=True)
+            set_by_path(model, path, OnDiskLinear(reader, source, device, bias))  # type: ignore[arg-type]  # a tensor or None
         elif name in buffers:
-            set_by_path(model, name, reader[key].to(device, held, copy=True))
+            set_by_path(model, name, source.read(reader).to(device, held, copy=True))
         else:
-            set_by_path(model, name, _shared_or_new(reader[key].to(held), shared.get(name), device))
+            set_by_path(model, name, _shared_or_new(source.read(reader).to(held), shared.get(name), device))
     model.tie_weights()  # type: ignore[operator]
     replace_length_dependent_rotary(model)
+    isolate_recurrent_mixers(model)
     check_complete(folder, model)
     return model
 
@@ -73,10 +82,12 @@ def _shared_or_new(values: Tensor, other: nn.Parameter | None, device: torch.dev
     return nn.Parameter(values.to(device, copy=True), requires_grad=False)
 
 
-def _key_of(name: str, keys: dict[str, str], expected: Tensor, reader: SafetensorsReader) -> str:
-    """The checkpoint key of a parameter. BaseModelError unless it exists with the shape of `expected`."""
-    key = keys.get(name)
-    if key is None or reader.shape(key) != tuple(expected.shape):
-        actual = "nothing" if key is None else list(reader.shape(key))
+def _source_of(
+    name: str, sources: Mapping[str, TensorSource], expected: Tensor, reader: CheckpointReader
+) -> TensorSource:
+    """The source of a parameter. BaseModelError unless it exists with the shape of `expected`."""
+    source = sources.get(name)
+    if source is None or source.shape(reader) != tuple(expected.shape):
+        actual = "nothing" if source is None else list(source.shape(reader))
         raise BaseModelError(f"model: {reader.folder}: {name} should be {list(expected.shape)}, found {actual}.")
-    return key
+    return source

@@ -18,33 +18,56 @@ import torch
 from torch import nn
 
 from qlora.model.dtypes import kept_in_float32
-from qlora.model.module_tree import decoder_of
+from qlora.model.module_tree import decoder_of, path_of
+from qlora.model.recurrent_mixers import PREFIX, recurrent_mixers
 from qlora.quant.linear import FrozenLinear
 
 UNUSED = "a forward of text does not call it"
+NOT_IN_PEFT = "PEFT does not adapt it in this class"
+# peft.tuners.tuners_utils, _check_lora_target_modules_mamba: a folder with an adapter of these can't be loaded.
+PEFT_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+PEFT_FORBIDDEN = ("out_proj", "conv1d")
 WEIGHT_READ = re.compile(r"\bself\.(\w+\.)+(weight|bias)\b")
+WRAPPER = re.compile(r"\.base(?=$|\.\d+$)")  # in the path of an adapted matrix, or of an expert's
+ROUTERS = ("gate", "router", "shared_expert_gate")  # beside the experts of a layer
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 SETUP_METHODS = ("__init__", "_init_weights", "init_weights", "reset_parameters")
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the decoder's linear layers in order, without the output head: what is quantized and adapted."""
-    left_out = layers_left_out(model)
-    return [path for path in _decoder_linears(model) if path not in left_out]
+    """Paths of the decoder's linear layers that are quantized, in order, without the output head."""
+    kept = _not_replaceable(model)
+    return [path for path in _decoder_linears(model) if path not in kept]
 
 
 def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
     """Path -> frozen matrix, in the model's order; a wrapped one has its wrapper's path."""
     layers = ((path, module) for path, module in model.named_modules() if isinstance(module, FrozenLinear))
-    return {path.removesuffix(".base"): module for path, module in layers}
+    return {WRAPPER.sub("", path): module for path, module in layers}
 
 
 def layers_left_out(model: nn.Module) -> dict[str, str]:
-    """Path -> reason, of the decoder's linear layers that can't be replaced: they stay in 16 bits and do not train."""
-    readers: dict[str, str] = {}
+    """Path -> reason, of the decoder's linear layers that are not adapted; what can't be replaced stays in 16 bits."""
+    unused = (path for path, layer in model.named_modules() if isinstance(layer, FrozenLinear) and not layer.is_used)
+    config: Any = model.config
+    forbidden = (
+        [] if config.model_type not in PEFT_MAMBA else frozen_linears(model) | dict.fromkeys(linear_paths(model))
+    )
+    reasons = {path: NOT_IN_PEFT for path in forbidden if path.rpartition(".")[2] in PEFT_FORBIDDEN}
+    reasons |= _not_replaceable(model) | _stacks_left_out(model)
+    return reasons | dict.fromkeys((WRAPPER.sub("", path) for path in unused), UNUSED)
+
+
+def _not_replaceable(model: nn.Module) -> dict[str, str]:
+    """Path -> reason, of the decoder's linear layers that can't be quantized: they stay in 16 bits."""
+    readers, mixers = dict[str, str](), {*recurrent_mixers(model)}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        readers |= {prefix + name: type(module).__name__ for name in weights_read_by(module)}
+        trains = path not in mixers  # theirs is off (recurrent_mixers.py)
+        name_of_class = type(module).__name__.removeprefix(PREFIX)
+        readers |= {prefix + name: name_of_class for name in weights_read_by(module, trains)}
     dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    expert_parents = {path.rpartition(".")[0] for path, _ in model.named_modules() if path.endswith(".experts")}
     reasons: dict[str, str] = {}
     for path in _decoder_linears(model):
         linear = model.get_submodule(path)
@@ -52,12 +75,13 @@ def layers_left_out(model: nn.Module) -> dict[str, str]:
             reasons[path] = UNUSED
         elif path in readers:
             reasons[path] = f"{readers[path]} reads its weight itself"
+        elif _is_router(path, expert_parents):
+            reasons[path] = "it routes tokens to experts"
         elif not is_plain_linear(type(linear)):  # type: ignore[arg-type]
             reasons[path] = f"{type(linear).__name__} is no plain linear layer"
         elif kept_in_float32(model, f"{path}.weight", dtype):
             reasons[path] = "its class keeps it in float32"
-    unused = (path for path, layer in model.named_modules() if isinstance(layer, FrozenLinear) and not layer.is_used)
-    return reasons | dict.fromkeys((path.removesuffix(".base") for path in unused), UNUSED)
+    return reasons
 
 
 def describe_left_out(model: nn.Module) -> str | None:
@@ -69,7 +93,7 @@ def describe_left_out(model: nn.Module) -> str | None:
     for path, reason in reasons.items():
         groups.setdefault(reason, []).append(path.rpartition(".")[2])
     parts = [f"{', '.join(sorted(set(names)))} ({reason})" for reason, names in groups.items()]
-    return f"{len(reasons)} linear layers are not adapted: {'; '.join(parts)}"
+    return f"{len(reasons)} matrices are not adapted: {'; '.join(parts)}"
 
 
 def _decoder_linears(model: nn.Module) -> list[str]:
@@ -77,6 +101,22 @@ def _decoder_linears(model: nn.Module) -> list[str]:
     decoder, head = decoder_of(model), model.get_output_embeddings()  # type: ignore[operator]
     linears = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear) and module is not head}
     return [path for path, module in model.named_modules() if id(module) in linears]
+
+
+def _stacks_left_out(model: nn.Module) -> dict[str, str]:
+    """Stacks of matrices that are parameters of a class outside of transformers' registry of experts functions."""
+    return {
+        f"{path}.{name}": f"{type(module).__name__} multiplies a stack of matrices itself"
+        for path, module in decoder_of(model).named_modules(prefix=path_of(model, decoder_of(model)))
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, CONVOLUTIONS)
+    }
+
+
+def _is_router(path: str, expert_parents: set[str]) -> bool:
+    """Whether a linear layer is, or belongs to, a router or a gate beside a layer's experts."""
+    parts = path.split(".")
+    return any(parts[index] in ROUTERS and ".".join(parts[:index]) in expert_parents for index in range(1, len(parts)))
 
 
 @lru_cache(maxsize=512)
@@ -91,12 +131,14 @@ def is_plain_linear(kind: Any) -> bool:
         return False
 
 
-def weights_read_by(module: nn.Module) -> frozenset[str]:
+def weights_read_by(module: nn.Module, trains: bool = True) -> frozenset[str]:
     """Attributes `name` (or `a.name`) for which a method of the module's class reads `self.name.weight` or `.bias`.
 
-    Branches that a switch of the module turns off (BLOOM's `slow_but_exact`) do not count.
+    Branches that a switch of the module turns off (BLOOM's `slow_but_exact`) do not count. trains: whether `training`
+    may be on when its forward runs.
     """
     off = {name for name, value in vars(module).items() if value is False and name != "training"}
+    off |= set() if trains else {"training"}
     return frozenset(name for name, switches in _reads_of(type(module)) if not switches & off)  # type: ignore[arg-type]
 
 

@@ -22,9 +22,11 @@ from qlora.model.class_head import (
     measure_formula,
     runs_class_forward,
 )
+from qlora.model.document_batches import batches_of
 from qlora.model.linear_layers import is_plain_linear
 from qlora.model.logits_chunk import LOGITS_CHUNK_BYTES
 from qlora.model.module_tree import decoder_of
+from qlora.model.recurrent_mixers import DocumentMixer, documents_apart, mixers_of
 from qlora.model.rotary import DocumentRotary, lengths_from_starts
 
 CLASS_COPIES = 4  # of the logits that a class's own forward may hold at a time
@@ -42,6 +44,7 @@ class Head:
         self._class_logits = None if self.formula else ClassLogits(whole, decoder_of(whole))
         self._accepted = accepted(type(decoder_of(whole)).forward, position_ids=None, use_cache=None)
         self._rotary = [module for module in whole.modules() if isinstance(module, DocumentRotary)]
+        self._mixers = mixers_of(whole)
         self.vocab_size = int(self.weight.shape[0])
 
     @property
@@ -63,7 +66,9 @@ class Head:
         taken = {name: value for name, value in arguments.items() if name in self._accepted}
         for rotary in self._rotary:
             rotary.token_lengths = lengths_from_starts(starts, lengths, input_ids.shape[1]) if lengths else None
-        output = self.decoder(input_ids=input_ids, **taken, **options)
+        batches = batches_of(layout, input_ids.shape[1], input_ids.device) if self._mixers else None
+        with documents_apart(self._mixers, batches):
+            output = self.decoder(input_ids=input_ids, **taken, **options)
         for rotary in self._rotary:
             rotary.token_lengths = None
         return output.last_hidden_state  # type: ignore[no-any-return]
@@ -123,9 +128,10 @@ class Head:
 
 
 def shares_prefixes(model: nn.Module) -> bool:
-    """Whether a model trains prefix trees: by its attention kernel, and with frequencies that no length changes."""
+    """Whether a model trains prefix trees: by its attention kernel, without a state or frequencies of the length."""
     kernel = getattr(model.config, "_attn_implementation", None)
-    return kernel == DOCUMENT_ATTENTION and not any(isinstance(module, DocumentRotary) for module in model.modules())
+    whole_documents = (DocumentRotary, DocumentMixer)
+    return kernel == DOCUMENT_ATTENTION and not any(isinstance(module, whole_documents) for module in model.modules())
 
 
 def _formula(model: nn.Module, projection: nn.Module) -> HeadFormula | None:

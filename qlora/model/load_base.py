@@ -1,7 +1,8 @@
 """Loading the frozen base model: built on `meta`, its weights streamed tensor by tensor into quantized layers."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qlora.model import Model
 from qlora.model.download import find_model
 from qlora.model.dtypes import choose_dtype, dtype_name, stored_dtype
 from qlora.model.fingerprint import BaseManifest
+from qlora.model.host_table import keep_table_on_host
 from qlora.model.layer_sharder import LayerSharder
 from qlora.model.lean_attention import replace_attention
 from qlora.model.lean_modules import replace_with_lean
@@ -21,6 +23,7 @@ from qlora.model.linear_layers import describe_left_out, layers_left_out
 from qlora.model.meta_model import build_meta_model, read_config, read_tokenizer, stop_ids, unties_head
 from qlora.model.model_folder import ModelFolder
 from qlora.model.quantized_cache import DamagedEntry, QuantizedCache
+from qlora.model.recurrent_mixers import isolate_recurrent_mixers
 from qlora.model.rotary import replace_length_dependent_rotary
 from qlora.model.weight_loader import LoadResult, LoadTarget, Report, WeightLoader
 from qlora.quant import Quantizer
@@ -67,8 +70,20 @@ def load(
     model, result, notes = _load_weights(
         folder.path, target, lambda: build_meta_model(config, target.dtype, section.attention, device), report
     )
-    quantized = {path: layer.describe() for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
-    manifest = BaseManifest(
+    manifest = _manifest(folder, model, result, dtype)
+    stop_token_ids = stop_ids(config, _read_json(folder.path / "generation_config.json"), tokenizer)
+    notes = (*notes, *_notes(folder.path, model, result.ignored))
+    return Base(model, tokenizer, config, folder, manifest, dtype, device, stop_token_ids, notes)
+
+
+def _manifest(folder: ModelFolder, model: nn.Module, result: LoadResult, dtype: torch.dtype) -> BaseManifest:
+    """What was loaded, and how each matrix is stored; of a decoded one also its format and its second error."""
+    quantized = {
+        path: layer.describe() | dict(result.decoded.get(path, {}))
+        for path, layer in model.named_modules()
+        if isinstance(layer, FrozenLinear)
+    }
+    return BaseManifest(
         folder.name,
         folder.revision,
         result.sha256,
@@ -77,9 +92,6 @@ def load(
         result.ignored,
         layers_left_out(model),
     )
-    stop_token_ids = stop_ids(config, _read_json(folder.path / "generation_config.json"), tokenizer)
-    notes = (*notes, *_notes(folder.path, model))
-    return Base(model, tokenizer, config, folder, manifest, dtype, device, stop_token_ids, notes)
 
 
 def _load_weights(
@@ -108,14 +120,16 @@ def _finish(model: nn.Module, target: LoadTarget, sharder: LayerSharder | None) 
     replace_with_lean(model)
     if target.device.type == "cuda":
         replace_attention(model)
+        keep_table_on_host(model)
     replace_length_dependent_rotary(model)
+    isolate_recurrent_mixers(model)
     if sharder:
         sharder.shard_rest()
     return model
 
 
-def _notes(folder: Path, model: Any) -> Iterator[str]:
-    """Lines on where this base differs from what its config.json says, and on layers that are not quantized."""
+def _notes(folder: Path, model: Any, ignored: Sequence[str]) -> Iterator[str]:
+    """Lines on where this base differs from its config.json, and on what is not quantized or not read."""
     if unties_head(folder):
         yield (
             "config.json ties the head to the embedding, but the files hold another head, "
@@ -124,6 +138,10 @@ def _notes(folder: Path, model: Any) -> Iterator[str]:
     left_out = describe_left_out(model)
     if left_out:
         yield left_out
+    if ignored:
+        groups = Counter(key.removeprefix("model.").partition(".")[0] for key in ignored)
+        listed = ", ".join(f"{name} ({count})" for name, count in groups.most_common(3))
+        yield f"{len(ignored)} tensors of the checkpoint are not part of the text model: {listed}; a merge copies them"
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

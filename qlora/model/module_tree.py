@@ -31,6 +31,11 @@ def decoder_of(model: nn.Module) -> Any:
     return next((decoder for decoder in candidates if decoder is not None and decoder not in outer), model)
 
 
+def is_decoder_layer(module: nn.Module) -> bool:
+    """Whether the module's class, or a base class of it, has transformers' switch for checkpointing."""
+    return "gradient_checkpointing" in {name for kind in type(module).__mro__ for name in vars(kind)}
+
+
 def path_of(model: nn.Module, module: nn.Module) -> str:
     """The dotted path of a submodule."""
     return next(str(path) for path, other in model.named_modules() if other is module)

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
-from qlora.model.meta_model import build_meta_model, key_renamer, read_config
-from qlora.model.safetensors_reader import SafetensorsReader
+from qlora.model.checkpoint_reader import CheckpointReader
+from qlora.model.layouts.checkpoint_layout import read_layout
+from qlora.model.layouts.pieces import TensorSource
+from qlora.model.meta_model import build_meta_model, read_config
+from qlora.model.open_checkpoint import open_checkpoint
 
 
 def iter_weights(folder: Path, paths: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -16,18 +19,17 @@ def iter_weights(folder: Path, paths: set[str]) -> Iterator[tuple[str, Tensor]]:
 
     BaseModelError if the folder is damaged or its architecture can't be read.
     """
-    reader = SafetensorsReader(folder)
+    reader = open_checkpoint(folder)
     model = build_meta_model(read_config(folder), torch.float32, "auto", torch.device("cpu"))
-    rename = key_renamer(model, folder)
     packed = {key for key in reader if is_prequantized(key, reader)}
     companions = {companion for key in packed for companion in companion_keys(key)}
-    for key in reader:
-        path = rename(key).removesuffix(".weight") if key not in companions else ""
-        if path in paths and key.endswith(".weight"):
-            yield path, _weight(reader, key, key in packed)
+    for name, source in read_layout(model, reader, companions).sources.items():
+        path = name.removesuffix(".weight")
+        if path in paths and name.endswith(".weight"):
+            yield path, _weight(reader, source, source.key in packed)
 
 
-def _weight(reader: SafetensorsReader, key: str, packed: bool) -> Tensor:
+def _weight(reader: CheckpointReader, source: TensorSource, packed: bool) -> Tensor:
     if packed:
-        return read_4bit_layer(key, reader.__getitem__, reader).weight(torch.float32)
-    return reader[key].float()
+        return read_4bit_layer(source.key, reader.__getitem__, reader).weight(torch.float32)
+    return source.read(reader).float()

@@ -79,7 +79,7 @@ class QuantizedCache:
             raise DamagedEntry(f"{path}: a tensor is missing")
         with suppress(OSError):
             os.utime(path / ENTRY)
-        return LoadResult(entry["sha256"], tuple(entry["ignored"]))
+        return LoadResult(entry["sha256"], tuple(entry["ignored"]), decoded=entry.get("decoded", {}))
 
     def _read(
         self, path: Path, digests: Mapping[str, str], sizes: Mapping[str, int]
@@ -160,6 +160,7 @@ class QuantizedCache:
                 name: layer.describe() for name, layer in model.named_modules() if isinstance(layer, FrozenLinear)
             }
             body = {"sha256": result.sha256, "ignored": list(result.ignored), "quantized": layers, "files": files}
+            body |= {"decoded": dict(result.decoded)} if result.decoded else {}
             write_json(temporary / ENTRY, {"seal": _digest(body), **body})
 
     def _delete_unused(self, current: str) -> None:

@@ -1,6 +1,6 @@
 """Reader of a model folder's tensors: one safetensors file or several shards, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora.errors import BaseModelError
+from qlora.model.checkpoint_reader import CheckpointReader
 from qlora.model.model_folder import INDEX, SINGLE
 from qlora.utils.atomic_files import is_bare_name, read_json
 
@@ -16,30 +17,38 @@ WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2,
 MAPPED_BYTES = 128 * 2**20  # read through one mapping of a file before the file is opened again
 
 
-class SafetensorsReader(Mapping[str, Tensor]):
+class SafetensorsReader(CheckpointReader):
     """Key -> tensor over all files of a folder; a tensor is read on access and not kept.
 
-    A file is opened again every MAPPED_BYTES: pages that were read do not stay in this process's resident memory.
+    A file is opened again every `mapped_bytes`: pages that were read do not stay in this process's resident memory.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, str] | None = None, mapped_bytes: int = MAPPED_BYTES) -> None:
         self.folder = folder
+        self.mapped_bytes = mapped_bytes
         self.files = _files_by_key(folder) if files is None else files
         self._open: dict[str, Any] = {}
         self._mapped_bytes = 0
 
     def __getitem__(self, key: str) -> Tensor:
         """The tensor `key`, on the CPU in its stored dtype. BaseModelError if the file is damaged or lacks it."""
+        return self._read(key, lambda: self._handle(self.files[key]).get_tensor(key))
+
+    def part(self, key: str, index: int) -> Tensor:
+        """The slice `index` >= 0 of the tensor's dimension 0, read without the rest of the tensor."""
+        return self._read(key, lambda: self._slice(key)[index])
+
+    def _read(self, key: str, read: Callable[[], Tensor]) -> Tensor:
         try:
-            tensor: Tensor = self._handle(self.files[key]).get_tensor(key)
-            self._mapped_bytes += tensor.nbytes
-            return tensor
-        except (SafetensorError, OSError) as error:
+            tensor = read()
+        except (SafetensorError, OSError, IndexError) as error:
             raise BaseModelError(f"model: {self.folder / self.files[key]}: can't read {key!r}: {error}") from error
+        self._mapped_bytes += tensor.nbytes
+        return tensor
 
     def for_another_thread(self) -> "SafetensorsReader":
         """A reader of the same tensors with file mappings of its own: a mapping must not be shared by threads."""
-        return SafetensorsReader(self.folder, self.files)
+        return SafetensorsReader(self.folder, self.files, self.mapped_bytes)
 
     def __iter__(self) -> Iterator[str]:
         """Keys file by file, so that each file is read once, in order."""
@@ -62,7 +71,11 @@ class SafetensorsReader(Mapping[str, Tensor]):
 
     def is_float(self, key: str) -> bool:
         """Whether the tensor holds floating point numbers, without reading its data."""
-        return str(self._slice(key).get_dtype()).startswith(("F", "BF"))
+        return self.dtype(key).startswith(("F", "BF"))
+
+    def dtype(self, key: str) -> str:
+        """The dtype in the file's header, such as F8_E4M3, without reading its data."""
+        return str(self._slice(key).get_dtype())
 
     def _slice(self, key: str) -> Any:
         """Shape and dtype of a tensor from the file's header."""
@@ -72,7 +85,7 @@ class SafetensorsReader(Mapping[str, Tensor]):
             raise BaseModelError(f"model: {self.folder / self.files[key]}: can't read {key!r}: {error}") from error
 
     def _handle(self, file: str) -> Any:
-        if file not in self._open or self._mapped_bytes > MAPPED_BYTES:
+        if file not in self._open or self._mapped_bytes > self.mapped_bytes:
             self._open, self._mapped_bytes = {file: _opened(self.folder / file)}, 0
         return self._open[file]
 

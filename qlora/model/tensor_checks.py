@@ -14,11 +14,12 @@ LISTED = 5  # names in a message
 
 
 def check_dtype(folder: Path, key: str, tensor: Tensor) -> None:
-    """BaseModelError unless a tensor of weights is stored in 16 or 32 bits."""
+    """BaseModelError unless a tensor of weights is stored in 16 or 32 bits, or has been decoded to them."""
     if tensor.dtype not in FLOATS:
         raise BaseModelError(
-            f"model: {folder}: {key!r} is stored as {dtype_name(tensor.dtype)}, which needs scales that can't "
-            "be read yet. Take the 16-bit checkpoint, or one in bitsandbytes' 4 bits."
+            f"model: {folder}: {key!r} is stored as {dtype_name(tensor.dtype)}, without the scales of a format that "
+            f"can be decoded, such as {key}_scale_inv or {key}_scale. Fetch the folder again, or take the 16-bit "
+            "checkpoint."
         )
 
 

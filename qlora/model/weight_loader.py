@@ -5,8 +5,8 @@ tensors, and one tensor in its stored dtype. Several ranks take turns: one reads
 it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,21 @@ from qlora.distributed.broadcast import Payload, broadcast_in_turns
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
 from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
-from qlora.model.buffers import persistent_buffers
+from qlora.model.checkpoint_reader import CheckpointReader
 from qlora.model.dtypes import loaded_dtype
 from qlora.model.fingerprint import Fingerprint
 from qlora.model.layer_sharder import LayerSharder
+from qlora.model.layouts.checkpoint_layout import CheckpointLayout, read_layout
+from qlora.model.layouts.pieces import TensorSource
 from qlora.model.linear_layers import linear_paths
-from qlora.model.meta_model import names_by_key
 from qlora.model.module_tree import set_by_path, set_tensor, set_tensors, tensor_of, tensors_of, unit_path
 from qlora.model.numerics import canonical_numerics
+from qlora.model.open_checkpoint import open_checkpoint
 from qlora.model.prefetch import PREFETCH_BYTES, PerThread, prefetch
-from qlora.model.safetensors_reader import SafetensorsReader
 from qlora.model.tensor_checks import check_complete, check_dtype, check_values
 from qlora.quant import Quantizer
 from qlora.quant.linear import FrozenLinear
+from qlora.quant.released.second_error import relative_error
 
 Report = Callable[[int, int], None]  # (bytes done, bytes in total) of the files
 
@@ -53,15 +55,24 @@ class LoadTarget:
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A parameter or buffer and its key in the files; a linear layer's bias is read with its weight."""
+    """A parameter or buffer and its source in the files; a linear layer's bias is read with its weight."""
 
-    key: str
-    name: str
+    source: TensorSource
     dtype: torch.dtype  # in the model
     shape: tuple[int, ...]
     linear_path: str | None  # of the linear layer whose weight this is
-    bias_key: str | None
+    bias: TensorSource | None
     size_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Its first checkpoint key, for messages."""
+        return self.source.key
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return self.source.name
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class LoadResult:
     sha256: str
     ignored: tuple[str, ...]
     prequantized: bool = False  # whether the checkpoint has 4-bit tensors
+    decoded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # path -> released format, second_error
 
 
 class WeightLoader:
@@ -86,10 +98,10 @@ class WeightLoader:
 
     def __init__(self, model: nn.Module, folder: Path, target: LoadTarget, sharder: LayerSharder | None = None) -> None:
         self.model, self.folder, self.target, self.sharder = model, folder, target, sharder
-        self.reader = SafetensorsReader(folder)
+        self.reader = open_checkpoint(folder)
         self.linears = set(linear_paths(model))
-        self.buffers = persistent_buffers(model)
         self.fingerprint = Fingerprint()
+        self.decoded: dict[str, dict[str, Any]] = {}
         config: Any = model.config
         self.fingerprint.add_text("config.json", canonical_numerics(config.get_text_config().to_dict()))
 
@@ -98,8 +110,10 @@ class WeightLoader:
 
         BaseModelError, naming the key, for a tensor that is missing, damaged, or of a shape other than config.json's.
         """
-        names = self._names_by_key()
-        candidates = (self._parameter(key, name) for key, name in names.items() if name is not None)
+        packed = [key for key in self.reader if is_prequantized(key, self.reader)]
+        companions = {companion for key in packed for companion in companion_keys(key)}
+        layout = read_layout(self.model, self.reader, companions)
+        candidates = (self._parameter(source, layout) for source in layout.sources.values())
         parameters = [parameter for parameter in candidates if parameter is not None]
         if self.sharder is None:
             self._fill(parameters, report)
@@ -107,9 +121,7 @@ class WeightLoader:
             self._fill_together(parameters, self.sharder, report)
         self.model.tie_weights()  # type: ignore[operator]
         check_complete(self.folder, self.model)
-        ignored = tuple(key for key, name in names.items() if name is None)
-        prequantized = any(is_prequantized(key, self.reader) for key in names)
-        return LoadResult(self.fingerprint.hexdigest(), ignored, prequantized)
+        return LoadResult(self.fingerprint.hexdigest(), layout.ignored, bool(packed), self.decoded)
 
     def _fill(
         self, parameters: Sequence[_Parameter], report: Report = lambda done, total: None, budget: int = PREFETCH_BYTES
@@ -133,6 +145,7 @@ class WeightLoader:
         total, done = sum(parameter.size_bytes for parameter in parameters), 0
         for unit, payload in broadcast_in_turns(sharder.processes, [*units.values()], self._payload, BaseModelError):
             self.fingerprint.digests |= payload.metadata["digests"]
+            self.decoded |= payload.metadata["decoded"]
             # On the rank that read the unit, this replaces its copy.
             set_tensors(
                 self.model, payload.tensors, payload.metadata["layers"], self.target.device, self.target.device_of
@@ -148,45 +161,40 @@ class WeightLoader:
         tensors, layers = tensors_of(self.model, [parameter.name for parameter in unit])
         names = [name for parameter in unit for name in (parameter.name, f"{parameter.linear_path}.bias")]
         digests = {name: self.fingerprint.digests[name] for name in names if name in self.fingerprint.digests}
-        return Payload(tensors, {"layers": layers, "digests": digests})
+        paths = [parameter.linear_path for parameter in unit]
+        decoded = {path: self.decoded[path] for path in paths if path in self.decoded}
+        return Payload(tensors, {"layers": layers, "digests": digests, "decoded": decoded})
 
-    def _names_by_key(self) -> dict[str, str | None]:
-        """Checkpoint key -> name of a parameter or buffer, None if the model has none; companions are left out."""
-        packed = [key for key in self.reader if is_prequantized(key, self.reader)]
-        companions = {companion for key in packed for companion in companion_keys(key)}
-        known = {*dict(self.model.named_parameters(remove_duplicate=False)), *self.buffers}
-        names = names_by_key(self.model, self.folder, (key for key in self.reader if key not in companions))
-        return {key: name if name in known else None for key, name in names.items()}
-
-    def _parameter(self, key: str, name: str) -> _Parameter | None:
-        """The parameter or buffer of a key; None for a linear layer's bias, which is read with its weight."""
+    def _parameter(self, source: TensorSource, layout: CheckpointLayout) -> _Parameter | None:
+        """The parameter or buffer of a source; None for a linear layer's bias, which is read with its weight."""
+        name = source.name
         path, _, leaf = name.rpartition(".")
         if path not in self.linears:
             tensor = tensor_of(self.model, name)
             dtype = loaded_dtype(self.model, name, tensor, self.target.dtype)
-            return _Parameter(key, name, dtype, tuple(tensor.shape), None, None, self.reader.size_bytes(key))
+            return _Parameter(source, dtype, tuple(tensor.shape), None, None, source.size_bytes(self.reader))
         if leaf != "weight":
             return None
-        bias_key: str | None = None
+        bias: TensorSource | None = None
         if self.model.get_submodule(path).bias is not None:
-            bias_key = key.removesuffix("weight") + "bias"
-            if bias_key not in self.reader:
-                raise BaseModelError(f"model: {self.folder}: {bias_key!r} is missing. Fetch the folder again.")
-        size = self.reader.size_bytes(key)
-        return _Parameter(key, name, self.target.dtype, self._shape(name), path, bias_key, size)
+            bias = layout.sources.get(f"{path}.bias")
+            if bias is None:
+                key = source.key.removesuffix("weight") + "bias"
+                raise BaseModelError(f"model: {self.folder}: {key!r} is missing. Fetch the folder again.")
+        return _Parameter(source, self.target.dtype, self._shape(name), path, bias, source.size_bytes(self.reader))
 
-    def _read(self, parameter: _Parameter, reader: SafetensorsReader) -> _ReadResult:
+    def _read(self, parameter: _Parameter, reader: CheckpointReader) -> _ReadResult:
         """Read, check and hash, in a thread that `reader` belongs to."""
         key = parameter.key
-        bias = self._read_bias(parameter, reader) if parameter.bias_key else None
+        bias = self._read_bias(parameter.bias, reader) if parameter.bias else None
         if is_prequantized(key, self.reader):
-            if parameter.linear_path is None:
+            if parameter.linear_path is None or not parameter.source.is_whole:
                 raise BaseModelError(f"model: {self.folder}: {key!r} is stored in 4 bits; allowed: linear layers only.")
             layer = read_4bit_layer(key, reader.__getitem__, reader, bias)
             stored = [tensor for _, tensor in sorted(layer.named_parameters(recurse=False))]
             self.fingerprint.add(parameter.name, stored)
             return _ReadResult(layer)
-        tensor = reader[key]
+        tensor = parameter.source.read(reader)
         if parameter.dtype.is_floating_point:
             check_dtype(self.folder, key, tensor)
         if parameter.linear_path is None:
@@ -194,12 +202,11 @@ class WeightLoader:
         self.fingerprint.add(parameter.name, [tensor])
         return _ReadResult(tensor, bias)
 
-    def _read_bias(self, parameter: _Parameter, reader: SafetensorsReader) -> Tensor:
-        key, name = str(parameter.bias_key), f"{parameter.linear_path}.bias"
-        bias = reader[key]
-        check_dtype(self.folder, key, bias)
-        check_values(self.folder, key, bias, self._shape(name))
-        self.fingerprint.add(name, [bias])
+    def _read_bias(self, source: TensorSource, reader: CheckpointReader) -> Tensor:
+        bias = source.read(reader)
+        check_dtype(self.folder, source.key, bias)
+        check_values(self.folder, source.key, bias, self._shape(source.name))
+        self.fingerprint.add(source.name, [bias])
         return bias.to(self.target.dtype, copy=True)
 
     def _set(self, parameter: _Parameter, result: _ReadResult) -> None:
@@ -209,7 +216,7 @@ class WeightLoader:
             set_tensor(self.model, parameter.name, value)
             return
         path = str(parameter.linear_path)
-        layer = result.value if isinstance(result.value, FrozenLinear) else self._quantize(parameter.key, result)
+        layer = result.value if isinstance(result.value, FrozenLinear) else self._quantize(parameter, result)
         linear: Any = self.model.get_submodule(path)
         if (layer.out_features, layer.in_features) != (linear.out_features, linear.in_features):
             raise BaseModelError(
@@ -218,12 +225,19 @@ class WeightLoader:
             )
         set_by_path(self.model, path, layer.to(self.target.device_of(path)))
 
-    def _quantize(self, key: str, result: _ReadResult) -> FrozenLinear:
+    def _quantize(self, parameter: _Parameter, result: _ReadResult) -> FrozenLinear:
+        """The frozen layer of a matrix; for a decoded one, its format and its error are noted for the manifest."""
         to = partial(torch.Tensor.to, device=self.target.device, dtype=self.target.dtype)
+        weight = to(result.value)
         try:
-            return self.target.quantizer.quantize(to(result.value), None if result.bias is None else to(result.bias))
+            layer = self.target.quantizer.quantize(weight, None if result.bias is None else to(result.bias))
         except BaseModelError as error:
-            raise BaseModelError(f"model: {self.folder}: {key!r}: {error}") from error
+            raise BaseModelError(f"model: {self.folder}: {parameter.key!r}: {error}") from error
+        released = self.reader.stored_format(parameter.key)
+        if released:
+            error_size = round(relative_error(weight, layer), 5)
+            self.decoded[str(parameter.linear_path)] = {"released": released, "second_error": error_size}
+        return layer
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(tensor_of(self.model, name).shape)

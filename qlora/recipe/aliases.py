@@ -7,6 +7,7 @@ first value of its tuple is used unless the recipe sets the key to another value
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qlora.recipe.preference_aliases import PREFERENCE_ALIASES, PREFERENCE_REMEDIES
 from qlora.training import RENAMED_OPTIMIZERS
 
 Reader = Callable[[Any], dict[str, Any]]
@@ -162,6 +163,7 @@ ALIASES: Mapping[str, Reader] = {name: same_value(target) for target, names in S
     "auto_resume_from_checkpoints": _resume,
     "gradient_checkpointing": _recompute,
     "activation_checkpointing": _recompute,
+    **PREFERENCE_ALIASES,
 }
 
 SECTION_KINDS: Mapping[str, Reader] = {  # `section: text` is the section's kind
@@ -172,6 +174,7 @@ SECTION_KINDS: Mapping[str, Reader] = {  # `section: text` is the section's kind
 }
 
 REMEDIES: Mapping[str, str] = {  # known names without a setting here, and what to write
+    **PREFERENCE_REMEDIES,
     "adam_beta1": "Write optim.betas: [beta1, beta2].",
     "adam_beta2": "Write optim.betas: [beta1, beta2].",
     "deepspeed": "Processes and sharding come from accelerate launch; see recipes/accelerate.",

@@ -21,7 +21,7 @@ from qlora.utils.progress import ProgressReporter
 
 def preview_examples(recipe: Recipe, count: int) -> list[dict[str, Any]]:
     """The first `count` examples as they will be trained: where, input_ids, labels, segments."""
-    return preview(recipe.data, build_encoder(recipe), count, recipe.train.seed)
+    return preview(recipe.data, build_encoder(recipe), count, recipe.train.seed, recipe.objective.sided_format)
 
 
 def check_contents(recipe: Recipe, result: dict[str, Any]) -> None:
@@ -46,7 +46,8 @@ def _check_data(recipe: Recipe, result: dict[str, Any], structures: list[Structu
     progress = ProgressReporter(lambda text: console().print(text, markup=False), "data")
     tokenizer = build_tokenizer(recipe)
     shares = all(shares_prefixes(structure.trial) for structure in structures)
-    prepared = prepare(recipe.data, build_encoder(recipe, tokenizer), recipe.train.seed, progress, shares)
+    encoder, sided_format = build_encoder(recipe, tokenizer), recipe.objective.sided_format
+    prepared = prepare(recipe.data, encoder, recipe.train.seed, progress, shares, sided_format)
     report = prepared.report
     result["problems"] += [asdict(finding) for finding in report.problems]
     result["warnings"] += [asdict(finding) for finding in report.warnings]

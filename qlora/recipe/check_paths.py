@@ -49,9 +49,10 @@ def require_shared_paths(recipes: Iterable[Recipe], keys: Sequence[str]) -> None
 def path_problems(recipe: Recipe, keys: Sequence[str] | None = None) -> list[Problem]:
     """Every path of a recipe that can't be used, by key."""
     problems: list[Problem] = []
-    for key in CHECKS if keys is None else keys:
+    chosen = CHECKS if keys is None else keys
+    for key in sorted(chosen, key="objective".__eq__):  # last, and only where all paths exist: it reads records
         try:
-            problems += CHECKS[key](recipe)
+            problems += CHECKS[key](recipe) if key != "objective" or not problems else ()
         except OSError as error:  # a name that no file can have, a folder that this user may not read
             problems.append((key, f"{str(error.filename)[:MAX_SHOWN]}: {error.strerror}."))
     return problems
@@ -101,6 +102,13 @@ def source_problem(source: Source) -> str | None:
     return None
 
 
+def _objective(recipe: Recipe) -> Iterator[Problem]:
+    """The records are of the kind that the objective compares; its reference is an adapter."""
+    from qlora.recipe.check_answers import answer_problems  # imports the readers of files
+
+    return answer_problems(recipe)
+
+
 def _resume(recipe: Recipe) -> Iterator[Problem]:
     """The folder to resume from is a complete checkpoint. Of several machines, only the first needs it."""
     setting, output = recipe.train.resume, Path(recipe.train.output)
@@ -141,7 +149,8 @@ CHECKS: Mapping[str, Callable[[Recipe], Iterator[Problem]]] = {
     "model.name": _model,
     "model.chat_template": _chat_template,
     "data": _data,
+    "objective": _objective,
     "train.resume": _resume,
     "train.output": _output,
 }
-ENCODING = ("model.name", "model.chat_template", "data")  # what is read to make training examples
+ENCODING = ("model.name", "model.chat_template", "data", "objective")  # what is read to make training examples

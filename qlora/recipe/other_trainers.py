@@ -77,7 +77,8 @@ TOOLS = (
     Tool(
         "TRL",
         frozenset({"use_peft", "dataset_name", "lora_r", "max_length", "use_bnb_nested_quant", "eval_strategy"})
-        | {"assistant_only_loss", "dataset_config", "attn_implementation", "lora_task_type", "dataset_num_proc"},
+        | {"assistant_only_loss", "dataset_config", "attn_implementation", "lora_task_type", "dataset_num_proc"}
+        | {"loss_type", "simpo_gamma", "desirable_weight", "undesirable_weight", "precompute_ref_log_probs"},
         {
             **_TRAINER,
             "learning_rate": 2e-5,
@@ -103,7 +104,6 @@ ALWAYS = "every value"
 NO_SETTING_NEEDED: Mapping[str, tuple[Any, ...] | str] = {  # key -> the values for which it needs no setting here
     "use_peft": (True,),
     "finetuning_type": ("lora",),
-    "stage": ("sft",),
     "do_train": (True,),
     "lora_task_type": ("CAUSAL_LM",),
     "model_type": ("AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
@@ -133,8 +133,6 @@ REPLACEMENTS: Mapping[str, str] = {  # keys without an alias, and what to write 
     "overwrite_output_dir": "Write train.resume: never to start from scratch.",
     "finetuning_type": "To train every weight write adapter.kind: full and quant.kind: dense.",
     "use_peft": "To train every weight write adapter.kind: full and quant.kind: dense.",
-    "stage": "Only supervised fine-tuning is supported.",
-    "rl": "Only supervised fine-tuning is supported.",
     "wandb_name": "The run is named after train.output.",
     "run_name": "The run is named after train.output.",
     "dataset_config": "Write the path of its files in data.train.",

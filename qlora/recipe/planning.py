@@ -110,7 +110,8 @@ class Planner:
             kind: choose(replace(workload, sharded=kind == "fsdp"), budget, choices)
             for kind in _open_strategies(recipe, machine.gpus)
         }
-        return {kind: replace(plan, checkpoints=checkpoints) for kind, plan in plans.items()}
+        steps = -(-recipe.train.global_batch // (micro_batch * machine.gpus))
+        return {kind: replace(plan, checkpoints=checkpoints, micro_batches=steps) for kind, plan in plans.items()}
 
 
 def require_fit(plan: Plan) -> Plan:
@@ -190,9 +191,10 @@ def workload_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
 def adapter_sizes(section: Adapter, shapes: Shapes) -> AdapterSizes:
     """The parameters that train. AdapterError for a name or a pattern that matches no layer."""
     if section.kind == "full":
-        trained = shapes.parameters - shapes.vision
-        return AdapterSizes(shapes.matrices, kind="full", rank=0, dropout=False, full_values=trained, head_trains=True)
-    matrices = {matrix.path: matrix for matrix in shapes.matrices}
+        values = shapes.parameters
+        return AdapterSizes(shapes.matrices, kind="full", rank=0, dropout=False, full_values=values, head_trains=True)
+    expert_rank = expert_rank_of(section, shapes)
+    matrices = {matrix.path: matrix for matrix in shapes.matrices if expert_rank or not matrix.experts}
     targets = select(matrices, section.targets)
     ranks, alphas = section.rank_pattern or {}, section.alpha_pattern or {}
     refuse_unused("adapter.rank_pattern", ranks, targets)
@@ -204,12 +206,21 @@ def adapter_sizes(section: Adapter, shapes: Shapes) -> AdapterSizes:
         tuple(matrices[path] for path in targets),
         kind=section.kind,
         rank=section.rank,
+        expert_rank=expert_rank,
         dropout=section.dropout > 0,
         keeps_init=section.init == "pissa",
-        ranks={path: by_pattern(ranks, path, section.rank) for path in targets} if ranks else {},
+        ranks={path: rank for path in targets if (rank := by_pattern(ranks, path, 0))},
         full_values=sum(full_modules.values()) + token_values,
         head_trains=head_trains(shapes, full_modules),
     )
+
+
+def expert_rank_of(section: Adapter, shapes: Shapes) -> int:
+    """The rank of each expert's update: `auto` is the adapter's rank over the experts that a token visits."""
+    experts = next((layer.experts for layer in shapes.kinds if layer.experts), None)
+    if experts is None:
+        return 0
+    return max(1, section.rank // experts.per_token) if section.expert_rank == "auto" else section.expert_rank
 
 
 def dtype_on(machine: Machine, dtype: str, base_dtype: str | None) -> str:

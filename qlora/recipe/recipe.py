@@ -33,6 +33,7 @@ from qlora.recipe.aliases import ACCUMULATION
 from qlora.recipe.resolve import ResolvedSettings
 from qlora.recipe.rules import conflicts_between
 from qlora.training import Optim, Train
+from qlora.training.objectives import Objective
 
 Check = Callable[["Recipe"], Iterable[tuple[str, str]]]  # a recipe -> key and message of each further problem
 MINIMAL = "A minimal recipe: `model: meta-llama/Llama-3.1-8B` and `data: {train: data/train.jsonl}`."
@@ -47,6 +48,7 @@ class Recipe(Section):
     quant: Quant = setting(Quant(), "how the frozen base model is stored")
     adapter: Adapter = setting(Adapter(), "the trainable layers")
     data: Data = setting(REQUIRED, "training and evaluation data")
+    objective: Objective = setting(Objective(), "what is optimized")
     optim: Optim = setting(Optim(), "optimizer and learning rate")
     train: Train = setting(Train(), "length, batch sizes, checkpoints")
     memory: Memory = setting(Memory(), "memory budget, and how to stay below it")
@@ -62,6 +64,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "quant": Quant,
     "adapter": Adapter,
     "data": Data,
+    "objective": Objective,
     "optim": Optim,
     "train": Train,
     "memory": Memory,

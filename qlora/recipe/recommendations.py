@@ -10,6 +10,7 @@ from qlora.data.data_report import DataReport
 from qlora.recipe.recipe import Recipe
 
 FEW_STEPS, MANY_EPOCHS, LOW_RATE = 20, 5, 5e-5
+HIGH_RATE = 5e-5  # of objectives that compare answers: they move log-probabilities of whole answers
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "out_proj"}
 Recommendations = Iterator[tuple[str, str]]  # key of the recipe, message
 
@@ -46,7 +47,14 @@ def _check_adapter(recipe: Recipe, report: DataReport, trainable_parameters: int
     adapter, rate = recipe.adapter, recipe.optim.learning_rate
     if adapter.kind == "full":
         return
-    if rate < LOW_RATE:
+    if recipe.objective.sided_format is not None:
+        if rate > HIGH_RATE:
+            kind = recipe.objective.kind
+            yield (
+                "optim.learning_rate",
+                f"{rate:g} suits sft; for {kind}, 5e-6 to 5e-5 keep the model near where it starts",
+            )
+    elif rate < LOW_RATE:
         yield "optim.learning_rate", f"{rate:g} suits full fine-tuning; LoRA learns best at about ten times as much"
     targets = {adapter.targets} if isinstance(adapter.targets, str) else set(adapter.targets or ())
     if targets and targets <= ATTENTION:

@@ -1,14 +1,16 @@
 """Rules across sections of a recipe: which settings exclude each other, or leave another without effect."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from qlora.adapters import Adapter
-from qlora.data import Data
+from qlora.data import SIDED_FORMATS, Data
 from qlora.memory import Memory
 from qlora.model import Model
 from qlora.quant import Quant
 from qlora.training import Optim, Train
+from qlora.training.objectives import READ_BY, Objective
 
 
 def conflicts_between(sections: Mapping[str, Any]) -> dict[str, str]:
@@ -80,6 +82,60 @@ def _full_has_no_float16(model: Model, adapter: Adapter) -> dict[str, str]:
     return {"model.dtype": f"float16 {message}"}
 
 
+def _sides_need_their_format(objective: Objective, data: Data) -> dict[str, str]:
+    """Records are read as what the objective compares, and as nothing else."""
+    needed, sources = objective.sided_format, (*data.train, *(data.eval or ()))
+    formats = {format for format in (data.format, *(source.format for source in sources)) if format} - {"auto"}
+    if needed is None:
+        wrong = sorted(formats & {*SIDED_FORMATS})
+        kinds = "kto" if wrong == ["feedback"] else "dpo, ipo, orpo or simpo"
+        reason = f"has no effect under objective.kind sft, which compares no answers. Set objective.kind: {kinds}."
+    else:
+        wrong = sorted(formats - {needed})
+        reason = f"objective.kind {objective.kind} reads records of the format {needed}. Set it, or remove data.format."
+    return {"data.format": f"{wrong[0]}: {reason}"} if wrong else {}
+
+
+def _sides_are_whole(objective: Objective, data: Data) -> dict[str, str]:
+    if objective.sided_format is None:
+        return {}
+    conflicts = {}
+    if data.overlong in ("truncate", "split"):
+        message = (
+            f"{data.overlong}: a preference for a whole answer says nothing about a part of it. Use drop or error."
+        )
+        conflicts["data.overlong"] = message
+    if data.train_on == "all":
+        message = f"all: objective.kind {objective.kind} compares answers, and a prompt is none. Use assistant or last."
+        conflicts["data.train_on"] = message
+    return conflicts
+
+
+def _reference_does_not_train(objective: Objective, adapter: Adapter) -> dict[str, str]:
+    if objective.kind not in READ_BY["reference"]:
+        return {}
+    if adapter.kind == "full":
+        message = f"{objective.kind} needs the frozen base as its reference, and adapter.kind full trains it. "
+        return {"objective.kind": message + "Use lora, or an objective without a reference: orpo or simpo."}
+    trained = adapter.trains_base_weights()
+    if trained and objective.reference != "base":
+        return {
+            trained: "training starts at objective.reference, an adapter of low-rank updates. Remove one of the two."
+        }
+    return {}
+
+
+def _reference_is_no_output(objective: Objective, train: Train) -> dict[str, str]:
+    if objective.kind not in READ_BY["reference"] or objective.reference == "base":
+        return {}
+    reference, output = (Path(name).expanduser().resolve() for name in (objective.reference, train.output))
+    if reference != output and output not in reference.parents:
+        return {}
+    return {
+        "objective.reference": f"{objective.reference} is in this run's own output folder. Set another train.output."
+    }
+
+
 RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
     (("adapter", "quant"), _full_needs_dense),
     (("model", "adapter"), _full_has_no_float16),
@@ -90,4 +146,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
     (("train",), _early_stop_needs_evaluations),
     (("train", "data"), _evaluation_needs_data),
     (("train", "memory"), _compiled_is_resident),
+    (("objective", "data"), _sides_need_their_format),
+    (("objective", "data"), _sides_are_whole),
+    (("objective", "adapter"), _reference_does_not_train),
+    (("objective", "train"), _reference_is_no_output),
 )

@@ -2,7 +2,7 @@
 
 from qlora.errors import InputError, did_you_mean
 
-TASKS = ("loss", "exact-match", "choice")
+TASKS = ("loss", "exact-match", "choice", "preference")
 
 
 def require_task(task: str) -> None:

@@ -11,6 +11,7 @@ from qlora.errors import InputError
 from qlora.model.generate_tokens import generate
 from qlora.runs.artifacts import NO_ADAPTER
 from qlora.runs.eval_tasks import require_task
+from qlora.runs.evaluate_pairs import evaluate_pairs
 from qlora.runs.general_text import general_examples
 from qlora.runs.load_run import LoadedRun, held_out_examples
 from qlora.runs.memory_setup import Log
@@ -29,6 +30,8 @@ def evaluate_run(
     `beside_base` adds the base model without the adapter, and the loss of both on a general text (forgetting).
     """
     require_task(task)
+    if task == "preference":
+        return evaluate_pairs(run, data, beside_base, log)
     if beside_base and run.adapter is None:
         if run.recipe.adapter.kind == "full":
             raise InputError(f"--beside-base: {NO_ADAPTER} Evaluate the base with `qlora eval BASE --data ...`.")

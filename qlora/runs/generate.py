@@ -25,14 +25,17 @@ def generate_from_prompts(
 def generate_with_adapters(
     run: LoadedRun, switch: AdapterSwitch, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """The rows of `qlora generate` with several adapters: for each prompt a row per adapter, in shared batches."""
+    """The rows of `qlora generate` with several adapters: for each prompt a row per adapter, in shared batches.
+
+    Adapters of experts have batches of their own.
+    """
     inputs = [(shown, run.encoder.prompt_ids(messages)) for shown, messages in prompts]
     jobs = [(name, shown, ids) for shown, ids in inputs for name in switch.names]
     # Sorted by length here, so that `generate` keeps the order in which the rows of a batch name their adapters.
     order = sorted(range(len(jobs)), key=lambda job: len(jobs[job][2]))
+    shared = [order] if switch.mixes_rows else [[job for job in order if jobs[job][0] == name] for name in switch.names]
     rows: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(order), BATCH_SIZE):
-        batch = order[start : start + BATCH_SIZE]
+    for batch in (group[start : start + BATCH_SIZE] for group in shared for start in range(0, len(group), BATCH_SIZE)):
         with switch.per_row([jobs[job][0] for job in batch]):
             batch_ids = [jobs[job][2] for job in batch]
             outputs = generate(run.base, batch_ids, max_new_tokens, temperature, run.recipe.train.seed)

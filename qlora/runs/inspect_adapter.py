@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from qlora.adapters.peft_config import module_settings
 from qlora.adapters.peft_files import AdapterFile
 from qlora.adapters.plain_lora import refuse_changed_base
-from qlora.adapters.spectrum import Spectrum, advise, spectrum
+from qlora.adapters.spectrum import Spectrum, advise
+from qlora.adapters.update_spectra import by_stack, update_spectra
 from qlora.errors import BaseModelError
 from qlora.model.download import find_local
 from qlora.model.model_folder import ModelFolder
@@ -38,17 +38,14 @@ def read_spectra(name: str, log: Log = lambda line: None) -> AdapterSpectra:
     """The spectra of a run, a checkpoint or an adapter folder, layers in ascending order."""
     file, recipe = read_adapter(name, log)
     refuse_changed_base(file)
-    spectra = {
-        path: spectrum(a, b, module_settings(file.config, path, a.shape[0]).scaling)
-        for path, (a, b) in sorted(file.pairs.items(), key=lambda pair: _natural_order(pair[0]))
-    }
+    spectra = dict(sorted(update_spectra(file).items(), key=lambda item: _natural_order(item[0])))
     return AdapterSpectra(file, spectra, _find_base(file, recipe))
 
 
 def inspect_adapter(name: str, curve: bool, picture: str | None, log: Log = lambda line: None) -> dict[str, Any]:
     """The object of `qlora inspect --json`; with `picture`, an SVG file is written there."""
     adapter = read_spectra(name, log)
-    advice = advise(list(adapter.spectra.values()))
+    advice = advise([adapter.spectra[path] for path in judged_paths(adapter)])
     norms = base_norms(adapter, log)
     result: dict[str, Any] = {
         "adapter": str(adapter.file.folder),
@@ -64,8 +61,17 @@ def inspect_adapter(name: str, curve: bool, picture: str | None, log: Log = lamb
     return result
 
 
+def judged_paths(adapter: AdapterSpectra) -> list[str]:
+    """The updates that the rank is judged by: without experts, which have a rank of their own, if there are others."""
+    stacks = {path for path, members in by_stack(adapter.file).items() if path not in members}
+    return [path for path in adapter.spectra if path not in stacks] or [*adapter.spectra]
+
+
 def base_norms(adapter: AdapterSpectra, log: Log) -> dict[str, float]:
-    """|W| of each adapted matrix, by path; empty, with a line logged, without the base model or with another one."""
+    """|W| of each adapted matrix, or the mean of a stack, by path.
+
+    Empty, with a line logged, without the base model or with another one.
+    """
     if adapter.base is None:
         log("the base model is not on this machine: |delta| / |W| is left out")
         return {}
@@ -82,11 +88,16 @@ def base_norms(adapter: AdapterSpectra, log: Log) -> dict[str, float]:
 
 def _norms(adapter: AdapterSpectra, base: ModelFolder) -> dict[str, float]:
     pairs = adapter.file.pairs
-    return {
+    norms = {
         path: float(torch.linalg.vector_norm(weight, dtype=torch.float64))
         for path, weight in iter_weights(base.path, set(pairs))
         if tuple(weight.shape) == (pairs[path][1].shape[0], pairs[path][0].shape[1])
     }
+    groups = by_stack(adapter.file).items()
+    return {
+        path: (sum(norms[member] ** 2 for member in members) / len(members)) ** 0.5
+        for path, members in groups if members.keys() <= norms.keys()
+    }  # fmt: skip
 
 
 def rank_curve(adapter: AdapterSpectra, log: Log = lambda line: None) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def rank_curve(adapter: AdapterSpectra, log: Log = lambda line: None) -> dict[st
 def _base_curves(adapter: AdapterSpectra, log: Log) -> list[dict[str, Any]] | None:
     if adapter.base is None:
         return None
-    paths = _sample(list(adapter.spectra))
+    paths = [next(iter(by_stack(adapter.file)[path])) for path in _sample(list(adapter.spectra))]
     curves = []
     try:
         for path, weight in iter_weights(adapter.base.path, set(paths)):

@@ -14,7 +14,8 @@ from qlora.adapters import peft_files
 from qlora.adapters.attach import attach, build_layers
 from qlora.adapters.switch import AdapterSwitch
 from qlora.data.conversations.encoder import Encoder
-from qlora.data.prepare import prepare
+from qlora.data.pairs import chosen_answers
+from qlora.data.prepare import Prepared, prepare
 from qlora.data.types import Example
 from qlora.distributed.single import Single
 from qlora.errors import AdapterError, InputError
@@ -173,12 +174,28 @@ def _manifest_digests(folder: Path) -> dict[str, str]:
 
 
 def held_out_examples(run: LoadedRun, data: str | None) -> Sequence[Example]:
-    """The examples of `data` (a file, folder or hub name), else the run's held-out ones."""
+    """The examples of `data` (a file, folder or hub name), else the run's held-out ones: of pairs, the chosen sides."""
     require_examples(run.recipe, data)
+    prepared = _prepared(run, data, None if data else run.recipe.objective.sided_format)
+    return chosen_answers(prepared.train if data else prepared.eval or prepared.train)
+
+
+def held_out_pairs(run: LoadedRun, data: str | None) -> Sequence[Example]:
+    """The preference pairs of `data`, else the run's held-out ones. InputError if the run's data are no pairs."""
+    require_examples(run.recipe, data)
+    if not data and run.recipe.objective.sided_format != "preference":
+        kind = run.recipe.objective.kind
+        raise InputError(
+            f"--task preference: this run's data are no pairs (objective.kind {kind}). Name some with --data."
+        )
+    prepared = _prepared(run, data, "preference")
+    prepared.report.raise_for_problems()
+    return prepared.train if data else prepared.eval or prepared.train
+
+
+def _prepared(run: LoadedRun, data: str | None, sided_format: str | None) -> Prepared:
     section, seed, shares = run.recipe.data, run.recipe.train.seed, shares_prefixes(run.base.model)
     if data:
         settings = {"train": data, "eval_fraction": 0.0, "packing": False, "max_length": section.max_length}
         section = from_mapping({"model": run.recipe.model.name, "data": settings}, "--data")[0].data
-        return prepare(section, run.encoder, seed, shares_prefixes=shares).train
-    prepared = prepare(section, run.encoder, seed, shares_prefixes=shares)
-    return prepared.eval or prepared.train
+    return prepare(section, run.encoder, seed, shares_prefixes=shares, sided_format=sided_format)

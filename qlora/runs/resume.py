@@ -4,8 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora.adapters.adapter_folder import WEIGHTS
 from qlora.errors import InputError, QloraError
 from qlora.model.frozen_digest import frozen_sha256
+from qlora.recipe.recipe import Recipe
 from qlora.runs.artifacts import RECIPE
 from qlora.runs.write_artifacts import RunSetup, restore_trained
 from qlora.training.checkpoint import (
@@ -20,7 +22,7 @@ from qlora.training.checkpoint import (
 from qlora.training.checkpoint_folder import find_damage
 from qlora.training.checkpoint_sync import sync_checkpoint
 from qlora.training.job import Job
-from qlora.utils.atomic_files import write_text
+from qlora.utils.atomic_files import sha256_of, write_text
 from qlora.utils.atomic_folders import remove_leftovers
 from qlora.utils.redact import redacted_values
 
@@ -79,6 +81,7 @@ def unchangeable_settings(setup: RunSetup, steps: int) -> dict[str, Any]:
     # The schedule may be stretched as long as the steps already taken keep their rate; rates are compared by value.
     for key in ("optim.schedule", "optim.warmup"):
         del settings[key]
+    settings |= _objective_settings(recipe)
     data = recipe.data.model_dump(mode="json", exclude={"train", "eval"})
     settings |= {f"data.{key}": value for key, value in data.items()}
     settings["train.seed"], settings["train.global_batch"] = recipe.train.seed, recipe.train.global_batch
@@ -91,6 +94,16 @@ def unchangeable_settings(setup: RunSetup, steps: int) -> dict[str, Any]:
     settings["base sha256"], settings["data sha256"] = setup.base.manifest.sha256, setup.data.report.sha256
     settings["tokenizer and template sha256"] = setup.encoder.sha256
     return dict(redacted_values(settings))  # as they are in the checkpoint's file
+
+
+def _objective_settings(recipe: Recipe) -> dict[str, Any]:
+    """Those of an objective that compares answers, with the digest of a reference; none for supervised training."""
+    if recipe.objective.sided_format is None:
+        return {}
+    values = recipe.objective.model_dump(mode="json", exclude={"reference"})
+    settings = {f"objective.{key}": value for key, value in values.items() if value is not None}
+    reference = Path(recipe.objective.reference).expanduser() / WEIGHTS
+    return settings | {"objective.reference sha256": sha256_of(reference) if reference.is_file() else None}
 
 
 def refuse_changed_base(setup: RunSetup, before: str) -> None:

@@ -1,19 +1,14 @@
 """What is set up before the first step: base model, adapters, data, and the training loop's job."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from qlora.adapters import ADAPTERS
-from qlora.adapters.full import Full
 from qlora.adapters.init import initialize
-from qlora.adapters.inject import Injection, count, inject
-from qlora.adapters.lora import Lora
-from qlora.adapters.modules_to_save import add_modules_to_save
-from qlora.adapters.trainable_tokens import PARAMETER_SUFFIX, token_ids, train_token_rows
+from qlora.adapters.trainable_tokens import PARAMETER_SUFFIX
 from qlora.data.data_report import DataReport
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.remedies import with_remedy
@@ -31,7 +26,9 @@ from qlora.recipe.matrix_rows import position_limit, refuse_ids_without_row, ref
 from qlora.recipe.planning import user_choices
 from qlora.recipe.recipe import Recipe
 from qlora.recipe.recommendations import recommend_settings
+from qlora.runs.adapter_setup import add_adapter, build_adapter
 from qlora.runs.memory_setup import MemoryFallback, arrange_unplanned, load_base
+from qlora.runs.objective_setup import build_comparison, compared_examples, loss_module
 from qlora.runs.resources import Resources
 from qlora.runs.resume import unchangeable_settings
 from qlora.runs.trained_template import TrainedEncoder
@@ -39,6 +36,9 @@ from qlora.runs.write_artifacts import RunSetup, write_running_report, write_tra
 from qlora.training import OPTIMIZERS
 from qlora.training.checkpoint import Checkpoints, Position
 from qlora.training.compile import compile_layers
+from qlora.training.expert_gradients import watch_experts
+from qlora.training.expert_load import ExpertLoads, measure_loads
+from qlora.training.expert_probe import refuse_wrong_columns
 from qlora.training.gradient_check import watch_gradients
 from qlora.training.job import Job
 from qlora.training.loss import TokenLoss
@@ -81,7 +81,8 @@ def read_data(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Enc
     encoder = build_encoder(recipe, base.tokenizer)
     # The first rank to arrive prepares for all, so every rank may print progress.
     progress = ProgressReporter(log.print if processes.is_main else log.print_always, "data")
-    data = prepare(recipe.data, encoder, recipe.train.seed, progress, shares_prefixes(base.model))
+    shares, sided_format = shares_prefixes(base.model), recipe.objective.sided_format
+    data = prepare(recipe.data, encoder, recipe.train.seed, progress, shares, sided_format)
     log_report(data.report, log)
     data.report.raise_for_problems()
     refuse_ids_without_row(data, base.tokenizer, len(base.model.get_input_embeddings().weight))  # type: ignore[operator]
@@ -96,7 +97,7 @@ def add_adapters_and_data(
     recipe: Recipe, resources: Resources, base: Base, log: Log, read: ReadData = read_data
 ) -> RunSetup:
     """Adapters on a base model, and data for them."""
-    adapter = build_adapter(recipe)
+    adapter = build_adapter(recipe, base.model)
     injection = add_adapter(recipe, adapter, base)
     log.print(f"{recipe.model.name}: {injection}")
     init = recipe.adapter.init or "default"
@@ -111,7 +112,10 @@ def add_adapters_and_data(
     if base.dtype == torch.float16:
         overflow_map = choose_products(TokenLoss(base.model), data.train, resources.processes)
         log.print(str(overflow_map))
-    return RunSetup(recipe, resources, base, adapter, injection, data, encoder, init_result, overflow_map)
+    loads = ExpertLoads(*measure_loads(base.model, data.train, base.device))
+    if loads.before:
+        log.print(str(loads))
+    return RunSetup(recipe, resources, base, adapter, injection, data, encoder, init_result, overflow_map, loads)
 
 
 def log_report(report: DataReport, log: Log) -> None:
@@ -130,37 +134,6 @@ def log_report(report: DataReport, log: Log) -> None:
         log.print(line)
 
 
-def build_adapter(recipe: Recipe) -> Lora | Full:
-    """The adapter kind of the recipe."""
-    section = recipe.adapter
-    if section.kind == "full":
-        return Full()
-    patterns = (dict(section.rank_pattern or {}), dict(section.alpha_pattern or {}))
-    return ADAPTERS[section.kind](section.rank, section.alpha, section.dropout, *patterns)  # type: ignore[no-any-return]
-
-
-def add_adapter(recipe: Recipe, adapter: Lora | Full, base: Base) -> Injection:
-    """Add what the recipe trains: low-rank updates, modules to save, trainable tokens; or every weight."""
-    model, section = base.model, recipe.adapter
-    if isinstance(adapter, Full):
-        return adapter.train_all(model)
-    injection = inject(model, adapter, target_modules(recipe), recipe.train.seed)
-    full_modules = add_modules_to_save(model, section.save_modules)
-    if section.tokens or section.new_tokens:
-        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        full_modules += train_token_rows(model, token_ids(base.tokenizer, (*section.tokens, *section.new_tokens), rows))
-    return (
-        replace(count(model, injection.linear_layers), trained_modules=tuple(full_modules))
-        if full_modules
-        else injection
-    )
-
-
-def target_modules(recipe: Recipe) -> str | Sequence[str]:
-    """Which layers are adapted: `all-linear` unless the recipe names others."""
-    return recipe.adapter.targets or "all-linear"
-
-
 def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown | None = None) -> Job:
     """The training loop's job: the model wrapped for its ranks, optimizer, checkpoints.
 
@@ -170,24 +143,18 @@ def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown |
     step_down = step_down or set_activation_policies(setup)
     if recipe.train.compile:
         compile_layers(model, processes.device)
-    loss = TokenLoss(model)
-    isolation_error = refuse_leaks(loss, setup.data.train, setup.base.dtype, processes.device)
-    if isolation_error is not None:
-        log.print(
-            f"packing: documents see only themselves (logits differ by {isolation_error:.1e} standard deviations)"
-        )
-    tree_error = refuse_tree_leaks(loss, setup.data.train, setup.base.dtype, processes.device)
-    if tree_error is not None:
-        log.print(f"prefix trees: each answer sees its own context (logits differ by {tree_error:.1e})")
+    loss = loss_module(recipe, setup.base)
+    comparison = build_comparison(recipe, setup.base, loss, log.print)
+    _run_probes(setup, loss, comparison is None or comparison.in_one_row, log)
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     steps = count_steps(recipe.train, len(setup.data.train))
     log.redraw_report = partial(write_running_report, setup, steps)
     return Job(
         model=processes.wrap(loss.train()),
         trainable=trainable,
-        optimizer=_build_optimizer(recipe, trainable),
-        train_examples=setup.data.train,
-        eval_examples=setup.data.eval,
+        optimizer=_build_optimizer(setup, trainable, log),
+        train_examples=compared_examples(recipe, setup.data.train, comparison),
+        eval_examples=compared_examples(recipe, setup.data.eval, comparison),
         data_order=recipe.data.order,
         settings=recipe.train,
         optim=recipe.optim,
@@ -199,17 +166,38 @@ def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown |
         stop_signal=stop,
         oom_recovery=OomRecovery(trainable.values(), step_down, log.print),
         scales_loss=setup.base.dtype == torch.float16,
+        comparison=comparison,
     )
 
 
-def _build_optimizer(recipe: Recipe, trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    optim = recipe.optim
+def _run_probes(setup: RunSetup, loss: TokenLoss, in_rows: bool, log: Log) -> None:
+    """Prove on the model that documents, answers and experts are what they should be; each in a line.
+
+    in_rows: whether a micro-batch can have two documents in a sequence. DataError or QloraError if a proof fails.
+    """
+    sequences, dtype, device = setup.data.train, setup.base.dtype, setup.processes.device
+    isolation_error = refuse_leaks(loss, sequences if in_rows else (), dtype, device)
+    if isolation_error is not None:
+        log.print(
+            f"packing: documents see only themselves (logits differ by {isolation_error:.1e} standard deviations)"
+        )
+    tree_error = refuse_tree_leaks(loss, sequences, dtype, device)
+    if tree_error is not None:
+        log.print(f"prefix trees: each answer sees its own context (logits differ by {tree_error:.1e})")
+    column_error = refuse_wrong_columns(setup.base.model)
+    if column_error is not None:
+        log.print(f"experts: each computes the update of its own columns in PEFT's file (to {column_error:.1e})")
+
+
+def _build_optimizer(setup: RunSetup, trainable: dict[str, nn.Parameter], log: Log) -> torch.optim.Optimizer:
+    optim = setup.recipe.optim
     groups = parameter_groups(trainable, optim.learning_rate, optim.loraplus_ratio)
     optimizer: torch.optim.Optimizer = OPTIMIZERS[optim.kind].build(groups, optim.betas, optim.weight_decay)
     # A trainable token that occurs in no sequence of these steps has no gradient yet.
     watch_gradients(
         optimizer, {name: value for name, value in trainable.items() if not name.endswith(PARAMETER_SUFFIX)}
     )
+    watch_experts(optimizer, setup.base.model, setup.processes.world_size == 1, log.print)
     return optimizer
 
 

@@ -77,6 +77,7 @@ def _run(recipe: Recipe, resources: Resources, log: Log, stop: StopSignal, start
     with kept_as_suspect(setup, position, log):
         refuse_changed_base(setup, base_sha256)
         keep_best(setup, job, position)
+        setup.expert_loads.measure_again(setup.base.model, setup.data.train, processes.device)
         if processes.writes:
             write_weights(setup)
         # Generating with a sharded model takes all ranks.

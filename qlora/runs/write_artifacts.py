@@ -17,9 +17,9 @@ from qlora.adapters.full import Full
 from qlora.adapters.init import InitResult
 from qlora.adapters.inject import Injection
 from qlora.adapters.lora import Lora
-from qlora.adapters.peft_config import module_settings
-from qlora.adapters.spectrum import spectrum
 from qlora.adapters.switch import disable_adapters
+from qlora.adapters.update_spectra import update_spectra
+from qlora.data.pairs import chosen_answers
 from qlora.data.prepare import Prepared
 from qlora.data.types import IGNORED
 from qlora.distributed.processes import Processes
@@ -40,6 +40,7 @@ from qlora.runs.resources import Resources
 from qlora.runs.trained_template import SECTION, TrainedEncoder
 from qlora.training.checkpoint import Position, restore_adapter
 from qlora.training.exact_match import question, text_of
+from qlora.training.expert_load import ExpertLoads
 from qlora.training.overflow_map import OverflowMap
 from qlora.training.run_log import Log, read_metrics
 from qlora.utils.atomic_files import sha256_manifest, write_json, write_text
@@ -62,6 +63,7 @@ class RunSetup:
     encoder: TrainedEncoder = field(default_factory=TrainedEncoder)
     init_result: InitResult | None = None  # what the adapters' initialization did to the quantization error
     overflow_map: OverflowMap | None = None  # of float16: which matrices compute in float32
+    expert_loads: ExpertLoads = field(default_factory=ExpertLoads)
 
     @property
     def processes(self) -> Processes:
@@ -131,21 +133,19 @@ def _write_report(output: Path, manifest: Mapping[str, Any], recipe_text: str) -
 def spectrum_summary(folder: Path) -> dict[str, dict[str, float]]:
     """Rank, rank at 90 % of the energy, stable rank and norm of each update, by module path, as in `qlora inspect`.
 
-    Empty without an adapter.
+    The experts of a stack have one entry, their mean. Empty without an adapter.
     """
     if not (folder / peft_files.WEIGHTS).is_file():
         return {}
-    file = peft_files.read(folder)
-    summary = {}
-    for path, (a, b) in file.pairs.items():
-        values = spectrum(a, b, module_settings(file.config, path, a.shape[0]).scaling)
-        summary[path] = {
+    return {
+        path: {
             "rank": values.rank,
             "energy_90_rank": values.energy_rank(0.90),
             "stable_rank": round(values.stable_rank, 3),
             "norm": float(f"{values.norm:.4g}"),
         }
-    return summary
+        for path, values in update_spectra(peft_files.read(folder)).items()
+    }
 
 
 def samples_or_note(setup: RunSetup, log: Log) -> list[dict[str, str]]:
@@ -161,7 +161,8 @@ def samples_or_note(setup: RunSetup, log: Log) -> list[dict[str, str]]:
 
 def generate_samples(setup: RunSetup) -> list[dict[str, str]]:
     """Greedy answers to a few held-out examples, by the base model and by the trained one, with the reference."""
-    with_prompt = [example for example in setup.data.eval if (example.labels[:2] == IGNORED).all()]  # no plain text
+    examples = chosen_answers(setup.data.eval)
+    with_prompt = [example for example in examples if (example.labels[:2] == IGNORED).all()]  # no plain text
     examples = with_prompt[:SAMPLES]
     questions = [question(example, setup.base.tokenizer) for example in examples]
     if not questions:
@@ -197,27 +198,35 @@ def describe(setup: RunSetup, position: Position) -> dict[str, Any]:
     """The sections of run.json that come from the run: base, adapter, data, result, memory."""
     report, injection = setup.data.report, setup.injection
     overflow_map = {} if setup.overflow_map is None else {"float16": asdict(setup.overflow_map)}
-    return overflow_map | {
-        "base": setup.base.manifest.as_json(),
-        "adapter": {
-            "kind": setup.recipe.adapter.kind,
-            **asdict(setup.adapter),
-            "init": setup.recipe.adapter.init or "default",
-            "quantization_error": asdict(setup.init_result) if setup.init_result else None,
-            "trainable_parameters": injection.trainable_parameters,
-            "parameters": injection.parameters,
-            "paths": list(injection.paths),
-            "whole": list(injection.trained_modules),
-        },
-        "data": report.counts(),
-        SECTION: setup.encoder.as_json(),
-        "result": result_of(setup, position),
-        "memory": {
-            "planned_bytes": setup.resources.plan.peak_bytes if setup.resources.plan else None,
-            "peak_bytes": peak_bytes(setup.processes.device),
-            "owners": dict(setup.resources.plan.owners) if setup.resources.plan else None,
-        },
-    }
+    experts = {"experts": setup.expert_loads.as_json()} if setup.expert_loads.before else {}
+    return (
+        overflow_map
+        | experts
+        | {
+            "base": setup.base.manifest.as_json(),
+            "adapter": {
+                "kind": setup.recipe.adapter.kind,
+                **asdict(setup.adapter),
+                "init": setup.recipe.adapter.init or "default",
+                "quantization_error": asdict(setup.init_result) if setup.init_result else None,
+                "trainable_parameters": injection.trainable_parameters,
+                "parameters": injection.parameters,
+                "paths": list(injection.paths),
+                "whole": list(injection.trained_modules),
+            },
+            "objective": {
+                key: value for key, value in setup.recipe.objective.model_dump().items() if value is not None
+            },
+            "data": report.counts(),
+            SECTION: setup.encoder.as_json(),
+            "result": result_of(setup, position),
+            "memory": {
+                "planned_bytes": setup.resources.plan.peak_bytes if setup.resources.plan else None,
+                "peak_bytes": peak_bytes(setup.processes.device),
+                "owners": dict(setup.resources.plan.owners) if setup.resources.plan else None,
+            },
+        }
+    )
 
 
 def result_of(setup: RunSetup, position: Position) -> dict[str, Any]:

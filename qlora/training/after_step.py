@@ -9,6 +9,8 @@ from qlora.memory.meter import peak_bytes
 from qlora.training.checkpoint import Position
 from qlora.training.eval_loss import Evaluation, evaluate
 from qlora.training.job import Job, StepResult
+from qlora.training.objectives.comparison_eval import evaluate_answers
+from qlora.training.objectives.comparison_step import UNITS, added
 from qlora.training.schedule import learning_rate_factor, rates_sha256
 
 
@@ -24,13 +26,15 @@ def advance(position: Position, result: StepResult) -> Position:
         finite_steps=scale.finite_steps,
         open_loss=position.open_loss + result.loss,
         open_trained_tokens=position.open_trained_tokens + result.trained_tokens,
+        open_sums=added(position.open_sums, result.weight, result.sums),
     )
 
 
 def log_steps(job: Job, position: Position, window: Sequence[StepResult]) -> Position:
     """Log the steps since the last line. `window`: those of this process, for the speed; a resumed run has fewer."""
-    trained_tokens = position.open_trained_tokens
-    loss = position.open_loss / trained_tokens if trained_tokens else None
+    trained_tokens, sums = position.open_trained_tokens, position.open_sums
+    weight = sums[UNITS] if sums else trained_tokens
+    loss = position.open_loss / weight if weight else None
     line = {
         "step": position.step,
         "epoch": _epoch(job, position),
@@ -41,11 +45,13 @@ def log_steps(job: Job, position: Position, window: Sequence[StepResult]) -> Pos
         "tokens_per_second": sum(step.tokens for step in window) / max(1e-9, sum(step.seconds for step in window)),
         "peak_bytes": peak_bytes(job.processes.device),
     }
+    if job.comparison is not None:
+        line |= job.comparison.metrics(sums)
     if job.scales_loss:
         line |= {"loss_scale": position.loss_scale, "skipped_steps": position.skipped_steps}
     if job.processes.is_main:
         job.log.log_step(line)
-    return replace(position, loss=loss, open_loss=0.0, open_trained_tokens=0)
+    return replace(position, loss=loss, open_loss=0.0, open_trained_tokens=0, open_sums={})
 
 
 def evaluate_if_due(job: Job, position: Position) -> tuple[Position, bool]:
@@ -58,26 +64,31 @@ def evaluate_if_due(job: Job, position: Position) -> tuple[Position, bool]:
     is_open = job.eval_examples and position.evaluated_step != position.step
     if stopping or not is_open or not (is_end or is_due(position.step, job.settings.eval_every)):
         return position, stopping
-    evaluation = evaluate(
-        job.processes.unwrap(job.model),
-        job.eval_examples,
-        min(job.micro_batch_sizes),
-        job.processes,
-        lambda: job.stop_signal.received,
-        job.log.progress("evaluating"),
-    )
+    evaluation = _evaluate(job)
     if evaluation is None:
         return position, True
     return _log_evaluation(job, position, evaluation), job.processes.any(job.stop_signal.received)
 
 
+def _evaluate(job: Job) -> Evaluation | None:
+    """The evaluation of the held-out examples; None if a signal interrupted it."""
+    examples, processes = job.eval_examples, job.processes
+    options = (min(job.micro_batch_sizes), processes, lambda: job.stop_signal.received, job.log.progress("evaluating"))
+    if job.comparison is not None:
+        return evaluate_answers(job.comparison, examples, *options)
+    return evaluate(processes.unwrap(job.model), examples, *options)
+
+
 def _log_evaluation(job: Job, position: Position, evaluation: Evaluation) -> Position:
     """Log an evaluation; returns the position that includes it."""
     loss = evaluation.loss
-    line = {"step": position.step, "eval_loss": loss, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
+    line = {"step": position.step, "eval_loss": loss, **evaluation.metrics, "tokens": evaluation.tokens}
     line |= {"epoch": _epoch(job, position), "peak_bytes": peak_bytes(job.processes.device)}
     if job.processes.is_main:
         job.log.log_evaluation(line)
+    warning = job.comparison and job.comparison.warning(line.get("eval_chosen_log_prob"))
+    if warning:
+        job.log.print(f"step {position.step}: {warning}")
     finite_loss = loss if math.isfinite(loss) else None
     position = replace(position, eval_loss=finite_loss, evaluated_step=position.step)
     if finite_loss is not None and (position.best_loss is None or finite_loss < position.best_loss):

@@ -16,6 +16,7 @@ import torch
 from qlora.errors import BaseModelError, QloraError, first_line
 from qlora.model.attention import DOCUMENT_ATTENTION
 from qlora.model.class_reference import build_reference
+from qlora.model.expert_forward import expert_stacks
 from qlora.model.kernel_watch import watch_kernel
 from qlora.training.base_trace import (
     COMMON,
@@ -30,6 +31,7 @@ from qlora.utils.out_of_memory import is_out_of_memory
 # Root mean square of the difference, in terms of a layer's update or of the spread of the logits. A wrong scale, mask
 # or cap changes these by several percent; another kernel in 16 bits by about one.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+Size = Callable[[torch.Tensor], float]
 UNFORCED_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # of logits, where no layer is compared
 EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # rounding of a layer's output
 
@@ -115,44 +117,59 @@ def _compare(model: Any) -> _Comparison | str:
 def _differences(model: Any, loaded: Trace, reference: Trace) -> float | str:
     """The largest relative difference of layers and logits, or the first one above its limit."""
     dtype = model.get_input_embeddings().weight.dtype
-    limit, largest = LIMITS[dtype], 0.0
+    limit, largest, size = LIMITS[dtype], 0.0, _size_for(model)
     if len(loaded.layers) != len(reference.layers):
         return "its layers run another number of times than in transformers' class"
     for number, (own, other) in enumerate(zip(loaded.layers, reference.layers, strict=True)):
         before = loaded.layers[number - 1] if number else None
-        difference = _layer_difference(own, other, before, EPSILON[dtype])
+        difference = _layer_difference(own, other, before, EPSILON[dtype], size)
         if not difference <= limit:
             return f"layer {number + 1} of {len(loaded.layers)} differs from transformers' class by {difference:.1%}"
         largest = max(largest, difference)
     limit = limit if loaded.layers else UNFORCED_LIMITS[dtype]
-    difference = _relative(loaded.logits, reference.logits)
+    difference = _relative(loaded.logits, reference.logits, size)
     if not difference <= limit:
         return f"its logits differ from those of transformers' class by {difference:.1%}"
     if not abs(loaded.loss - reference.loss) <= limit * abs(reference.loss):
         return f"its loss is {loaded.loss:.4f}, that of transformers' class {reference.loss:.4f}"
-    if not _relative(*loaded.logits[:, :COMMON]) <= limit:
+    first, second = loaded.logits[:, :COMMON]
+    if not _relative(first, second, size) <= limit:
         return "its attention is not causal: tokens see those that follow them"
     return max(largest, difference)
 
 
 def _layer_difference(
-    own: torch.Tensor | None, other: torch.Tensor | None, before: torch.Tensor | None, epsilon: float
+    own: torch.Tensor | None, other: torch.Tensor | None, before: torch.Tensor | None, epsilon: float, size: Size
 ) -> float:
-    """Root mean square of own - other, relative to what the layer added and to rounding of its output."""
+    """The size of own - other, relative to what the layer added and to rounding of its output."""
     if own is None or other is None:
         return 0.0
     own, other = own.float(), other.float()
     update = other - before.float() if before is not None and before.shape == other.shape else other
-    size = _rms(update) + epsilon / LIMITS[torch.bfloat16] * _rms(other)
-    return _rms(own - other) / max(size, 1e-30)
+    reference = size(update) + epsilon / LIMITS[torch.bfloat16] * size(other)
+    return size(own - other) / max(reference, 1e-30)
 
 
-def _relative(own: torch.Tensor, other: torch.Tensor) -> float:
-    """Root mean square of own - other over the spread of `other`; infinite for another shape."""
+def _relative(own: torch.Tensor, other: torch.Tensor, size: Size) -> float:
+    """The size of own - other over the spread of `other`; infinite for another shape."""
     if own.shape != other.shape:
         return math.inf
-    return _rms(own - other) / max(float(other.std()), 1e-30)
+    return size(own - other) / max(float(other.std()), 1e-30)
+
+
+def _size_for(model: Any) -> Size:
+    """How differences are measured: over all values; with experts in 16 bits, over those of a typical token.
+
+    Rounding can change which of two experts of nearly equal weight a token visits: that token then differs by much.
+    """
+    has_experts = bool(expert_stacks(model)) and model.get_input_embeddings().weight.dtype != torch.float32
+    return _typical_rms if has_experts else _rms
 
 
 def _rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
+
+
+def _typical_rms(values: torch.Tensor) -> float:
+    """The median over tokens of the root mean square of [..., I]."""
+    return float(values.square().mean(-1).median().sqrt())

@@ -19,7 +19,7 @@ from qlora.training.loss import TokenLoss
 
 SEQUENCES, TOKENS = 2, 12
 LAYOUT = Layout(((0,),) * SEQUENCES, (TOKENS,) * SEQUENCES)
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer or an expert in a path
 COMMON = 8  # first tokens that all sequences share
 
 
@@ -67,7 +67,7 @@ def mark_unused(model: nn.Module, called: set[str]) -> list[str]:
     for path, module in model.named_modules():
         if isinstance(module, FrozenLinear) and NUMBER.sub("*", path) not in kinds:
             module.is_used = False
-            unused.append(path.rpartition(".")[2])
+            unused.append(NUMBER.sub("", path).rstrip(".").rpartition(".")[2])
     return sorted(set(unused))
 
 

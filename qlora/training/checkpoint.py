@@ -7,7 +7,7 @@ whose `files` maps every other file to its sha256. Only safetensors and JSON are
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -32,7 +32,8 @@ from qlora.training.schedule import rates_sha256
 from qlora.utils.atomic_files import read_json, sha256_manifest, sha256_of, write_bytes, write_json
 from qlora.utils.atomic_folders import atomic_folder, remove
 
-SINCE_FLOAT16 = {"overflow_steps": 0, "loss_scale": INITIAL, "finite_steps": 0}  # entries that old checkpoints lack
+# Entries that old checkpoints lack.
+NEW_ENTRIES: Mapping[str, Any] = {"overflow_steps": 0, "loss_scale": INITIAL, "finite_steps": 0, "open_sums": {}}
 ARCHIVE = "earlier-"  # name prefix of a folder with the checkpoints of an earlier run
 
 
@@ -50,6 +51,7 @@ class Position:
     finite_steps: int = 0  # since the loss scale changed
     open_loss: float = 0.0  # summed over the steps since the last logged line
     open_trained_tokens: int = 0
+    open_sums: dict[str, float] = field(default_factory=dict)  # of an objective that compares answers
     best_loss: float | None = None  # lowest evaluation loss
     best_step: int | None = None
     evaluations_since_best: int = 0
@@ -156,15 +158,19 @@ def read(folder: Path) -> Checkpoint:
 
 def position_of(values: Mapping[str, Any]) -> Position:
     """A position from JSON values. ValueError or TypeError, naming the entry, if one has the wrong type or range."""
-    values = SINCE_FLOAT16 | dict(values)
+    values = {**NEW_ENTRIES, **values}
     for name, kind in get_type_hints(Position).items():
         value = values[name]
-        valid = isinstance(value, kind) and not isinstance(value, bool)
+        valid = _are_sums(value) if name == "open_sums" else isinstance(value, kind) and not isinstance(value, bool)
         if isinstance(value, int | float):
             valid = valid and (math.isfinite(value) if isinstance(value, float) else 0 <= value < 2**53)
         if not valid:
             raise ValueError(f"{name} is {str(value)[:40]!r}")
     return Position(**values)
+
+
+def _are_sums(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, float) and math.isfinite(item) for item in value.values())
 
 
 def restore(

@@ -11,6 +11,7 @@ from torch.utils._triton import has_triton
 
 from qlora.errors import InputError
 from qlora.memory.activation_recompute import decoder_layers
+from qlora.model.recurrent_mixers import mixers_of
 
 COMPILERS = ("g++", "c++", "clang++")
 
@@ -30,6 +31,8 @@ def compile_layers(model: nn.Module, device: torch.device) -> int:
             "train.compile: true, but Triton is not installed. Install it, or leave train.compile at false."
         )
     layers = decoder_layers(model)
+    for mixer in mixers_of(model):  # their loops over documents and chunks have other lengths in every step
+        mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
     for layer in layers:
         layer.compile(dynamic=True)  # sequences differ in length and in their documents
     return len(layers)

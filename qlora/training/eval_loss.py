@@ -1,13 +1,14 @@
 """Evaluation: the mean loss per trained token over all sequences, independent of batch size and number of ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qlora.data.batching.collate import collate
+from qlora.data.batching.collate import Batch, collate
 from qlora.data.types import Example
 from qlora.distributed.processes import Processes
 
@@ -25,8 +26,12 @@ class Evaluation:
         """exp(loss); infinity where that would overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
+    @property
+    def metrics(self) -> Mapping[str, float | None]:
+        """What is logged beside the loss."""
+        return {"perplexity": self.perplexity}
 
-@torch.no_grad()
+
 def evaluate(
     model: nn.Module,
     examples: Sequence[Example],
@@ -40,23 +45,49 @@ def evaluate(
     `should_stop` is called before every micro-batch; None if any rank stopped. `progress` gets the number of sequences
     done, and of all, on this rank.
     """
-    training = model.training
-    model.eval()
-    # Sequences of similar length share a batch, which saves padding; the mean does not depend on it.
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    rank_order = order[processes.rank :: processes.world_size]
-    total = torch.zeros(3, dtype=torch.float64, device=processes.device)
-    for start in range(0, -(-len(order) // processes.world_size), micro_batch):
-        if processes.any_if_sharded(should_stop()):
-            total[2] = 1.0
-            break
-        indices = rank_order[start : start + micro_batch]
-        batch = collate([examples[index] for index in indices or order[:1]], pad_id=0)
-        if not indices:  # this rank has no sequences left, but with FSDP a forward takes all ranks
-            batch = batch.without_loss()
-        total[0] += model(*batch.to(processes.device).arguments).double()
-        total[1] += batch.trained_tokens
-        progress(min(start + micro_batch, len(rank_order)), len(rank_order))
-    model.train(training)
-    loss_sum, tokens, stopped = processes.sum(total).tolist()
-    return None if stopped else Evaluation(loss_sum / max(1.0, tokens), len(examples), int(tokens))
+
+    def measure(batch: Batch) -> Tensor:
+        loss: Tensor = model(*batch.to(processes.device).arguments).double()
+        return torch.stack([loss, torch.full_like(loss, batch.trained_tokens)])
+
+    if not examples:
+        return Evaluation(0.0, 0, 0)
+    evaluation_pass = EvaluationPass(model, examples, micro_batch, processes, should_stop, progress)
+    sums = evaluation_pass.sum(measure, collate)
+    return None if sums is None else Evaluation(sums[0] / max(1.0, sums[1]), len(examples), int(sums[1]))
+
+
+@dataclass(frozen=True)
+class EvaluationPass:
+    """One pass over examples, which are split over the ranks; its arguments are those of `evaluate`."""
+
+    model: nn.Module
+    examples: Sequence[Example]
+    micro_batch: int
+    processes: Processes
+    should_stop: Callable[[], bool]
+    progress: Callable[[int, int], None]
+
+    @torch.no_grad()
+    def sum(
+        self, measure: Callable[[Any], Tensor], collate: Callable[[Sequence[Example], int], Batch]
+    ) -> list[float] | None:
+        """The sums over all ranks of what `measure` returns for each micro-batch, float64 [K]; None if stopped."""
+        examples, processes, training = self.examples, self.processes, self.model.training
+        self.model.eval()
+        # Sequences of similar length share a batch, which saves padding; the mean does not depend on it.
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+        rank_order = order[processes.rank :: processes.world_size]
+        total, stopped = torch.zeros((), dtype=torch.float64, device=processes.device), False
+        for start in range(0, -(-len(order) // processes.world_size), self.micro_batch):
+            stopped = processes.any_if_sharded(self.should_stop())
+            if stopped:
+                break
+            indices = rank_order[start : start + self.micro_batch]
+            batch = collate([examples[index] for index in indices or order[:1]], 0)
+            if not indices:  # this rank has no sequences left, but with FSDP a forward takes all ranks
+                batch = batch.without_loss()
+            total = total + measure(batch)
+            self.progress(min(start + self.micro_batch, len(rank_order)), len(rank_order))
+        self.model.train(training)
+        return None if processes.any(stopped) else processes.sum(total).tolist()

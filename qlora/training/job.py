@@ -1,12 +1,13 @@
 """The training job: everything that the loop works on, and the result of one optimizer step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import nn
 
+from qlora.data.batching.collate import Batch, collate
 from qlora.data.batching.sampler import Sampler
 from qlora.data.types import Example
 from qlora.distributed.processes import Processes
@@ -14,6 +15,7 @@ from qlora.training import Optim, Train
 from qlora.training.checkpoint import Checkpoints
 from qlora.training.loss_scale import LossScale
 from qlora.training.nonfinite import NonFiniteGuard
+from qlora.training.objectives.comparison_step import ComparisonStep
 from qlora.training.oom_recovery import OomRecovery
 from qlora.training.run_log import Log
 from qlora.training.signals import StopSignal
@@ -40,6 +42,12 @@ class Job:
     non_finite_guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
     oom_recovery: OomRecovery = field(default_factory=OomRecovery)
     scales_loss: bool = False  # whether gradients pass through float16
+    comparison: ComparisonStep | None = None  # of an objective that compares answers
+
+    @property
+    def collate(self) -> Callable[[Sequence[Example], int], Batch]:
+        """Examples and a pad id -> their micro-batch."""
+        return collate if self.comparison is None else self.comparison.collate
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -49,11 +57,13 @@ class Job:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, over all ranks; `loss` is a sum over `trained_tokens`."""
+    """One optimizer step, over all ranks."""
 
-    loss: float
+    loss: float  # a sum
+    weight: int  # what divides it: trained tokens, or pairs
     trained_tokens: int
     tokens: int  # without padding
+    sums: Sequence[float]  # the other SUMS of an objective that compares answers
     grad_norm: float
     seconds: float
     is_overflow: bool = False  # whether it was skipped since the loss scale was too large

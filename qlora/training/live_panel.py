@@ -101,9 +101,12 @@ class Panel:
             loss = "none: no token was trained" if line["loss"] is None else f"{line['loss']:.4f}"
             smoothed = "" if self._smoothed_loss is None else f"   smoothed {self._smoothed_loss:.4f}"
             yield "loss", f"{loss}{smoothed}   rate {line['learning_rate']:.2e}   gradient {line['grad_norm']:.3g}"
+            if "margin" in line:
+                yield "answers", answers_text(line)
             yield "speed", f"{line['tokens_per_second']:,.0f} tokens/s   {self._memory(line)}"
         if self._evaluation:
-            yield "held out", f"{_loss_at_step(self._evaluation)}   best {_loss_at_step(self._best)}"
+            answers = answers_text(self._evaluation, "eval_")
+            yield "held out", f"{_loss_at_step(self._evaluation)}   {answers}best {_loss_at_step(self._best)}"
 
     def _memory(self, line: Mapping[str, Any]) -> str:
         planned = f" of {self._planned_bytes / GIB:.2f} GiB planned" if self._planned_bytes else ""
@@ -115,6 +118,13 @@ class Panel:
         seconds = time.monotonic() - self._started
         remaining = seconds / (step - self._first_step) * (self._total_steps - step)
         return f"{clock(remaining)} left"
+
+
+def answers_text(line: Mapping[str, Any], prefix: str = "") -> str:
+    """The accuracy and the margin of a line, if it has them; then two spaces."""
+    shown = (("accuracy", "accuracy {:.1%}"), ("margin", "margin {:.3f}"), ("kl", "kl {:.3f}"))
+    values = ((text, line.get(prefix + name)) for name, text in shown)
+    return "".join(f"{text.format(value)}  " for text, value in values if value is not None)
 
 
 def _one_line(text: str, style: str = "") -> Text:

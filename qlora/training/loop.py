@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora.adapters.step_casts import casts_kept
-from qlora.data.batching.collate import Batch, collate
+from qlora.data.batching.collate import Batch
 from qlora.data.batching.sampler import lengths_of, micro_batches, split_across_ranks
 from qlora.training.after_step import (
     advance,
@@ -73,15 +73,15 @@ def _step(job: Job, position: Position) -> StepResult:
     started, step, scale = time.monotonic(), position.step, position.scale if job.scales_loss else UNSCALED
     indices = job.sampler.indices(job.train_examples, step)
     batches = list(_batches(job, indices))
-    counts = torch.tensor([[batch.trained_tokens, batch.tokens] for batch in batches]).sum(0)
-    trained_tokens, tokens = job.processes.sum_counts(counts).tolist()
+    counts = job.processes.sum_counts(torch.tensor([batch.counts for batch in batches]).sum(0)).tolist()
+    weight, tokens, trained_tokens, *_ = counts
 
-    loss_sum = job.oom_recovery.run(lambda: _gradients(job, step, batches, trained_tokens, scale.value))
+    step_sums = job.oom_recovery.run(lambda: _gradients(job, step, batches, counts, scale.value))
     unscale(job.trainable.values(), scale.value)
     scale_learning_rates(job.optimizer, learning_rate_factor(job.optim, step, job.total_steps))
     norm = job.processes.clip(job.trainable.values(), job.optim.max_grad_norm)
     # In one copy: the host waits for a GPU once.
-    grad_norm, loss = torch.stack([norm.float(), job.processes.sum(loss_sum)]).tolist()
+    grad_norm, loss, *others = torch.cat([norm.float()[None], job.processes.sum(step_sums).reshape(-1)]).tolist()
     where = [job.train_examples[index].where for index in indices]
     is_overflow = scale.is_overflow(grad_norm, loss)
     reason = scale.reason if is_overflow else _non_finite_reason(job, batches, loss)
@@ -89,10 +89,11 @@ def _step(job: Job, position: Position) -> StepResult:
         job.optimizer.step()
     else:
         job.log.print(f"step {step + 1}: {reason}; the step was skipped, nothing changed")
-        loss, trained_tokens = 0.0, 0
+        loss, weight, trained_tokens, others = 0.0, 0, 0, [0.0] * len(others)
     job.optimizer.zero_grad(set_to_none=True)
     next_scale = scale.after(math.isfinite(grad_norm)) if job.scales_loss else None
-    return StepResult(loss, trained_tokens, tokens, grad_norm, time.monotonic() - started, is_overflow, next_scale)
+    seconds = time.monotonic() - started
+    return StepResult(loss, weight, trained_tokens, tokens, others, grad_norm, seconds, is_overflow, next_scale)
 
 
 def _non_finite_reason(job: Job, batches: Sequence[Batch], loss: float) -> str:
@@ -105,27 +106,30 @@ def _non_finite_reason(job: Job, batches: Sequence[Batch], loss: float) -> str:
     return f"{reason} (first at {path}, whose values exceed float16)" if path else reason
 
 
-def _gradients(job: Job, step: int, batches: Sequence[Batch], trained_tokens: int, loss_scale: float) -> Tensor:
-    """Compute the gradients of all micro-batches of a step; returns their summed loss."""
-    loss_sum = torch.zeros((), device=job.processes.device)
+def _gradients(job: Job, step: int, batches: Sequence[Batch], counts: Sequence[int], loss_scale: float) -> Tensor:
+    """Compute the gradients of all micro-batches of a step; returns the sum of what `backward` returns."""
+    step_sums = torch.zeros((), device=job.processes.device)
     with casts_kept(job.processes.device):
+        if job.comparison is not None:
+            job.comparison.start_step(batches, job.processes)
         for index, batch in enumerate(batches):
             torch.manual_seed(dropout_seed(job.settings.seed, step, job.processes.rank, index))
             with job.processes.accumulating(job.model, last=index == len(batches) - 1):
-                loss_sum += backward(job, batch, trained_tokens, loss_scale)
-    return loss_sum
+                step_sums = step_sums + backward(job, batch, counts, loss_scale)
+    return step_sums
 
 
-def backward(job: Job, batch: Batch, trained_tokens: int, loss_scale: float = 1.0) -> Tensor:
-    """Add the gradients of one micro-batch, times `loss_scale` / `trained_tokens` of the step; returns its loss, a sum.
+def backward(job: Job, batch: Batch, counts: Sequence[int], loss_scale: float = 1.0) -> Tensor:
+    """Add the gradients of one micro-batch, times `loss_scale`; returns its loss, a sum, or more sums after it.
 
-    Gradients of the step are divided by `loss_scale` once all are there.
+    counts: those of the whole step, which divide. Its gradients are divided by `loss_scale` once all are there.
     """
     batch = batch.to(job.processes.device)
-    loss: Tensor = job.model(*batch.arguments)
+    sums = job.model(*batch.arguments) if job.comparison is None else job.comparison.sums(job.model, batch, counts)
+    loss: Tensor = sums if job.comparison is None else sums[0]
     scaled = loss if loss_scale == 1.0 else loss * loss_scale
-    job.processes.backward(scaled / max(1, trained_tokens))
-    return loss.detach()
+    job.processes.backward(scaled / max(1, counts[0]))
+    return sums.detach()
 
 
 def _batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
@@ -134,7 +138,7 @@ def _batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
     lengths = lengths_of(job.train_examples)[indices].tolist()
     rank_indices = split_across_ranks(indices, lengths, sizes)[rank]
     for group in micro_batches(rank_indices, len(indices), sizes[rank], sizes):
-        batch = collate([job.train_examples[index] for index in group or indices[-1:]], pad_id=0)
+        batch = job.collate([job.train_examples[index] for index in group or indices[-1:]], 0)
         yield batch if group else batch.without_loss()
 
 

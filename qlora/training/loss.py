@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from qlora.data.batching.collate import Batch
 from qlora.data.types import PLAIN_LAYOUT, Layout
 from qlora.model.lm_head import Head
+from qlora.training.checkpointed_loss import checkpointed_loss
 
 
 class TokenLoss(nn.Module):
@@ -70,7 +69,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             raw = head.project(hidden[chunk])
             logits, slope = head.scale_and_cap(wide[: len(raw)].copy_(raw))
             chosen = logits.gather(-1, targets[chunk, None])
-            probabilities, log_sum = _softmax_in_place(logits)
+            probabilities, log_sum = softmax_in_place(logits)
             total += (log_sum - chosen).sum()
             if gradient is not None:
                 probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(chosen, -1.0))
@@ -86,23 +85,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None
 
 
-def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last dimension, computed in place, and log-sum-exp [N, 1]."""
     largest = logits.amax(-1, keepdim=True)
     powers = logits.sub_(largest).exp_()
     sums = powers.sum(-1, keepdim=True)
     return powers.div_(sums), sums.log() + largest
-
-
-def checkpointed_loss(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """The same sum by autograd, logits recomputed chunk by chunk: for heads that train or keep a class's forward."""
-
-    def chunk_loss(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden_chunk), target_chunk, reduction="sum")
-
-    rows = head.chunk_rows()
-    total = 0.0 * hidden.sum().float()
-    for start in range(0, len(targets), rows):
-        chunk = hidden[start : start + rows], targets[start : start + rows]
-        total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False)
-    return total

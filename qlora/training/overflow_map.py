@@ -9,16 +9,17 @@ adds what is not finite.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.adapters.expert_targets import adaptable
 from qlora.data.batching.collate import Batch, collate
 from qlora.data.types import Example
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
 from qlora.model.float16_products import LARGEST, float32_products, multiply_in_float16
-from qlora.model.linear_layers import frozen_linears
 from qlora.training.base_trace import hooks
 from qlora.training.loss import TokenLoss
 
@@ -85,17 +86,17 @@ def first_overflow(loss: TokenLoss, batches: Sequence[Batch]) -> str | None:
 def _measure(loss: TokenLoss, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
     """The mean loss; of each frozen matrix that ran, in the order of their calls, the largest |input| or |output|."""
     maxima: dict[str, Tensor] = {}
-    # An adapted matrix is called through its adapter.
-    paths = {id(loss.model.get_submodule(path)): path for path in frozen_linears(loss.model)}
+    # An adapted matrix is called through its adapter; the experts of a stack are one matrix.
+    paths = {id(loss.model.get_submodule(path)): path for path in adaptable(loss.model)}
 
-    def record(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         path = paths[id(module)]
         bounds = [bound.abs() for values in (arguments[0], output) for bound in torch.aminmax(values.float())]
         maxima[path] = torch.stack([*bounds, *([maxima[path]] if path in maxima else [])]).max()
 
     modules = [loss.model.get_submodule(path) for path in paths.values()]
     with hooks(modules, record):
-        losses = torch.stack([loss.forward(*batch.arguments) for batch in batches]).sum()
+        losses = torch.stack([loss.forward(*batch.arguments).sum() for batch in batches]).sum()
     tokens = max(1, sum(batch.trained_tokens for batch in batches))
     values = torch.stack([losses.float() / tokens, *maxima.values()]).tolist()  # the host waits once
     return values[0], dict(zip(maxima, values[1:], strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora.training.live_panel import Panel, live_panels
+from qlora.training.live_panel import Panel, answers_text, live_panels
 from qlora.utils.atomic_files import write_error, write_text
 from qlora.utils.progress import ProgressReporter, clock
 from qlora.utils.redact import redacted
@@ -78,9 +78,8 @@ class Log:
         if self._panel:
             self._panel.update_evaluation(line)
         self._redraw()
-        self.print(
-            f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  perplexity {line['perplexity']:.3f}"
-        )
+        beside = f"perplexity {line['perplexity']:.3f}" if "perplexity" in line else answers_text(line, "eval_")
+        self.print(f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  {beside}")
 
     def _redraw(self) -> None:
         started = time.monotonic()
@@ -92,7 +91,7 @@ class Log:
         loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
         step = int(line["step"])
         return (
-            f"step {step:>6}/{self.total_steps}  loss {loss}  rate {line['learning_rate']:.2e}  "
+            f"step {step:>6}/{self.total_steps}  loss {loss}  {answers_text(line)}rate {line['learning_rate']:.2e}  "
             f"{line['tokens_per_second']:,.0f} tokens/s  {self._time_left(step)}"
         )
 

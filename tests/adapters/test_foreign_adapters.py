@@ -84,7 +84,7 @@ def two_adapters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 REFUSED_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "a tower": (renamed(lambda key: key.replace("model.layers", "vision_tower.layers")), "use the base it was trained"),
     "another class": (renamed(lambda key: key.replace("q_proj", "wq")), "wq is not a linear layer of this base"),
-    "experts": (renamed(lambda key: key.replace("mlp.", "mlp.experts.0.")), "an expert, which stays frozen"),
+    "experts": (renamed(lambda key: key.replace("mlp.", "mlp.experts.0.")), "experts.0.down_proj is not a"),
     "two names of one": (twice, "name one tensor"),
     "two adapters": (two_adapters, r"2 adapters \(a, b\).*selected_adapters"),
     "no tensors": (lambda tensors: {}, "found no lora_A and lora_B"),

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora.adapters.plain_lora import concatenate, pad, truncate
-from qlora.adapters.spectrum import FITS, SATURATED, TOO_HIGH, UNTRAINED, Spectrum, advise, factors, spectrum
+from qlora.adapters.spectrum import (
+    FITS,
+    SATURATED,
+    TOO_HIGH,
+    UNTRAINED,
+    Spectrum,
+    advise,
+    factors,
+    mean_spectrum,
+    spectrum,
+)
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
 
@@ -45,6 +55,14 @@ def test_the_singular_values_are_those_of_the_dense_update(shape: tuple[int, int
     assert result.energy(result.rank) == pytest.approx(1) and result.energy(0) == 0
 
 
+def test_the_spectrum_of_a_stack_is_the_mean_of_its_experts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 6, 4, generator=generator), torch.randn(5, 9, 6, generator=generator)
+    members = [spectrum(one_a, one_b, 0.5).values for one_a, one_b in zip(a, b, strict=True)]
+    expected = [math.sqrt(sum(value**2 for value in column) / 5) for column in zip(*members, strict=True)]
+    assert mean_spectrum(a, b, 0.5).values == pytest.approx(expected, abs=1e-6)
+
+
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, st.integers(1, 24))
 def test_a_truncated_update_is_the_best_one_and_its_error_is_as_stated(
@@ -52,7 +70,8 @@ def test_a_truncated_update_is_the_best_one_and_its_error_is_as_stated(
 ) -> None:
     a, b = random_pair(*shape)
     small_a, small_b = truncate({"x": (a, b)}, rank)["x"]
-    assert small_a.shape == (rank, a.shape[1]) and small_b.shape == (b.shape[0], rank)
+    kept = min(rank, len(a))
+    assert small_a.shape == (kept, a.shape[1]) and small_b.shape == (b.shape[0], kept)
     dense = (b @ a).double()
     u, values, vt = torch.linalg.svd(dense, full_matrices=False)
     best = u[:, :rank] @ torch.diag(values[:rank]) @ vt[:rank]

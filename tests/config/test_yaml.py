@@ -5,7 +5,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora.config import decode, parse, write
@@ -149,6 +149,7 @@ PLAIN = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(a
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"])) | st.sampled_from([*SURPRISES, "#", "a: b", "- a"])
 
 
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         TEXT, st.recursive(PLAIN | TEXT, lambda values: st.lists(values) | st.dictionaries(TEXT, values), max_leaves=8)

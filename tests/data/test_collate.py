@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from qlora.data.batching.collate import collate
-from qlora.data.batching.packing import best_fit_groups, join_documents, pack, split_documents
+from qlora.data.batching.join import join_documents
+from qlora.data.batching.packing import best_fit_groups, pack, split_documents
 from qlora.data.types import IGNORED, Example, trained_tokens
 
 

@@ -58,7 +58,7 @@ conversations = st.lists(st.tuples(without_thoughts, without_thoughts), min_size
 
 
 @EACH_FAMILY
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=conversations)
 def test_the_trained_tokens_are_the_answers_and_their_end_tokens(template: str, kind: str, pairs: Pairs) -> None:
     encoder = build_encoder(template, kind)
@@ -77,7 +77,7 @@ def test_the_trained_tokens_are_the_answers_and_their_end_tokens(template: str, 
 
 
 @EACH_FAMILY
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(pairs=conversations)
 def test_training_ids_are_prompt_ids_and_then_the_answer(template: str, kind: str, pairs: Pairs) -> None:
     encoder = build_encoder(template, kind)
@@ -286,12 +286,12 @@ HOSTILE = {
 }
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused_in_time(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "template.jinja"
-    path.write_text(HOSTILE[name])
+    (tmp_path / "a.jinja").write_text(HOSTILE[name])
     with pytest.raises(DataError, match="template"):
-        Encoder(make_tokenizer("bytes"), "assistant", str(path))
+        Encoder(make_tokenizer("bytes"), "assistant", str(tmp_path / "a.jinja"))
 
 
 def test_the_date_in_a_template_is_the_same_every_day() -> None:

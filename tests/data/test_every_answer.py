@@ -117,6 +117,7 @@ def check_answer(name: str, answer: Answer, before: list[Any], turns: list[Any],
     return text
 
 
+@pytest.mark.sample(of=4, every=("name",))
 @EACH_TEMPLATE
 @pytest.mark.parametrize("form", FORMS)
 def test_each_answer_follows_what_inference_would_send(name: str, form: str) -> None:

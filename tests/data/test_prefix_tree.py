@@ -13,7 +13,8 @@ from qlora.data.batching.collate import collate
 from qlora.data.batching.column_store import Columns
 from qlora.data.batching.dataset import EXAMPLE_COLUMNS, ExampleStore, ExampleWriter
 from qlora.data.batching.fit_length import fit_length
-from qlora.data.batching.packing import join_documents, split_documents
+from qlora.data.batching.join import join_documents
+from qlora.data.batching.packing import split_documents
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.prefix_tree import PrefixTree, merge_paths, path_indices, paths_of, split_tree
 from qlora.data.types import IGNORED, Example

@@ -56,9 +56,9 @@ def test_results_are_in_the_order_of_the_chunks(count: int, workers: int) -> Non
     assert map_all(slow_first_chunk, count, workers) == [i**2 for i in range(1, count + 1)]
 
 
-def test_twenty_randomly_killed_workers_change_nothing(tmp_path: Path) -> None:
-    draw, parent = random.Random(0), os.getpid()
-    for trial in range(20):
+def test_randomly_killed_workers_change_nothing(seed: int, tmp_path: Path) -> None:
+    draw, parent = random.Random(seed), os.getpid()
+    for trial in range(7):
         victim, marker = draw.randrange(1, 61), tmp_path / str(trial)
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])
 
@@ -207,8 +207,8 @@ print(json.dumps([peak_bytes(path) for path in {files!r}]))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
-    """11,000 more records may take 200 bytes each (keys, lengths, order: 110 measured), not the 2,600 of objects."""
-    line, counts = json.dumps({"text": "word " * 20 + "{}"}), (1_000, 12_000)
+    """6,000 more records may take 200 bytes each (keys, lengths, order: 110 measured), not the 2,600 of objects."""
+    line, counts = json.dumps({"text": "word " * 20 + "{}"}), (1_000, 7_000)
     for count in counts:
         (tmp_path / f"{count}.jsonl").write_text("\n".join(line.replace("{}", str(i)) for i in range(count)))
     code = PEAK_MEMORY.format(paths=str(TESTS), files=[str(tmp_path / f"{count}.jsonl") for count in counts])
@@ -217,4 +217,4 @@ def test_peak_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     (small, *_), (large, *_) = results = json.loads(child.stdout)
     assert all(kept == count and tokens > 100 * count for (_, kept, tokens), count in zip(results, counts, strict=True))
-    assert large - small < 200 * 11_000 + 8 * 2**20  # 8 MiB: the allocator varies between runs
+    assert large - small < 200 * 6_000 + 8 * 2**20  # 8 MiB: the allocator varies between runs

@@ -93,6 +93,7 @@ FAST = {("ddp", 2, "packing"), ("fsdp", 2, "accumulation"), ("fsdp", 3, "packing
 ALL = [(kind, world_size, case) for kind in ("ddp", "fsdp") for world_size in (2, 3) for case in CASES]
 
 
+@pytest.mark.sample(of=2, every=("kind",))
 @pytest.mark.parametrize(
     ("kind", "world_size", "case"),
     [pytest.param(*values, marks=[] if values in FAST else pytest.mark.slow) for values in ALL],
@@ -116,7 +117,14 @@ def assert_close(adapters: Mapping[str, torch.Tensor], expected: Mapping[str, to
     assert max(float((adapters[name] - expected[name]).abs().max()) for name in expected) <= ADAPTER
 
 
-def test_a_run_resumes_with_any_number_of_ranks_and_any_strategy(zoo: Zoo, tmp_path: Path) -> None:
+LAUNCHES = [((1, "single"), (3, "fsdp"), (2, "ddp")), ((2, "ddp"), (2, "fsdp"), (1, "single"))]
+
+
+@pytest.mark.sample(of=2)
+@pytest.mark.parametrize("launches", LAUNCHES, ids=lambda launches: "-".join(kind for _, kind in launches))
+def test_a_run_resumes_with_any_number_of_ranks_and_any_strategy(
+    zoo: Zoo, tmp_path: Path, launches: tuple[tuple[int, str], ...]
+) -> None:
     data = write_records(tmp_path / "records.jsonl", RECORDS, max_words=9)
 
     def recipe(name: str, steps: int, kind: str) -> Recipe:
@@ -125,8 +133,8 @@ def test_a_run_resumes_with_any_number_of_ranks_and_any_strategy(zoo: Zoo, tmp_p
         # train_on all: there are no prompts to answer, which would cost more than the steps.
         return recipe_of(zoo("llama"), data, tmp_path / name, *options, *saving, "data.train_on=all")
 
-    run(recipe("uninterrupted", 8, "single"))
-    for world_size, kind in ((1, "single"), (2, "fsdp"), (3, "fsdp"), (2, "ddp")):
+    run(recipe("uninterrupted", 6, "single"))
+    for world_size, kind in launches:
         steps = 2 * (1 + len(list((tmp_path / "resumed").glob("checkpoint-*"))))
         on_ranks(run, recipe("resumed", steps, kind), tmp_path, world_size)
     for line, expected in zip(metrics(tmp_path / "resumed"), metrics(tmp_path / "uninterrupted"), strict=True):

@@ -35,9 +35,14 @@ def save_gradients(model: Path, folder: Path, splits: int, out: Path) -> None:
     job.processes.end()
 
 
-@pytest.mark.parametrize("splits", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_random_splits_over_two_ranks_give_the_gradient_of_one(zoo: Zoo, tmp_path: Path, splits: int) -> None:
-    model, out = zoo("llama"), tmp_path / "two.safetensors"
+@pytest.mark.parametrize(
+    ("family", "splits"), [("llama", 10), ("experts", 10), pytest.param("llama", 200, marks=pytest.mark.slow)]
+)
+def test_random_splits_over_two_ranks_give_the_gradient_of_one(
+    zoo: Zoo, expert_zoo: Zoo, tmp_path: Path, family: str, splits: int
+) -> None:
+    model = zoo(family) if family == "llama" else expert_zoo("qwen3_moe")
+    out = tmp_path / "two.safetensors"
 
     def work(rank: int, notify: Notify) -> None:
         save_gradients(model, tmp_path / str(rank), splits, out)

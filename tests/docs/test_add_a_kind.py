@@ -32,30 +32,30 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_python(project: Path, *arguments: str) -> str:
+PLANS = """
+import json
+import pytest
+from support.command_line import qlora
+
+
+def test_the_plan_of_int8():
+    plans = [
+        qlora("plan", "config.json", "--gpu", "80GiB", "--json", f"quant.kind={kind}").json for kind in ("int8", "nf4")
+    ]
+    packed = [plan["owners"]["packed_base"] for plan in plans]
+    # One byte per weight against a half, and in both the same bytes for the absmax of each block of 64.
+    assert packed[0] / packed[1] == pytest.approx((1 + 1 / 64) / (0.5 + 1 / 64), rel=1e-3)
+"""
+
+
+def test_the_laws_and_the_planner_use_the_kind_of_the_page(project: Path) -> None:
+    (project / "config.json").write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))
+    (project / "tests" / "test_plan_of_int8.py").write_text(PLANS)
+    tests = ("tests/laws/test_quantizers.py", "tests/test_architecture.py", "tests/test_plan_of_int8.py")
+    selected = ("-n", "0", "-q", "-k", "int8 or table_key or readme_draws or (test_architecture and quant)")
     process = subprocess.run(
-        [sys.executable, *arguments], cwd=project, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "pytest", *selected, *tests], cwd=project, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(project)},
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-    return process.stdout
-
-
-def test_the_kind_of_the_page_passes_the_laws_of_its_table(project: Path) -> None:
-    tests = ("tests/laws/test_quantizers.py", "tests/test_architecture.py")
-    selected = ("-n", "0", "-q", "-k", "int8 or table_key or readme_draws")
-    assert run_python(project, "-m", "pytest", *selected, *tests).count(".") > 40, (
-        "the laws did not run on the new kind"
-    )
-
-
-def test_the_planner_uses_the_kind_without_another_edit(project: Path) -> None:
-    (project / "config.json").write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))
-    packed = {}
-    for kind in ("int8", "nf4"):
-        plan = run_python(
-            project, "-m", "qlora", "plan", "config.json", "--gpu", "80GiB", "--json", f"quant.kind={kind}"
-        )
-        packed[kind] = json.loads(plan)["owners"]["packed_base"]
-    # One byte per weight against a half, and in both the same bytes for the absmax of each block of 64.
-    assert packed["int8"] / packed["nf4"] == pytest.approx((1 + 1 / 64) / (0.5 + 1 / 64), rel=1e-3)
+    assert process.stdout.count(".") > 41, "the laws did not run on the new kind"

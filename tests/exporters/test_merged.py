@@ -35,6 +35,7 @@ def logits(model: Any) -> Tensor:
     return logits_of(model, IDS).float()
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_merged_model_is_the_trained_one(runs: Any, family: str, tmp_path: Path) -> None:
     loaded = load_run(str(runs.train(family)))
@@ -51,6 +52,7 @@ def test_the_merged_model_is_the_trained_one(runs: Any, family: str, tmp_path: P
     assert answer["bytes"] == sum(value.numel() * value.itemsize for value in written.values())
 
 
+@pytest.mark.sample(of=3, every=("kind", "adapter"))
 @pytest.mark.parametrize("kind", ["fp4", "dense"])
 @pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
 def test_every_quantizer_and_adapter_can_be_merged(runs: Any, kind: str, adapter: str, tmp_path: Path) -> None:

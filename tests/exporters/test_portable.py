@@ -49,6 +49,7 @@ def peft_logits(zoo: Zoo, adapter: Path) -> Tensor:
     return logits(PeftModel.from_pretrained(load_plain(zoo(FAMILY)), adapter).eval())
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_equals_the_original_in_peft_without_scaling_or_patterns(zoo: Zoo, name: str, tmp_path: Path) -> None:
     source = write_with_peft(zoo, tmp_path / "source", SETTINGS[name])

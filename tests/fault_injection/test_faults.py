@@ -42,17 +42,17 @@ def test_a_kill_at_any_call_of_a_save_loses_no_checkpoint(seed: int, tmp_path: P
 
 
 def test_a_kill_at_any_moment_of_a_run_loses_no_checkpoint(zoo: Zoo, seed: int, tmp_path: Path) -> None:
-    result = kills.kill_at_moments(zoo("llama"), tmp_path, 6, seed, no_report)
-    assert result.clean and result.kills == 6, result
+    result = kills.kill_at_moments(zoo("llama"), tmp_path, 3, seed, no_report)
+    assert result.clean and result.kills == 3, result
 
 
-@pytest.mark.parametrize(("world", "count"), [(1, 4), (2, 1)])
+@pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1)])
 def test_no_non_finite_value_is_ever_written(zoo: Zoo, seed: int, world: int, count: int, tmp_path: Path) -> None:
     result = non_finite.inject_non_finite(zoo("llama"), tmp_path, count, seed, no_report, world)
     assert result.clean and result.runs == count, result
 
 
-@pytest.mark.parametrize(("world", "count"), [(1, 4), (2, 1)])
+@pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1)])
 def test_a_signal_in_any_phase_leaves_an_exact_checkpoint(
     zoo: Zoo, seed: int, world: int, count: int, tmp_path: Path
 ) -> None:
@@ -66,9 +66,9 @@ def test_a_failed_rank_ends_the_others_and_is_reported_once(zoo: Zoo, seed: int,
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(zoo: Zoo, seed: int, tmp_path: Path) -> None:
-    """Every optimizer once, with random packing, dropout and world size; `make faults` has all combinations."""
+    """Two optimizers, with random packing, dropout and world size; `make faults` has all combinations."""
     rng, cases = random.Random(seed), list(resume_difference.cases())
-    selection = [rng.choice(cases[first : first + 8]) for first in range(0, len(cases), 8)]
+    selection = [rng.choice(cases[first : first + 8]) for first in rng.sample(range(0, len(cases), 8), 2)]
     result = resume_difference.resume_all(zoo("llama"), tmp_path, selection, (3,), no_report)
     assert result.clean and result.resumes == len(selection), result
 
@@ -106,8 +106,8 @@ def test_no_file_name_leads_out_of_its_folder(workspace: malicious_files.Workspa
 
 
 def test_no_chat_template_hangs_or_escapes_its_sandbox(seed: int, tmp_path: Path) -> None:
-    result = hostile_templates.render_all(tmp_path, slice(seed % 4, None, 4), no_report)
-    assert result.clean and result.templates >= 10, result
+    result = hostile_templates.render_all(tmp_path, slice(seed % 8, None, 8), no_report)
+    assert result.clean and result.templates >= 5, result
 
 
 def test_no_secret_is_written(zoo: Zoo, seed: int, tmp_path: Path) -> None:

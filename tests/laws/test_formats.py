@@ -32,6 +32,8 @@ RECORDS = {  # of each format: the fields of a record, and its trained texts
     "completion": ({"prompt": "Once", "completion": "upon"}, ["upon"]),
     "text": ({"text": "Once upon a time"}, ["Once upon a time"]),
     "tokens": ({"input_ids": [72, 105], "labels": [-100, 105]}, None),
+    "preference": ({"prompt": "Once", "chosen": "upon", "rejected": "never"}, ["upon"]),
+    "feedback": ({"prompt": "Once", "completion": "upon", "label": True}, ["upon"]),
 }
 WRONG = [None, 7, True, 1.5, [], {}, [7], [None], ["x"], [[["x"]]], {"a": 1}, "", " "]
 EACH_FORMAT = pytest.mark.parametrize("kind", list(FORMATS))
@@ -56,7 +58,8 @@ def test_every_format_has_a_record_here() -> None:
 @EACH_FORMAT
 def test_a_format_matches_its_own_columns_and_auto_detects_it(kind: str) -> None:
     fields, _ = RECORDS[kind]
-    assert [name for name in FORMATS if FORMATS[name]().matches(fields)] == [kind]
+    also = ["completion"] if kind == "feedback" else []  # a label is read where the objective asks for one
+    assert [name for name in FORMATS if FORMATS[name]().matches(fields)] == [*also, kind]
     first, second = (read_messages(make_record(fields), name) for name in (kind, "auto"))
     assert [m.role for m in first] == [m.role for m in second]
 

@@ -14,7 +14,7 @@ from qlora.memory.planner.config_reader import shapes_of
 from qlora.memory.planner.overhead import UNTRACKED
 from qlora.memory.planner.workload import Workload
 
-FROZEN = ("packed_base", "embeddings", "head", "norms", "vision", "adapters")
+FROZEN = ("packed_base", "embeddings", "head", "norms", "adapters")
 BF16, F32 = torch.bfloat16, torch.float32
 OTHERS: dict[str, dict[str, Any]] = {
     "Pythia-6.9B": {"model_type": "gpt_neox", "hidden_size": 4096, "num_attention_heads": 32,
@@ -60,10 +60,12 @@ def assert_close(work: Workload, measured: Measured) -> None:
     assert sum(frozen[name] for name in FROZEN) == pytest.approx(
         measured.static, rel=1e-4
     )  # the bytes of the absmax offsets
-    assert kept_bytes(work) == pytest.approx(measured.kept, rel=0.001)  # the statistics of the norms
+    kept = kept_bytes(work, work.shapes.kinds[-1])
+    assert kept == pytest.approx(measured.kept, rel=0.001)  # the statistics of the norms
     assert planned_step(work) == pytest.approx(measured.static + max(measured.loss, measured.backward), rel=0.03)
 
 
+@pytest.mark.sample(of=3, every=("name",))
 @pytest.mark.parametrize(
     "options", [{"length": 640}, {"recompute": 0}, {"recompute": 1, "sequences": 2, "documents": 4}], ids=str
 )
@@ -72,6 +74,7 @@ def test_the_plan_equals_the_dry_run(name: str, options: dict[str, Any]) -> None
     assert_close(*workload_and_dry_run(CONFIGS[name], BF16, **options))
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, BF16) for name in OTHERS), ("Gemma-7B", F32), ("Gemma-3-4B", F32)], ids=str
 )
@@ -88,6 +91,7 @@ QUICK, LARGE = ("Llama-2-7B", "Llama-3.1-8B", "Qwen2-1.5B"), ("Qwen3-32B", "Llam
 GPU = [(name, *sizes) for name in QUICK + LARGE for sizes in ((2048, 2), (8192, 0), (8192, 2), (32768, 2))]
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize(
     ("name", "length", "recompute"),
     [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in LARGE and case[1] > 8192 else []) for case in GPU],
@@ -99,7 +103,7 @@ def test_the_plan_of_a_gpu_equals_the_dry_run(name: str, length: int, recompute:
     peak = max(measured.loss, measured.backward)
     assert planned_step(work) == pytest.approx(measured.static + peak, rel=0.03)
     assert planned_step(work) - measured.static == pytest.approx(peak, rel=0.05)
-    assert kept_bytes(work) == pytest.approx(measured.kept, rel=0.001)
+    assert kept_bytes(work, work.shapes.kinds[-1]) == pytest.approx(measured.kept, rel=0.001)
 
 
 NEWER: dict[str, dict[str, Any]] = {
@@ -109,8 +113,9 @@ NEWER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("name", NEWER)
 def test_the_plan_of_newer_families_equals_the_dry_run_of_a_gpu(name: str) -> None:
     work, measured = workload_and_dry_run(NEWER[name], BF16, length=2048, gpu=True)
-    assert kept_bytes(work) == pytest.approx(measured.kept, rel=0.001)
+    assert kept_bytes(work, work.shapes.kinds[-1]) == pytest.approx(measured.kept, rel=0.001)
     assert planned_step(work) == pytest.approx(measured.static + max(measured.loss, measured.backward), rel=0.015)

@@ -41,7 +41,7 @@ def block(inputs: list[Tensor], starts: Starts, window: int | None, branches: Br
     return [out, *torch.autograd.grad(out, inputs[:3], inputs[3])]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data(), groups=st.sampled_from([1, 2]), repeat=st.sampled_from([1, 3]), length=st.integers(1, 300))
 def test_block_attention_is_masked_attention(data: Any, groups: int, repeat: int, length: int) -> None:
     starts, branches = zip(*data.draw(st.lists(layouts(length), min_size=1, max_size=3)), strict=True)

@@ -53,6 +53,7 @@ def copy_with(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], 
     return target
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_loaded_as_transformers_loads_it(zoo: Zoo, family: str, dtype: str) -> None:

@@ -13,7 +13,7 @@ from support.small_runs import adapter_tensors, metrics, recipe_of, run
 from transformers import AutoModelForCausalLM
 
 from qlora.data.batching.collate import collate
-from qlora.data.batching.packing import join_documents
+from qlora.data.batching.join import join_documents
 from qlora.data.types import Example
 from qlora.model import Model
 from qlora.model.frozen_digest import frozen_sha256

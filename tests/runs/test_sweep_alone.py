@@ -29,17 +29,28 @@ DIFFERENT = {
 }
 
 
+GROUPS = (("plain", "seed", "dora", "pissa"), ("narrow", "packed", "short", "eights"))
+
+
+@pytest.mark.sample(of=2)
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_every_variant_equals_its_run_alone(zoo: Zoo, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "group",
+    [*GROUPS, pytest.param((*DIFFERENT,), marks=pytest.mark.slow)],
+    ids=lambda group: group[0] + str(len(group)),
+)
+def test_every_variant_equals_its_run_alone(zoo: Zoo, tmp_path: Path, dtype: str, group: tuple[str, ...]) -> None:
+    variants = {name: DIFFERENT[name] for name in group}
     sweep = Sweep(zoo("llama"), tmp_path, *SAVING, f"model.dtype={dtype}")
-    result = sweep.train_together(file=DIFFERENT)
+    result = sweep.train_together(file=variants)
     assert result.failure is None
-    names = sweep.train_alone(file=DIFFERENT)
-    assert names == list(DIFFERENT)
+    names = sweep.train_alone(file=variants)
+    assert names == [*group] and sorted(sum(GROUPS, ())) == sorted(DIFFERENT)
     sweep.assert_same_runs(names)
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize("policy", [("memory.recompute=all",), ("memory.weights=stream", "model.dtype=float16")])
 def test_every_variant_equals_its_run_alone_under_any_policy(zoo: Zoo, tmp_path: Path, policy: tuple[str, ...]) -> None:
@@ -48,6 +59,7 @@ def test_every_variant_equals_its_run_alone_under_any_policy(zoo: Zoo, tmp_path:
     sweep.assert_same_runs(sweep.train_alone("adapter.kind=lora,dora"))
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize(("step", "log_every"), [(2, 1), (7, 1), (6, 3)])
 def test_after_a_signal_every_variant_has_an_exact_checkpoint_to_resume(

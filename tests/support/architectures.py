@@ -26,6 +26,16 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16, "mamba_expand": 2}
+GATED_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SPARSE_DELTA = {**GATED_DELTA, **FEW_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+                "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
 ENCODER = {"is_decoder": True}
 OVERRIDES: dict[str, dict[str, Any]] = {  # what the sizes alone do not make consistent
     "bamba": {**MAMBA, "attn_layer_indices": [1], "attn_rotary_emb": 16},
@@ -42,8 +52,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # what the sizes alone do not make con
                  "qk_rope_head_dim": 16, "v_head_dim": 16, "dim_model_base": 32},
     "youtu": {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
               "qk_rope_head_dim": 16, "v_head_dim": 16},
-    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-                     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "qwen3_5_text": {**GATED_DELTA, "layer_types": ["linear_attention", "full_attention"]},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "lara_mini"), SPARSE_DELTA),
+    "granitemoehybrid": {**MAMBA, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96,
+                         "layer_types": ["mamba", "attention"]},
+    "jamba": {"mamba_d_state": 16, "attn_layer_period": 2, "attn_layer_offset": 1, **FEW_EXPERTS},
+    "kimi_linear": {**LATENT, **FEW_EXPERTS, "num_experts_per_token": 2, "moe_intermediate_size": 32,
+                    "linear_head_dim": 16, "linear_num_heads": 4, "num_key_value_heads": 4,
+                    "layer_types": ["linear_attention", "full_attention"]},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 32,
+                   "num_hidden_layers": 3, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16,
+                   "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "n_routed_experts": 4},
+    "lfm2_moe": {**FEW_EXPERTS, "moe_intermediate_size": 32, "num_dense_layers": 1,
+                 "layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"is_decoder": True, "attention_head_size": 16, "axial_pos_shape": [16, 16],
                  "axial_pos_embds_dim": [32, 32], "num_buckets": 2, "lsh_attn_chunk_length": 16,
@@ -59,9 +80,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # what the sizes alone do not make con
                  "shape_embed_dim": 32},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "attention_hidden_size": 128,
               "attention_head_dim": 32, "mamba_d_state": 16, "mamba_dt_rank": 4},
-    "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
-               "n_mamba_heads": 4, "mamba_headdim": 32, "mamba_ngroups": 1, "chunk_size": 16},
+    "zamba2": {"num_hidden_layers": 4, "num_mem_blocks": 2, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+               "mamba_d_state": 16, "n_mamba_heads": 4, "mamba_headdim": 32, "mamba_ngroups": 1, "chunk_size": 16},
 }  # fmt: skip
+
+
+EXPERTS: dict[str, Any] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "moe_layer_start_index", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+}
+
+
+def expert_settings(kind: str) -> dict[str, Any]:
+    """Few small experts, in the fields that the configuration of `kind` has."""
+    config = tiny_config(kind)
+    return {name: value for name, value in EXPERTS.items() if hasattr(config, name)}
 
 
 def tiny_config(kind: str, overrides: Mapping[str, Any] | None = None) -> Any:

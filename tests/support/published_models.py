@@ -6,10 +6,12 @@ from qlora.adapters import Adapter
 from qlora.data import Data
 from qlora.memory.planner.config_reader import shapes_of
 from qlora.memory.planner.shapes import Shapes
-from qlora.memory.planner.workload import AdapterSizes, Workload
+from qlora.memory.planner.workload import Workload
 from qlora.model import Model
 from qlora.quant import Quant, build_quantizer
+from qlora.recipe.planning import adapter_sizes
 from qlora.training import Optim, Train
+from support.published_configs import NEW_CONFIGS
 
 
 def _llama(vocabulary: int, hidden: int, mlp: int, layers: int, *heads: int) -> dict[str, Any]:
@@ -32,8 +34,8 @@ GPU: dict[str, Any] = {"device": "cuda", "dtype_bytes": 2}
 
 
 def work_of(name: str, **options: Any) -> Workload:
-    """The workload of a model of CONFIGS or LARGE on a GPU; options as in `workload`."""
-    return workload(shapes_of((CONFIGS | LARGE)[name], name), **options)
+    """The workload of a model of CONFIGS, LARGE or NEW_CONFIGS on a GPU; options as in `workload`."""
+    return workload(shapes_of((CONFIGS | LARGE | NEW_CONFIGS)[name], name), **options)
 
 
 def workload(shapes: Shapes, **options: Any) -> Workload:
@@ -41,7 +43,7 @@ def workload(shapes: Shapes, **options: Any) -> Workload:
     adapter, data, model, optim, train = Adapter(), Data(train="-"), Model(name="-"), Optim(), Train()
     rank = options.pop("rank", adapter.rank)
     defaults: dict[str, Any] = {
-        "adapters": AdapterSizes(shapes.matrices, adapter.kind, rank, dropout=adapter.dropout > 0),
+        "adapters": adapter_sizes(adapter.model_copy(update={"rank": rank}), shapes),
         "quantizer": build_quantizer(Quant()),
         "optimizer": optim.kind,
         "micro_batch": train.micro_batch,

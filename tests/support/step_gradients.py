@@ -33,9 +33,9 @@ class Recorder(torch.optim.Optimizer):
         self.gradients = [p.grad.detach().clone() for p in self.param_groups[0]["params"] if p.grad is not None]
 
 
-def job_of(model: Path, folder: Path, *overrides: str, records: int = 8) -> Job:
-    """A job on a tiny model with random adapters, without gradient clipping."""
-    data = write_records(folder / "records.jsonl", records, max_words=9)
+def job_of(model: Path, folder: Path, *overrides: str, records: int = 8, data: Path | None = None) -> Job:
+    """A job on a tiny model with random adapters, without gradient clipping; data: None writes `records` records."""
+    data = data or write_records(folder / "records.jsonl", records, max_words=9)
     options = ("optim.max_grad_norm=null", "train.max_steps=1", f"train.global_batch={records}", *overrides)
     recipe = recipe_of(model, data, folder / "run", *options)
     log = Log(folder / "run", quiet=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training.test_document_isolation import HAVE_SDPA, loss_of
 
 from qlora.data.batching.collate import collate
-from qlora.data.batching.packing import join_documents
+from qlora.data.batching.join import join_documents
 from qlora.data.prefix_tree import paths_of
 from qlora.data.types import Example
 from qlora.errors import DataError

@@ -1,7 +1,7 @@
 """Collate: sequences padded into the tensors of a micro-batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +49,11 @@ class Batch:
         return self.trained.shape[1]
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """What a step's loss is divided by, tokens without padding, tokens that bear loss; a step adds them up."""
+        return self.trained_tokens, self.tokens, self.trained_tokens
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """The positional arguments of TokenLoss.forward."""
         return self.input_ids, self.labels, self.position_ids, self.layout, self.trained
@@ -58,13 +63,13 @@ class Batch:
         ids, labels, positions, trained = (
             send(tensor, device) for tensor in (self.input_ids, self.labels, self.position_ids, self.trained)
         )
-        batch = Batch(ids, labels, positions, self.tokens, self.layout)
+        batch = replace(self, input_ids=ids, labels=labels, position_ids=positions)
         batch.__dict__["trained"] = trained  # else the device would be asked for the positions
         return batch
 
     def without_loss(self) -> "Batch":
         """The batch without labels, for a rank that has no sequences left and must still take part."""
-        return Batch(self.input_ids, torch.full_like(self.labels, IGNORED), self.position_ids, layout=self.layout)
+        return replace(self, labels=torch.full_like(self.labels, IGNORED), tokens=0)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -18,6 +18,8 @@ DTYPES = {  # of each column, little-endian on every machine. `ends` of a ragged
     "ends": "<i8",  # tokens up to the end of each example
     "branches": "<i8",  # start and parent of each branch of all examples
     "branch_ends": "<i8",  # branches up to the end of each example
+    "sides": "<i8",  # start and role of each side of all examples
+    "side_ends": "<i8",  # sides up to the end of each example
     "where": "|u1",  # UTF-8 of the examples' file:line
     "where_ends": "<i8",
     "train_order": "<i8",  # examples in the order in which the training sequences hold them

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora.data.batching.column_store import Array, Columns
-from qlora.data.batching.packing import join_documents
-from qlora.data.types import IGNORED, Branch, Example
+from qlora.data.batching.join import join_documents
+from qlora.data.types import IGNORED, Branch, Example, Side
 
 Indices = npt.NDArray[np.int64]
 
 _SCANNED = 2**22  # token ids of a memory map looked at at a time
-EXAMPLE_COLUMNS = ("ids", "trained", "ends", "branches", "branch_ends", "where", "where_ends")
+EXAMPLE_COLUMNS = ("ids", "trained", "ends", "branches", "branch_ends", "sides", "side_ends", "where", "where_ends")
 
 
 class ExampleWriter:
@@ -25,13 +25,14 @@ class ExampleWriter:
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self._tokens = self._branches = self._where_bytes = self.count = 0
+        self._tokens = self._branches = self._sides = self._where_bytes = self.count = 0
 
     def add(self, example: Example) -> None:
         """Append one example. Labels are stored as flags: each is the token itself or IGNORED."""
         where = np.frombuffer(example.where.encode("utf-8", "surrogateescape"), dtype=np.uint8)
         self._tokens += len(example)
         self._branches += len(example.branches)
+        self._sides += len(example.sides)
         self._where_bytes += len(where)
         self.count += 1
         self._columns.append("ids", example.input_ids)
@@ -39,6 +40,8 @@ class ExampleWriter:
         self._columns.append("ends", np.array([self._tokens]))
         self._columns.append("branches", np.array(example.branches, dtype=np.int64).ravel())
         self._columns.append("branch_ends", np.array([self._branches]))
+        self._columns.append("sides", np.array(example.sides, dtype=np.int64).ravel())
+        self._columns.append("side_ends", np.array([self._sides]))
         self._columns.append("where", where)
         self._columns.append("where_ends", np.array([self._where_bytes]))
 
@@ -47,9 +50,11 @@ class ExampleStore(Sequence[Example]):
     """The examples that an ExampleWriter wrote."""
 
     def __init__(self, columns: Mapping[str, Array]) -> None:
-        arrays = (columns[name] for name in EXAMPLE_COLUMNS)
-        self._ids, self._trained, self._ends, branches, self._branch_ends, self._where, self._where_ends = arrays
-        self._branches = branches.reshape(-1, 2)
+        self._ids, self._trained, self._ends, branches, self._branch_ends, *others = (
+            columns[name] for name in EXAMPLE_COLUMNS
+        )
+        sides, self._side_ends, self._where, self._where_ends = others
+        self._branches, self._sides = branches.reshape(-1, 2), sides.reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -65,7 +70,11 @@ class ExampleStore(Sequence[Example]):
         span = _span(self._ends, range(len(self))[index])
         ids = np.array(self._ids[span], dtype=np.int32)
         labels = np.where(self._trained[span], ids, np.int32(IGNORED))
-        return Example(self.where(index), ids, labels, branches=self.branches(index))
+        where, branches, sides = self.where(index), self.branches(index), self.sides(index)
+        # Sides that share no prefix are documents.
+        boundaries = () if branches else tuple(side.start for side in sides[1:])
+        origins = (where,) * len(sides) if boundaries else ()
+        return Example(where, ids, labels, boundaries, origins, branches, sides)
 
     def first_with_id_from(self, limit: int) -> tuple[int, int] | None:
         """The first example with a token id of at least `limit`, and that id; None if there is none."""
@@ -80,6 +89,11 @@ class ExampleStore(Sequence[Example]):
         """The branches of example `index`."""
         pairs = self._branches[_span(self._branch_ends, range(len(self))[index])]
         return tuple(Branch(start, parent) for start, parent in pairs.tolist())
+
+    def sides(self, index: int) -> tuple[Side, ...]:
+        """The sides of example `index`."""
+        pairs = self._sides[_span(self._side_ends, range(len(self))[index])]
+        return tuple(Side(start, role) for start, role in pairs.tolist())
 
     def where(self, index: int) -> str:
         """The file:line of example `index`."""

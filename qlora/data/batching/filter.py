@@ -136,7 +136,12 @@ def filter_example(
     elif isinstance(result, RecordError):
         examples.drop(record.where, result.reason, result.detail)
     elif result is not None:
-        _filter_by_length(examples, record, result, section, fit_length(result, section, shares_prefixes))
+        try:
+            fitted = fit_length(result, section, shares_prefixes)
+        except RecordError as error:
+            examples.drop(record.where, error.reason, error.detail)
+            return
+        _filter_by_length(examples, record, result, section, fitted)
 
 
 def _filter_by_length(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from qlora.data.batching.split_text import split
 from qlora.data.conversations.build_example import Encoded
+from qlora.data.pairs import apart
 from qlora.data.prefix_tree import count_answers, paths_of, split_tree
 from qlora.data.types import TEXT, TOKENS, Example
 
@@ -25,9 +26,12 @@ def fit_length(encoded: Encoded, section: "Data", shares_prefixes: bool = True) 
     """The examples of a record, each of at most max_length tokens.
 
     Plain text is split. A prefix tree above max_length becomes several; without `shares_prefixes`, each answer is an
-    example of its own. Otherwise data.overlong decides: left out, or truncated if trained tokens remain.
+    example of its own. Otherwise data.overlong decides: left out, or truncated if trained tokens remain. An example
+    of sides is whole or left out: a preference for a whole answer says nothing about a part of it.
     """
     example = encoded.example
+    if example.sides:
+        return _fit_sides(example, section, shares_prefixes)
     if example.branches:
         return _fit_tree(example, section, shares_prefixes)
     if len(example) <= section.max_length:
@@ -37,6 +41,15 @@ def fit_length(encoded: Encoded, section: "Data", shares_prefixes: bool = True) 
         return FittedRecord(split(example, section.max_length))
     short = [] if section.overlong != "truncate" else _truncated([example], section.max_length)
     return FittedRecord(short, truncated=bool(short))
+
+
+def _fit_sides(example: Example, section: "Data", shares_prefixes: bool) -> FittedRecord:
+    example = example if shares_prefixes else apart(example)
+    in_one_row = shares_prefixes or section.packing
+    ends = [*example.document_starts()[1:], len(example)]
+    lengths = [end - start for start, end in zip(example.document_starts(), ends, strict=True)]
+    longest = sum(lengths) if in_one_row else max(lengths)
+    return FittedRecord([example] if longest <= section.max_length else [])
 
 
 def _fit_tree(example: Example, section: "Data", shares_prefixes: bool) -> FittedRecord:

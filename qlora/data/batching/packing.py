@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qlora.data.types import Branch, Example
+from qlora.data.batching.join import join_documents
+from qlora.data.types import Branch, Example, Side
 
 Indices = npt.NDArray[np.int64]
 
@@ -52,31 +53,6 @@ def best_fit(lengths: Indices, max_length: int) -> tuple[Indices, Indices]:
     return longest_first[np.argsort(group_of, kind="stable")], np.cumsum(np.bincount(group_of, minlength=groups))
 
 
-def join_documents(examples: Sequence[Example]) -> Example:
-    """One sequence of several examples, in order."""
-    if len(examples) == 1:
-        return examples[0]
-    starts = np.cumsum([0, *(len(example) for example in examples[:-1])])
-    boundaries = [
-        int(start) + inner
-        for start, example in zip(starts, examples, strict=True)
-        for inner in example.document_starts()
-    ]
-    branches = [
-        Branch(int(start) + branch.start, int(start) + branch.parent if branch.parent >= 0 else -1)
-        for start, example in zip(starts, examples, strict=True)
-        for branch in example.branches
-    ]
-    return Example(
-        where=f"{examples[0].where} and {len(examples) - 1} more",
-        input_ids=np.concatenate([example.input_ids for example in examples]),
-        labels=np.concatenate([example.labels for example in examples]),
-        boundaries=tuple(boundaries[1:]),
-        origins=tuple(origin for example in examples for origin in (example.origins or (example.where,))),
-        branches=tuple(branches),
-    )
-
-
 def split_documents(sequence: Example) -> list[Example]:
     """The documents of a packed sequence as examples: the inverse of `join_documents`."""
     if not sequence.boundaries:
@@ -90,4 +66,6 @@ def _document(sequence: Example, origin: str, start: int, end: int) -> Example:
     """The document start..end as an example, with its branches counted from its start."""
     own = (branch for branch in sequence.branches if start <= branch.start < end)
     branches = tuple(Branch(branch.start - start, max(-1, branch.parent - start)) for branch in own)
-    return Example(origin, sequence.input_ids[start:end], sequence.labels[start:end], branches=branches)
+    sides = tuple(Side(side.start - start, side.role) for side in sequence.sides if start <= side.start < end)
+    ids, labels = sequence.input_ids[start:end], sequence.labels[start:end]
+    return Example(origin, ids, labels, branches=branches, sides=sides)

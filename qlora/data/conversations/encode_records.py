@@ -6,16 +6,25 @@ from functools import cache, partial
 from itertools import islice
 from typing import Protocol
 
-from qlora.data import FORMATS
+from qlora.data import FORMATS, SIDED_FORMATS
 from qlora.data.conversations import worker_pool
 from qlora.data.conversations.build_example import Encoded
+from qlora.data.conversations.encode_sides import join_sides
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.reading import loss_keys
 from qlora.data.reading.tracked_fields import TrackedFields
 from qlora.data.types import BadRecord, Message, Record, RecordError
 
 CHUNK_RECORDS, CHUNK_CHARS = 512, 2**20  # encoded together, at most; a single record may be longer
-_DETECTION_ORDER = ("tokens", "messages", "sharegpt", "alpaca", "completion", "text")  # most specific columns first
+_DETECTION_ORDER = (
+    "tokens",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "completion",
+    "text",
+    "preference",
+)  # most specific first
 
 RawRecord = Record | BadRecord
 EncodeResult = Encoded | RecordError | None  # None for a BadRecord
@@ -23,10 +32,11 @@ EncodeResult = Encoded | RecordError | None  # None for a BadRecord
 
 @dataclass(frozen=True, slots=True)
 class _Parsed:
-    """The messages of a record, and the keys that its format did not read."""
+    """The conversations of a record, and the keys that its format did not read."""
 
-    messages: list[Message]
+    conversations: list[list[Message]]
     unread: tuple[str, ...]
+    roles: tuple[int, ...] = ()  # of the conversations, where they are sides
 
 
 class Format(Protocol):
@@ -83,9 +93,14 @@ def _size(value: object) -> int:
 def encode_chunk(chunk: Sequence[RawRecord], kind: str, encoder: Encoder) -> list[EncodeResult]:
     """The encoding of each record of `chunk`, or the reason why it has none."""
     parsed = [_parse(record, kind) if isinstance(record, Record) else None for record in chunk]
-    items = [(record.where, p.messages) for record, p in zip(chunk, parsed, strict=True) if isinstance(p, _Parsed)]
-    encoded = iter(encoder.encode_batch(items))
-    return [_with_unread(next(encoded), p.unread) if isinstance(p, _Parsed) else p for p in parsed]
+    records = [(record.where, p) for record, p in zip(chunk, parsed, strict=True) if isinstance(p, _Parsed)]
+    encoded = iter(encoder.encode_batch([(where, item) for where, p in records for item in p.conversations]))
+    results = iter([_joined(p, list(islice(encoded, len(p.conversations)))) for _, p in records])
+    return [next(results) if isinstance(p, _Parsed) else p for p in parsed]
+
+
+def _joined(parsed: _Parsed, encoded: Sequence[Encoded | RecordError]) -> Encoded | RecordError:
+    return _with_unread(join_sides(encoded, parsed.roles) if parsed.roles else encoded[0], parsed.unread)
 
 
 def read_messages(record: Record, kind: str) -> list[Message]:
@@ -116,10 +131,16 @@ def _format(kind: str) -> Format:
 
 def _parse(record: Record, kind: str) -> _Parsed | RecordError:
     try:
-        kind = _kind_of(record, kind)
+        resolved = _kind_of(record, kind)
         fields = TrackedFields(record.fields)
-        messages = read_messages(Record(record.where, fields), kind)
-        return _Parsed(messages, fields.unread())
+        if resolved not in SIDED_FORMATS:
+            messages = read_messages(Record(record.where, fields), resolved)
+            return _Parsed([messages], fields.unread())
+        if kind == "auto":
+            raise RecordError("answers compared", f"the columns are those of data.format: {resolved}")
+        sides = _format(resolved).sides(Record(record.where, fields))  # type: ignore[attr-defined]
+        conversations = [loss_keys.with_record_flags(fields, messages) for _, messages in sides]
+        return _Parsed(conversations, fields.unread(), tuple(role for role, _ in sides))
     except RecordError as error:
         return error
 

@@ -6,7 +6,8 @@ compute dtype, T tokens of a micro-batch, H hidden and V vocabulary size, N trai
     component              bytes                                                        phases
     packed_base            quantizer.stored_bytes of the resident layers / n            all
     embeddings, head       V H b each / n; 0 for a tied head or an embedding on the host all
-    norms, vision          their values * b (norms and biases / n)                      all
+    norms                  norms and biases: values * b / n                             all
+    routers                routers, gates, convolutions and the like in 16 bits: values * b / n  all
     adapters               4 N; pissa keeps the initial A and B too                     all but load
     optimizer              moments on the device (optimizer_state.py)                   all but load
     gradients              4 N, with several ranks a DDP bucket more                    loss, backward, update
@@ -23,6 +24,7 @@ compute dtype, T tokens of a micro-batch, H hidden and V vocabulary size, N trai
 The formulas of activations are in activations.py; the names are those of `qlora plan --json`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from qlora.memory.planner.activations import (
@@ -38,11 +40,14 @@ from qlora.memory.planner.activations import (
 from qlora.memory.planner.cost_model import boundary_bytes, offloaded_bytes
 from qlora.memory.planner.optimizer_state import checkpoint_copies, device_moments, host_moments, moment_bytes
 from qlora.memory.planner.overhead import RUNTIME_BYTES, UNTRACKED, overhead
+from qlora.memory.planner.shapes import Layer
 from qlora.memory.planner.workload import Workload
 
 Components = dict[str, int]
 
-PERSISTENT = ("packed_base", "embeddings", "head", "norms", "vision", "adapters", "gradients", "optimizer")
+PERSISTENT = (
+    "packed_base", "embeddings", "head", "norms", "routers", "adapters", "gradients", "optimizer",
+)  # fmt: skip
 TRANSIENT = (
     "boundaries", "kept_activations", "layer_working_set", "logits_chunk", "dequantisation_buffer", "stream_buffers",
     "gathered",
@@ -63,8 +68,10 @@ def host_bytes(work: Workload) -> int:
     """Host memory of a GPU's rank: process, streamed layers, moments, and the largest of what is there in turn."""
     shapes, b = work.shapes, work.dtype_bytes
     embeddings = shapes.embedding * b if work.embedding_on_host else 0
-    reading = 2 * max(shapes.embedding, *(matrix.weights for matrix in shapes.block))
-    streamed = _shard(work.streamed * work.layer_bytes, work)
+    if work.device == "cuda":
+        embeddings += shapes.layer_table * b
+    reading = 2 * max(shapes.embedding, shapes.widest)
+    streamed = _shard(work.streamed_bytes, work)
     in_turn = max(offloaded_bytes(work), reading, checkpoint_copies(work))
     return RUNTIME_BYTES + streamed + embeddings + host_moments(work) + in_turn
 
@@ -91,8 +98,9 @@ def _phases(work: Workload) -> dict[str, Components]:
     adapters = {"adapters": work.adapters.held_bytes + work.waiting.adapters}
     idle = frozen | adapters | {"optimizer": device_moments(work, updating=False)}
     training = idle | {"gradients": _gradient_bytes(work)}
-    keeping = work.shapes.layers - max(work.recomputed, work.offloaded)
-    saved = {"boundaries": _boundaries(work), "kept_activations": keeping * kept_bytes(work)}
+    keeping = work.shapes.kinds_in(range(max(work.recomputed, work.offloaded), work.shapes.layers))
+    kept = sum(count * kept_bytes(work, layer) for layer, count in keeping)
+    saved = {"boundaries": _boundaries(work), "kept_activations": kept}
     weights = {
         "dequantisation_buffer": max(work.dequantized_bytes, full.inside),
         "stream_buffers": _stream_buffers(work),
@@ -132,7 +140,7 @@ def _gathered(work: Workload) -> Components:
     An all-gather arrives in one buffer and is then copied to its layout, so that for a moment it takes twice the bytes.
     """
     shapes, b = work.shapes, work.dtype_bytes
-    layer = work.layer_bytes + (shapes.norms + shapes.biases) * b // shapes.layers
+    layer = work.widest_layer_bytes + (shapes.norms + shapes.biases + shapes.kept_16bit) * b // shapes.layers
     ends = max(shapes.embedding, shapes.head) * b
     load = max(layer, ends) * (2 if work.sharded else 1) if work.processes > 1 or work.sharded else 0
     if not work.sharded:
@@ -150,30 +158,43 @@ def _backward(work: Workload, saved: Components) -> Components:
 
     `saved`: what forward left.
     """
-    fetched = min(IN_FLIGHT, max(0, work.offloaded - work.recomputed)) * kept_bytes(work)
+    in_flight = range(work.recomputed, work.offloaded)
+    fetched = min(IN_FLIGHT, len(in_flight)) * _largest(work, in_flight, kept_bytes)
     kept = max(saved["kept_activations"], fetched)
-    recomputed = recompute_bytes(work) if work.recomputed else 0
-    working_set = backward_bytes(work) + cast_bytes(work)
-    if recomputed <= kept:
-        return saved | {"kept_activations": kept, "layer_working_set": working_set}
-    return saved | {"kept_activations": 0, "layer_working_set": recomputed + working_set}
+    recomputed = _largest(work, range(work.recomputed), _recomputed_peak)
+    keeping = range(work.recomputed, work.shapes.layers)
+    working_set = _largest(work, keeping if kept else range(work.shapes.layers), backward_bytes)
+    if recomputed <= kept + working_set:
+        return saved | {"kept_activations": kept, "layer_working_set": working_set + cast_bytes(work)}
+    return saved | {"kept_activations": 0, "layer_working_set": recomputed + cast_bytes(work)}
+
+
+def _recomputed_peak(work: Workload, layer: Layer) -> int:
+    """A layer that recomputes, in its backward."""
+    return recompute_bytes(work, layer) + backward_bytes(work, layer)
+
+
+def _largest(work: Workload, layers: range, size: Callable[[Workload, Layer], int]) -> int:
+    """The largest of the sizes of some layers; 0 for none."""
+    return max((size(work, layer) for layer, _ in work.shapes.kinds_in(layers)), default=0)
 
 
 def _frozen(work: Workload) -> Components:
-    """What is frozen; where every weight trains, only a vision tower."""
+    """What is frozen; nothing where every weight trains."""
     shapes, b = work.shapes, work.dtype_bytes
     if work.adapters.kind == "full":
-        return {"vision": shapes.vision * b}
-    embeddings = shapes.embedding * b
+        return {}
+    on_host = work.device == "cuda"  # a table that every layer reads is in host memory then
+    embeddings = (shapes.embedding + (0 if on_host else shapes.layer_table)) * b
     # On a CPU, streamed layers are in the same memory.
-    resident = shapes.layers - (work.streamed if work.device == "cuda" else 0)
+    resident = work.all_layer_bytes - (work.streamed_bytes if work.device == "cuda" else 0)
     return {
-        "packed_base": _shard(resident * work.layer_bytes, work),
+        "packed_base": _shard(resident + work.outside_bytes, work),
         # A tied embedding is not sharded: it is used first and last.
         "embeddings": 0 if work.embedding_on_host else embeddings if shapes.tied else _shard(embeddings, work),
         "head": _shard(shapes.head * b, work),
         "norms": _shard((shapes.norms + shapes.biases) * b, work),
-        "vision": shapes.vision * b,
+        "routers": _shard(shapes.kept_16bit * b, work),
     }
 
 
@@ -198,4 +219,4 @@ def _boundaries(work: Workload) -> int:
 
 def _stream_buffers(work: Workload) -> int:
     """Packed matrices of two layers, or this rank's shards of them: one in use, one being copied."""
-    return _shard(min(IN_FLIGHT, work.streamed) * work.layer_bytes, work)
+    return _shard(min(IN_FLIGHT, work.streamed) * work.widest_layer_bytes, work)

@@ -2,12 +2,17 @@
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import BaseModelError, did_you_mean
-from qlora.memory.planner.architectures import FAMILIES, NESTED, SIGLIP, ConfigSwitch, Family
-from qlora.memory.planner.shapes import ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_INPUT, Matrix, Shapes
+from qlora.errors import BaseModelError
+from qlora.memory.planner.architectures import FAMILIES, SAME, TEXT_CLASSES, TIED, WRAPPERS
+from qlora.memory.planner.config_values import ConfigValues
+from qlora.memory.planner.layer_parts import decoder_layer, layer_input_width
+from qlora.memory.planner.layer_types import layer_count, layer_parts
+from qlora.memory.planner.shapes import OTHER_INPUT, Layer, Matrix, ModelFlags, Shapes
+from qlora.memory.planner.towers import tower_values
 from qlora.model.limits import check_config_sizes
 from qlora.model.tied_head import stores_own_head
 
@@ -30,111 +35,109 @@ def shapes_of(config: Mapping[str, Any], name: str, own_head: bool = False) -> S
     `own_head`: the model's files hold a head that differs from the embedding, whatever config.json says.
     """
     check_config_sizes(config)
-    model_type = str(config.get("model_type"))
-    family = FAMILIES.get(NESTED.get(model_type, model_type))
+    model_type, text = _text_model(config, name)
+    family = FAMILIES.get(SAME.get(model_type, model_type))
     if family is None:
         raise BaseModelError(
-            f"model: {name}: config.json: the planner does not know the shapes of model_type {model_type!r}."
-            f"{did_you_mean(model_type, [*FAMILIES, *NESTED])}"
+            f"model: {name}: config.json: the planner does not know the shapes of model_type {model_type!r}, so there "
+            f"is no memory plan; a run recomputes every layer then.{_nearest(model_type)}"
         )
-    return _Reader(config, family, name, own_head).shapes()
+    return _shapes(ConfigValues(config, text, family, name), own_head)
 
 
-class _Reader:
-    """One config.json; missing keys of its text model have the family's defaults."""
+def _nearest(model_type: str) -> str:
+    """` Did you mean 'qwen3_moe'?`, if a known family is near."""
+    near = get_close_matches(model_type, {**FAMILIES, **SAME, **WRAPPERS}, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
-    def __init__(self, config: Mapping[str, Any], family: Family, name: str, own_head: bool) -> None:
-        self.config, self.family, self.name, self.own_head = config, family, name, own_head
-        self.nested = config["model_type"] in NESTED
-        text = self.section("text_config") if self.nested else config
-        self.text = {**family.defaults, **text}
 
-    def shapes(self) -> Shapes:
-        """The shapes of the whole model."""
-        hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
-        kv_heads, head_dim = self.size("num_key_value_heads", heads), self.size("head_dim", hidden // heads)
-        path = self.family.layers_path
-        return Shapes(
-            name=self.name,
-            family=self.family,
-            dtype=self.dtype(),
-            vocabulary=self.size("vocab_size"),
-            hidden=hidden,
-            intermediate=self.size("intermediate_size"),
-            layers=self.size("num_hidden_layers"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            tied=self.tied(),
-            block=self.block(hidden, heads * head_dim, kv_heads * head_dim),
-            layers_path=path.replace("model.", "model.language_model.", 1) if self.nested else path,
-            parallel=self.family.layer_norm and bool(self.text.get("use_parallel_residual", True)),
-            window=self.window(),
-            vision=self.vision(hidden) if self.nested else 0,
-        )
+def _text_model(config: Mapping[str, Any], name: str) -> tuple[str, Mapping[str, Any]]:
+    """The model_type and the configuration of the text model; of a wrapper they are in `text_config`."""
+    model_type = str(config.get("model_type"))
+    if model_type not in WRAPPERS and not isinstance(config.get("text_config"), Mapping):
+        return model_type, config
+    text = config.get("text_config") or {}
+    if not isinstance(text, Mapping):
+        raise BaseModelError(f"model: {name}: config.json: text_config is {text!r}; a JSON object is needed.")
+    return str(text.get("model_type") or WRAPPERS.get(model_type, model_type)), text
 
-    def section(self, key: str) -> Mapping[str, Any]:
-        """A nested configuration; empty if it is missing."""
-        section = self.config.get(key) or {}
-        if not isinstance(section, Mapping):
-            raise BaseModelError(f"model: {self.name}: config.json: {key} is {section!r}; a JSON object is needed.")
-        return section
 
-    def size(self, key: str, default: int | None = None, of: Mapping[str, Any] | None = None) -> int:
-        """A positive integer; the default if it is missing or null."""
-        value = (self.text if of is None else of).get(key)
-        value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise BaseModelError(f"model: {self.name}: config.json: {key} is {value!r}; a positive integer is needed.")
-        return value
+def _shapes(config: ConfigValues, own_head: bool) -> Shapes:
+    """The shapes of the text model, and how much a wrapper's checkpoint holds besides."""
+    family, hidden = config.family, config.size("hidden_size")
+    kinds, order = _kinds(config)
+    path = family.layers_path
+    if config.is_wrapped and config.config.get("model_type") not in TEXT_CLASSES:
+        path = path.replace("model.", "model.language_model.", 1)
+    root = path.rpartition(".")[0]
+    width = layer_input_width(config)
+    outside, others = _outside(config, root, width, len(order))
+    tied = _is_tied(config) and not own_head
+    vocabulary = config.size("vocab_size")
+    return Shapes(
+        name=config.name,
+        flags=_flags(config),
+        dtype=config.dtype(),
+        vocabulary=vocabulary,
+        hidden=hidden,
+        tied=tied,
+        kinds=kinds,
+        order=order,
+        layers_path=path,
+        others=others + (vocabulary if config.enabled(family.head_bias) else 0),
+        outside=outside,
+        layer_table=config.size("vocab_size_per_layer_input") * width * len(order) if width else 0,
+        stored_only=tower_values(config.config, hidden),
+    )
 
-    def enabled(self, switch: ConfigSwitch) -> bool:
-        """The value of a switch for this model."""
-        return bool(self.text.get(switch)) if isinstance(switch, str) else switch
 
-    def tied(self) -> bool:
-        """Whether the LM head is tied to the embedding."""
-        tied = (self.config if self.nested else self.text).get("tie_word_embeddings")
-        tied = bool(self.family.defaults.get("tie_word_embeddings") if tied is None else tied)
-        return tied and not self.own_head
+def _kinds(config: ConfigValues) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    """The kinds of decoder layers, and the kind of each layer."""
+    kinds: dict[str, Layer] = {}
+    order: list[int] = []
+    layers = layer_count(config)
+    for index, parts in enumerate(layer_parts(config, layers)):
+        layer = decoder_layer(config, index, *parts)
+        kinds.setdefault(repr(layer), layer)
+        order.append([*kinds].index(repr(layer)))
+    return tuple(kinds.values()), tuple(order)
 
-    def window(self) -> int | None:
-        """The sliding window in tokens, if the model uses one."""
-        used = self.enabled(self.family.window) and self.text.get("sliding_window") is not None
-        return self.size("sliding_window") if used else None
 
-    def dtype(self) -> str | None:
-        """`bfloat16` and the like: transformers 5 writes `dtype`, earlier versions `torch_dtype`."""
-        pairs = [(config, key) for config in (self.text, self.config) for key in ("dtype", "torch_dtype")]
-        return next((str(config[key]).removeprefix("torch.") for config, key in pairs if config.get(key)), None)
+def _outside(config: ConfigValues, root: str, width: int, layers: int) -> tuple[tuple[Matrix, ...], int]:
+    """Quantized matrices of the decoder outside of its layers, and 16-bit values there (Gemma 3n and 4)."""
+    hidden, matrices = config.size("hidden_size"), []
+    if width:
+        matrices.append(Matrix(f"{root}.per_layer_model_projection", layers * width, hidden, False, OTHER_INPUT))
+    if config.family.alternating:
+        names = ("altup_projections", "altup_unembed_projections")
+        numbers = range(config.size("altup_num_inputs") - 1)
+        matrices += [
+            Matrix(f"{root}.{name}.{number}", hidden, hidden, False, OTHER_INPUT)
+            for name in names
+            for number in numbers
+        ]
+    return tuple(matrices), width
 
-    def block(self, hidden: int, query: int, key_value: int) -> tuple[Matrix, ...]:
-        """The linear layers of one decoder layer, in the model's order."""
-        family, mlp = self.family, self.size("intermediate_size")
-        outputs = [query, key_value, key_value, hidden, mlp, mlp, hidden]
-        if family.fused:
-            outputs = [query + 2 * key_value, hidden, 2 * mlp if family.gated else mlp, hidden]
-        qkv, up = (1, 1) if family.fused else (3, 2)
-        inputs = (
-            *(qkv * [(ATTENTION_INPUT, hidden, family.attention, family.qkv_bias)]),
-            (ATTENTION_OUTPUT, query, family.attention, family.output_bias),
-            *(up * [(MLP_INPUT, hidden, "mlp", family.mlp_bias)]),
-            (MLP_HIDDEN, mlp, "mlp", family.mlp_bias),
-        )
-        return tuple(
-            Matrix(f"{module}.{name}", out_features, in_features, self.enabled(bias), reads)
-            for name, out_features, (reads, in_features, module, bias) in zip(
-                family.names, outputs, inputs, strict=True
-            )
-        )
 
-    def vision(self, hidden: int) -> int:
-        """Parameters of a SigLIP tower (arXiv:2303.15343) and of its projector."""
-        tower = {**SIGLIP, **self.section("vision_config")}
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "image_size", "num_channels")
-        wide, mlp, layers, patch, image, channels = (self.size(key, of=tower) for key in keys)
-        attention, perceptron, norm = 4 * wide * (wide + 1), 2 * wide * mlp + mlp + wide, 2 * wide
-        embeddings = wide * (channels * patch**2 + 1 + (image // patch) ** 2)
-        pooling = attention + perceptron + norm + wide if tower["vision_use_head"] else 0
-        projector = wide * hidden + wide
-        return embeddings + layers * (attention + perceptron + 2 * norm) + norm + pooling + projector
+def _is_tied(config: ConfigValues) -> bool:
+    """Whether the LM head is tied to the embedding; of a wrapper its own key counts, not its text model's."""
+    if config.is_wrapped:
+        value = config.config.get("tie_word_embeddings")
+        return config.config.get("model_type") in TIED if value is None else bool(value)
+    return bool(config.get("tie_embedding", "tie_word_embeddings"))  # LFM2 has its own key
+
+
+def _flags(config: ConfigValues) -> ModelFlags:
+    family = config.family
+    return ModelFlags(
+        layer_norm=family.layer_norm,
+        flat_norms=family.flat_norms,
+        fused=family.fused,
+        joined_rotary=family.joined_rotary,
+        softcap=family.softcap,
+        scaled=family.scaled,
+        final_softcap=config.enabled(family.final_softcap),
+        attention=family.attention,
+        embedding=family.embedding,
+        last_norm=family.last_norm,
+    )

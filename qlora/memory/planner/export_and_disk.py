@@ -21,10 +21,10 @@ def export_bytes(work: Workload) -> int:
     The written model shares embedding and head with the trained one; its matrices are read from the files one by one.
     """
     shapes, b = work.shapes, work.dtype_bytes
-    widest = max(matrix.weights for matrix in shapes.block)
+    widest = shapes.widest
     batch = replace(work, micro_batch=max(1, CERTIFICATE_TOKENS // work.max_length))
     logits = LOGITS_TENSORS * logits_bytes(batch) // LOGITS_FRACTION
-    certify = (shapes.norms + 2 * widest) * b + forward_bytes(batch) + head_bytes(batch) + logits
+    certify = (shapes.norms + shapes.kept_16bit + 2 * widest) * b + forward_bytes(batch) + head_bytes(batch) + logits
     merge = MERGED_BYTES * widest + 3 * 4 * MERGE_CHUNK_VALUES
     transient = max(merge, certify)
     return model_bytes(work) + transient + overhead_bytes(work, transient)
@@ -33,8 +33,9 @@ def export_bytes(work: Workload) -> int:
 def disk_bytes(work: Workload, checkpoints: int) -> dict[str, int]:
     """Bytes of the downloaded base, of its quantized copy, of a run with so many checkpoints, of a merged model."""
     shapes, adapters = work.shapes, work.adapters
-    dense = shapes.parameters * work.dtype_bytes
-    quantized = shapes.layers * work.layer_bytes + (shapes.parameters - shapes.quantized) * work.dtype_bytes
+    dense = (shapes.parameters + shapes.stored_only) * work.dtype_bytes
+    packed = work.all_layer_bytes + work.outside_bytes
+    quantized = packed + (shapes.parameters - shapes.quantized) * work.dtype_bytes
     adapter_file = 4 * adapters.values
     checkpoint = adapter_file + moment_bytes(adapters.values, work.optimizer)
     return {

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora.adapters import Adapter
 from qlora.memory.planner.breakdown import Components, host_bytes, phases_of
+from qlora.memory.planner.cost_model import seconds
 from qlora.memory.planner.export_and_disk import disk_bytes, export_bytes
 from qlora.memory.planner.overhead import UNTRACKED
 from qlora.memory.planner.workload import AdapterSizes, WaitingAdapters, Workload
@@ -40,6 +41,7 @@ class Plan:
     phases: Mapping[str, Mapping[str, int]]  # phase -> component -> bytes
     host_bytes: int
     checkpoints: int = 0  # that the run keeps on disk
+    micro_batches: int = 1  # of one step, on each rank
     advice: str = ""  # if it does not fit: why, and what would fit
 
     @property
@@ -64,6 +66,11 @@ class Plan:
             sum(size for name, size in components.items() if name not in UNTRACKED)
             for components in self.phases.values()
         )
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted seconds of a step on the reference device (cost_model.py): to compare plans, not a promise."""
+        return round(self.micro_batches * seconds(self.work), 2)
 
     @property
     def fits(self) -> bool:
@@ -110,6 +117,7 @@ class Plan:
             "cards": work.processes,
             "distributed": strategy_of(work),
             "host_bytes": self.host_bytes,
+            "step_seconds": self.step_seconds,
             "export_bytes": export_bytes(work),
             "disk": disk_bytes(work, self.checkpoints),
             "compare": compare(work),
@@ -169,11 +177,20 @@ def format_plan(plan: Plan) -> str:
         f"  {'merged export':26}{gib_or_mib(values['export_bytes']):>12}",
         "  disk: " + ", ".join(f"{DISK[name]} {gib_or_mib(size)}" for name, size in values["disk"].items()),
         f"{plan_summary(plan)}, micro-batch {values['choice']['micro_batch']}",
+        *_step_line(plan),
         "for comparison: "
         + ", ".join(f"{label} {gib_or_mib(values['compare'][key])}" for key, label in COMPARED.items()),
         "fits (predicted)" if values["fits"] else f"does not fit: {values['advice']}",
     ]
     return "\n".join(lines)
+
+
+def _step_line(plan: Plan) -> list[str]:
+    """The predicted seconds of a step on a GPU; none for a CPU, whose speed is not modeled."""
+    if plan.work.device == "cpu":
+        return []
+    parts = f"{plan.micro_batches} x {seconds(plan.work):.1f} s" if plan.micro_batches > 1 else "one micro-batch"
+    return [f"a step on an RTX 4090: {plan.step_seconds:.1f} s, {parts} (predicted)"]
 
 
 def plan_summary(plan: Plan) -> str:

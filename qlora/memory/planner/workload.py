@@ -5,12 +5,12 @@ What the sections of a recipe set has no default here: the recipe's own defaults
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from qlora.memory.planner.shapes import Matrix, Shapes
+from qlora.memory.planner.shapes import Attention, Layer, Matrix, Shapes
 from qlora.model.logits_chunk import LOGITS_CHUNK_BYTES
 from qlora.quant import Quantizer
 
@@ -27,6 +27,7 @@ class AdapterSizes:
     dropout: bool
     keeps_init: bool = False  # the initial A and B are stored too (pissa)
     ranks: Mapping[str, int] = field(default_factory=dict)  # path -> rank, where it is not `rank`
+    expert_rank: int = 0  # of the update of each expert's matrix
     full_values: int = 0  # values of modules to save; of kind full, of all weights that train
     head_trains: bool = False  # whether the LM head is one of these modules
 
@@ -39,9 +40,19 @@ class AdapterSizes:
     def low_rank(self) -> int:
         """Values of A and B, and of dora's magnitudes."""
         return self.magnitudes + sum(
-            self.ranks.get(matrix.path, self.rank) * (matrix.in_features + matrix.out_features)
+            self.rank_of(matrix) * matrix.copies * (matrix.in_features + matrix.out_features)
             for matrix in self.matrices
         )
+
+    @cached_property
+    def expert_values(self) -> int:
+        """Values of the updates of experts."""
+        experts = (matrix for matrix in self.matrices if matrix.experts)
+        return sum(self.rank_of(m) * m.copies * (m.in_features + m.out_features) for m in experts)
+
+    def rank_of(self, matrix: Matrix) -> int:
+        """The rank of a matrix's update; of an expert's, `expert_rank`."""
+        return self.ranks.get(matrix.path, self.expert_rank if matrix.experts else self.rank)
 
     def values_in_tensors_below(self, values: int) -> int:
         """Values of A and B matrices that hold fewer than `values` each."""
@@ -51,7 +62,7 @@ class AdapterSizes:
     def _tensors_of_size(self) -> Counter[int]:
         """How many of the A and B matrices hold so many values; counted once, since a search makes many plans."""
         return Counter(
-            self.ranks.get(matrix.path, self.rank) * features
+            self.rank_of(matrix) * matrix.copies * features  # the updates of a stack of experts are one tensor
             for matrix in self.matrices
             for features in (matrix.in_features, matrix.out_features)
         )
@@ -131,21 +142,25 @@ class Workload:
     @property
     def eager(self) -> bool:
         """Whether every head's T x T scores are in memory: set by the recipe, or since no kernel has a soft cap."""
-        return self.attention == "eager" or (self.attention == "auto" and self.shapes.family.softcap)
+        return self.attention == "eager" or (self.attention == "auto" and self.shapes.flags.softcap)
 
-    @property
-    def masked(self) -> bool:
+    def is_masked(self, window: int | None) -> bool:
         """Whether attention takes a T x T mask: for documents under `sdpa`, or for a window below max_length."""
-        windowed = self.shapes.window is not None and self.shapes.window < self.max_length
+        windowed = window is not None and window < self.max_length
         if self.attention == "auto":
             return windowed and self.device == "cpu" and not self.eager and not self.cpu_kernel
         return self.attention == "sdpa" and (windowed or self.packing)
 
-    @property
-    def repeats_keys(self) -> bool:
+    def is_unfused(self, attention: Attention) -> bool:
+        """Whether no kernel computes this attention: a CPU's takes values of the queries' size only."""
+        sizes_differ = attention.head_dim != attention.value_dim
+        return self.device == "cpu" and sizes_differ and not self.eager and not self.cpu_kernel
+
+    def repeats_keys(self, layer: Layer) -> bool:
         """Whether attention repeats keys and values for every query head: where no kernel takes grouped heads."""
         float32_on_gpu = self.device == "cuda" and self.dtype_bytes == 4
-        return self.eager or self.masked or float32_on_gpu
+        window = layer.attention.window if layer.attention else None
+        return self.eager or self.is_masked(window) or float32_on_gpu
 
     @property
     def by_document(self) -> bool:
@@ -158,11 +173,9 @@ class Workload:
         """Whether attention runs in model/cpu_attention.py, which takes 16 bits and saves only its inputs."""
         return self.attention == "auto" and self.device == "cpu" and not self.eager and self.dtype_bytes == 2
 
-    def adapter_reads(self, tensor: str) -> bool:
-        """Whether an adapter of any layer reads, and so saves, that tensor of its layer."""
-        return any(
-            matrix.reads == tensor and matrix.path in self.adapters.paths_in_block for matrix in self.shapes.block
-        )
+    def adapter_reads(self, layer: Layer, tensor: str) -> bool:
+        """Whether an adapter of any such layer reads, and so saves, that tensor of its layer."""
+        return any(matrix.reads == tensor and matrix.path in self.adapters.paths_in_block for matrix in layer.matrices)
 
     @property
     def recomputed(self) -> int:
@@ -186,12 +199,40 @@ class Workload:
         return can_be and (self.host_embedding or self.weights == "stream")
 
     @cached_property
-    def layer_bytes(self) -> int:
-        """Stored bytes of one layer's matrices."""
-        return sum(
-            self.quantizer.stored_bytes(matrix.out_features, matrix.in_features, self.dtype_bytes)
-            for matrix in self.shapes.block
-        )
+    def stored_bytes(self) -> dict[Layer, int]:
+        """Stored bytes of the matrices of each kind of layer; every expert's matrix is quantized by itself."""
+        return {layer: sum(self._stored(matrix) for matrix in layer.matrices) for layer in self.shapes.kinds}
+
+    @cached_property
+    def outside_bytes(self) -> int:
+        """Stored bytes of the decoder's matrices outside of its layers, which never stream."""
+        return sum(self._stored(matrix) for matrix in self.shapes.outside)
+
+    def _stored(self, matrix: Matrix) -> int:
+        return matrix.copies * self.quantizer.stored_bytes(matrix.out_features, matrix.in_features, self.dtype_bytes)
+
+    @cached_property
+    def widest_layer_bytes(self) -> int:
+        """Stored bytes of the largest layer's matrices."""
+        return max(self.stored_bytes.values())
+
+    def bytes_of_layers(self, layers: Collection[int]) -> int:
+        """Stored bytes of the matrices of some layers."""
+        return sum(count * self.stored_bytes[layer] for layer, count in self.shapes.kinds_in(layers))
+
+    @cached_property
+    def streamed_bytes(self) -> int:
+        """Stored bytes of the layers that stream: they are spread evenly, as in memory/weight_streaming.py."""
+        streamed, layers = self.streamed, self.shapes.layers
+        if len(self.shapes.kinds) == 1:
+            return streamed * self.widest_layer_bytes
+        spread = (layer for layer in range(layers) if (layer + 1) * streamed // layers > layer * streamed // layers)
+        return self.bytes_of_layers([*spread])
+
+    @cached_property
+    def all_layer_bytes(self) -> int:
+        """Stored bytes of all layers."""
+        return sum(count * self.stored_bytes[layer] for layer, count in self.shapes.all_kinds)
 
     @cached_property
     def dequantized_bytes(self) -> int:
@@ -199,5 +240,6 @@ class Workload:
         return max(
             self.quantizer.scratch_bytes(matrix.out_features, matrix.in_features, self.dtype_bytes)
             + (2 * self.tokens * (matrix.in_features + matrix.out_features) if self.float16 else 0)  # rounded copies
-            for matrix in self.shapes.block
+            for layer in self.shapes.kinds
+            for matrix in layer.matrices
         )

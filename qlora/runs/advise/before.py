@@ -15,7 +15,7 @@ from qlora.data.data_report import DataReport
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.types import IGNORED, Example
 from qlora.distributed.single import Single
-from qlora.errors import DataError
+from qlora.errors import DataError, InputError
 from qlora.recipe.dataset_profile import build_encoder, context_length
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
@@ -32,8 +32,14 @@ WORD, CONTROL = re.compile(r"[^\W_]{3,}"), re.compile(r"<[^<>\s]{1,24}>")  # con
 def advise_before(recipe: Recipe, rows: int, log: Log = lambda line: None) -> dict[str, Any]:
     """The object of `qlora advise RECIPE --json`; `rows` held-out examples are evaluated with the base model.
 
-    DataError if no record can be trained on, or no example is held out; BaseModelError.
+    InputError for an objective that compares answers; DataError if no record can be trained on, or no example is held
+    out; BaseModelError.
     """
+    if recipe.objective.sided_format is not None:
+        raise InputError(
+            f"objective.kind: {recipe.objective.kind}; advise is about supervised fine-tuning. Use objective.kind: sft "
+            "and answers as data; `qlora eval MODEL --task preference --data PAIRS` shows what a model prefers already."
+        )
     encoder = build_encoder(recipe)
     section = recipe.data.model_copy(update={"packing": False})
     prepared = prepare(section, encoder, recipe.train.seed, shares_prefixes=False)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora.runs.report import number_format
+from qlora.runs.report.compared_answers import held_out_answers
 from qlora.runs.report.quantities import Duration, Energy, Size, Value
 from qlora.runs.report.run_data import RunData, number, section, string
 from qlora.runs.report.series import Point, points
@@ -46,19 +47,23 @@ def result(run: RunData) -> Facts:
     steps = number(manifest, "result", "steps")
     last_step, last_loss = train[-1] if train else (None, None)
     loss = number(manifest, "result", "loss")
-    facts = _evaluations(run) | {
-        "training loss, last step": _as(number_format.loss, last_loss if loss is None else loss),
-        "steps": _as(number_format.count, last_step if steps is None else steps),
-        "steps skipped (not finite)": _as(number_format.count, number(manifest, "result", "skipped_steps")),
-        "of these by the loss scale": _as(number_format.count, number(manifest, "result", "overflow_steps")),
-        "loss scale at the end": _as(number_format.count, number(manifest, "result", "loss_scale")),
-        "trained tokens": _as(number_format.count, _trained_tokens(run)),
-        "tokens/s, median": _as(number_format.count, median_speed(run)),
-        "time": _as(Duration, number(manifest, "seconds")),
-        "energy of all GPUs": _as(Energy, number(manifest, "energy_joules")),
-        "peak memory, measured": _as(Size, measured_peak_bytes(run)),
-        "peak memory, planned": _as(Size, planned_bytes(manifest)),
-    }
+    facts = (
+        _evaluations(run)
+        | held_out_answers(run)
+        | {
+            "training loss, last step": _as(number_format.loss, last_loss if loss is None else loss),
+            "steps": _as(number_format.count, last_step if steps is None else steps),
+            "steps skipped (not finite)": _as(number_format.count, number(manifest, "result", "skipped_steps")),
+            "of these by the loss scale": _as(number_format.count, number(manifest, "result", "overflow_steps")),
+            "loss scale at the end": _as(number_format.count, number(manifest, "result", "loss_scale")),
+            "trained tokens": _as(number_format.count, _trained_tokens(run)),
+            "tokens/s, median": _as(number_format.count, median_speed(run)),
+            "time": _as(Duration, number(manifest, "seconds")),
+            "energy of all GPUs": _as(Energy, number(manifest, "energy_joules")),
+            "peak memory, measured": _as(Size, measured_peak_bytes(run)),
+            "peak memory, planned": _as(Size, planned_bytes(manifest)),
+        }
+    )
     return _non_empty(facts)
 
 
@@ -136,8 +141,9 @@ def stored_as(manifest: Mapping[str, Any]) -> str:
     counts: dict[str, int] = {}
     quantized = section(manifest, "base", "quantized")
     for path in quantized:
-        storage = _storage(section(quantized, path))
-        counts[storage] = counts.get(storage, 0) + 1
+        matrix = section(quantized, path)
+        storage, count = _storage(matrix), matrix.get("matrices", 1)
+        counts[storage] = counts.get(storage, 0) + (count if isinstance(count, int) else 1)
     return "; ".join(f"{way} ({count} {'matrix' if count == 1 else 'matrices'})" for way, count in counts.items())
 
 

@@ -5,6 +5,7 @@ from itertools import chain
 
 from qlora.runs.report import number_format
 from qlora.runs.report.axis import FEW_TICKS, Axis, build_axis
+from qlora.runs.report.compared_answers import keys_of
 from qlora.runs.report.facts import component_bytes, held_out_losses, measured_peak_bytes, planned_bytes
 from qlora.runs.report.markup import Markup, join, tag, text
 from qlora.runs.report.run_data import RunData, number, section
@@ -51,6 +52,11 @@ def gradient(runs: Sequence[RunData]) -> Markup | None:
     return _simple(runs, "grad_norm", "Gradient norm", "before clipping")
 
 
+def answers(runs: Sequence[RunData]) -> list[Markup | None]:
+    """Margin, accuracy and log-probability of an objective that compares answers; none for any other."""
+    return [_simple(runs, *curve) for curve in keys_of(runs)]
+
+
 def memory(runs: Sequence[RunData]) -> Markup | None:
     """The memory plan by component, end to end, with the measured peak; for several runs, their peaks."""
     return _components(runs[0]) if len(runs) == 1 else _peaks(runs)
@@ -78,7 +84,7 @@ def _simple(runs: Sequence[RunData], key: str, title: str, unit: str) -> Markup 
     if not values:
         return None
     curves = [_colored(Curve(downsampled(curve), "thin", color)) for color, curve in enumerate(data)]
-    y = build_axis(values, from_zero=True, margin=0.04)
+    y = build_axis(values, from_zero=min(values) >= 0, margin=0.04)
     return _figure(title, None, plot(_step_axis(*data), y, curves, ("optimizer step", unit), title.lower()))
 
 

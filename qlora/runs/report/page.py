@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from qlora.runs.report import facts, figures
+from qlora.runs.report.expert_table import expert_table
 from qlora.runs.report.html_tables import different_settings, head_figures, recipes, samples, table
 from qlora.runs.report.markup import Markup, join, tag, text
 from qlora.runs.report.run_data import RunData, number, section, string
@@ -63,11 +64,13 @@ def _body(runs: Sequence[RunData]) -> list[Markup | None]:
         facts_tables.insert(1, different_settings(runs))
     tables = tag("div", *facts_tables, class_="tables") if any(facts_tables) else None
     row = tag("div", *small, class_="row") if any(small) else None
-    plots = [figures.loss(runs), row, figures.memory(runs), spectrum_figure(runs), figures.lengths(runs)]
+    compared = figures.answers(runs)
+    answers = tag("div", *compared, class_="row") if any(compared) else None
+    plots = [figures.loss(runs), answers, row, figures.memory(runs), spectrum_figure(runs), figures.lengths(runs)]
     if not any([*plots, tables]):
         plots = [tag("p", "Nothing has been logged yet.", class_="what")]
     if len(runs) == 1:
-        return [*plots, samples(runs), tables, recipes(runs)]
+        return [*plots, samples(runs), tables, expert_table(runs[0]), recipes(runs)]
     return [*plots, tables, samples(runs), recipes(runs)]
 
 

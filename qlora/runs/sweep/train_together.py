@@ -87,7 +87,7 @@ def cached_read_data() -> ReadData:
     cache: dict[str, EncodedData] = {}
 
     def read(recipe: Recipe, *arguments: object) -> EncodedData:
-        key = f"{recipe.train.seed} {recipe.data.model_dump_json()}"
+        key = f"{recipe.train.seed} {recipe.objective.sided_format} {recipe.data.model_dump_json()}"
         if key not in cache:
             cache[key] = read_data(recipe, *arguments)  # type: ignore[arg-type]
         return cache[key]

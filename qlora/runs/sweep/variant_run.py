@@ -125,6 +125,8 @@ class VariantRun:
             finally:
                 self.shared.adapters.activate(self.name)
             keep_best(self.setup, self.job, self._position)
+            base = self.setup.base
+            self.setup.expert_loads.measure_again(base.model, self.setup.data.train, base.device)
             write_weights(self.setup)
             samples = samples_or_note(self.setup, self.log)
             self.manifest = write_artifacts(self.setup, self._position, Cost(self.seconds), samples)

@@ -17,7 +17,7 @@ from support.pretended_gpu.dispatch import PretendedGpu
 from support.pretended_gpu.libraries import FUNCTIONS, OWNER, forget_devices
 from support.pretended_gpu.ranks import patch_ranks
 from support.pretended_gpu.storages import on_gpu
-from support.pretended_gpu.tensor_methods import METHODS, by_device, creating
+from support.pretended_gpu.tensor_methods import METHODS, by_device, creating, one_hot
 from support.pretended_gpu.torch_cuda import CAPABILITY, TOTAL_BYTES, Generator, functions
 
 GROUP = "_group_tensors_by_device_and_dtype"  # in torch._C
@@ -37,6 +37,7 @@ def pretended_gpu(
         (torch, "Generator", Generator),
         (torch._C, GROUP, by_device(getattr(torch._C, GROUP))),
         *((torch, name, creating(getattr(torch, name))) for name in ("tensor", "as_tensor", "asarray")),
+        (torch.nn.functional, "one_hot", one_hot),
     ]
     with ExitStack() as stack:
         for owner, name, value in replacements:

@@ -137,3 +137,9 @@ def creating(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return native(data, *args, **kwargs).to(device).requires_grad_(requires_grad)
 
     return create
+
+
+def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """torch.nn.functional.one_hot, whose zeros torch creates beyond the reach of a dispatch mode."""
+    classes = num_classes if num_classes > 0 else int(tensor.max()) + 1
+    return (tensor[..., None] == torch.arange(classes, device=tensor.device)).long()
