@@ -1,4 +1,4 @@
-"""Runs of a tiny hybrid (Gated DeltaNet and attention): packed rows learned and answered, resumed, read by PEFT."""
+"""Runs of a tiny hybrid and a tiny mixture of experts: packed rows learned and answered, resumed, read by PEFT."""
 
 import json
 import warnings
@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.adapted_models import build_adapter, identity_of, load_base, load_plain, logits, randomize_adapter
 from support.architectures import save_architecture
+from support.expert_families import save_family
 from support.small_runs import WORDS, metrics, recipe_of, run
 from support.stopped_runs import ReferenceRun, assert_same_run
 
@@ -28,10 +29,16 @@ SETTINGS = ("adapter.rank=16", "data.packing=true", "data.max_length=192", "opti
 FORMS = ("qwen3_5_text", "mamba", "nemotron_h", "granitemoehybrid", "lfm2", "zamba2")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
-    folder = tmp_path_factory.mktemp("hybrid")
-    model = save_architecture(folder / "model", "qwen3_5_text", 10**6)
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "hybrid": lambda folder: save_architecture(folder, "qwen3_5_text", 10**6),  # Gated DeltaNet and attention
+    "experts": lambda folder: save_family(folder, "qwen3_moe"),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = MODELS[request.param](folder / "model")
     records = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
                for question, answer in ROWS]  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -55,9 +62,9 @@ def test_the_merged_folder_answers_the_same(trained: LoadedRun, tmp_path: Path) 
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-3 * float(expected.std()))
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    model = save_architecture(tmp_path / "model", "qwen3_5_text", 10**6)
-    reference = ReferenceRun(model, tmp_path, "adamw_8bit")  # packed
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_resumed_run_is_the_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+    reference = ReferenceRun(MODELS[kind](tmp_path / "model"), tmp_path, "adamw_8bit")  # packed
     output = reference.copy_until(3, tmp_path / "run")
     run(reference.recipe(output))
     assert_same_run(reference.output, output)
