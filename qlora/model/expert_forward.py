@@ -72,7 +72,7 @@ def _one_expert(experts: Any, x: Tensor, expert: int) -> Tensor:
     else:
         inner = experts.act_fn(experts.up_proj(x, expert))
     y: Tensor = experts.down_proj(inner, expert)
-    return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
+    return experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", False) else y
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, expert_forward)

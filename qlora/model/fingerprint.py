@@ -27,6 +27,7 @@ class BaseManifest:
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module path -> FrozenLinear.describe()
     ignored: tuple[str, ...] = ()  # checkpoint keys that match no parameter of the model
     left_out: Mapping[str, str] = field(default_factory=dict)  # linear layers that stay in 16 bits -> reason
+    kept: tuple[str, ...] = ()  # tensors of the model that are not quantized
 
     def as_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -35,6 +36,7 @@ class BaseManifest:
             "quantized": _by_stack(self.quantized),
             "ignored": list(self.ignored),
             "left_out": dict(self.left_out),
+            "kept": list(self.kept),
         }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from qlora.distributed.processes import Processes
 from qlora.model import Model
+from qlora.model.buffers import persistent_buffers
 from qlora.model.download import find_model
 from qlora.model.dtypes import choose_dtype, dtype_name, stored_dtype
 from qlora.model.fingerprint import BaseManifest
@@ -77,7 +78,7 @@ def load(
 
 
 def _manifest(folder: ModelFolder, model: nn.Module, result: LoadResult, dtype: torch.dtype) -> BaseManifest:
-    """What was loaded, and how each matrix is stored; of a decoded one also its format and its second error."""
+    """How each matrix is stored, with the format and the second error of a decoded one, and all other tensors."""
     quantized = {
         path: layer.describe() | dict(result.decoded.get(path, {}))
         for path, layer in model.named_modules()
@@ -91,7 +92,15 @@ def _manifest(folder: ModelFolder, model: nn.Module, result: LoadResult, dtype: 
         quantized,
         result.ignored,
         layers_left_out(model),
+        _kept(model),
     )
+
+
+def _kept(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters and stored buffers that are no quantized matrix: they keep the dtype of the class."""
+    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    frozen = {path for path, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
+    return tuple(name for name in tensors if name.rpartition(".")[0] not in frozen)
 
 
 def _load_weights(

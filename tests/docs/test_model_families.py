@@ -8,7 +8,6 @@ from support.expert_families import EXPERT_FAMILIES
 from support.paths import ROOT
 from support.wrapper_families import WRAPPER_FAMILIES
 
-
 FAMILIES = {"experts": EXPERT_FAMILIES, "wrappers": WRAPPER_FAMILIES, "hybrids": RECURRENT}
 
 

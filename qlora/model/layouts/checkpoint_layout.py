@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora.errors import BaseModelError
 from qlora.model.buffers import persistent_buffers
@@ -80,7 +80,7 @@ class KeyNamer:
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._parameters)
         if pattern is None:
             return self._own_pieces(key, name)
-        renamed = apply_renamings(key, self._renamings)
+        renamed, _ = rename_source_key(key, self._renamings, [])
         converter = next(other for other in self._converters if other.rename_source_key(renamed)[1] == pattern)
         shape = self._reader.shape(key)
         converted = ConvertedKey(key, renamed, name, pattern, converter, shape)
