@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from qlora.errors import AdapterError
+from qlora.quant.expert_stack import STACKS
 
 Pair = tuple[Tensor, Tensor]
 NESTED = ".base_layer"
-# In the order in which transformers' classes register them; PEFT wraps them one after the other.
-STACKS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHT = "weight"  # the parameter of a plain linear layer
 
 

@@ -120,9 +120,12 @@ def _sink_attention(
     (query, key, _), sinks = inputs, options["s_aux"]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     if mask is not None or query.shape[2] != key.shape[2]:
-        return masked_sink_attention(*inputs, sinks, mask, scale)
+        return masked_sink_attention(inputs, sinks, mask, scale)
     segments = documents.segments if documents else ((Branch(0, -1),),) * len(query)
-    return sink_attention(*inputs, sinks, Visible(segments, options.get("sliding_window"), scale))
+    visible = Visible(segments, options.get("sliding_window"), scale)
+    if options.get("dropout"):
+        return masked_sink_attention(inputs, sinks, visible.mask(query), scale, options["dropout"])
+    return sink_attention(*inputs, sinks, visible)
 
 
 def _by_segment(

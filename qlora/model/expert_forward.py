@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora.errors import BaseModelError
-from qlora.quant.expert_stack import ExpertStack
+from qlora.quant.expert_stack import STACKS, ExpertStack
 
 EXPERTS_FUNCTION = "qlora_experts"
-STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of transformers' experts classes
 
 
 class _TakeRows(torch.autograd.Function):

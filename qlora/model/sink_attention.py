@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qlora.data.types import Branch
 from qlora.model.cpu_attention import Block, blocks_of
+from qlora.model.segment_masks import Visibility
 from qlora.model.sequence_segments import SegmentsBySequence
 from qlora.utils.send import send
 
@@ -64,6 +66,12 @@ class Visible:
             for block in _blocks_on(segments, query.shape[2], self.window, query.device):
                 yield row, block
 
+    def mask(self, query: Tensor) -> Tensor:
+        """[B, 1, T, T], true where a query sees a key."""
+        length = query.shape[2]
+        masks = [Visibility(segments, length, self.window).mask(0, length) for segments in self.segments]
+        return send(torch.stack(masks)[:, None], query.device)
+
 
 @lru_cache(maxsize=32)  # every layer of a micro-batch has the same documents
 def _blocks_on(
@@ -79,16 +87,18 @@ def sink_attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, vis
 
 
 def masked_sink_attention(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
+    inputs: tuple[Tensor, Tensor, Tensor], sinks: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """The same with a mask [B, 1, T, S], true where a query sees a key, for padding and KV caches: -> [B, T, H, D]."""
+    """The same with a mask [B, 1, T, S], true where a query sees a key, for padding, KV caches and dropout."""
+    query, key, value = inputs
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query.float() @ key.float().transpose(2, 3)) * scale
     if mask is not None:
         hidden = ~mask[..., : key.shape[2]] if mask.dtype == torch.bool else mask[..., : key.shape[2]] < 0
         scores = scores.masked_fill(hidden, -torch.inf)
-    return (_softmax_with_sink(scores, sinks[:, None]).to(value.dtype) @ value).transpose(1, 2).contiguous()
+    probabilities = F.dropout(_softmax_with_sink(scores, sinks[:, None]), dropout).to(value.dtype)
+    return (probabilities @ value).transpose(1, 2).contiguous()
 
 
 def _softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+# Parameters of transformers' experts classes, in the order in which these register them; PEFT wraps them in this order.
+STACKS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class ExpertStack(nn.ModuleList):
     """The matrix [O, I] of each of E experts: `nn.Linear` on `meta` before loading, FrozenLinear after it.

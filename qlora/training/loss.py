@@ -1,5 +1,6 @@
 """The loss: cross entropy summed over trained tokens, head and softmax in chunks, so that logits [T, V] never exist."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,20 +62,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Hidden [N, I], targets [N] -> float32 scalar."""
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = head.chunk_rows()
-        # One buffer for the float32 logits of all chunks: an aligning allocator can't always reuse freed memory.
-        wide = hidden.new_empty(min(rows, len(targets)), head.vocab_size, dtype=torch.float32)
-        for start in range(0, len(targets), rows):
-            chunk = slice(start, start + rows)
-            raw = head.project(hidden[chunk])
-            logits, slope = head.scale_and_cap(wide[: len(raw)].copy_(raw))
-            chosen = logits.gather(-1, targets[chunk, None])
-            probabilities, log_sum = softmax_in_place(logits)
-            total += (log_sum - chosen).sum()
-            if gradient is not None:
-                probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(chosen, -1.0))
-                gradient[chunk] = head.hidden_gradient(probabilities, slope, raw)
-            del raw, logits, probabilities, slope  # before the next chunk allocates its own
+        for _, losses in token_losses(hidden, targets, head, gradient):
+            total += losses.sum()
         ctx.save_for_backward(gradient)
         return total
 
@@ -83,6 +72,26 @@ class FrozenHeadLoss(torch.autograd.Function):
         """The gradient of the hidden states, multiplied by that of the loss."""
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None
+
+
+def token_losses(
+    hidden: Tensor, targets: Tensor, head: Head, gradient: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Float32 losses [n, 1] of chunks of tokens; with `gradient` [N, I], those of their hidden states written there."""
+    rows = head.chunk_rows()
+    # One buffer for the float32 logits of all chunks: an aligning allocator can't always reuse freed memory.
+    wide = hidden.new_empty(min(rows, len(targets)), head.vocab_size, dtype=torch.float32)
+    for start in range(0, len(targets), rows):
+        chunk = slice(start, start + rows)
+        raw = head.project(hidden[chunk])
+        logits, slope = head.scale_and_cap(wide[: len(raw)].copy_(raw))
+        chosen = logits.gather(-1, targets[chunk, None])
+        probabilities, log_sum = softmax_in_place(logits)
+        if gradient is not None:
+            probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(chosen, -1.0))
+            gradient[chunk] = head.hidden_gradient(probabilities, slope, raw)
+        del raw, logits, probabilities, slope  # before the next chunk allocates its own
+        yield chunk, log_sum - chosen
 
 
 def softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:

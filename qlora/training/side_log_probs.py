@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora.data.types import PLAIN_LAYOUT, Layout
 from qlora.model.lm_head import Head
 from qlora.training.checkpointed_loss import checkpointed_token_losses
-from qlora.training.loss import TokenLoss, softmax_in_place
+from qlora.training.loss import TokenLoss, token_losses
 
 
 class SideLogProbs(TokenLoss):
@@ -59,19 +59,8 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         """Hidden [N, I], targets [N] -> float32 [N]."""
         log_probs = hidden.new_empty(len(targets), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = head.chunk_rows()
-        wide = hidden.new_empty(min(rows, len(targets)), head.vocab_size, dtype=torch.float32)
-        for start in range(0, len(targets), rows):
-            chunk = slice(start, start + rows)
-            raw = head.project(hidden[chunk])
-            logits, slope = head.scale_and_cap(wide[: len(raw)].copy_(raw))
-            of_targets = logits.gather(-1, targets[chunk, None])
-            probabilities, log_sum = softmax_in_place(logits)
-            log_probs[chunk] = (of_targets - log_sum).squeeze(-1)
-            if gradient is not None:
-                probabilities.scatter_add_(-1, targets[chunk, None], torch.full_like(of_targets, -1.0))
-                gradient[chunk] = head.hidden_gradient(probabilities.neg_(), slope, raw)
-            del raw, logits, probabilities, slope  # before the next chunk allocates its own
+        for chunk, losses in token_losses(hidden, targets, head, gradient):
+            log_probs[chunk] = losses.squeeze(-1).neg_()
         ctx.save_for_backward(gradient)
         return log_probs
 
@@ -79,4 +68,4 @@ class FrozenHeadLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         """The gradient of the hidden states: each row times that of its log-probability."""
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient.mul_(grads[0][:, None]), None, None
+        return None if gradient is None else gradient.mul_(-grads[0][:, None]), None, None

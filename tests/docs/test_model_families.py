@@ -16,3 +16,7 @@ def test_the_page_lists_the_tested_families(mark: str) -> None:
     text = (ROOT / "docs" / "model-families.md").read_text()
     listed = re.search(rf"<!-- {mark} -->(.*?)<!-- /{mark} -->", text, re.DOTALL)
     assert listed and re.findall(r"`(\w+)`", listed.group(1)) == sorted(FAMILIES[mark])
+
+
+def test_the_readme_counts_them() -> None:
+    assert f"[{len(EXPERT_FAMILIES)} families](docs/model-families.md)" in (ROOT / "README.md").read_text()

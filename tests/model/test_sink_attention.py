@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.data.types import Branch
+from qlora.model.attention import document_attention, documents_of
 from qlora.model.segment_masks import Visibility
 from qlora.model.sink_attention import Visible, masked_sink_attention, sink_attention
 
@@ -23,8 +24,8 @@ def inputs(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_outputs_and_all_gradients_equal_those_of_dense_softmax(length: int, window: int | None) -> None:
     mask = torch.stack([Visibility(segments, length, window).mask(0, length) for segments in SEGMENTS])[:, None]
     exact, single = inputs(length, torch.float64), inputs(length, torch.float32)
-    *qkv, sinks = exact
-    expected = masked_sink_attention(*qkv, sinks, mask, 0.3)
+    query, key, value, sinks = exact
+    expected = masked_sink_attention((query, key, value), sinks, mask, 0.3)
     output = sink_attention(*single, Visible(SEGMENTS, window, 0.3))
     assert torch.allclose(output.double(), expected, atol=2e-6)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
@@ -39,3 +40,14 @@ def test_sixteen_bits_are_within_their_rounding(dtype: torch.dtype) -> None:
     visible = Visible(SEGMENTS, 40, 0.3)
     exact = sink_attention(*(value.float() for value in values), visible)
     assert float((sink_attention(*values, visible).float() - exact).abs().max()) < 4 * torch.finfo(dtype).eps
+
+
+def test_dropout_of_the_class_is_applied() -> None:
+    query, key, value, sinks = inputs(150, torch.float32)
+    documents = documents_of(((0, 100), (0,)), 150, query.device)
+    module, options = torch.nn.Module(), {"s_aux": sinks, "scaling": 0.3, "documents": documents}
+    plain = document_attention(module, query, key, value, None, **options)[0]
+    torch.manual_seed(0)
+    dropped = [document_attention(module, query, key, value, None, dropout=0.2, **options)[0] for _ in range(60)]
+    assert not torch.equal(dropped[0], dropped[1])
+    assert float((torch.stack(dropped).mean(0) - plain).abs().mean()) < 0.2 * float(plain.abs().mean())

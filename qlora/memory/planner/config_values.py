@@ -34,8 +34,8 @@ class ConfigValues:
         value = self.get(*keys)
         value = default if value is None else value
         if type(value) is not int or value < least:
-            wanted = "a positive integer" if least == 1 else f"an integer from {least}"
-            raise BaseModelError(f"model: {self.name}: config.json: {keys[0]} is {value!r}; {wanted} is needed.")
+            allowed = "a positive integer" if least == 1 else f"an integer from {least}"
+            raise BaseModelError(f"model: {self.name}: config.json: {keys[0]} is {value!r}; {allowed} is needed.")
         return value
 
     def layer_size(self, key: str, layer: int, default: int | None = None) -> int:
