@@ -39,7 +39,7 @@ def qlora(
     gate.imported()
     if device.type == "cpu":
         keep_freed_memory()
-    base = load(Model(name=work["folder"]), build_quantizer(Quant()), device)
+    base = load(Model(name=work["folder"], dtype=work["dtype"]), build_quantizer(Quant()), device)
     inject(base.model, Lora(RANK, ALPHA, 0.0), "all-linear", 0)
     recompute_layers(base.model, recompute)
     if compiled:
@@ -100,7 +100,7 @@ def unsloth_plain_loop(gate: StepGate, **work: Any) -> None:
     import torch
 
     gate.imported()
-    options = {"max_seq_length": work["length"], "load_in_4bit": True, "dtype": torch.bfloat16}
+    options = {"max_seq_length": work["length"], "load_in_4bit": True, "dtype": getattr(torch, work["dtype"])}
     model, _ = unsloth.FastLanguageModel.from_pretrained(work["folder"], **options)
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, use_gradient_checkpointing=False
@@ -141,7 +141,7 @@ def peft_classic(gate: StepGate, **work: Any) -> None:
         trained_tokens = sum(len(ids) - 1 for ids in batch)
         for start in range(0, len(batch), PER_DEVICE_BATCH):
             ids, mask, labels = padded(batch[start : start + PER_DEVICE_BATCH], work["device"])
-            with torch.autocast(work["device"], dtype=torch.bfloat16):
+            with torch.autocast(work["device"], dtype=torch.bfloat16, enabled=work["dtype"] == "bfloat16"):
                 loss = model(input_ids=ids, labels=labels, attention_mask=mask).loss
             weighted = loss * (int((labels[:, 1:] != -100).sum()) / trained_tokens)
             weighted.backward()
@@ -178,7 +178,7 @@ def trl_defaults(gate: StepGate, **work: Any) -> None:
             output_dir=output, per_device_train_batch_size=batch, gradient_accumulation_steps=work["batch"] // batch,
             max_steps=work["steps"], max_length=work["length"], logging_steps=1, save_strategy="no", report_to=[],
             use_cpu=work["device"] == "cpu", disable_tqdm=True, learning_rate=LEARNING_RATE,
-            train_sampling_strategy="sequential",
+            train_sampling_strategy="sequential", bf16=work["dtype"] == "bfloat16",
         )  # fmt: skip
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
         examples = token_lists(work["batch"] * work["steps"], work["length"], work["short"])
@@ -194,12 +194,12 @@ def four_bit_base(work: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = getattr(torch, work["dtype"])
     four_bit = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     return AutoModelForCausalLM.from_pretrained(
-        work["folder"], quantization_config=four_bit, dtype=torch.bfloat16, device_map={"": work["device"]}
+        work["folder"], quantization_config=four_bit, dtype=dtype, device_map={"": work["device"]}
     )
 
 

@@ -8,12 +8,13 @@ cache. TRL: datasets' JSON reader and what SFTTrainer does before its first step
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,15 +32,25 @@ Counts = dict[str, int]
 
 def make_inputs(folder: Path, records: int | None) -> None:
     """GSM8K as conversations in the format of each contender, and GPT-2's tokenizer with ChatML."""
-    from transformers import PreTrainedTokenizerFast
-
     lines = (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()[:records]
+    write_conversations(folder, ((line["question"], line["answer"]) for line in map(json.loads, lines)))
+    save_tokenizer(folder)
+
+
+def write_conversations(folder: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Questions with their answers in the format of each contender."""
     with (folder / "qlora.jsonl").open("w") as qlora_file, (folder / "trl.jsonl").open("w") as trl_file:
-        for line in map(json.loads, lines):
-            question = {"role": "user", "content": line["question"]}
-            answer = {"role": "assistant", "content": line["answer"]}
+        for question_text, answer_text in pairs:
+            question = {"role": "user", "content": question_text}
+            answer = {"role": "assistant", "content": answer_text}
             qlora_file.write(json.dumps({"messages": [question, answer]}) + "\n")
             trl_file.write(json.dumps({"prompt": [question], "completion": [answer]}) + "\n")
+
+
+def save_tokenizer(folder: Path) -> None:
+    """GPT-2's tokenizer with ChatML."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(SHARED / "tokenizers" / "gpt2" / "tokenizer.json"), eos_token="<|im_end|>",
         pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
@@ -56,7 +67,6 @@ def qlora(folder: Path, processes: int) -> Callable[[], Counts]:
     from qlora.data.conversations import worker_pool
     from qlora.data.conversations.encoder import Encoder
     from qlora.data.prepare import prepare
-    from qlora.data.types import trained_tokens
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
     worker_pool.available_workers = lambda: processes
@@ -67,7 +77,7 @@ def qlora(folder: Path, processes: int) -> Callable[[], Counts]:
 
     def run() -> Counts:
         data = prepare(section, Encoder(tokenizer), 0)
-        return {"tokens": data.report.tokens, "trained": trained_tokens(data.train), "rows": len(data.train)}
+        return {"tokens": data.report.tokens, "trained": data.report.trained_tokens, "rows": len(data.train)}
 
     return run
 
@@ -98,13 +108,14 @@ def trl(folder: Path, processes: int) -> Callable[[], Counts]:
     return run
 
 
-CACHED = "ours, prepared before"
+CACHED, CACHED_2 = "ours, prepared before", "ours, 2 processes, prepared before"
 CONTENDERS = {  # by their keys in the results file
     "ours": (qlora, 1),
     "TRL": (trl, 1),
     "ours, 2 processes": (qlora, 2),
     "TRL, 2 processes": (trl, 2),
     CACHED: (qlora, 1),
+    CACHED_2: (qlora, 2),
 }
 
 
@@ -117,13 +128,15 @@ def child(name: str, folder: Path) -> None:
     counts = run()
     seconds, cpu_after = time.perf_counter() - started, os.times()
     cpu_seconds = sum(cpu_after[:4]) - sum(cpu_before[:4])  # includes workers that have ended
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes() - baseline, **counts}))
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest one, with what it shares
+    peaks = {"peak_bytes": peak_bytes() - baseline, "worker_peak_bytes": max(0, workers - baseline)}
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, **peaks, **counts}))
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
-    """One measurement in a new process, with empty caches except for CACHED."""
+    """One measurement in a new process, with empty caches except for CACHED and CACHED_2."""
     with tempfile.TemporaryDirectory() as empty:
-        cache = str(folder / "kept") if name == CACHED else empty
+        cache = str(folder / "kept") if name in (CACHED, CACHED_2) else empty
         paths = {"QLORA_CACHE": cache, "HF_DATASETS_CACHE": empty, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
         command = [sys.executable, __file__, "--child", name, "--folder", str(folder)]
         process = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
@@ -155,9 +168,10 @@ def main() -> None:
         make_inputs(Path(folder), options.rows)
         records = len((Path(folder) / "qlora.jsonl").read_text().splitlines())
         measured(CACHED, Path(folder))  # fills the cache
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+        compared = [name for name in CONTENDERS if name != CACHED_2]
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
         for number in range(options.rounds):
-            for name in list(CONTENDERS) if number % 2 == 0 else reversed(list(CONTENDERS)):
+            for name in compared if number % 2 == 0 else reversed(compared):
                 results[name].append(measured(name, Path(folder)))
                 print(f"round {number + 1}, {name}: {results[name][-1]}", flush=True)
     summaries = {name: summary(rounds, records) for name, rounds in results.items()}

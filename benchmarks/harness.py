@@ -68,6 +68,7 @@ def _summary(steps: list[dict[str, Any]], warm_up: int) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"],
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
+        "processor_seconds": [step["processor_seconds"] for step in steps[warm_up:]],
         "peak_bytes": steps[-1]["peak_bytes"],
     }
 
@@ -81,7 +82,7 @@ class StepGate:
 
     def __init__(self, connection: Connection, device: str = "cpu", cap_bytes: int | None = None) -> None:
         self.connection, self.device, self.cap_bytes = connection, device, cap_bytes
-        self.baseline = 0
+        self.baseline, self.processor_started = 0, 0.0
 
     def imported(self) -> None:
         """Libraries are imported, nothing is loaded yet: memory counts from here."""
@@ -97,7 +98,9 @@ class StepGate:
 
     def wait(self) -> bool:
         """Block until the next step may start; False at the end."""
-        return bool(self.connection.recv() == "step")
+        goes_on = bool(self.connection.recv() == "step")
+        self.processor_started = time.process_time()
+        return goes_on
 
     def done(self, started: float, loss: float) -> None:
         """Report the step that began at `started` (time.perf_counter), once the device has finished it too."""
@@ -107,7 +110,11 @@ class StepGate:
 
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-        self.connection.send({"seconds": time.perf_counter() - started, "loss": loss, "peak_bytes": peak})
+        times = {
+            "seconds": time.perf_counter() - started,
+            "processor_seconds": time.process_time() - self.processor_started,  # other programs change them little
+        }
+        self.connection.send({**times, "loss": loss, "peak_bytes": peak})
 
 
 def machine() -> dict[str, Any]:

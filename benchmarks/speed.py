@@ -37,7 +37,7 @@ GPU_CONTENDERS = {"ours, fused AdamW": qlora_fused_adamw} | (
 )
 
 
-def matmul_seconds(shape: dict[str, Any], tokens: int, device: str) -> float:
+def matmul_seconds(shape: dict[str, Any], tokens: int, device: str, dtype: str) -> float:
     """Seconds of a step's frozen products: every layer's and the head's, forward and backward for the input."""
     import torch
 
@@ -47,8 +47,9 @@ def matmul_seconds(shape: dict[str, Any], tokens: int, device: str) -> float:
     products = [(sides, shape["num_hidden_layers"]) for sides in layer] + [((hidden, shape["vocab_size"]), 1)]
     total = 0.0
     for (inputs, outputs), count in products:
-        x, weight = (torch.randn(n, inputs, dtype=torch.bfloat16, device=device) for n in (tokens, outputs))
-        gradient = torch.randn(tokens, outputs, dtype=torch.bfloat16, device=device)
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+        x, weight = (torch.randn(n, inputs, **options) for n in (tokens, outputs))
+        gradient = torch.randn(tokens, outputs, **options)
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
@@ -70,6 +71,7 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
         make_base(folder, options.shape, options.device)
         cap_bytes = int(options.cap_gib * 2**30) if options.cap_gib else None
         work = {"folder": str(folder), "batch": options.batch, "length": options.length, "short": options.short}
+        work["dtype"] = options.dtype
         running = Race(contenders, steps=steps, device=options.device, cap_bytes=cap_bytes, **work)
         results = running.run(options.warm_up, options.rounds)
     examples = token_lists(options.batch * steps, options.length, options.short)[options.warm_up * options.batch :]
@@ -84,7 +86,9 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
 def with_limit(race_result: dict[str, Any]) -> dict[str, Any]:
     """A race's result with the seconds of its matrix products, measured now, and each contender's fraction of them."""
     work = race_result["workload"]
-    limit = matmul_seconds(SHAPES[work["shape"]], int(work["tokens_per_step"]), work["device"])
+    limit = matmul_seconds(
+        SHAPES[work["shape"]], int(work["tokens_per_step"]), work["device"], work.get("dtype", "bfloat16")
+    )
     for result in race_result["contenders"].values():
         result["share_of_matmul_limit"] = limit / (sum(result["seconds"]) / len(result["seconds"]))
     return {**race_result, "matmul_seconds": limit}
@@ -100,6 +104,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="lengths of an instruction data set")
     parser.add_argument("--shape", choices=SHAPES, default="100M")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="float32: for a CPU without bfloat16 units"
+    )
     parser.add_argument("--cap-gib", type=float, help="limit on GPU memory, to imitate a smaller GPU")
     parser.add_argument("--base", type=Path, help="folder that keeps the random base for the next race")
     parser.add_argument("--only", nargs="*", default=[])

@@ -18,6 +18,13 @@ CONTENDERS = {  # key in the results -> name in the table
     "B1 TRL": "TRL, its defaults",
     "B0 PEFT": "PEFT, as in the QLoRA authors' scripts",
 }
+PREFERENCE_CONTENDERS = {
+    "ours": "qlora",
+    "ours, one pair a micro-batch": "qlora, one pair a micro-batch",
+    "ours, all layers recomputed": "qlora, all layers recomputed",
+    "TRL DPO": "TRL, its defaults",
+    "TRL DPO, one pair a micro-batch": "TRL, one pair a micro-batch",
+}
 COMPONENTS = {  # key in the results -> name in the table, where it is not the key itself
     "packed_base": "quantized base",
     "head": "LM head",
@@ -187,12 +194,99 @@ def trees_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def preferences_table() -> str:
+    """Tokens per second and peak memory of DPO, and their ratios to TRL's DPOTrainer with its defaults."""
+    result = read("preferences")
+    if result is None:
+        return ""
+    work, machine, trl = result["workload"], result["machine"], result["contenders"]["TRL DPO"]
+    lines = [
+        f"DPO on a random {work['shape']} Llama in NF4, {work['dtype']} compute, rank {work['rank']}, {work['batch']} "
+        f"pairs a step with prompts of {work['prompt']} and answers of {work['answer']} tokens, {machine['cores']} "
+        f"cores of an {machine['cpu']}{_load_note(result)}; trl {machine['trl']}. A pair counts as its prompt and both "
+        "answers, once:",
+        "",
+        "| | tokens/s | against TRL | peak memory | against TRL |",
+        "|---|---|---|---|---|",
+    ]
+    for key, entry in result["contenders"].items():
+        speed = entry["tokens_per_second"] / trl["tokens_per_second"]
+        lines.append(
+            f"| {PREFERENCE_CONTENDERS[key]} | {entry['tokens_per_second']:,.1f} | {speed:.2f}x "
+            f"| {entry['peak_bytes'] / 2**20:,.0f} MiB | {entry['peak_bytes'] / trl['peak_bytes']:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _load_note(result: dict[str, Any]) -> str:
+    """That other programs ran beside a race, where they did."""
+    load = result["load_average"]
+    busy = load["before"] > load["cores"]
+    return f", busy with other work (load average {load['before']:.0f})" if busy else ""
+
+
+def generation_table() -> str:
+    """Tokens per second of generation, each contender beside qlora one by one."""
+    result = read("generation")
+    if result is None:
+        return "\n"
+    work, machine = result["workload"], result["machine"]
+    alone = result["contenders"]["qlora, one by one"]["tokens_per_second"]
+    rounds = len(result["contenders"]["qlora, one by one"]["seconds"])
+    lines = [
+        f"{len(work['prompts'])} prompts of {min(work['prompts'])} to {max(work['prompts'])} tokens, "
+        f"{work['tokens']} new tokens "
+        f"each, a random {work['shape']} Llama in NF4, float32 products, one thread of an {machine['cpu']}; "
+        f"transformers {machine['transformers']}, bitsandbytes {machine['bitsandbytes']}; "
+        f"{rounds} round{'s' * (rounds > 1)} on a busy machine:",
+        "",
+        "| | tokens per processor second | against one by one |",
+        "|---|---|---|",
+    ]
+    for name, values in result["contenders"].items():
+        rate = values["tokens_per_second"]
+        lines.append(f"| {name} | {rate:.2f} | {rate / alone:.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
+CLIENTS = {"vllm": "vLLM", "mlx": "mlx-lm", "transformers": "transformers"}
+EXPORTS = {
+    "merged": "`--to merged`", "portable": "base + `--to portable`", "adapter": "base + `--to adapter`",
+    "mlx": "base + `--to mlx`",
+}  # fmt: skip
+
+
+def clients_table() -> str:
+    """Greedy answers and prompt ids of exports in other programs, summed over the models."""
+    result = read("clients")
+    if result is None:
+        return ""
+    lines = [
+        "| program | date | export | models | same answers | same prompt ids |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in result["lines"]:
+        groups.setdefault((line["client"], line["version"], line["export"]), []).append(line)
+    for (client, version, export), group in groups.items():
+        answers, total = (sum(line[key] for line in group) for key in ("answers", "of"))
+        chats = [line for line in group if "prompts" in line]
+        prompts = f"{sum(line['prompts'] for line in chats)} of {sum(line['of'] for line in chats)}" if chats else ""
+        models, day = ", ".join(line["model"] for line in group), max(line["date"] for line in group)
+        name, kind = CLIENTS.get(client, client), EXPORTS.get(export, export)
+        lines.append(f"| {name} {version} | {day} | {kind} | {models} | {answers} of {total} | {prompts} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "generation": generation_table,
     "speed": speed_table,
     "memory": memory_table,
     "faults": faults_table,
     "gpus": gpus_table,
     "trees": trees_table,
+    "clients": clients_table,
+    "preferences": preferences_table,
 }
 
 

@@ -40,13 +40,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 WORDS = 32_000  # token ids used, for every vocabulary
+END, PAD = "<end>", "<pad>"  # tokens 1 and 2
 MEDIAN_TOKENS, SPREAD = 100, 1.0  # of short examples: lognormal, as in an instruction data set
 
 
 def make_base(folder: Path, shape: str, device: str) -> None:
     """Save a random bfloat16 model, created on `device`, with a tokenizer that TRL can load."""
     import torch
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").exists():
@@ -56,9 +57,11 @@ def make_base(folder: Path, shape: str, device: str) -> None:
         config = AutoConfig.for_model(**{"model_type": "llama", **SHAPES[shape]})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    words = {f"w{number}": number for number in range(WORDS)}
+    words = {f"w{number}": number for number in range(WORDS)} | {END: 1, PAD: 2}
+    del words["w1"], words["w2"]
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2").save_pretrained(folder)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD).save_pretrained(folder)
 
 
 def token_lists(count: int, length: int, short: bool) -> list[list[int]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora.runs.load_run import LoadedRun
 
 StrPath = str | PathLike[str]
-Target = Literal["merged", "adapter", "portable", "ollama"]
+Target = Literal["merged", "adapter", "portable", "mlx", "ollama"]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ LIBRARIES = {  # foreign library -> the only places that import it
     },
     "typer": {"cli"},
     "rich": {"cli", "training/run_log.py", "training/live_panel.py", "demo/walkthrough.py"},
+    "gguf": {"exporters/gguf/gguf_file.py"},
+    "tokenizers": {"exporters/gguf/file_tokenizer.py"},
+    "lm_eval": {"runs/harness_model.py"},
     "peft": set(),
     "trl": set(),
 }
@@ -185,4 +188,4 @@ def test_the_readme_starts_with_its_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```\n(.*?)```", readme, flags=re.DOTALL)
     assert blocks[0] == "make demo\nmake test\n"
-    assert "accelerate launch" in blocks[1]
+    assert blocks[1] == "pip install .\n" and "accelerate launch" in blocks[2]

@@ -1,7 +1,8 @@
 """Samples of long parameter lists: each run has every kind, and all runs together have every case."""
 
 import pytest
-from support.case_samples import drawn
+from support.case_samples import QUICK, drawn
+from support.paths import ROOT
 
 PAIRS = [{"family": family, "kind": kind} for family in "abcdefg" for kind in ("x", "y", "z")]
 
@@ -23,3 +24,8 @@ def test_a_sample_has_every_value_of_the_named_parameters(seed: int) -> None:
 
 def test_neighbors_differ_in_the_inner_parameter() -> None:
     assert {PAIRS[index]["kind"] for index in drawn(PAIRS, 3, (), 0)} == {*"xyz"}
+
+
+def test_the_expression_is_that_of_make_test() -> None:
+    """With another one all sampled cases would be left out, and no test would say so."""
+    assert f"-m '{QUICK}'" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

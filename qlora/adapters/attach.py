@@ -36,7 +36,7 @@ def build_layers(
     model: nn.Module, file: AdapterFile, base_sha256: str, allow_other_base: bool = False
 ) -> tuple[dict[str, nn.Module], str | None]:
     """`attach` without a change to `model`: the layers by path, each around the model's own frozen matrices."""
-    note = _check_base(file, base_sha256, allow_other_base)
+    note = check_base(file, base_sha256, allow_other_base)
     refuse_changed_base(file)
     frozen, stacks = frozen_linears(model), expert_stacks(model)
     modules, module_problems = build_modules_to_save(model, file.modules)
@@ -76,7 +76,8 @@ def _expert_layer(file: AdapterFile, path: str, stack: ExpertStack) -> ExpertLor
     return layer
 
 
-def _check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> str | None:
+def check_base(file: AdapterFile, base_sha256: str, allow_other_base: bool) -> str | None:
+    """A line to show when the base of a file can't be checked. AdapterError if it was trained on other weights."""
     if file.base_sha256 is None:
         return f"{file.folder} carries no fingerprint of its base: that it belongs to this one can't be checked."
     if file.base_sha256 != base_sha256 and not allow_other_base:

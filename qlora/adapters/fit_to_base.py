@@ -78,12 +78,12 @@ def _with_paths_of(model: nn.Module, file: AdapterFile, log: Log) -> AdapterFile
     for path in sorted(known):
         if by_inner.setdefault(_inner(path), path) != path:
             return file
-    paths = {path: by_inner.get(_inner(path), path) for path in _paths_of(file)}
+    paths = {path: by_inner.get(_inner(path), path) for path in paths_of_adapter(file)}
     changed = [(old, new) for old, new in paths.items() if old != new]
     if not changed or not known.issuperset(paths.values()) or len(set(paths.values())) < len(paths):
         return file
     log(f"{file.folder}: {len(changed)} modules have other names than in this base: {changed[0][0]} is {changed[0][1]}")
-    return _renamed(file, paths)
+    return renamed(file, paths)
 
 
 def _rows_of_trained_tokens(file: AdapterFile, before: int) -> int | None:
@@ -105,20 +105,22 @@ def _with_modules_named(file: AdapterFile) -> AdapterFile:
     return replace(file, config={**file.config, "modules_to_save": names + missing}, is_changed=True)
 
 
-def _renamed(file: AdapterFile, paths: Mapping[str, str]) -> AdapterFile:
-    def renamed(values: Mapping[str, T]) -> dict[str, T]:
+def renamed(file: AdapterFile, paths: Mapping[str, str]) -> AdapterFile:
+    """The adapter with other module paths, which its config names one by one. paths: every old path -> new path."""
+
+    def with_new_paths(values: Mapping[str, T]) -> dict[str, T]:
         return {paths[path]: value for path, value in values.items()}
 
     modules = {f"{paths[path]}.{leaf}": value for (path, _, leaf), value in _split_names(file.modules)}
     filters = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     return replace(
         file,
-        pairs=renamed(file.pairs),
-        magnitudes=renamed(file.magnitudes),
+        pairs=with_new_paths(file.pairs),
+        magnitudes=with_new_paths(file.magnitudes),
         modules=modules,
-        rows=renamed(file.rows),
-        embeddings=renamed(file.embeddings),
-        base_weights=renamed(file.base_weights),
+        rows=with_new_paths(file.rows),
+        embeddings=with_new_paths(file.embeddings),
+        base_weights=with_new_paths(file.base_weights),
         config={
             **file.config,
             **filters,
@@ -148,7 +150,8 @@ def _split_names(modules: Mapping[str, T]) -> Iterator[tuple[tuple[str, str, str
     return ((name.rpartition("."), value) for name, value in modules.items())
 
 
-def _paths_of(file: AdapterFile) -> list[str]:
+def paths_of_adapter(file: AdapterFile) -> list[str]:
+    """The paths of all modules that the adapter has a tensor of."""
     modules = (path for (path, _, _), _ in _split_names(file.modules))
     return [*dict.fromkeys([*file.pairs, *file.embeddings, *file.base_weights, *file.rows, *modules])]
 

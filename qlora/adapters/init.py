@@ -141,6 +141,8 @@ def _initialize_from_weight(matrix: _Matrix, weight: Tensor, kind: str, generato
     right = principal_directions(source, len(matrix.a), generator)
     left = source @ right
     values = torch.linalg.vector_norm(left, dim=0)
+    if not values.any():  # loftq on a matrix that stays in 16 bits: there is no error, and LoRA's start is kept
+        return torch.stack([weight.square().sum(dtype=torch.float64).cpu(), *torch.zeros(2, dtype=torch.float64)])
     root = (values.clamp_min(MIN_SINGULAR_VALUE * float(values.max())).clamp_min(1e-30) / scaling).sqrt()
     matrix.a.copy_((right * root).t())
     matrix.b.copy_(left / (scaling * root))

@@ -3,12 +3,12 @@ r"""How `rank_pattern` and `alpha_pattern` are matched: as in PEFT, the first ke
 A key is a name, the end of a path, or a regular expression for one: it matches where `^(.*\.)?(KEY)$` does.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from qlora.adapters.target_modules import nearest_names
 from qlora.errors import AdapterError
+from qlora.utils.name_patterns import matches
 
 T = TypeVar("T")
 
@@ -16,11 +16,6 @@ T = TypeVar("T")
 def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
     """The value of the first key that matches `path`, else the default."""
     return next((value for key, value in patterns.items() if matches(key, path)), default)
-
-
-def matches(key: str, path: str) -> bool:
-    """Whether a pattern's key matches the module at `path`."""
-    return re.fullmatch(rf"(?:.*\.)?(?:{key})", path) is not None
 
 
 def refuse_unused(setting: str, patterns: Mapping[str, object], paths: Sequence[str]) -> None:

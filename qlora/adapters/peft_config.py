@@ -15,7 +15,6 @@ from qlora.adapters.expert_lora import ExpertLora
 from qlora.adapters.inject import adapted, adapted_experts
 from qlora.adapters.lora import Lora, LoraLinear
 from qlora.adapters.modules_to_save import names_for_peft
-from qlora.adapters.patterns import matches
 from qlora.adapters.peft_fields import MERGE_IN_PEFT, refuse_fields
 from qlora.adapters.peft_starts import changed_start
 from qlora.adapters.peft_targets import pattern_fields, plain_number, target_names, target_parameters
@@ -23,6 +22,7 @@ from qlora.adapters.rslora import RsLora
 from qlora.adapters.trainable_tokens import trainable_token_indices
 from qlora.errors import AdapterError
 from qlora.utils.atomic_files import read_json
+from qlora.utils.name_patterns import matches
 from qlora.utils.sandbox import LimitExceeded, within_limits
 
 MAX_RANK = 65_536

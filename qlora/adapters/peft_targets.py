@@ -16,6 +16,7 @@ from qlora.adapters.lora import Lora
 from qlora.adapters.patterns import by_pattern
 from qlora.model.expert_forward import expert_stacks
 from qlora.model.module_tree import unit_path
+from qlora.model.wrapper_models import tower_modules
 
 REWRITTEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 T = TypeVar("T")
@@ -26,7 +27,7 @@ def target_names(model: nn.Module) -> list[str]:
     chosen, stacks = set(adapted(model)) - _rewritten(model), expert_stacks(model)
     leaves = {path.rpartition(".")[2] for path in chosen}
     # PEFT matches names against every module, so a leaf must not occur outside the adapted layers.
-    modules = (path for path, _ in model.named_modules() if path not in stacks)
+    modules = [path for path, _ in model.named_modules() if path not in stacks] + [*tower_modules(model)]
     matched = {path for path in modules if path.rpartition(".")[2] in leaves}
     return sorted(leaves if matched == chosen else chosen)
 

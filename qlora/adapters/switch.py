@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from qlora.adapters.expert_lora import ExpertLora
 from qlora.adapters.expert_targets import adaptable
 from qlora.adapters.inject import adapted, adapted_experts
 from qlora.adapters.lora import LoraLinear
 from qlora.adapters.modules_to_save import ModuleToSave, modules_to_save
+from qlora.adapters.per_row import BatchRows, mounted_per_row
 from qlora.errors import AdapterError, did_you_mean
 from qlora.model.module_tree import set_by_path
 from qlora.quant.expert_stack import ExpertStack
@@ -56,11 +56,6 @@ class AdapterSwitch:
         """The adapters, in the order in which they were added."""
         return list(self._adapters)
 
-    @property
-    def mixes_rows(self) -> bool:
-        """Whether `per_row` can have several adapters in a batch: experts get tokens without their rows."""
-        return not any(isinstance(layer, ExpertLora) for layers in self._adapters.values() for layer in layers.values())
-
     def add(self, name: str, layers: Layers) -> None:
         """Register an adapter's layers, built for this base, as `name`; the active adapter does not change."""
         if name in self._adapters:
@@ -89,33 +84,20 @@ class AdapterSwitch:
         self.active = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
 
     @contextmanager
-    def per_row(self, names: Sequence[str | None]) -> Iterator[None]:
+    def per_row(self, names: Sequence[str | None]) -> Iterator[BatchRows]:
         """Inside the block row n of every batch uses adapter `names[n]`; the base's product is computed once.
 
-        AdapterError for several names where `mixes_rows` is false.
+        The rows of later batches can be selected from these.
         """
-        if not self.mixes_rows:
-            with self._one_for_all_rows(names):
-                yield
-            return
-        groups = [
-            (self._layers(name), torch.tensor([row for row, other in enumerate(names) if other == name]))
-            for name in dict.fromkeys(names)
-        ]
-        modules: dict[str, nn.Module] = {}
-        for path, frozen in self._frozen.items():
-            members = [(layers[path], index) for layers, index in groups if path in layers]
-            modules[path] = PerRowAdapters(frozen, members, len(names)) if members else frozen
-        with self._mounted(modules):
-            yield
-
-    @contextmanager
-    def _one_for_all_rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        if len(set(names)) != 1:
-            raise AdapterError("adapters of experts can't be chosen by row. Run one adapter at a time.")
-        layers = self._layers(names[0])
-        with self._mounted({path: layers.get(path, frozen) for path, frozen in self._frozen.items()}):
-            yield
+        rows, layers = BatchRows(names), {name: self._layers(name) for name in names}
+        modules = mounted_per_row(self._model, self._frozen, layers, rows)
+        whole = {path: self._model.get_submodule(path) for path in modules if path not in self._frozen}
+        with self._mounted({path: modules.pop(path, module) for path, module in self._frozen.items()}):
+            self._mount(modules)
+            try:
+                yield rows
+            finally:
+                self._mount(whole)
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -142,34 +124,6 @@ class AdapterSwitch:
     def _mount(self, modules: Layers) -> None:
         for path, module in modules.items():
             set_by_path(self._model, path, module)
-
-
-class PerRowAdapters(nn.Module):
-    """y = base(x), plus its own adapter's update for each row. Replaces a layer inside `AdapterSwitch.per_row`."""
-
-    def __init__(self, base: nn.Module, members: Sequence[tuple[nn.Module, Tensor]], rows: int) -> None:
-        super().__init__()
-        self.base = base
-        device = base.device if isinstance(base, FrozenLinear) else next(base.parameters()).device
-        self._members = tuple((layer, index.to(device)) for layer, index in members)  # a tuple: not submodules
-        self._rows = rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [N, ..., I] -> [N, ..., O], N the number of rows that have a name."""
-        if x.shape[0] != self._rows:
-            raise AdapterError(f"a batch of {x.shape[0]} sequences, but adapters are named for {self._rows}.")
-        y: Tensor = self.base(x)
-        for layer, index in self._members:
-            y = y.index_add(0, index, layer_update(layer, x[index]))
-        return y
-
-
-def layer_update(layer: nn.Module, x: Tensor) -> Tensor:
-    """What an adapted layer adds to its base's output for x [..., I], in x's dtype."""
-    if type(layer) is LoraLinear:
-        a, b = layer.A.to(x.dtype), layer.B.to(x.dtype) * layer.scaling
-        return F.linear(F.linear(x, a), b)
-    return layer(x) - layer.base(x)  # type: ignore[operator,no-any-return]
 
 
 def _weighted_sum(

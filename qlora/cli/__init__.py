@@ -5,6 +5,7 @@ from qlora.cli import (
     chat,
     check,
     combine,
+    completion,
     convert,
     demo,
     doctor,
@@ -20,12 +21,14 @@ from qlora.cli import (
     report,
     resize,
     schema,
+    sensitivity,
     sweep,
     train,
 )
 from qlora.cli.app import app, main
 
 __all__ = [
-    "advise", "app", "chat", "check", "combine", "convert", "demo", "doctor", "evaluate", "export", "generate", "init",
-    "inspect", "main", "plan", "preview", "push", "recipes", "report", "resize", "schema", "sweep", "train",
+    "advise", "app", "chat", "check", "combine", "completion", "convert", "demo", "doctor", "evaluate", "export",
+    "generate", "init", "inspect", "main", "plan", "preview", "push", "recipes", "report", "resize", "schema",
+    "sensitivity", "sweep", "train",
 ]  # fmt: skip

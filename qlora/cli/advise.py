@@ -56,6 +56,11 @@ def _before(recipe: str, overrides: Sequence[str], rows: int) -> tuple[dict[str,
     from qlora.recipe.check_paths import ENCODING, read_checked
 
     settings, _ = read_checked(recipe, overrides, ENCODING)
+    if settings.objective.sided_format is not None:
+        from qlora.runs.advise.preferences import advise_answers, answer_lines
+
+        advice = advise_answers(settings, rows, log)
+        return advice, answer_lines(advice)
     from qlora.runs.advise import verdict
     from qlora.runs.advise.before import advise_before
 

@@ -31,6 +31,7 @@ WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Errors of the system about a path that can't be read: the input is wrong.
 WRONG_PATHS = {EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
 TRAINING = ("train", "sweep", "demo")  # commands that train
+QUANT_HELP = "storage of the base: nf4 | fp4 | dense (16 bits); default: as trained, an exported model as it is written"
 INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
 
 

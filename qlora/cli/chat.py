@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.app import app, log
+from qlora.cli.app import QUANT_HELP, app, log
 
 if TYPE_CHECKING:
     from qlora.runs.conversation import ChatSession
@@ -19,6 +19,7 @@ def chat(
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="more adapters to switch to")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.7,
+    quant: Annotated[str | None, typer.Option(help=QUANT_HELP)] = None,
 ) -> None:
     """Chat with a run: streamed answers, /adapter to switch, /compare with the base model, /help for more.
 
@@ -27,7 +28,7 @@ def chat(
     from qlora.runs.adapter_names import named_adapters
     from qlora.runs.find_run import find_run, require_adapters
 
-    files = find_run(run, None, log)
+    files = find_run(run, None, log, quant)
     own = str(files.adapter) if files.adapter else None
     adapters = require_adapters(named_adapters(adapter or [], own))
     from qlora.runs.chat import run_chat

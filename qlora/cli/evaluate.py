@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.app import app, log, print_json
+from qlora.cli.app import QUANT_HELP, app, log, print_json
 
 
 @app.command(name="eval")
@@ -13,8 +13,17 @@ def evaluate(
     adapter: Annotated[str | None, typer.Option(help="folder of the adapter to use instead of the run's")] = None,
     data: Annotated[str | None, typer.Option(help="examples to measure on; default: the run's held-out ones")] = None,
     task: Annotated[str, typer.Option(help="loss | exact-match | choice | preference")] = "loss",
+    quant: Annotated[str | None, typer.Option(help=QUANT_HELP)] = None,
     beside_base: Annotated[
         bool, typer.Option("--beside-base", help="evaluate the base model too, and both on a general text")
+    ] = False,
+    lm_eval: Annotated[str, typer.Option("--lm-eval", metavar="TASK,TASK", help="tasks of lm-evaluation-harness")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="with --lm-eval: the first N examples of each task")] = None,
+    include_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="with --lm-eval: a folder of your own tasks")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="with --lm-eval: examples as conversations of the run's template")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -22,19 +31,28 @@ def evaluate(
 
     Example: qlora eval runs/example --task exact-match --data test.jsonl
     """
+    from qlora.runs.benchmark_results import benchmark_request
     from qlora.runs.eval_tasks import require_task
     from qlora.runs.find_run import find_run, require_examples
 
     require_task(task)
-    files = find_run(run, adapter, log)
+    request = benchmark_request(lm_eval, limit, include_path, chat_template)
+    files = find_run(run, adapter, log, quant)
+    if request is not None:
+        from qlora.runs.run_benchmarks import run_benchmarks
+
+        return _show_benchmarks(run_benchmarks(files, request, adapter is None, log), as_json)
     require_examples(files.recipe, data)
-    from qlora.data.types import count_of
     from qlora.runs.evaluate import evaluate_run
     from qlora.runs.load_run import load_run
 
     result = evaluate_run(load_run(files, None, log), data, task, beside_base, log)
-    if as_json:
-        return print_json(result)
+    return print_json(result) if as_json else _show(result, task, beside_base)
+
+
+def _show(result: dict[str, Any], task: str, beside_base: bool) -> None:
+    from qlora.data.types import count_of
+
     if task == "preference":
         return log(_preference_line(result))
     log(_line(result) + f" on {count_of(result['rows'], 'example')}")
@@ -42,6 +60,16 @@ def evaluate(
         general = result["forgetting"]
         log(f"base model: {_line(result['base'])}")
         log(f"general text ({general['tokens']} tokens): loss {general['base_loss']:.4f} -> {general['loss']:.4f}")
+    return None
+
+
+def _show_benchmarks(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return print_json(result)
+    for name, values in result["tasks"].items():
+        metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in values["metrics"].items())
+        rows = "" if values["rows"] is None else f" on {values['rows']:,} examples"
+        log(f"{name}: {metrics}{rows}")
     return None
 
 

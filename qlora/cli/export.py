@@ -6,41 +6,52 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora.cli.app import app, log, print_json
-from qlora.exporters import FULL_MODELS, MAX_KL, MAX_LOST, MERGE_BASE, ExportRequest
+from qlora.exporters import MAX_KL, MAX_LOST, MERGE_BASE, WHOLE_MODELS, ExportRequest
 
 if TYPE_CHECKING:
     from qlora.runs.find_run import RunFiles
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16 | float16 | float32; for gguf q8_0 | q4_0 too; default: the run's, for gguf float16"),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(min=0.0, help=f"fail above this mean KL; default {MAX_KL}, no limit with --base original"),
+]
+MaxLost = Annotated[float, typer.Option(min=0.0, help="fail if rounding loses more than this fraction of the update")]
+LlamaCpp = Annotated[
+    str | None,
+    typer.Option("--llama-cpp", metavar="DIR", help="for gguf: a checkout of llama.cpp that writes the file"),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(min=1, help="of the LoRA for a portable DoRA; default: the adapter's rank"),
+]
 
 
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or a checkpoint")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="a folder that does not exist yet")],
-    to: Annotated[str, typer.Option("--to", help="merged | adapter | portable | ollama")],
+    to: Annotated[str, typer.Option("--to", help="merged | adapter | portable | gguf | gguf-adapter | mlx | ollama")],
     base: Annotated[str, typer.Option(help="dequantized (as in training) | original (16-bit)")] = MERGE_BASE,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 | float16 | float32; default: the run's")] = None,
+    dtype: Dtype = None,
     data: Annotated[
         str | None, typer.Option(help="examples for the certificate; default: the run's held-out ones")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=0, help="number of examples; 0: no certificate")] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(min=0.0, help=f"fail above this mean KL; default {MAX_KL}, no limit with --base original"),
-    ] = None,
-    max_lost: Annotated[
-        float, typer.Option(min=0.0, help="fail if rounding loses more than this fraction of the update")
-    ] = MAX_LOST,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="of the LoRA for a portable DoRA; default: the adapter's rank"),
-    ] = None,
+    max_kl: MaxKl = None,
+    max_lost: MaxLost = MAX_LOST,
+    rank: Rank = None,
+    llama_cpp: LlamaCpp = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Write a merged model, an adapter or an Ollama folder; certify a merged model and list the servers that load it.
 
     Example: qlora export runs/example merged --to merged --dtype bfloat16
     """
-    request = ExportRequest(to, base, dtype, data, rows, max_kl, max_lost, rank)
+    request = ExportRequest(to, base, dtype, data, rows, max_kl, max_lost, rank, llama_cpp)
     files = _check(request, run, out)
     from qlora.exporters.export_run import export_run
     from qlora.runs.load_run import load_run
@@ -59,6 +70,6 @@ def _check(request: ExportRequest, run: str, out: str) -> "RunFiles":
     request.check(Path(out))
     files = find_run(run, None, log)
     request.check_source(files.adapter is not None, files.recipe.adapter.kind)
-    if request.data or (request.to in FULL_MODELS and request.rows != 0):
+    if request.data or (request.to in WHOLE_MODELS and request.rows != 0):
         require_examples(files.recipe, request.data, "--rows 0 leaves the certificate out")
     return files

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app, log, print_json
+from qlora.cli.app import QUANT_HELP, app, log, print_json
 
 
 @app.command()
@@ -17,6 +17,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="instead of the run's adapter; several: one answer from each"),
     ] = None,
+    quant: Annotated[str | None, typer.Option(help=QUANT_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Answer a prompt, or every line of a JSONL file with `prompt` or `messages`.
@@ -29,7 +30,7 @@ def generate(
 
     prompts = read_prompts(prompt)
     adapters = require_adapters(named_adapters(adapter or []))
-    files = find_run(run, None, log)
+    files = find_run(run, None, log, quant)
     from qlora.runs.generate import generate_from_prompts, generate_with_adapters
     from qlora.runs.load_run import load_run, load_with_adapters
 

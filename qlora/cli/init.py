@@ -45,9 +45,9 @@ def init(
 def _check(model: str, data: str, sizes: Iterable[str | None]) -> None:
     """InputError for an option that can't be used, before anything heavy is imported."""
     from qlora.errors import InputError
-    from qlora.memory import size_bytes
     from qlora.recipe.check_paths import path_problems
     from qlora.recipe.recipe import from_mapping
+    from qlora.utils.byte_sizes import size_bytes
 
     for size in filter(None, sizes):
         size_bytes(size)

@@ -1,55 +1,47 @@
 """Answers beside prompts of other records: what KTO estimates its KL on, without generating anything.
 
-The mismatched answer of an example is that of the next one in the data set, whatever the order of training.
+Records are taken in groups of `group` in the order of the data; the mismatched answer of a record is that of the one
+before it in its group, of the first one that of the last. So packing, the order of training and the split into
+micro-batches do not change it; with groups of its batch size, TRL forms the same ones.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
+from qlora.data.batching.dataset import SequenceDataset
 from qlora.data.batching.join import join_documents
-from qlora.data.batching.packing import split_documents
-from qlora.data.batching.sampler import lengths_of
+from qlora.data.compared import ComparedExample
 from qlora.data.types import CHOSEN, IGNORED, Example, Side
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FeedbackExample(Example):
-    """An example with labeled answers, and its prompts with answers of other records."""
-
-    mismatched: Example | None = None
-
-
 class MismatchedAnswers(Sequence[Example]):
-    """Examples of labeled answers, each a FeedbackExample; a mismatched conversation is cut off at `max_length`."""
+    """Sequences of labeled answers, each a ComparedExample; a mismatched answer is cut off at `max_length`."""
 
-    def __init__(self, examples: Sequence[Example], max_length: int) -> None:
-        self._examples, self._max_length = examples, max_length
-        self.lengths: npt.NDArray[np.int64] = lengths_of(examples)
+    def __init__(self, sequences: SequenceDataset, max_length: int, group: int) -> None:
+        self._sequences, self._max_length = sequences, max_length
+        self._other = _others(np.unique(sequences.order), max(2, group))
+        self.lengths: npt.NDArray[np.int64] = sequences.lengths
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._sequences)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Example `index` with its mismatched answers."""
+        """Sequence `index` with its mismatched answers."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        own = self._examples[number]
-        others = split_documents(self._examples[(number + 1) % len(self)])
-        documents = split_documents(own)
-        if len(self) == 1:  # a packed sequence alone: the answers of its own documents, moved by one
-            others = [*others[1:], others[0]]
-        mismatched = [self._pair(document, others[k % len(others)]) for k, document in enumerate(documents)]
+        own, examples = self._sequences[index], self._sequences.examples
+        numbers = self._sequences.examples_of(index)
+        mismatched = [self._pair(examples[number], examples[self._other[number]]) for number in numbers]
         values = {field.name: getattr(own, field.name) for field in fields(Example)}
-        return FeedbackExample(**values, mismatched=join_documents(mismatched))
+        return ComparedExample(**values, mismatched=join_documents(mismatched))
 
     def _pair(self, own: Example, other: Example) -> Example:
         """The prompt of one conversation with the answer of another."""
@@ -57,3 +49,12 @@ class MismatchedAnswers(Sequence[Example]):
         ids = np.concatenate([own.input_ids[:prompt], other.input_ids[answer:]])[: self._max_length]
         labels = np.concatenate([np.full(prompt, IGNORED, np.int32), other.labels[answer:]])[: self._max_length]
         return Example(own.where, ids, labels, sides=(Side(0, CHOSEN),))
+
+
+def _others(numbers: npt.NDArray[np.int64], group: int) -> Mapping[int, int]:
+    """The number of each example -> that of the example whose answer it gets; a last one alone joins a group."""
+    starts = [*range(0, len(numbers), group)]
+    if len(numbers) - starts[-1] == 1 and len(starts) > 1:
+        starts.pop()
+    groups = np.split(numbers, starts[1:])
+    return {int(number): int(other) for part in groups for number, other in zip(part, np.roll(part, 1), strict=True)}

@@ -23,17 +23,17 @@ from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import encode_records
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
+from qlora.data.data_sets import DataSet, count_records, read_data_sets, require_unchanged
 from qlora.data.reading import source
-from qlora.data.reading.resolve_paths import ResolvedSource, resolve_source
 from qlora.data.types import Example, Finding
 from qlora.data.warnings import data_set_warnings
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora.data import Data, Source
+    from qlora.data import Data
 
 _Form = tuple[bool, str | None]  # shares_prefixes and sided_format of `prepare`
-Progress = Callable[[int], None]  # called with the number of records read so far
+Progress = Callable[[int, int | None], None]  # called with the records read so far, and all of them if it is known
 
 _SEQUENCE_COLUMNS = ("train_order", "train_ends", "eval_order", "eval_ends")
 _PROGRESS_RECORDS = 256  # records between two calls of Progress
@@ -48,21 +48,11 @@ class Prepared:
     report: DataReport
 
 
-@dataclass(frozen=True)
-class _DataSet:
-    """The sources of one recipe key, with the files of each and a digest of their content."""
-
-    key: str
-    sources: "Sequence[Source]"
-    resolved: list[ResolvedSource]
-    digests: list[str]
-
-
 def prepare(
     section: "Data",
     encoder: Encoder,
     seed: int,
-    progress: Progress = lambda records: None,
+    progress: Progress = lambda records, total: None,
     shares_prefixes: bool = True,
     sided_format: str | None = None,
 ) -> Prepared:
@@ -72,12 +62,12 @@ def prepare(
     sided_format: what every record is read as, for an objective that compares answers; None: data.format.
     Memory stays bounded: examples are written to files and read through a memory map.
     """
-    data_sets, form = _data_sets(section), (shares_prefixes, sided_format)
+    data_sets, form = read_data_sets(section), (shares_prefixes, sided_format)
     sha256 = hashlib.sha256(" ".join(" ".join(data_set.digests) for data_set in data_sets).encode()).hexdigest()
 
     def build(columns: Columns) -> tuple[Mapping[str, Array], Mapping[str, object]]:
         arrays, report = _Preparation(section, encoder, seed, progress, form).run(data_sets, columns)
-        _require_unchanged(data_sets)
+        require_unchanged(data_sets)
         return arrays, replace(report, sha256=sha256).as_json()
 
     entry = cache.get_or_build(_cache_key(section, encoder, seed, data_sets, form), build)
@@ -90,16 +80,7 @@ def prepare(
     return Prepared(train, evaluation, replace(report, notes=[*encoder.notes, *report.notes, entry.note]))
 
 
-def _data_sets(section: "Data") -> tuple[_DataSet, _DataSet]:
-    data_sets = []
-    for key, sources in (("data.train", section.train), ("data.eval", section.eval or ())):
-        resolved = [resolve_source(item) for item in sources]
-        digests = [source.sha256(item, location) for item, location in zip(sources, resolved, strict=True)]
-        data_sets.append(_DataSet(key, sources, resolved, digests))
-    return data_sets[0], data_sets[1]
-
-
-def _cache_key(section: "Data", encoder: Encoder, seed: int, data_sets: Sequence[_DataSet], form: _Form) -> str:
+def _cache_key(section: "Data", encoder: Encoder, seed: int, data_sets: Sequence[DataSet], form: _Form) -> str:
     """The cache key: a digest of everything that the result depends on."""
     return cache.cache_key(
         section=section.model_dump(mode="json"),
@@ -116,14 +97,6 @@ def _cache_key(section: "Data", encoder: Encoder, seed: int, data_sets: Sequence
     )
 
 
-def _require_unchanged(data_sets: Sequence[_DataSet]) -> None:
-    """DataError if the content of a file differs from its digest in `data_sets`."""
-    for data_set in data_sets:
-        for item, resolved, digest in zip(data_set.sources, data_set.resolved, data_set.digests, strict=True):
-            if resolved.files and source.sha256(item, resolved) != digest:
-                raise DataError(f"{item.path}: changed while it was read. Start again when nothing writes to it.")
-
-
 class _Preparation:
     """All records of data.train and data.eval, filtered into one store of examples, then split and packed."""
 
@@ -131,11 +104,13 @@ class _Preparation:
         self._section, self._encoder, self._seed, self._progress = section, encoder, seed, progress
         self._shares_prefixes, self._sided_format = form
         self._records = 0
+        self._total: int | None = None
         self._answers = AnswerCounter()
         self._workers = worker_pool.available_workers()
 
-    def run(self, data_sets: tuple[_DataSet, _DataSet], columns: Columns) -> tuple[dict[str, Array], DataReport]:
+    def run(self, data_sets: tuple[DataSet, DataSet], columns: Columns) -> tuple[dict[str, Array], DataReport]:
         """Fill `columns`; returns them as arrays, with the report."""
+        self._total = count_records(data_sets)
         writer = ExampleWriter(columns)
         training, evaluation = (self._filter(data_set, ExampleFilter(data_set.key, writer)) for data_set in data_sets)
         arrays = columns.finish(EXAMPLE_COLUMNS)
@@ -181,7 +156,7 @@ class _Preparation:
         packed, ends = best_fit(examples.lengths[order], self._section.max_length)
         return order[packed], ends
 
-    def _filter(self, data_set: _DataSet, examples: ExampleFilter) -> ExampleFilter:
+    def _filter(self, data_set: DataSet, examples: ExampleFilter) -> ExampleFilter:
         """Encode and filter every record of a data set."""
         for index, (item, resolved) in enumerate(zip(data_set.sources, data_set.resolved, strict=True)):
             examples.warnings.extend(resolved.findings)
@@ -201,7 +176,7 @@ class _Preparation:
     def _count(self) -> None:
         self._records += 1
         if self._records % _PROGRESS_RECORDS == 0:
-            self._progress(self._records)
+            self._progress(self._records, self._total)
 
 
 def _report(training: ExampleFilter, evaluation: ExampleFilter, held_out: Array, examples: ExampleStore) -> DataReport:

@@ -149,6 +149,8 @@ class Example:
     def trained_tokens(self) -> int:
         """Number of tokens that bear loss. A document's first token is not predicted, so it is not counted."""
         targets = self.labels != IGNORED
+        if not self.boundaries and not self.branches:  # the usual case, several times faster
+            return int(np.count_nonzero(targets[1:]))
         roots = [segment.start for segment in self.segments() if segment.parent < 0]
         return int(targets.sum()) - int(targets[roots].sum() if len(self) else 0)
 

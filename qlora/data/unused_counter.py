@@ -12,6 +12,7 @@ _CONTENT_KEYS = ("system", "system_prompt", "tools", "functions", "history", "do
                  "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot")  # fmt: skip
 _RECORD_KEYS = (*loss_keys.RECORD_KEYS, *loss_keys.TOKEN_KEYS, *_CONTENT_KEYS)
 _MESSAGE_KEYS = (*loss_keys.MESSAGE_KEYS, "tool_calls")
+_NOTHING = Unused()
 _LISTED, _MOST_NAMES = 12, 1000  # keys in a line, and in memory
 
 
@@ -24,6 +25,8 @@ class UnusedCounter:
 
     def add(self, where: str, unused: Unused) -> None:
         """Count the unused parts of one record."""
+        if unused == _NOTHING:
+            return
         fields, keys = _sorted(unused.fields, _RECORD_KEYS), _sorted(unused.keys, _MESSAGE_KEYS)
         self._count("content", where, [*fields["content"], *keys["content"]])
         self._count("masks", where, [*fields["masks"], *keys["masks"]])

@@ -1,6 +1,5 @@
 """What an exporter reads: a trained adapter and its base; and the options it writes with."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 
 from qlora.adapters.peft_files import AdapterFile
 from qlora.data.conversations.chat_template import Template
-from qlora.model.new_tokens import write_tokenizer
+from qlora.exporters.served_files import ServedFiles
 from qlora.quant import Quantizer
-from qlora.utils.atomic_files import write_text
 
-CHAT_TEMPLATE = "chat_template.jinja"  # transformers reads it in place of the one in tokenizer_config.json
 Report = Callable[[int, int], None]
 
 
@@ -35,14 +32,17 @@ class ExportSource:
     template: Template | None = None  # chat template of training
     stop_tokens: tuple[str, ...] = ()  # tokens that end an answer
     stop_token_ids: tuple[int, ...] = ()
-    tokenizer_folder: Path | None = None  # with the tokenizer's files, if they are not the base's
-    other_chat_template: str | None = None  # of training, if it is not the tokenizer's own
+    served: ServedFiles | None = None  # tokenizer, chat templates and end tokens as servers need them
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template that is written, in Jinja; empty if there is none."""
+        return self.served.chat_template if self.served else ""
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer's files, or save the tokenizer with its new tokens; with the chat template of training."""
-        write_tokenizer(folder, self.tokenizer_folder or self.base_folder, self.tokenizer)
-        if self.other_chat_template is not None:
-            write_text(folder / CHAT_TEMPLATE, self.other_chat_template)
+        """Write the tokenizer's files with new tokens, the chat template of training, and generation_config.json."""
+        served = self.served or ServedFiles(self.base_folder, self.base_folder, self.tokenizer)
+        served.write(folder)
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,8 @@ class ExportOptions:
     dtype: torch.dtype  # of a merged model
     report: Report = lambda done, total: None
     rank: int | None = None  # of the LoRA nearest to DoRA
+    storage: str = ""  # how a GGUF file stores matrices; empty: its default
+    model_name: str = ""  # of the base, for files that hold a name
+    lines: list[str] = field(default_factory=list)  # to show, about what was written instead of what was requested
     rounding: dict[str, Any] = field(default_factory=dict)  # path -> norms of rounding error and update
     approximation: dict[str, Any] = field(default_factory=dict)  # path -> rank, norms of missing part and update
-
-
-def with_default_arguments(template: str, values: Mapping[str, Any]) -> str:
-    """The template, in which variables that a server does not pass have the values of training."""
-    # The empty expression at the end keeps a line end with which the template begins.
-    lines = [
-        f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value)} %}}{{% endif %}}{{{{ '' }}}}"
-        for name, value in values.items()
-    ]
-    return "".join(lines) + template

@@ -1,42 +1,29 @@
-"""A chat template translated to Ollama's template language (Go's text/template), verified on conversations.
+"""A chat template translated to Ollama's template language (Go's text/template), verified on conversations."""
 
-A Jinja template is a program; Ollama needs the text before and after each message. Probe conversations reveal it, and
-the translation must then render every probe exactly as the Jinja template does.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora.data.conversations.chat_template import Template, Turn
-from qlora.data.types import RecordError
+from qlora.exporters.message_affixes import (
+    SYSTEM,
+    MessageAffixes,
+    Untranslatable,
+    find_affixes,
+    message,
+    probes,
+    render_text,
+)
 
-# Contents of the probes' messages, which are searched in the rendered text: system, then user and assistant in turn.
-SYSTEM, USER_1, ANSWER_1, USER_2, ANSWER_2, USER_3 = (
-    "sentinelsys", "sentinelone", "sentinelans", "sentineltwo", "sentinelrep", "sentinelend",
-)  # fmt: skip
-
-
-class Untranslatable(Exception):
-    """The template does more than put text around each message."""
-
-
-@dataclass(frozen=True)
-class MessageAffixes:
-    """The text before and after a message of each role, and the generation prompt."""
-
-    system: tuple[str, str] | None
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    generation_prompt: str
-    default_system: str
-
-    def render(self, turns: Sequence[Turn]) -> str:
-        """A conversation as the Modelfile's template renders it."""
-        roles = {"system": self.system or ("", ""), "user": self.user, "assistant": self.assistant}
-        if self.default_system and turns[0]["role"] != "system":
-            turns = [{"role": "system", "content": self.default_system}, *turns]
-        messages = [f"{roles[turn['role']][0]}{turn['content']}{roles[turn['role']][1]}" for turn in turns]
-        return "".join(messages) + self.generation_prompt
+# A template may strip them, which Ollama's language can't: a difference that the Modelfile names.
+BLANKS = ("  {}", "{}  ", "\n{}", "{}\n\n", " \n{}\t ", "{0}\n\n  {0}")
+_TRIMS: Mapping[str, Callable[[str], str]] = {
+    "kept": lambda text: text,
+    "stripped": str.strip,
+    "left": str.lstrip,
+    "right": str.rstrip,
+    "left lines": lambda text: text.lstrip("\n"),
+    "lines": lambda text: text.strip("\n"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,106 +32,59 @@ class GoTemplate:
 
     text: str
     system: str
+    trimmed: tuple[str, ...] = ()  # roles whose messages lose blanks at their ends in training, which Ollama keeps
 
 
 def translate(template: Template) -> GoTemplate:
-    """The template in Ollama's language, without the beginning-of-text token, which Ollama adds.
+    """The template in Ollama's language, without the beginning-of-text token.
 
     Untranslatable, with the reason, if the two would render one of the probes differently.
     """
-    affixes = _find_affixes(template)
-    for turns in _probes(affixes.system is not None):
-        expected, rendered = _render(template, turns, True), affixes.render(turns)
-        if expected != rendered:
-            raise Untranslatable(
-                f"the chat template does more than put text around messages ({_first_difference(expected, rendered)})"
-            )
-    texts = [*(affixes.system or ()), *affixes.user, *affixes.assistant]
+    affixes = find_affixes(template)
+    texts = [*(affixes.system or ()), *affixes.user, *affixes.assistant, affixes.opening]
     if any('"""' in text for text in (*texts, affixes.generation_prompt, affixes.default_system)):
         raise Untranslatable('the chat template has """ in it')
-    roles = {"system": affixes.system, "user": affixes.user, "assistant": affixes.assistant}
+    return GoTemplate(_as_go(affixes), affixes.default_system, _trimmed_roles(template, affixes))
+
+
+def _as_go(affixes: MessageAffixes) -> str:
+    system, inside = affixes.system, ""
+    if affixes.in_user and system:
+        first, last = map(_escape, system)
+        inside = f"{{{{ if and $.System (eq $i 1) }}}}{first}{{{{ $.System }}}}{last}{{{{ end }}}}"
+    roles = {"system": None if affixes.in_user else system, "user": affixes.user, "assistant": affixes.assistant}
     branches = [
-        f'if eq .Role "{role}" }}}}{_escape(sides[0])}{{{{ .Content }}}}{_escape(sides[1])}'
+        f'if eq .Role "{role}" }}}}{_escape(sides[0])}{inside if role == "user" else ""}'
+        f"{{{{ .Content }}}}{_escape(sides[1])}"
         for role, sides in roles.items()
         if sides
     ]
     chain = "{{ " + "{{ else ".join(branches) + "{{ end }}"
-    text = "{{ range .Messages }}" + chain + "{{ end }}" + _escape(affixes.generation_prompt)
-    return GoTemplate(text, affixes.default_system)
+    variables = "$i, $_ := " if inside else ""
+    opening = f"{{{{ if not .System }}}}{_escape(affixes.opening)}{{{{ end }}}}" if affixes.opening else ""
+    return f"{opening}{{{{ range {variables}.Messages }}}}{chain}{{{{ end }}}}{_escape(affixes.generation_prompt)}"
 
 
-def _find_affixes(template: Template) -> MessageAffixes:
-    """The affixes that the rendered probes reveal."""
-    question = _render(template, [_turn("user", USER_1)], False)
-    prompt = _render(template, [_turn("user", USER_1)], True)
-    if not prompt.startswith(question):
-        raise Untranslatable("the chat template renders a question differently when an answer is to be generated")
-    start, user_after = _split(question, USER_1)
-    conversation = [_turn("user", USER_1), _turn("assistant", ANSWER_1), _turn("user", USER_2)]
-    _, between, before_user_2, _ = _split(_render(template, conversation, False), USER_1, ANSWER_1, USER_2)
-    # Text before a first and before a later question ends in the user's prefix; the rest of the latter ends an answer.
-    user_before = _common_end(start, before_user_2)
-    assistant = (between.removeprefix(user_after), before_user_2.removesuffix(user_before))
-    opening = start.removesuffix(user_before)
-    system = _system_affixes(template, user_before)
-    default_system = ""
-    if opening:
-        if system is None or not (opening.startswith(system[0]) and opening.endswith(system[1])):
-            raise Untranslatable(f"the chat template begins with {opening[:40]!r}")
-        default_system = opening[len(system[0]) : len(opening) - len(system[1])]
-    return MessageAffixes(system, (user_before, user_after), assistant, prompt[len(question) :], default_system)
+def _trimmed_roles(template: Template, affixes: MessageAffixes) -> tuple[str, ...]:
+    """Roles whose contents lose blanks at their ends. Untranslatable if a content changes in another way."""
+    roles = []
+    for role in (["system"] if affixes.system else []) + ["user", "assistant"]:
+        kept = [*map(str, _TRIMS)]
+        for ends in BLANKS:
+            turns = [message("system", SYSTEM)] * bool(affixes.system) + probes(False)[-1]
+            padded = [message(role, ends.format(turn["content"])) if turn["role"] == role else turn for turn in turns]
+            expected = render_text(template, padded, True)
+            kept = [name for name in kept if expected == affixes.render(_trim(padded, role, name))]
+        if not kept:
+            raise Untranslatable(f"the chat template changes blanks or line ends inside a message of the {role}")
+        roles += [role] if kept[0] != "kept" else []
+    return tuple(roles)
 
 
-def _system_affixes(template: Template, user_before: str) -> tuple[str, str] | None:
-    try:
-        text = _render(template, [_turn("system", SYSTEM), _turn("user", USER_1)], False)
-    except (RecordError, Untranslatable):
-        return None
-    if SYSTEM not in text:
-        return None
-    before, after, _ = _split(text, SYSTEM, USER_1)
-    return before, after.removesuffix(user_before)
-
-
-def _probes(with_system: bool) -> list[list[Turn]]:
-    contents = (USER_1, ANSWER_1, USER_2, ANSWER_2, USER_3)
-    turns = [_turn("assistant" if number % 2 else "user", content) for number, content in enumerate(contents)]
-    probes = [turns[:1], turns[:3], turns]
-    return [*probes, *([[_turn("system", SYSTEM), *probe] for probe in probes] if with_system else [])]
-
-
-def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
-    try:
-        return template.render(turns, prompt=prompt).removeprefix(template.bos)
-    except RecordError as error:
-        raise Untranslatable(f"the chat template refuses a plain conversation: {error}") from error
-
-
-def _split(text: str, *sentinels: str) -> list[str]:
-    """The text between the sentinels, which must each occur once, in order."""
-    texts = []
-    for sentinel in sentinels:
-        before, separator, text = text.partition(sentinel)
-        if not separator:
-            raise Untranslatable("the chat template changes the content of a message")
-        texts.append(before)
-    return [*texts, text]
-
-
-def _common_end(one: str, other: str) -> str:
-    same = next((at for at in range(min(len(one), len(other))) if one[-1 - at] != other[-1 - at]), None)
-    return one[len(one) - (min(len(one), len(other)) if same is None else same) :]
-
-
-def _turn(role: str, content: str) -> Turn:
-    return {"role": role, "content": content}
+def _trim(turns: Sequence[Turn], role: str, name: str) -> list[Turn]:
+    return [message(role, _TRIMS[name](turn["content"])) if turn["role"] == role else turn for turn in turns]
 
 
 def _escape(text: str) -> str:
     """Text that Go's template engine prints unchanged."""
     return text.replace("{{", '{{ "{{" }}')
-
-
-def _first_difference(one: str, other: str) -> str:
-    same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return f"{one[same:][:30]!r} against {other[same:][:30]!r}"

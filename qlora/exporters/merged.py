@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora._version import __version__
 from qlora.adapters.dora import scale_rows
 from qlora.adapters.peft_config import module_settings
 from qlora.errors import InputError
@@ -21,15 +22,16 @@ from qlora.memory.planner.export_and_disk import MERGE_CHUNK_VALUES
 from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
 from qlora.model.buffers import tensors_of_other_dtype
 from qlora.model.checkpoint_reader import CheckpointReader
-from qlora.model.hf_config import merged_config, with_untied_head, with_vocab_size
+from qlora.model.hf_config import merged_config, with_untied_head, with_vocab_size, write_config
 from qlora.model.layouts.checkpoint_layout import read_layout
 from qlora.model.layouts.pieces import TensorSource, assemble
 from qlora.model.meta_model import build_meta_model, read_config, unties_head
+from qlora.model.model_folder import EXPORT_MARK
 from qlora.model.module_tree import tensor_of
 from qlora.model.open_checkpoint import open_checkpoint
 from qlora.model.safetensors_writer import PlannedTensor, write_model
+from qlora.quant import quantizer_at
 from qlora.quant.linear import FrozenLinear
-from qlora.utils.atomic_files import read_json, write_bytes, write_json
 
 
 class MergedExporter:
@@ -42,31 +44,23 @@ class MergedExporter:
         """
         merge = _Merge(source, options)
         tensors = list(merge.plan())
-        size = write_model(folder, tensors, report=options.report, notes=options.rounding)
+        size = write_model(
+            folder, tensors, report=options.report, notes=options.rounding, mark={EXPORT_MARK: __version__}
+        )
         source.write_tokenizer(folder)
-        _write_generation_config(source, folder)
         config = merged_config(source.base_folder / "config.json", options.dtype)
         if merge.untied_heads or unties_head(source.base_folder):
             config = with_untied_head(config)
         rows = len(source.model.get_input_embeddings().weight)  # type: ignore[operator]
         if rows != read_config(source.base_folder).get_text_config().vocab_size:
             config = with_vocab_size(config, rows)
-        write_json(folder / "config.json", config)
+        write_config(folder, config, source.base_folder)
         return size
 
 
-def _write_generation_config(source: ExportSource, folder: Path) -> None:
-    """Copy the base's generation_config.json, or write one with all tokens that end an answer if it lacks some."""
-    path = source.base_folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    stops = (
-        generation.get("eos_token_id") if generation else read_config(source.base_folder).get_text_config().eos_token_id
-    )
-    if source.stop_token_ids and not {*source.stop_token_ids} <= {*(stops if isinstance(stops, list) else [stops])}:
-        kept = {key: value for key, value in generation.items() if key != "_from_model_config"}
-        write_json(folder / path.name, kept | {"eos_token_id": list(source.stop_token_ids)})
-    elif generation:
-        write_bytes(folder / path.name, path.read_bytes())
+def plan_merged(source: ExportSource, options: ExportOptions) -> list[PlannedTensor]:
+    """Every tensor of the merged model, under the base's keys; it is computed when it is made."""
+    return list(_Merge(source, options).plan())
 
 
 @dataclass(frozen=True)
@@ -228,7 +222,8 @@ class _Merge:
         weight = source.read(reader).to(self.source.device, self.source.compute_dtype)
         if self.options.base != MERGE_BASE:
             return weight.to(torch.float32, copy=True)
-        frozen: FrozenLinear = self.source.quantizer.quantize(weight, None)
+        quantizer = quantizer_at(self.source.quantizer, source.name.removesuffix(".weight"))
+        frozen: FrozenLinear = quantizer.quantize(weight, None)
         dequantized = frozen.weight(torch.float32)
         # A dense layer returns its stored tensor, which must not change; a copy of any other would double the peak.
         shared = any(dequantized.data_ptr() == stored.data_ptr() for stored in frozen.parameters())

@@ -1,10 +1,11 @@
 """Export target `portable`: a plain LoRA that every reader understands; scaling folded into B, one rank, no patterns.
 
-What DoRA does to a matrix has full rank: it is written as the nearest LoRA, and the error is reported.
+Its names are those of the class that servers build. What DoRA does to a matrix has full rank: it is written as the
+nearest LoRA, and the error is reported.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qlora.adapters.plain_lora import (
 from qlora.adapters.spectrum import factors
 from qlora.errors import InputError
 from qlora.exporters.export_source import ExportOptions, ExportSource
+from qlora.exporters.served_names import refuse_unmatched, served_class, with_names_of
 
 
 class PortableExporter:
@@ -33,10 +35,15 @@ class PortableExporter:
     def write(self, source: ExportSource, folder: Path, options: ExportOptions) -> int:
         """Write the adapter's two files and copy the base's tokenizer; returns the bytes of the tensors' file.
 
-        InputError for --rank where nothing is approximated; AdapterError for weights that no LoRA can represent.
+        InputError for --rank where nothing is approximated; AdapterError for weights that no LoRA can represent, or
+        that match no module of the class that servers build.
         """
         pairs = nearest_lora(source, options) if source.adapter.magnitudes else _exact_lora(source, options)
-        write_plain_lora(folder, pairs, source.adapter, joint_targets([source.adapter]))
+        served = served_class(source.base_folder)
+        plain = replace(source.adapter, pairs=pairs, magnitudes={})
+        renamed = with_names_of(served, source.model, plain)
+        write_plain_lora(folder, renamed.pairs, renamed, joint_targets([renamed]))
+        refuse_unmatched(folder, served)
         source.write_tokenizer(folder)
         return (folder / WEIGHTS).stat().st_size
 

@@ -19,13 +19,14 @@ from qlora.adapters.plain_lora import (
 )
 from qlora.adapters.spectrum import Spectrum, spectrum
 from qlora.errors import AdapterError, InputError
-from qlora.model.new_tokens import write_tokenizer
+from qlora.model.tokenizer_files import write_tokenizer
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs.adapter_names import WeightedAdapter
 from qlora.runs.artifacts import MANIFEST, MODEL_CARD, RECIPE
 from qlora.runs.load_run import read_adapter
 from qlora.runs.memory_setup import Log
 from qlora.runs.report.export_model_card import derived_model_card
+from qlora.runs.report.model_card import Loading
 from qlora.utils.atomic_files import sha256_manifest, write_json, write_text
 from qlora.utils.atomic_folders import atomic_folder, require_new_folder
 
@@ -160,4 +161,4 @@ def _write_folder(
             "files": digests,
         }  # fmt: skip
         write_json(partial / MANIFEST, manifest)
-        write_text(partial / MODEL_CARD, derived_model_card(manifest))
+        write_text(partial / MODEL_CARD, derived_model_card(manifest, Loading()))

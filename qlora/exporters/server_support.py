@@ -1,109 +1,83 @@
-"""Which programs load an export, and the command line for each.
+"""Which programs load an export, and the command line for each: only what a test or a cited source supports.
 
-From the sources and issue threads of these programs in 2026, not tested: a later release may support more.
+Sources, by version: `server_architectures.json` (classes that vLLM, SGLang and mlx-lm list), vLLM 0.32.0
+(`lora/peft_helper.py`, `lora/lora_model.py`; run), SGLang 0.5.23 (`srt/lora/lora_config.py`, `lora_manager.py`; read),
+llama.cpp b11669 and the converters of llama-cpp-python 0.3.36 (run), mlx-lm 0.32.2 (run), Ollama 0.34 (PR #14969,
+2026-09-15: no adapters; not run), PEFT 0.14 to 0.21 (run). What was run is in benchmarks/results/clients.json.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters.peft_files import CONFIG
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of --max-lora-rank; its default is 16
-# Architectures of a safetensors folder that Ollama's converter supports; a plain Mistral or Qwen3 is not among them.
-OLLAMA = (
-    "LlamaForCausalLM", "MixtralForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
-    "Phi3ForCausalLM", "Qwen2ForCausalLM",
-)  # fmt: skip
-# vLLM ignores rank_pattern and alpha_pattern without a warning (vllm-omni #6565) and supports rsLoRA. SGLang scales by
-# alpha / r, llama.cpp's converter writes lora_alpha only: both lose rsLoRA and patterns. Ollama reads few adapters.
+ROPE_THETA_READERS = ("llama", "mistral", "qwen2", "granite")  # mlx-lm's classes that take a default without the key
+VERSIONS = Path(__file__).with_name("server_architectures.json")
 
 
 @dataclass(frozen=True)
 class Server:
-    """A row of the table: the program, whether it loads the folder, and the command or the reason."""
+    """A row of the table: the program, whether it loads the folder, why, and the command."""
 
     name: str
-    accepts: bool
-    how: str
+    loads: bool
+    why: str  # the version that was read or run, or the reason against it
+    command: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.command}  ({self.why})" if self.loads else self.why
 
 
-def servers(target: str, folder: Path, out: str, base: str) -> list[Server]:
-    """The table for what was written to `folder` and will be at `out`; `base` is the base's name in commands."""
-    if target in ("merged", "ollama"):
-        return _model_table(out, _read_json(folder / "config.json"), target == "ollama")
-    return _adapter_table(out, _read_json(folder / CONFIG), base)
-
-
-def as_text(table: list[Server]) -> str:
+def as_text(table: Sequence[Server]) -> str:
     """The table as text, a program per line."""
     width = max(len(server.name) for server in table)
-    return "\n".join(f"  {server.name:{width}}  {'yes' if server.accepts else 'no '}  {server.how}" for server in table)
+    return "\n".join(f"  {server.name:{width}}  {'yes' if server.loads else 'no '}  {server}" for server in table)
 
 
-def _adapter_table(out: str, config: Mapping[str, Any], base: str) -> list[Server]:
-    if config.get("use_dora"):
-        return _peft_only(out, base, "does not support DoRA: use --to merged, or --to portable for the nearest LoRA")
-    if config.get("modules_to_save") or config.get("trainable_token_indices"):
-        return _peft_only(out, base, "does not support modules to save or trainable tokens: use --to merged")
-    if config.get("target_parameters"):
-        return _peft_only(out, base, "loads no updates of experts (target_parameters): use --to merged")
-    patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
-    rescaled = bool(config.get("use_rslora")) or patterns
-    rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
-    max_lora_rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
-    portable = "use --to portable"
-    return [
-        Server("PEFT", True, _peft(out, base)),
-        _vllm(out, base, patterns, max_lora_rank),
-        Server("SGLang", False, f"would use another scaling: {portable}") if rescaled else Server(
-            "SGLang", True, f"python -m sglang.launch_server --model-path {base} --lora-paths mine={out} "
-            f"--max-lora-rank {rank}"
-        ),
-        Server("llama.cpp", False, f"its converter loses the scaling: {portable}") if rescaled else Server(
-            "llama.cpp", True, f"python convert_lora_to_gguf.py --base {base} {out}"
-        ),
-        Server("Ollama", False, "loads merged models: use --to ollama"),
-    ]  # fmt: skip
+def _theta(rope: Mapping[str, Any]) -> float:
+    return float(rope.get("rope_theta") or 0)
 
 
-def _peft_only(out: str, base: str, reason: str) -> list[Server]:
-    others = [Server(name, False, reason) for name in ("vLLM", "SGLang", "llama.cpp", "Ollama")]
-    return [Server("PEFT", True, _peft(out, base)), *others]
-
-
-def _peft(out: str, base: str) -> str:
-    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")'
-
-
-def _vllm(out: str, base: str, patterns: bool, rank: int | None) -> Server:
-    if patterns:
-        return Server("vLLM", False, "ignores rank and alpha patterns without a warning: use --to portable")
-    if rank is None:
-        return Server("vLLM", False, f"supports ranks up to {VLLM_RANKS[-1]}: use `qlora resize`, or --to merged")
-    return Server("vLLM", True, f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine={out}")
-
-
-def _model_table(out: str, config: Mapping[str, Any], has_modelfile: bool) -> list[Server]:
-    (architecture, *_) = config.get("architectures") or ["?"]
-    convert = f"python convert_hf_to_gguf.py {out} --outfile {out}/model.gguf"
-    if architecture not in OLLAMA:
-        ollama = Server("Ollama", False, f"does not convert {architecture}: {convert}, then FROM ./model.gguf")
-    elif has_modelfile:
-        ollama = Server("Ollama", True, f"ollama create mine -f {out}/Modelfile")
-    else:
-        ollama = Server("Ollama", False, "needs a Modelfile: use --to ollama")
-    return [
-        Server("transformers", True, f'AutoModelForCausalLM.from_pretrained("{out}")'),
-        Server("vLLM", True, f"vllm serve {out}"),
-        Server("SGLang", True, f"python -m sglang.launch_server --model-path {out}"),
-        Server("llama.cpp", True, convert),
-        ollama,
-    ]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+@cache
+def _lists() -> dict[str, dict[str, Any]]:
+    content: dict[str, dict[str, Any]] = json.loads(VERSIONS.read_text(encoding="utf-8"))
     return content
+
+
+def version_of(server: str) -> str:
+    """The program with the version that was read: `vLLM 0.32.0`."""
+    return f"{server} {_lists()[server]['version']}"
+
+
+def listed(server: str, config: Mapping[str, Any], command: str, note: str = "") -> Server:
+    """The row of a program that has, or lacks, the class that a config.json names."""
+    architecture = next(iter(config.get("architectures") or ["?"]))
+    name = config.get("model_type", "?") if server == "mlx-lm" else architecture
+    if name not in _lists()[server]["names"]:
+        return Server(server, False, f"{version_of(server)} has no {name}")
+    return Server(server, True, f"{version_of(server)} lists {name}{note}", command)
+
+
+def mlx_problem(config: Mapping[str, Any]) -> str | None:
+    """What mlx-lm computes otherwise than transformers for a config.json, or None. Run with mlx-lm 0.32.2."""
+    text = config.get("text_config") or config
+    kind, version = text.get("model_type", config.get("model_type")), version_of("mlx-lm")
+    window, length = text.get("sliding_window"), text.get("max_position_embeddings") or 0
+    if kind in ("mistral", "gemma2", "phi3") and window and window < length:
+        return (
+            f"({version}) has no sliding window for {kind}, this model has one of {window}: it computes another model"
+        )
+    layers, every = text.get("layer_types"), text.get("sliding_window_pattern") or 6
+    if kind == "gemma3_text" and layers:
+        expected = ["full_attention" if (at + 1) % every == 0 else "sliding_attention" for at in range(len(layers))]
+        if layers != expected or len(layers) < every:
+            return f"({version}) has a full layer after {every - 1} with windows for {kind}, this model has others"
+    rope = text.get("rope_parameters") or {}
+    is_default = kind in ("llama", "mistral") and rope.get("rope_type", "default") == "default"
+    if kind in ROPE_THETA_READERS and rope and "rope_theta" not in text and not (is_default and _theta(rope) == 1e4):
+        return f"({version}) reads rope_theta for {kind}, config.json has rope_parameters only: use --to merged"
+    if kind == "gpt_neox" and "rotary_pct" not in text:
+        return f"({version}) reads no config of transformers 5 for {kind}"
+    return None

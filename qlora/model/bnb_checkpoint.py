@@ -14,12 +14,14 @@ The keys decide, tensor by tensor; config.json is not read. Nothing is requantiz
 import json
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora.errors import BaseModelError
+from qlora.quant import Keeping, Quantizer
 from qlora.quant.block_sizes import BLOCKS, NESTED_BLOCK
 from qlora.quant.blockwise import dynamic_levels
 from qlora.quant.fourbit_linear import FourBitLinear, FourBitTensors
@@ -55,6 +57,15 @@ def read_4bit_layer(
     tensors = {name: get(f"{key}.{name}") for name in TENSORS if f"{key}.{name}" in keys}
     stored = _stored_tensors(key, state, get(key), tensors)
     return FourBitLinear(kind, state.block, state.shape, stored, bias)
+
+
+def refuse_kept(quantizer: Quantizer, path: str, folder: Path) -> None:
+    """BaseModelError if `quant.keep` names a matrix that a checkpoint stores in 4 bits."""
+    if isinstance(quantizer, Keeping) and quantizer.keeps(path):
+        raise BaseModelError(
+            f"quant.keep: {path} is stored in 4 bits in {folder}: there are no 16 bits to keep. Remove quant.keep, or "
+            "use the 16-bit checkpoint."
+        )
 
 
 @dataclass(frozen=True)

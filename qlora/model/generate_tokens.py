@@ -1,15 +1,38 @@
-"""Text generation on token ids: batches of prompts to answers, or one answer token by token."""
+"""Text generation on token ids: batches of prompts to answers, or one answer token by token.
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+    p = softmax(logits / temperature),    token = the first with cumulative p > u,    u uniform in [0, 1)
+
+Every row has its own u, from the seed and its prompt alone: what shares its batch, and which rows have ended, changes
+no token but for rounding. Temperature 0 takes the largest logit.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
 
+from qlora.model.kv_cache import CachedModel, takes_padding
 from qlora.model.load_base import Base
 
 BATCH_SIZE = 16
+
+
+def _ignore(*_: int) -> None:
+    """For a caller that shows no progress."""
+
+
+class RowHooks(NamedTuple):
+    """What a caller has to say about the rows of batches; rows are named by the index of their prompt."""
+
+    report: Callable[[int, int], None] = _ignore  # prompts that are answered, and all
+    select: Callable[[Sequence[int]], None] = lambda rows: None  # the rows of the next forwards, in order
+    is_complete: Callable[[int, Sequence[int]], bool] = lambda row, ids: False  # an answer that ends without end token
+    groups: Sequence[Hashable] = ()  # of prompts; equal prompts of one group get different samples
 
 
 @torch.no_grad()
@@ -19,24 +42,25 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    hooks: RowHooks = RowHooks(),  # noqa: B008 - a tuple of functions
 ) -> list[list[int]]:
     """Token ids that follow each prompt, up to and including the end token; temperature 0 is greedy.
 
-    Prompts of similar length share a batch, padded on the left; sampling starts from `seed`.
+    Prompts of similar length share a batch, which a row leaves when it ends.
     """
-    torch.manual_seed(seed)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    draws = {index: random.Random(value) for index, value in enumerate(_seeds(prompts, seed, hooks.groups))}
     answers: list[list[int]] = [[] for _ in prompts]
-    training = base.model.training
+    model, training, done = CachedModel(base.model), base.model.training, 0
     base.model.eval()
-    for start in range(0, len(by_length), BATCH_SIZE):
-        indices = by_length[start : start + BATCH_SIZE]
-        batch = _generate_batch(base, [prompts[index] for index in indices], max_new_tokens, temperature)
-        for index, answer in zip(indices, batch, strict=True):
-            answers[index] = answer
-        report(min(start + BATCH_SIZE, len(by_length)), len(by_length))
-    base.model.train(training)
+    try:
+        for rows in _batches(prompts, takes_padding(base.model)) if max_new_tokens > 0 else ():
+            batch = _Batch(base, model, rows, hooks)
+            for index, ids in batch.run(prompts, max_new_tokens, _Sampler(temperature, draws)).items():
+                answers[index] = ids
+            done += len(rows)
+            hooks.report(done, len(prompts))
+    finally:
+        base.model.train(training)
     return answers
 
 
@@ -44,59 +68,96 @@ def generate(
 def stream_tokens(
     base: Base, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Iterator[int]:
-    """The ids of one answer, one at a time, its end token included; temperature 0 is greedy, as in `generate`.
+    """The ids of one answer, one at a time, its end token included: those of `generate`.
 
     A token is computed when it is requested. The active adapter may change between two answers, not within one.
     """
-    model: Any = base.model.eval()
-    generator = torch.Generator(base.device).manual_seed(seed)
-    ids = torch.tensor([list(prompt)], device=base.device)
-    names = inspect.signature(type(model).forward).parameters
-    cache, count = None, len(prompt)
-    for _ in range(max_new_tokens):
-        positions = torch.arange(count - ids.shape[1], count, device=base.device)[None]
-        options = {"position_ids": positions, "cache": cache, "use_cache": True, "logits_to_keep": 1}
-        output = model(input_ids=ids, **{name: value for name, value in options.items() if name in names})
-        cache, logits = getattr(output, "cache", None), output.logits[0, -1].float()
-        if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-        else:
-            token = int(logits.argmax())
-        following = ids.new_tensor([[token]])
-        ids, count = torch.cat([ids, following], dim=1) if cache is None else following, count + 1
+    sampler = _Sampler(temperature, {0: random.Random(_seeds([prompt], seed)[0])})
+    base.model.eval()
+    model = CachedModel(base.model)
+    logits = model.start([prompt]) if max_new_tokens > 0 else None
+    for count in range(1, max_new_tokens + 1):
+        assert logits is not None  # there is a token to choose
+        (token,) = sampler.tokens(logits, [0])
         yield token
-        if token in base.stop_token_ids:
+        if token in base.stop_token_ids or count == max_new_tokens:
             return
+        logits = model.append([token])
 
 
-def _generate_batch(
-    base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float
-) -> list[list[int]]:
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = 1
-    model: Any = base.model
-    sequences = model.generate(
-        input_ids=ids.to(model.device),  # of its first parameter, an embedding that may be on the host
-        attention_mask=mask.to(model.device),
-        generation_config=_generation_config(base, max_new_tokens, temperature),
-        # All ranks run every forward of a sharded model until the last rank is finished.
-        synced_gpus=any(hasattr(parameter, "to_local") for parameter in model.parameters()),
-    )
-    return [_until_stop(sequence[width:].tolist(), base.stop_token_ids) for sequence in sequences]
+class _Sampler(NamedTuple):
+    """The next token of each row."""
+
+    temperature: float
+    draws: Mapping[int, random.Random]
+
+    def tokens(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
+        """A token of each row, from its logits [B, V]; `rows` are the prompts' indices."""
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+        logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
+        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
+        draws = torch.tensor([[self.draws[row].random()] for row in rows], dtype=torch.double, device=logits.device)
+        tokens = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+        return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()  # type: ignore[no-any-return]
 
 
-def _generation_config(base: Base, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    stops = list(base.stop_token_ids) or None
-    pad = stops[0] if stops else 0
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling)
+class _Batch:
+    """Rows that are answered together."""
+
+    def __init__(self, base: Base, model: CachedModel, rows: Sequence[int], hooks: RowHooks) -> None:
+        self._model, self._hooks, self._stops = model, hooks, frozenset(base.stop_token_ids)
+        # All ranks run every forward of a sharded model, so that none waits for a row that ended elsewhere.
+        self._keeps_rows = any(hasattr(parameter, "to_local") for parameter in base.model.parameters())
+        self._rows = list(rows)  # of the batch, in order
+        self._answers: dict[int, list[int]] = {row: [] for row in rows}
+        self._ended: set[int] = set()
+
+    def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: _Sampler) -> dict[int, list[int]]:
+        """The answer of each row, by the index of its prompt."""
+        self._hooks.select(self._rows)
+        logits = self._model.start([prompts[row] for row in self._rows])
+        for count in range(1, max_new_tokens + 1):
+            tokens = sampler.tokens(logits, self._rows)
+            self._add(tokens)
+            if count == max_new_tokens or (len(self._ended) == len(self._answers) and not self._keeps_rows):
+                break
+            logits = self._model.append(self._leave(tokens))
+        return self._answers
+
+    def _add(self, tokens: Sequence[int]) -> None:
+        for row, token in zip(self._rows, tokens, strict=True):
+            if row in self._ended:
+                continue
+            answer = self._answers[row]
+            answer.append(token)
+            if token in self._stops or self._hooks.is_complete(row, answer):
+                self._ended.add(row)
+
+    def _leave(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Let rows that have ended leave the batch where the cache allows it; returns the tokens of those that stay."""
+        places = [place for place, row in enumerate(self._rows) if row not in self._ended]
+        if self._keeps_rows or len(places) == len(self._rows) or not self._model.keep(places):
+            return tokens
+        self._rows = [self._rows[place] for place in places]
+        self._hooks.select(self._rows)
+        return [tokens[place] for place in places]
 
 
-def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """The answer up to its first end token; the padding after it is removed."""
-    end = next((position for position, token in enumerate(ids) if token in stops), len(ids) - 1)
-    return ids[: end + 1]
+def _batches(prompts: Sequence[Sequence[int]], mixes_lengths: bool) -> Iterator[list[int]]:
+    """Indices of the prompts of each batch: of similar length, or all of one length."""
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    groups = groupby(by_length, key=lambda index: 0 if mixes_lengths else len(prompts[index]))
+    for group in ([*indices] for _, indices in groups):
+        yield from (group[start : start + BATCH_SIZE] for start in range(0, len(group), BATCH_SIZE))
+
+
+def _seeds(prompts: Sequence[Sequence[int]], seed: int, groups: Sequence[Hashable] = ()) -> list[int]:
+    """A seed for each prompt: of `seed`, its ids, and how often it came before in its group."""
+    counts, seeds = Counter[Hashable](), list[int]()
+    for index, prompt in enumerate(prompts):
+        key = (groups[index] if groups else None, tuple(prompt))
+        text = repr((seed, counts[key], [int(token) for token in prompt]))
+        seeds.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]))
+        counts[key] += 1
+    return seeds

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,11 @@ class OnDiskLinear(FrozenLinear):
     ) -> None:
         out_features, in_features = source.shape(reader)
         super().__init__(out_features, in_features, bias)
-        self._reader, self._source, self._device = reader, source, device
+        self._reader, self._source, self.compute_device = reader, source, device
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """W [O, I] in `dtype`, read from the file. BaseModelError if it is damaged or not finite."""
-        stored = self._source.read(self._reader).to(self._device)
+        stored = self._source.read(self._reader).to(self.device)
         check_matrix(stored)
         return stored.to(dtype)
 
@@ -47,9 +48,20 @@ def load_lazy_model(
     A parameter that `share_with` has with equal values (embedding, head) is shared with it and may be on its device.
     BaseModelError if a tensor is missing or its shape differs from config.json.
     """
+    return build_lazy_model(read_config(folder), open_checkpoint(folder), dtype, attention, device, share_with)
+
+
+def build_lazy_model(
+    config: Any,
+    reader: CheckpointReader,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    share_with: nn.Module | None = None,
+) -> nn.Module:
+    """`load_lazy_model` for a configuration of transformers and the tensors of `reader`."""
     shared = dict(share_with.named_parameters()) if share_with else {}
-    model = build_meta_model(read_config(folder), dtype, attention, device)
-    reader = open_checkpoint(folder)
+    model = build_meta_model(config, dtype, attention, device)
     linears, tied = set(linear_paths(model)), set(model.all_tied_weights_keys)  # type: ignore[arg-type]
     sources = read_layout(model, reader).sources
     buffers = persistent_buffers(model)
@@ -71,7 +83,7 @@ def load_lazy_model(
     model.tie_weights()  # type: ignore[operator]
     replace_length_dependent_rotary(model)
     isolate_recurrent_mixers(model)
-    check_complete(folder, model)
+    check_complete(reader.folder, model)
     return model
 
 

@@ -13,6 +13,7 @@ TEXT_FILES = ("*.json", "*.jinja", "*.model")
 POINTER = b"version https://git-lfs"  # start of a file that git could not fetch
 MAX_HEADER_BYTES = 100_000_000  # of safetensors itself
 FETCH = "Fetch the folder again."
+EXPORT_MARK = "qlora_export"  # key in a safetensors header
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ALLOWED = f"a folder with {CONFIG} and *.safetensors, or a hub name such as Qwen/Qwen3-0.6B"
 
@@ -35,6 +36,20 @@ def model_files(folder: Path) -> list[Path]:
     """The safetensors files of a model that this program has written, and their index."""
     files = (*folder.glob("model*.safetensors"), folder / INDEX)
     return [file for file in files if file.is_file()]
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is a model that `qlora export` wrote: the headers of its files say so, whatever it is called."""
+    file = next((file for file in model_files(folder) if file.suffix == ".safetensors"), None)
+    if file is None:
+        return False
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size)) if size <= MAX_HEADER_BYTES else {}
+        return EXPORT_MARK in header.get("__metadata__", {})
+    except (OSError, ValueError, AttributeError, TypeError):  # loading the model reports what is wrong with it
+        return False
 
 
 def require_model_folder(path: Path) -> Path:

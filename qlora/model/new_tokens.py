@@ -3,9 +3,7 @@
 Spare rows are used first, as many models have them. Then the matrices grow by rows that are the mean of the others.
 """
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +12,6 @@ from torch.nn import functional as F
 from transformers import AddedToken
 
 from qlora.errors import BaseModelError
-from qlora.model.download import tokenizer_files
-from qlora.utils.atomic_files import write_bytes
 
 
 def add_tokens(tokenizer: Any, texts: Sequence[str], rows: int) -> list[int]:
@@ -57,26 +53,6 @@ def resize_vocabulary(model: Any, rows: int, used: int) -> None:
         if getattr(head, "bias", None) is not None:
             head.bias = nn.Parameter(F.pad(head.bias, (0, rows - len(head.bias))), requires_grad=False)
     model.config.get_text_config().vocab_size = rows
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
-    """Write a tokenizer with new tokens as transformers does; returns the names of its files."""
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
-        files = tokenizer_files(Path(temporary))
-        for file in files:
-            write_bytes(folder / file.name, file.read_bytes())
-    return [file.name for file in files]
-
-
-def write_tokenizer(folder: Path, base_folder: Path, extended: Any | None) -> list[str]:
-    """Copy a base's tokenizer files, or save `extended`, its tokenizer with new tokens; returns the file names."""
-    if extended is not None:
-        return save_tokenizer(extended, folder)
-    files = tokenizer_files(base_folder)
-    for file in files:
-        write_bytes(folder / file.name, file.read_bytes())
-    return [file.name for file in files]
 
 
 @torch.no_grad()

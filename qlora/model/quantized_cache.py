@@ -30,6 +30,7 @@ from qlora.model.layer_sharder import LayerSharder
 from qlora.model.module_tree import set_tensors
 from qlora.model.prefetch import prefetch
 from qlora.model.weight_loader import LoadResult, LoadTarget, Report
+from qlora.quant import Keeping, others_of
 from qlora.quant.fourbit import FourBit
 from qlora.quant.linear import FrozenLinear
 from qlora.utils.atomic_files import PARTIAL, cache_folder, exclusive_lock, is_bare_name, sha256_of, write_json
@@ -53,7 +54,7 @@ class QuantizedCache:
 
     def __init__(self, folder: Path, target: LoadTarget, sharder: LayerSharder | None = None) -> None:
         self.root, self.folder, self.target, self.sharder = cache_folder("base"), folder, target, sharder
-        self.usable = self.root is not None and isinstance(target.quantizer, FourBit)
+        self.usable = self.root is not None and isinstance(others_of(target.quantizer), FourBit)
 
     def load(self, model: nn.Module, report: Report) -> LoadResult | None:
         """Load a model on `meta` from its entry; None if there is none. DamagedEntry if it does not verify."""
@@ -148,8 +149,9 @@ class QuantizedCache:
 
     def _storage(self) -> list[Any]:
         """The storage format. The device counts: a GPU rounds double quantization differently next to midpoints."""
-        quantizer: Any = self.target.quantizer
-        return [quantizer.kind, asdict(quantizer), dtype_name(self.target.dtype), self.target.device.type]
+        quantizer: Any = others_of(self.target.quantizer)
+        kept = [list(self.target.quantizer.patterns)] if isinstance(self.target.quantizer, Keeping) else []
+        return [quantizer.kind, asdict(quantizer), dtype_name(self.target.dtype), self.target.device.type, *kept]
 
     def _write(self, path: Path, model: nn.Module, result: LoadResult) -> None:
         with atomic_folder(path) as temporary:

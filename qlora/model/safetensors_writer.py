@@ -6,7 +6,7 @@ shapes.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -51,11 +51,12 @@ def write_model(
     shard_bytes: int | None = None,
     report: Report = lambda done, total: None,
     notes: dict[str, Any] | None = None,
+    mark: Mapping[str, str] | None = None,
 ) -> int:
     """Write model.safetensors, or numbered shards and their index, in the given order; returns all tensors' bytes.
 
     A shard has at most `shard_bytes`, by default SHARD_BYTES. Resumes an earlier, killed call with the same folder and
-    tensors. `notes` is JSON that `make` functions fill; it is saved with the progress.
+    tensors. `notes` is JSON that `make` functions fill; it is saved with the progress. `mark`: metadata of the headers.
     """
     shards = list(_shards(tensors, shard_bytes or SHARD_BYTES))
     total = sum(tensor.size_bytes for tensor in tensors)
@@ -64,7 +65,7 @@ def write_model(
     done = 0
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for tensor in _write_shard(folder / name, shard, progress):
+        for tensor in _write_shard(folder / name, _header(shard, mark or {}), shard, progress):
             weight_map[tensor.name] = name
             done += tensor.size_bytes
             report(done, total)
@@ -111,8 +112,9 @@ def _shards(tensors: Sequence[PlannedTensor], shard_bytes: int) -> Iterator[list
         yield shard
 
 
-def _write_shard(path: Path, tensors: Sequence[PlannedTensor], progress: _Progress) -> Iterator[PlannedTensor]:
-    header = _header(tensors)
+def _write_shard(
+    path: Path, header: bytes, tensors: Sequence[PlannedTensor], progress: _Progress
+) -> Iterator[PlannedTensor]:
     synced = progress.files.get(path.name, 0)
     with path.open("r+b" if synced else "wb") as file:
         if synced:
@@ -143,8 +145,8 @@ def _write_tensor(file: BinaryIO, tensor: PlannedTensor) -> None:
         file.write(chunk.cpu().view(torch.uint8).numpy().data)
 
 
-def _header(tensors: Sequence[PlannedTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Sequence[PlannedTensor], mark: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **mark}}
     offset = 0
     for tensor in tensors:
         span = [offset, offset + tensor.size_bytes]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlora.distributed.broadcast import Payload, broadcast_in_turns
 from qlora.distributed.processes import Processes
 from qlora.errors import BaseModelError
-from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer
+from qlora.model.bnb_checkpoint import companion_keys, is_prequantized, read_4bit_layer, refuse_kept
 from qlora.model.checkpoint_reader import CheckpointReader
 from qlora.model.dtypes import loaded_dtype
 from qlora.model.fingerprint import Fingerprint
@@ -30,7 +30,7 @@ from qlora.model.numerics import canonical_numerics
 from qlora.model.open_checkpoint import open_checkpoint
 from qlora.model.prefetch import PREFETCH_BYTES, PerThread, prefetch
 from qlora.model.tensor_checks import check_complete, check_dtype, check_values
-from qlora.quant import Quantizer
+from qlora.quant import Keeping, Quantizer, quantizer_at
 from qlora.quant.linear import FrozenLinear
 from qlora.quant.released.second_error import relative_error
 
@@ -100,6 +100,8 @@ class WeightLoader:
         self.model, self.folder, self.target, self.sharder = model, folder, target, sharder
         self.reader = open_checkpoint(folder)
         self.linears = set(linear_paths(model))
+        if isinstance(target.quantizer, Keeping):
+            target.quantizer.refuse_unused(self.linears)
         self.fingerprint = Fingerprint()
         self.decoded: dict[str, dict[str, Any]] = {}
         config: Any = model.config
@@ -190,6 +192,7 @@ class WeightLoader:
         if is_prequantized(key, self.reader):
             if parameter.linear_path is None or not parameter.source.is_whole:
                 raise BaseModelError(f"model: {self.folder}: {key!r} is stored in 4 bits; allowed: linear layers only.")
+            refuse_kept(self.target.quantizer, parameter.linear_path, self.folder)
             layer = read_4bit_layer(key, reader.__getitem__, reader, bias)
             stored = [tensor for _, tensor in sorted(layer.named_parameters(recurse=False))]
             self.fingerprint.add(parameter.name, stored)
@@ -230,7 +233,8 @@ class WeightLoader:
         to = partial(torch.Tensor.to, device=self.target.device, dtype=self.target.dtype)
         weight = to(result.value)
         try:
-            layer = self.target.quantizer.quantize(weight, None if result.bias is None else to(result.bias))
+            quantizer = quantizer_at(self.target.quantizer, str(parameter.linear_path))
+            layer = quantizer.quantize(weight, None if result.bias is None else to(result.bias))
         except BaseModelError as error:
             raise BaseModelError(f"model: {self.folder}: {parameter.key!r}: {error}") from error
         released = self.reader.stored_format(parameter.key)

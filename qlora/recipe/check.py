@@ -10,13 +10,14 @@ from qlora.model.lm_head import shares_prefixes
 from qlora.recipe.check_model import Structure, check_packing, check_targets, structure_of
 from qlora.recipe.dataset_profile import build_encoder, build_tokenizer
 from qlora.recipe.findings import findings_from_error
+from qlora.recipe.literature import suggest_rate
 from qlora.recipe.matrix_rows import refuse_ids_without_row, refuse_long_documents, rows_with_new_tokens
 from qlora.recipe.planning import Machine, Planner, disk_shortage
 from qlora.recipe.recipe import Recipe
 from qlora.recipe.recommendations import recommend_settings
+from qlora.training.live_panel import progress_bar
 from qlora.training.run_log import console
 from qlora.training.schedule import count_steps
-from qlora.utils.progress import ProgressReporter
 
 
 def preview_examples(recipe: Recipe, count: int) -> list[dict[str, Any]]:
@@ -43,11 +44,11 @@ def _check_model(recipe: Recipe, result: dict[str, Any], structures: list[Struct
 
 
 def _check_data(recipe: Recipe, result: dict[str, Any], structures: list[Structure]) -> None:
-    progress = ProgressReporter(lambda text: console().print(text, markup=False), "data")
     tokenizer = build_tokenizer(recipe)
     shares = all(shares_prefixes(structure.trial) for structure in structures)
     encoder, sided_format = build_encoder(recipe, tokenizer), recipe.objective.sided_format
-    prepared = prepare(recipe.data, encoder, recipe.train.seed, progress, shares, sided_format)
+    with progress_bar(console(), "data", lambda text: console().print(text, markup=False)) as progress:
+        prepared = prepare(recipe.data, encoder, recipe.train.seed, progress, shares, sided_format)
     report = prepared.report
     result["problems"] += [asdict(finding) for finding in report.problems]
     result["warnings"] += [asdict(finding) for finding in report.warnings]
@@ -60,7 +61,7 @@ def _check_data(recipe: Recipe, result: dict[str, Any], structures: list[Structu
         refuse_long_documents(prepared, structure.positions)
         check_packing(prepared, structure)
     steps = count_steps(recipe.train, report.packed_rows)
-    advice = recommend_settings(recipe, report, steps, _trainable_parameters(recipe))
+    advice = recommend_settings(recipe, report, steps, _trainable_parameters(recipe), suggest_rate(recipe))
     result["warnings"] += [{"where": key, "message": message} for key, message in advice]
 
 

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from qlora.data import Source
+from qlora.data.prompt_file import read_prompt_file
 from qlora.data.reading.hub_access import require_reachable_hub
 from qlora.data.reading.resolve_paths import resolve_source
 from qlora.errors import DataError, InputError, RecipeError
@@ -109,6 +110,16 @@ def _objective(recipe: Recipe) -> Iterator[Problem]:
     return answer_problems(recipe)
 
 
+def _sample_prompts(recipe: Recipe) -> Iterator[Problem]:
+    """A file of prompts exists, and each of its lines holds one."""
+    setting = recipe.train.sample_prompts
+    try:
+        if isinstance(setting, str):
+            read_prompt_file(setting)
+    except DataError as error:
+        yield "train.sample_prompts", str(error)
+
+
 def _resume(recipe: Recipe) -> Iterator[Problem]:
     """The folder to resume from is a complete checkpoint. Of several machines, only the first needs it."""
     setting, output = recipe.train.resume, Path(recipe.train.output)
@@ -150,6 +161,7 @@ CHECKS: Mapping[str, Callable[[Recipe], Iterator[Problem]]] = {
     "model.chat_template": _chat_template,
     "data": _data,
     "objective": _objective,
+    "train.sample_prompts": _sample_prompts,
     "train.resume": _resume,
     "train.output": _output,
 }

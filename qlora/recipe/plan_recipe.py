@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora.memory import size_bytes
 from qlora.memory.planner.memory_plan import Plan, plan_summary
 from qlora.recipe.default_recipe import default_recipe
 from qlora.recipe.planning import Machine, Planner, better_strategy
 from qlora.recipe.recipe import Recipe, read
+from qlora.utils.byte_sizes import size_bytes
 from qlora.utils.machine import gib_or_mib
 
 

@@ -14,10 +14,10 @@ from qlora.adapters import Adapter
 from qlora.adapters.patterns import by_pattern, refuse_unused
 from qlora.adapters.target_modules import select
 from qlora.errors import DoesNotFit
-from qlora.memory import size_bytes
 from qlora.memory.planner.config_reader import read
 from qlora.memory.planner.export_and_disk import disk_bytes
 from qlora.memory.planner.full_modules import full_module_values, head_trains
+from qlora.memory.planner.kept_bytes import kept_bytes_of
 from qlora.memory.planner.memory_plan import Budget, Plan
 from qlora.memory.planner.overhead import CONTEXT_BYTES
 from qlora.memory.planner.search import UserChoices, choices_of, choose
@@ -26,6 +26,7 @@ from qlora.memory.planner.workload import AdapterSizes, Workload
 from qlora.model.download import find_config
 from qlora.quant import build_quantizer
 from qlora.recipe.recipe import Recipe
+from qlora.utils.byte_sizes import size_bytes
 from qlora.utils.machine import gib_or_mib, host_memory_bytes
 from qlora.utils.paths import free_bytes
 
@@ -171,11 +172,12 @@ def user_choices(recipe: Recipe, layers: int) -> UserChoices:
 
 def workload_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
     """One rank's part of a run, as far as its memory goes."""
-    dtype = dtype_on(machine, recipe.model.dtype, shapes.dtype)
+    dtype, quantizer = dtype_on(machine, recipe.model.dtype, shapes.dtype), build_quantizer(recipe.quant)
     return Workload(
         shapes=shapes,
         adapters=adapter_sizes(recipe.adapter, shapes),
-        quantizer=build_quantizer(recipe.quant),
+        quantizer=quantizer,
+        kept=kept_bytes_of(quantizer, shapes, dtype_bytes(dtype)),
         dtype_bytes=dtype_bytes(dtype),
         float16=dtype == "float16",
         optimizer=recipe.optim.kind,
@@ -185,7 +187,14 @@ def workload_of(recipe: Recipe, shapes: Shapes, machine: Machine) -> Workload:
         attention=recipe.model.attention,
         device=machine.device,
         processes=machine.gpus,
+        rows=_rows(recipe, shapes),
     )
+
+
+def _rows(recipe: Recipe, shapes: Shapes) -> int:
+    """Padded rows of a sequence: its answers' own ones, where a pair is neither packed nor a prefix tree."""
+    is_tree = recipe.model.attention == "auto" and not any(layer.recurrent for layer in shapes.kinds)
+    return 2 if recipe.objective.sided_format == "preference" and not recipe.data.packing and not is_tree else 1
 
 
 def adapter_sizes(section: Adapter, shapes: Shapes) -> AdapterSizes:

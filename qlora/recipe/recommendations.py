@@ -1,26 +1,51 @@
 """Recommendations from the literature on LoRA for a recipe and its data; a user may follow them or not.
 
-Sources: Dettmers et al. 2023 (QLoRA: adapters in all linear layers; two or three epochs), Schulman et al. 2025 (LoRA
-Without Regret: ten times the learning rate of full fine-tuning; about two bits a parameter, one bit a trained token).
+The figures and their sources are in literature.py.
 """
 
 from collections.abc import Iterator
 
 from qlora.data.data_report import DataReport
+from qlora.recipe.literature import (
+    COMPARED_RATES,
+    EPOCHS_OF_SMALL_SET,
+    FULL_RATE,
+    LARGEST_BATCH,
+    OTHER_RATE,
+    REGRET,
+    SMALL_SET,
+    SuggestedRate,
+    holds,
+)
 from qlora.recipe.recipe import Recipe
 
-FEW_STEPS, MANY_EPOCHS, LOW_RATE = 20, 5, 5e-5
-HIGH_RATE = 5e-5  # of objectives that compare answers: they move log-probabilities of whole answers
+FEW_STEPS, MANY_EPOCHS = 20, 5
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "out_proj"}
 Recommendations = Iterator[tuple[str, str]]  # key of the recipe, message
 
 
 def recommend_settings(
-    recipe: Recipe, report: DataReport, steps: int, trainable_parameters: int | None
+    recipe: Recipe,
+    report: DataReport,
+    steps: int,
+    trainable_parameters: int | None,
+    suggestion: SuggestedRate | None = None,
 ) -> Recommendations:
-    """Settings that the literature advises against, for a run of `steps` optimizer steps."""
+    """Settings that the literature advises against, for a run of `steps` optimizer steps.
+
+    `suggestion`: the learning rate for this base model, if it is known.
+    """
     yield from _check_length(recipe, report, steps)
-    yield from _check_adapter(recipe, report, trainable_parameters)
+    yield from recommend_adapter_settings(recipe, report, trainable_parameters, suggestion)
+
+
+def recommend_adapter_settings(
+    recipe: Recipe, report: DataReport, trainable_parameters: int | None, suggestion: SuggestedRate | None
+) -> Recommendations:
+    """Those of them that do not depend on the length of a run: learning rate, targets, dropout, rank."""
+    if recipe.adapter.kind != "full":
+        yield from _check_rate(recipe, suggestion)
+        yield from _check_adapter(recipe, report, trainable_parameters)
 
 
 def _check_length(recipe: Recipe, report: DataReport, steps: int) -> Recommendations:
@@ -33,7 +58,14 @@ def _check_length(recipe: Recipe, report: DataReport, steps: int) -> Recommendat
             "to learn from. Use a smaller global_batch, or more epochs",
         )
     epochs = train.epochs if train.max_steps is None else steps * train.global_batch / sequences
-    if epochs > MANY_EPOCHS and train.early_stop is None:
+    if train.global_batch > LARGEST_BATCH and recipe.adapter.kind != "full":
+        yield (
+            "train.global_batch",
+            f"{train.global_batch} sequences a step: LoRA learns less than full fine-tuning from steps of more than "
+            f"{LARGEST_BATCH} ({REGRET}). Use a smaller global_batch",
+        )
+    limit = EPOCHS_OF_SMALL_SET if report.kept < SMALL_SET else MANY_EPOCHS
+    if epochs > limit and train.early_stop is None:
         yield (
             "train.epochs",
             f"each example is trained {epochs:.0f} times; most fine-tunes memorize examples from the third epoch on. "
@@ -43,23 +75,34 @@ def _check_length(recipe: Recipe, report: DataReport, steps: int) -> Recommendat
         yield "data.eval_fraction", "no examples are held out: overfitting can't be measured"
 
 
-def _check_adapter(recipe: Recipe, report: DataReport, trainable_parameters: int | None) -> Recommendations:
-    adapter, rate = recipe.adapter, recipe.optim.learning_rate
-    if adapter.kind == "full":
-        return
+def _check_rate(recipe: Recipe, suggestion: SuggestedRate | None) -> Recommendations:
+    rate, key = recipe.optim.learning_rate, "optim.learning_rate"
     if recipe.objective.sided_format is not None:
-        if rate > HIGH_RATE:
+        if rate > COMPARED_RATES[1]:
             kind = recipe.objective.kind
-            yield (
-                "optim.learning_rate",
-                f"{rate:g} suits sft; for {kind}, 5e-6 to 5e-5 keep the model near where it starts",
-            )
-    elif rate < LOW_RATE:
-        yield "optim.learning_rate", f"{rate:g} suits full fine-tuning; LoRA learns best at about ten times as much"
+            yield key, f"{rate:g} suits sft; for {kind}, 5e-6 to 5e-5 keep the model near where it starts"
+    elif rate < FULL_RATE:
+        yield key, f"{rate:g} suits full fine-tuning; LoRA learns best at about ten times as much"
+    elif suggestion and suggestion.fitted and not 1 / OTHER_RATE <= rate / suggestion.rate <= OTHER_RATE:
+        yield (
+            key,
+            f"{rate:g}; for this base model {suggestion.rate:g} is usual ({suggestion.source}). `qlora sweep RECIPE "
+            "--find-lr` measures it",
+        )
+
+
+def _check_adapter(recipe: Recipe, report: DataReport, trainable_parameters: int | None) -> Recommendations:
+    adapter = recipe.adapter
     targets = {adapter.targets} if isinstance(adapter.targets, str) else set(adapter.targets or ())
     if targets and targets <= ATTENTION:
         yield "adapter.targets", "attention alone learns less than all-linear, at any rank"
-    if trainable_parameters and report.trained_tokens > 2 * trainable_parameters:
+    if adapter.dropout and report.kept >= SMALL_SET:
+        yield (
+            "adapter.dropout",
+            f"{adapter.dropout:g} with {report.kept:,} records: dropout helps small sets that are trained often. "
+            "Without it a run saves less and is as good; use 0",
+        )
+    if trainable_parameters and not holds(trainable_parameters, report.trained_tokens):
         yield (
             "adapter.rank",
             f"{trainable_parameters:,} adapter parameters hold about two bits each, {report.trained_tokens:,} "

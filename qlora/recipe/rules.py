@@ -57,7 +57,7 @@ def _embedding_is_resident(adapter: Adapter, memory: Memory) -> dict[str, str]:
 def _evaluation_needs_data(train: Train, data: Data) -> dict[str, str]:
     if data.eval is not None or data.eval_fraction > 0:
         return {}
-    keys = [key for key in ("eval_every", "early_stop") if getattr(train, key) is not None]
+    keys = [key for key in ("eval_every", "early_stop", "sample_prompts") if getattr(train, key) not in (None, ())]
     reason = "there is no evaluation data (data.eval null, data.eval_fraction 0)"
     return {f"train.{key}": f"has no effect: {reason}. Remove it, or set one of them." for key in keys}
 
@@ -66,6 +66,13 @@ def _early_stop_needs_evaluations(train: Train) -> dict[str, str]:
     if train.early_stop is None or train.eval_every is not None:
         return {}
     return {"train.early_stop": "has no effect: there are no evaluations during training. Set train.eval_every too."}
+
+
+def _accuracy_is_of_pairs(objective: Objective, train: Train) -> dict[str, str]:
+    if train.early_stop_on != "accuracy" or objective.sided_format == "preference":
+        return {}
+    message = f"accuracy: objective.kind {objective.kind} compares no pairs, so it has none. Use loss."
+    return {"train.early_stop_on": message}
 
 
 def _compiled_is_resident(train: Train, memory: Memory) -> dict[str, str]:
@@ -145,6 +152,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., dict[str, str]]], ...] = (
     (("adapter", "memory"), _embedding_is_resident),
     (("train",), _early_stop_needs_evaluations),
     (("train", "data"), _evaluation_needs_data),
+    (("objective", "train"), _accuracy_is_of_pairs),
     (("train", "memory"), _compiled_is_resident),
     (("objective", "data"), _sides_need_their_format),
     (("objective", "data"), _sides_are_whole),

@@ -10,10 +10,10 @@ from qlora.errors import DoesNotFit
 from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.planner.search import estimated_cost
 from qlora.recipe.dataset_profile import DatasetProfile, profile_dataset
+from qlora.recipe.literature import BITS_PER_PARAMETER, REGRET, holds, suggest_rate
 from qlora.recipe.plan_recipe import requested_machine
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe, from_mapping
-from qlora.training import Optim
 from qlora.utils.atomic_files import write_text
 from qlora.utils.machine import gib
 
@@ -123,7 +123,7 @@ def _settings(request: InitRequest, profile: DatasetProfile, length: int) -> Set
         "data.format": profile.format,
         "data.max_length": length,
         "data.packing": packing,
-        "optim.learning_rate": Optim().learning_rate,
+        "optim.learning_rate": suggest_rate(_recipe({"model.name": request.model, "data.train": request.data})).rate,
         "train.output": f"runs/{Path(request.out).stem}",
         "train.epochs": epochs,
         "train.global_batch": batch,
@@ -133,13 +133,10 @@ def _settings(request: InitRequest, profile: DatasetProfile, length: int) -> Set
 
 
 def _has_capacity(request: InitRequest, rank: int, profile: DatasetProfile) -> bool:
-    """Whether an adapter of this rank can hold the trained tokens: two bits a parameter, one bit a token.
-
-    Schulman et al. 2025, LoRA Without Regret.
-    """
+    """Whether an adapter of this rank can hold the trained tokens."""
     recipe = _recipe({"model.name": request.model, "adapter.rank": rank, "data.train": request.data})
     parameters = Planner(recipe).plan(Machine(2**40)).work.adapters.values
-    return 2 * parameters >= profile.tokens * profile.trained_share
+    return holds(parameters, profile.tokens * profile.trained_share)
 
 
 def _recipe(settings: Settings) -> Recipe:
@@ -184,7 +181,7 @@ def _comments(profile: DatasetProfile, settings: Settings, plan: Plan) -> Mappin
     fraction = settings["data.eval_fraction"]
     comments = {
         "model.name": "frozen in 4 bits (NF4, double quantization)",
-        "adapter.rank": f"{plan.work.adapters.values:,} weights are trained; see `qlora inspect` after the run",
+        "adapter.rank": _rank_reason(profile, plan),
         "adapter.alpha": "twice the rank: the update is scaled by alpha / rank",
         "data.train": "the training data: `qlora preview` shows it as it is trained",
         "data.eval_fraction": f"{fraction:.1%} of the examples are held out, to measure overfitting",
@@ -195,7 +192,7 @@ def _comments(profile: DatasetProfile, settings: Settings, plan: Plan) -> Mappin
         "data.packing": "short examples share a sequence, separated by the attention mask"
         if packing
         else "the examples are long enough",
-        "optim.learning_rate": "usual for LoRA: about ten times that of full fine-tuning",
+        "optim.learning_rate": "by family and size, ten times that of full fine-tuning; `sweep --find-lr` measures it",
         "train.output": "adapter, report.html, metrics and checkpoints are written here",
         "train.epochs": f"for {_count(profile)} records (rule of thumb)",
         "train.global_batch": "sequences in one optimizer step; a smaller one gives more steps",
@@ -204,6 +201,16 @@ def _comments(profile: DatasetProfile, settings: Settings, plan: Plan) -> Mappin
         "train.micro_batch": "sequences at a time: predicted to be fastest; it does not change the result",
     }
     return {key: comments[key] for key in settings}
+
+
+def _rank_reason(profile: DatasetProfile, plan: Plan) -> str:
+    """Why this rank: what the data bring against what the adapter holds."""
+    parameters, tokens = plan.work.adapters.values, profile.tokens * profile.trained_share
+    relation = "hold" if holds(parameters, tokens) else "hold a part of"
+    return (
+        f"{parameters:,} weights of {BITS_PER_PARAMETER} bits {relation} {tokens:,.0f} trained tokens ({REGRET}); "
+        "`qlora inspect` after the run says whether fewer do"
+    )
 
 
 def _count(profile: DatasetProfile) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 from qlora.errors import InputError
 from qlora.runs.artifacts import MANIFEST, RECIPE, read_manifest
+from qlora.runs.benchmark_results import read_results
+from qlora.runs.report.markup import Markup
 from qlora.runs.report.page import report_page
 from qlora.runs.report.run_data import RunData
 from qlora.training.run_log import read_metrics
@@ -15,8 +17,8 @@ from qlora.utils.paths import similar_path
 MAX_RUNS = 12  # six colors, each as a solid and as a dashed line
 
 
-def write_report_page(runs: Sequence[str], out: str) -> dict[str, Any]:
-    """Write the page of these runs to `out`; returns its path, its bytes and the names of the runs.
+def write_report_page(runs: Sequence[str], out: str, first: Markup | None = None) -> dict[str, Any]:
+    """Write the page of these runs, `first` above its plots; returns its path, its bytes and the names of the runs.
 
     InputError if a folder is not a run, if a run is named twice, or if there are more runs than colors.
     """
@@ -28,7 +30,7 @@ def write_report_page(runs: Sequence[str], out: str) -> dict[str, Any]:
     if duplicate is not None:
         raise InputError(f"{duplicate}: named twice. Name each run once.")
     names = distinct_names(folders)
-    page = report_page([read_run_data(folder, name) for folder, name in zip(folders, names, strict=True)])
+    page = report_page([read_run_data(folder, name) for folder, name in zip(folders, names, strict=True)], first)
     write_text(Path(out), page)
     return {"path": out, "bytes": len(page.encode()), "runs": names}
 
@@ -40,7 +42,8 @@ def read_run_data(folder: Path, name: str) -> RunData:
     if not metrics and not manifest:
         hint = "" if folder.is_dir() else similar_path(folder)
         raise InputError(f"{folder}: not a run. A run folder has {MANIFEST} or metrics.jsonl.{hint}")
-    return RunData(name, manifest, metrics, _read_recipe_text(folder / RECIPE), _samples(manifest))
+    text, samples = _read_recipe_text(folder / RECIPE), _samples(manifest)
+    return RunData(name, manifest, metrics, text, samples, read_results(folder))
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:

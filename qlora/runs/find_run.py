@@ -23,6 +23,7 @@ from qlora.recipe.default_recipe import default_recipe, has_data
 from qlora.recipe.recipe import Recipe
 from qlora.recipe.recipe import read as read_recipe
 from qlora.runs.artifacts import MANIFEST, NO_ADAPTER, RECIPE
+from qlora.runs.base_storage import stored_as
 from qlora.runs.relative_paths import folder_of, locate_paths
 from qlora.training.checkpoint_folder import POSITION, checkpoints_in
 from qlora.utils.paths import similar_path
@@ -41,14 +42,16 @@ class RunFiles:
     run: Path | None = None  # the folder with the run's manifest
 
 
-def find_run(name: str, adapter: str | None = None, log: Log = lambda line: None) -> RunFiles:
+def find_run(name: str, adapter: str | None = None, log: Log = lambda line: None, quant: str | None = None) -> RunFiles:
     """The files of a run, a checkpoint, an adapter folder or a model; `adapter` replaces the run's.
 
-    InputError, with the path and what is wrong with it, if a folder or the base model can't be used.
+    quant: how the base is stored instead of its recipe's way (a kind of quantizer); an exported model is not quantized
+    unless it is given. InputError, with the path and what is wrong with it, if a folder or the base can't be used.
     """
     files = _find(Path(name), name, log)
     folder = Path(adapter).expanduser() if adapter else files.adapter
-    return RunFiles(files.recipe, require_adapter_folder(folder) if folder else None, files.run)
+    recipe = stored_as(files.recipe, quant, name, files.run is None and files.adapter is None, log)
+    return RunFiles(recipe, require_adapter_folder(folder) if folder else None, files.run)
 
 
 def find_adapter(name: str, log: Log = lambda line: None) -> tuple[Path, Recipe | None]:

@@ -14,7 +14,7 @@ from qlora.adapters.peft_files import refuse_non_finite
 from qlora.errors import QloraError
 from qlora.model.checkpoint_reader import CheckpointReader
 from qlora.model.download import tokenizer_files
-from qlora.model.hf_config import merged_config, with_untied_head
+from qlora.model.hf_config import merged_config, with_untied_head, write_config
 from qlora.model.layouts.checkpoint_layout import read_layout
 from qlora.model.layouts.pieces import TensorSource, assemble
 from qlora.model.load_base import Base
@@ -22,7 +22,7 @@ from qlora.model.meta_model import unties_head
 from qlora.model.model_folder import CONFIG, model_files
 from qlora.model.open_checkpoint import open_checkpoint
 from qlora.model.safetensors_writer import PROGRESS, PlannedTensor, write_model
-from qlora.utils.atomic_files import PARTIAL, sync_folder, write_bytes, write_json
+from qlora.utils.atomic_files import PARTIAL, sync_folder, write_bytes
 from qlora.utils.atomic_folders import remove
 
 OTHER_MODEL = "It is a checkpoint of another model: name the model it was trained from, or set train.resume=never."
@@ -50,7 +50,7 @@ def write(folder: Path, base: Base, dtype: torch.dtype) -> None:
         if file.is_file():
             write_bytes(folder / file.name, file.read_bytes())
     config = merged_config(base.folder.path / CONFIG, base.dtype)
-    write_json(folder / CONFIG, with_untied_head(config) if unties_head(base.folder.path) else config)
+    write_config(folder, with_untied_head(config) if unties_head(base.folder.path) else config, base.folder.path)
 
 
 @torch.no_grad()

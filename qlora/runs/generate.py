@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora.adapters.switch import AdapterSwitch
-from qlora.model.generate_tokens import BATCH_SIZE, generate
+from qlora.data.prompt_file import Prompt
+from qlora.model.generate_tokens import RowHooks, generate
 from qlora.runs.load_run import LoadedRun
-from qlora.runs.prompts import Prompt
 from qlora.training.exact_match import text_of
 
 
@@ -25,22 +25,16 @@ def generate_from_prompts(
 def generate_with_adapters(
     run: LoadedRun, switch: AdapterSwitch, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """The rows of `qlora generate` with several adapters: for each prompt a row per adapter, in shared batches.
-
-    Adapters of experts have batches of their own.
-    """
+    """The rows of `qlora generate` with several adapters: for each prompt a row per adapter, in shared batches."""
     inputs = [(shown, run.encoder.prompt_ids(messages)) for shown, messages in prompts]
     jobs = [(name, shown, ids) for shown, ids in inputs for name in switch.names]
-    # Sorted by length here, so that `generate` keeps the order in which the rows of a batch name their adapters.
-    order = sorted(range(len(jobs)), key=lambda job: len(jobs[job][2]))
-    shared = [order] if switch.mixes_rows else [[job for job in order if jobs[job][0] == name] for name in switch.names]
-    rows: dict[int, dict[str, Any]] = {}
-    for batch in (group[start : start + BATCH_SIZE] for group in shared for start in range(0, len(group), BATCH_SIZE)):
-        with switch.per_row([jobs[job][0] for job in batch]):
-            batch_ids = [jobs[job][2] for job in batch]
-            outputs = generate(run.base, batch_ids, max_new_tokens, temperature, run.recipe.train.seed)
-        for job, new_ids in zip(batch, outputs, strict=True):
-            name, shown, ids = jobs[job]
-            text = text_of(new_ids, run.base.tokenizer)
-            rows[job] = {"adapter": name, "prompt": shown, "input_ids": ids, "output_ids": new_ids, "text": text}
-    return [rows[job] for job in range(len(jobs))]
+    names = [name for name, _, _ in jobs]
+    with switch.per_row(names) as rows:
+        hooks = RowHooks(select=rows.select, groups=names)
+        ids = [ids for _, _, ids in jobs]
+        outputs = generate(run.base, ids, max_new_tokens, temperature, run.recipe.train.seed, hooks)
+    texts = [text_of(new_ids, run.base.tokenizer) for new_ids in outputs]
+    return [
+        {"adapter": name, "prompt": shown, "input_ids": ids, "output_ids": new_ids, "text": text}
+        for (name, shown, ids), new_ids, text in zip(jobs, outputs, texts, strict=True)
+    ]

@@ -1,41 +1,12 @@
 """The prompts of `qlora generate`: a text, a JSONL file or stdin, as messages. Imports no torch."""
 
 import sys
-from pathlib import Path
 
-from qlora.data.formats.messages import parse_messages
-from qlora.data.reading.readers import read_jsonl
-from qlora.data.types import BadRecord, Message, Record
-from qlora.errors import DataError
-from qlora.utils.paths import similar_path
-
-Prompt = tuple[str, list[Message]]  # as shown to the user, and as messages
+from qlora.data.prompt_file import Prompt, read_prompt_file, user_prompt
 
 
 def read_prompts(prompt: str) -> list[Prompt]:
     """The prompts of a text, of stdin (`-`), or of a JSONL file with `prompt` or `messages` in each line."""
     if prompt == "-":
-        return [_user_prompt(sys.stdin.read().strip())]
-    if prompt.endswith(".jsonl"):
-        if not Path(prompt).is_file():
-            raise DataError(
-                f"{prompt}: no such file. Give a text, a JSONL file, or - for stdin.{similar_path(Path(prompt))}"
-            )
-        return [_prompt_of_record(record) for record in read_jsonl(Path(prompt), prompt)]
-    return [_user_prompt(prompt)]
-
-
-def _user_prompt(text: str) -> Prompt:
-    return text, [Message("user", text)]
-
-
-def _prompt_of_record(record: Record | BadRecord) -> Prompt:
-    if isinstance(record, BadRecord):
-        raise DataError(f"{record.where}: {record.message}")
-    if isinstance(record.fields.get("prompt"), str):
-        return _user_prompt(record.fields["prompt"])
-    if "messages" in record.fields:
-        messages = parse_messages(record.fields["messages"], "messages")
-        return "\n".join(f"{message.role}: {message.content}" for message in messages), messages
-    fields = ", ".join(record.fields) or "no fields"
-    raise DataError(f"{record.where}: found {fields}; a line needs `prompt` (a text) or `messages`.")
+        return [user_prompt(sys.stdin.read().strip())]
+    return read_prompt_file(prompt) if prompt.endswith(".jsonl") else [user_prompt(prompt)]

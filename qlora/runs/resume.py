@@ -78,6 +78,9 @@ def unchangeable_settings(setup: RunSetup, steps: int) -> dict[str, Any]:
         for name, section in sections.items()
         for key, value in section.model_dump(mode="json").items()
     }
+    del settings["quant.keep_bytes"]  # the choice within it is `quant.keep`
+    if not settings["quant.keep"]:  # runs of older versions have no such setting
+        del settings["quant.keep"]
     # The schedule may be stretched as long as the steps already taken keep their rate; rates are compared by value.
     for key in ("optim.schedule", "optim.warmup"):
         del settings[key]
@@ -124,4 +127,7 @@ def keep_best(setup: RunSetup, job: Job, position: Position) -> None:
     folder = job.checkpoints.folder_of(best)
     if find_damage(folder) is None:
         restore_trained(setup, folder)
-        job.log.print(f"the adapter of step {best} is kept: its held-out loss {position.best_loss:.4f} is the lowest")
+        value = f"held-out loss {position.best_loss:.4f} is the lowest"
+        if position.best_accuracy is not None:
+            value = f"held-out accuracy {position.best_accuracy:.1%} is the highest"
+        job.log.print(f"the adapter of step {best} is kept: its {value}")

@@ -22,15 +22,18 @@ from qlora.model.load_base import Base
 from qlora.model.original_weights import iter_weights
 from qlora.model.rotary import describe_lengths
 from qlora.recipe.dataset_profile import build_encoder
+from qlora.recipe.literature import suggest_rate
 from qlora.recipe.matrix_rows import position_limit, refuse_ids_without_row, refuse_long_documents
 from qlora.recipe.planning import user_choices
 from qlora.recipe.recipe import Recipe
 from qlora.recipe.recommendations import recommend_settings
 from qlora.runs.adapter_setup import add_adapter, build_adapter
 from qlora.runs.memory_setup import MemoryFallback, arrange_unplanned, load_base
-from qlora.runs.objective_setup import build_comparison, compared_examples, loss_module
+from qlora.runs.objective_setup import build_comparison, compared_examples, loss_module, refuse_other_reference
+from qlora.runs.reference_cache import with_references
 from qlora.runs.resources import Resources
 from qlora.runs.resume import unchangeable_settings
+from qlora.runs.sample_prompts import prompt_answerer
 from qlora.runs.trained_template import TrainedEncoder
 from qlora.runs.write_artifacts import RunSetup, write_running_report, write_trained
 from qlora.training import OPTIMIZERS
@@ -41,6 +44,7 @@ from qlora.training.expert_load import ExpertLoads, measure_loads
 from qlora.training.expert_probe import refuse_wrong_columns
 from qlora.training.gradient_check import watch_gradients
 from qlora.training.job import Job
+from qlora.training.live_panel import progress_bar
 from qlora.training.loss import TokenLoss
 from qlora.training.oom_recovery import OomRecovery, StepDown
 from qlora.training.optimizers import parameter_groups
@@ -49,7 +53,6 @@ from qlora.training.packing_probe import refuse_leaks, refuse_tree_leaks
 from qlora.training.run_log import Log
 from qlora.training.schedule import count_steps
 from qlora.training.signals import StopSignal
-from qlora.utils.progress import ProgressReporter
 
 EncodedData = tuple[Prepared, TrainedEncoder]
 ReadData = Callable[[Recipe, Processes, Base, Log], EncodedData]
@@ -64,7 +67,11 @@ def set_up(recipe: Recipe, resources: Resources, log: Log) -> RunSetup:
 
 
 def open_base(recipe: Recipe, processes: Processes, plan: Plan | None, log: Log) -> Base:
-    """The base model, placed as planned. InputError if it can't be trained on in its dtype."""
+    """The base model, placed as planned. InputError if it can't be trained on in its dtype.
+
+    AdapterError, before a weight is loaded, if the objective's reference is of another base.
+    """
+    refuse_other_reference(recipe)
     base = load_base(recipe, processes.device, plan, log.print, processes)
     if base.dtype == torch.float16 and recipe.adapter.kind == "full":
         raise InputError(
@@ -80,9 +87,10 @@ def read_data(recipe: Recipe, processes: Processes, base: Base, log: Log) -> Enc
     """The tokenized data of a recipe. DataError if it can't be trained on."""
     encoder = build_encoder(recipe, base.tokenizer)
     # The first rank to arrive prepares for all, so every rank may print progress.
-    progress = ProgressReporter(log.print if processes.is_main else log.print_always, "data")
     shares, sided_format = shares_prefixes(base.model), recipe.objective.sided_format
-    data = prepare(recipe.data, encoder, recipe.train.seed, progress, shares, sided_format)
+    print_line = log.print if processes.is_main else log.print_always
+    with progress_bar(log.console, "data", print_line) as progress:
+        data = prepare(recipe.data, encoder, recipe.train.seed, progress, shares, sided_format)
     log_report(data.report, log)
     data.report.raise_for_problems()
     refuse_ids_without_row(data, base.tokenizer, len(base.model.get_input_embeddings().weight))  # type: ignore[operator]
@@ -106,7 +114,8 @@ def add_adapters_and_data(
         log.print(f"adapter.init {init}: {init_result}")
     data, encoder = read(recipe, resources.processes, base, log)
     steps = count_steps(recipe.train, len(data.train))
-    for key, message in recommend_settings(recipe, data.report, steps, injection.trainable_parameters):
+    counts = steps, injection.trainable_parameters
+    for key, message in recommend_settings(recipe, data.report, *counts, suggest_rate(recipe)):
         log.print(f"{key}: {message}")
     overflow_map = None
     if base.dtype == torch.float16:
@@ -149,7 +158,7 @@ def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown |
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     steps = count_steps(recipe.train, len(setup.data.train))
     log.redraw_report = partial(write_running_report, setup, steps)
-    return Job(
+    job = Job(
         model=processes.wrap(loss.train()),
         trainable=trainable,
         optimizer=_build_optimizer(setup, trainable, log),
@@ -167,7 +176,9 @@ def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown |
         oom_recovery=OomRecovery(trainable.values(), step_down, log.print),
         scales_loss=setup.base.dtype == torch.float16,
         comparison=comparison,
+        answer_prompts=prompt_answerer(setup, log, stop),
     )
+    return with_references(setup, job)
 
 
 def _run_probes(setup: RunSetup, loss: TokenLoss, in_rows: bool, log: Log) -> None:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora.memory.energy import energy_joules
 from qlora.memory.malloc import keep_freed_memory
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.recipe.recipe import Recipe
+from qlora.runs.kept_matrices import with_kept_matrices
 from qlora.runs.resources import Resources, resolve_resources
 from qlora.runs.resume import keep_best, refuse_changed_base, resume
 from qlora.runs.setup import build_job, moments_due_bytes, set_up
@@ -23,7 +25,7 @@ from qlora.runs.suspect_adapter import kept_as_suspect
 from qlora.runs.write_artifacts import Cost, samples_or_note, write_artifacts, write_weights
 from qlora.training.loop import fit
 from qlora.training.memory_probe import probe_memory
-from qlora.training.run_log import Log, live_display
+from qlora.training.run_log import Log, console, live_display
 from qlora.training.signals import Interrupted, StopSignal, stop_signals
 from qlora.utils.folder_lock import locked_folder
 
@@ -46,6 +48,8 @@ def _train(
 ) -> Mapping[str, Any]:
     """The processes and their log; then, if no other process trains in the run folder, the run."""
     started = time.monotonic()
+    progress = (lambda line: None) if quiet else partial(console().print, markup=False)
+    recipe = with_kept_matrices(recipe, Path(recipe.train.output), progress)
     resources = resolve_resources(recipe, watchdog.start)
     writes = resources.processes.writes
     with locked_folder(Path(recipe.train.output), "train.output") if writes else nullcontext():

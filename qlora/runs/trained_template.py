@@ -26,12 +26,12 @@ class TrainedEncoder:
     name: str = ""  # where the template is from
     text: str = ""
     args: Mapping[str, Any] = field(default_factory=dict)  # data.template_args
-    is_file: bool = False  # one template of the model or the user, which a file can hold
+    is_file: bool = False  # one template, which a file can hold
 
     @classmethod
     def of(cls, encoder: Encoder) -> "TrainedEncoder":
         """The record of an encoder."""
-        is_file = encoder.has_one_template and not encoder.uses_plain_template
+        is_file = len(encoder.named_templates) == 1
         return cls(encoder.sha256, encoder.template.name, encoder.template.text, encoder.template_args, is_file)
 
     def as_json(self) -> dict[str, Any]:

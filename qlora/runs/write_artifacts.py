@@ -28,10 +28,12 @@ from qlora.memory.meter import peak_bytes
 from qlora.model import model_folder
 from qlora.model.generate_tokens import generate
 from qlora.model.load_base import Base
-from qlora.model.new_tokens import write_tokenizer
+from qlora.model.tokenizer_files import write_tokenizer
 from qlora.recipe.recipe import Recipe, dump
 from qlora.runs import full_model
 from qlora.runs.artifacts import MANIFEST, MODEL_CARD, PAGE, RECIPE, SUSPECT
+from qlora.runs.base_loading import loading_of
+from qlora.runs.kept_matrices import kept_summary
 from qlora.runs.report.manifest import run_manifest
 from qlora.runs.report.model_card import model_card
 from qlora.runs.report.page import report_page
@@ -109,10 +111,11 @@ def write_artifacts(
     files = {name: digest for name, digest in sha256_manifest(output).items() if name in names}
     content = describe(setup, position) | {"seconds": round(cost.seconds, 3), "energy_joules": cost.energy_joules}
     content |= {"files": files, "samples": samples, "spectrum": spectrum_summary(output)}
+    content |= kept_summary(setup.recipe, output)
     manifest = run_manifest(content, setup.processes.device, setup.processes.world_size)
     write_json(output / MANIFEST, manifest)
     remove(output / SUSPECT)  # of an earlier attempt that failed
-    write_text(output / MODEL_CARD, model_card(manifest, setup.recipe_text))
+    write_text(output / MODEL_CARD, model_card(manifest, setup.recipe_text, loading_of(setup.base)))
     _write_report(output, manifest, setup.recipe_text)
     return manifest
 
@@ -238,6 +241,7 @@ def result_of(setup: RunSetup, position: Position) -> dict[str, Any]:
         "eval_loss": position.eval_loss,
         "eval_loss_before": evaluations[0].get("eval_loss") if evaluations else None,
         "best_eval_loss": position.best_loss,
+        "best_eval_accuracy": position.best_accuracy,
         "best_step": position.best_step,
         "skipped_steps": position.skipped_steps,
         "overflow_steps": position.overflow_steps,

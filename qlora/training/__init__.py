@@ -33,6 +33,16 @@ Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", 
 Beta = Annotated[float, Between(ge=0, lt=1)]
 Steps = Annotated[int, Between(ge=0)]
 Fraction = Annotated[float, Between(ge=0, lt=1)]
+Prompt = Annotated[str, Between(min_length=1)]
+
+
+def jsonl_file(path: str) -> str:
+    """The expanded path of a JSONL file. ValueError for another text."""
+    if not path.endswith(".jsonl"):
+        raise ValueError(
+            f"found {path[:60]!r}; allowed: a list of texts, or one file that ends in .jsonl. Write [TEXT]."
+        )
+    return expanduser(path)
 
 
 class Optim(Section):
@@ -64,8 +74,15 @@ class Train(Section):
     save_every: int | None = setting(None, "steps between checkpoints; null: only the final adapter", ge=1)
     keep: int = setting(3, "checkpoints to keep; older ones are deleted", ge=1)
     early_stop: int | None = setting(None, "evaluations without improvement before the run ends; null: never", ge=1)
+    early_stop_on: Literal["loss", "accuracy"] = setting(
+        "loss", "what has to improve, on held-out examples: loss | accuracy (of pairs); default loss", nullable=True
+    )
     resume: Annotated[str, Validator(expanduser)] = setting(
         "auto", "auto (the newest checkpoint in output, if any) | never | a checkpoint folder", min_length=1
+    )
+    sample_prompts: Annotated[str, Validator(jsonl_file)] | tuple[Prompt, ...] = setting(
+        (),
+        "prompts that are answered at each evaluation: a list of texts, or one JSONL file with `prompt` or `messages`",
     )
     report_to: tuple[Tracker, ...] = setting(
         (), "trackers in addition to metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."
@@ -74,5 +91,6 @@ class Train(Section):
     deterministic: bool = setting(False, "bit-identical runs on the same machine, at some cost in speed")
 
     def without_effect(self) -> Mapping[str, str]:
-        """`epochs` has no effect where `max_steps` is set."""
-        return {"epochs": "train.max_steps sets the length of the run"} if self.max_steps is not None else {}
+        """`epochs` has no effect where `max_steps` is set, `early_stop_on` where no run ends early."""
+        length = {"epochs": "train.max_steps sets the length of the run"} if self.max_steps is not None else {}
+        return length | ({"early_stop_on": "train.early_stop is not set"} if self.early_stop is None else {})

@@ -1,7 +1,7 @@
 """What follows an optimizer step: logging, evaluation, checkpoints and early stopping, each when it is due."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qlora.data.batching.sampler import steps_per_epoch
@@ -65,9 +65,10 @@ def evaluate_if_due(job: Job, position: Position) -> tuple[Position, bool]:
     if stopping or not is_open or not (is_end or is_due(position.step, job.settings.eval_every)):
         return position, stopping
     evaluation = _evaluate(job)
-    if evaluation is None:
+    answers = None if evaluation is None else _prompt_answers(job, position)
+    if evaluation is None or answers is None:
         return position, True
-    return _log_evaluation(job, position, evaluation), job.processes.any(job.stop_signal.received)
+    return _log_evaluation(job, position, evaluation, answers), job.processes.any(job.stop_signal.received)
 
 
 def _evaluate(job: Job) -> Evaluation | None:
@@ -79,21 +80,41 @@ def _evaluate(job: Job) -> Evaluation | None:
     return evaluate(processes.unwrap(job.model), examples, *options)
 
 
-def _log_evaluation(job: Job, position: Position, evaluation: Evaluation) -> Position:
+def _prompt_answers(job: Job, position: Position) -> list[dict[str, str]] | None:
+    """What the model answers to the sample prompts, the base's answers beside once; None if a signal interrupted it."""
+    if job.answer_prompts is None:
+        return []
+    takes_part = job.processes.is_main or job.processes.shards  # a sharded model takes all ranks
+    answers = job.answer_prompts(position.step == 0) if takes_part else []
+    return None if job.processes.any(job.stop_signal.received) else answers  # the other ranks wait here
+
+
+def _log_evaluation(
+    job: Job, position: Position, evaluation: Evaluation, answers: Sequence[Mapping[str, str]]
+) -> Position:
     """Log an evaluation; returns the position that includes it."""
     loss = evaluation.loss
     line = {"step": position.step, "eval_loss": loss, **evaluation.metrics, "tokens": evaluation.tokens}
     line |= {"epoch": _epoch(job, position), "peak_bytes": peak_bytes(job.processes.device)}
     if job.processes.is_main:
-        job.log.log_evaluation(line)
+        job.log.log_evaluation(line | ({"answers": answers} if answers else {}))
     warning = job.comparison and job.comparison.warning(line.get("eval_chosen_log_prob"))
     if warning:
         job.log.print(f"step {position.step}: {warning}")
     finite_loss = loss if math.isfinite(loss) else None
     position = replace(position, eval_loss=finite_loss, evaluated_step=position.step)
-    if finite_loss is not None and (position.best_loss is None or finite_loss < position.best_loss):
-        return replace(position, best_loss=finite_loss, best_step=position.step, evaluations_since_best=0)
+    accuracy = evaluation.metrics.get("eval_accuracy") if job.settings.early_stop_on == "accuracy" else None
+    if finite_loss is not None and _is_better(position, finite_loss, accuracy):
+        best = replace(position, best_loss=finite_loss, best_accuracy=accuracy, best_step=position.step)
+        return replace(best, evaluations_since_best=0)
     return replace(position, evaluations_since_best=position.evaluations_since_best + 1)
+
+
+def _is_better(position: Position, loss: float, accuracy: float | None) -> bool:
+    """Whether an evaluation is better than the best one so far: by its accuracy, if that is known, else by its loss."""
+    if position.best_loss is None or accuracy is None or position.best_accuracy is None:
+        return position.best_loss is None or loss < position.best_loss
+    return accuracy > position.best_accuracy
 
 
 def save_if_due(job: Job, position: Position, stopping: bool) -> None:
@@ -108,7 +129,7 @@ def save_if_due(job: Job, position: Position, stopping: bool) -> None:
 
 
 def stops_early(job: Job, position: Position) -> bool:
-    """Whether `early_stop` evaluations in a row brought no lower loss."""
+    """Whether `early_stop` evaluations in a row brought no lower loss, or no higher accuracy."""
     patience = job.settings.early_stop
     return patience is not None and position.evaluations_since_best >= patience
 

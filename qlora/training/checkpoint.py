@@ -33,7 +33,13 @@ from qlora.utils.atomic_files import read_json, sha256_manifest, sha256_of, writ
 from qlora.utils.atomic_folders import atomic_folder, remove
 
 # Entries that old checkpoints lack.
-NEW_ENTRIES: Mapping[str, Any] = {"overflow_steps": 0, "loss_scale": INITIAL, "finite_steps": 0, "open_sums": {}}
+NEW_ENTRIES: Mapping[str, Any] = {
+    "overflow_steps": 0,
+    "loss_scale": INITIAL,
+    "finite_steps": 0,
+    "open_sums": {},
+    "best_accuracy": None,
+}
 ARCHIVE = "earlier-"  # name prefix of a folder with the checkpoints of an earlier run
 
 
@@ -52,7 +58,8 @@ class Position:
     open_loss: float = 0.0  # summed over the steps since the last logged line
     open_trained_tokens: int = 0
     open_sums: dict[str, float] = field(default_factory=dict)  # of an objective that compares answers
-    best_loss: float | None = None  # lowest evaluation loss
+    best_loss: float | None = None  # evaluation loss of the best step
+    best_accuracy: float | None = None  # its held-out accuracy, where that decides
     best_step: int | None = None
     evaluations_since_best: int = 0
     rates_sha256: str = ""  # digest of the learning rates of all steps taken

@@ -20,6 +20,8 @@ from qlora.training.oom_recovery import OomRecovery
 from qlora.training.run_log import Log
 from qlora.training.signals import StopSignal
 
+AnswerPrompts = Callable[[bool], list[dict[str, str]]]  # whether the base answers too -> prompt, answer, base of each
+
 
 @dataclass(frozen=True)
 class Job:
@@ -43,6 +45,7 @@ class Job:
     oom_recovery: OomRecovery = field(default_factory=OomRecovery)
     scales_loss: bool = False  # whether gradients pass through float16
     comparison: ComparisonStep | None = None  # of an objective that compares answers
+    answer_prompts: AnswerPrompts | None = None  # of train.sample_prompts
 
     @property
     def collate(self) -> Callable[[Sequence[Example], int], Batch]:

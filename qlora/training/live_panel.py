@@ -7,16 +7,26 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from qlora.utils.machine import GIB
-from qlora.utils.progress import clock
+from qlora.utils.progress import FIRST_SECONDS, ProgressReporter, clock
 
 STOPPING = "stopping after this step with a checkpoint; Ctrl-C again: at once, without"
 REFRESH_HERTZ = 2
 SMOOTHING = 0.1  # weight of the newest loss in the smoothed loss
+
+SHOWN_ANSWERS, SHOWN_PROMPT, SHOWN_ANSWER = 3, 30, 90  # answers to sample prompts in a panel; characters in a line
 
 
 @contextmanager
@@ -28,6 +38,33 @@ def live_panels(console: Console, panels: Sequence["Panel"]) -> Iterator[None]:
 
     with Live(get_renderable=render, console=console, refresh_per_second=REFRESH_HERTZ, transient=True):
         yield
+
+
+Report = Callable[[int, int | None], None]  # done, total (None: not known)
+
+
+@contextmanager
+def progress_bar(console: Console, task: str, print_line: Callable[[str], None]) -> Iterator["ProgressReporter | _Bar"]:
+    """Reports `done, total` of a long task: a bar on a terminal, which is removed at the end; elsewhere lines."""
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield ProgressReporter(print_line, task)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield _Bar(progress, task)
+
+
+class _Bar:
+    """A bar that is drawn after FIRST_SECONDS: short tasks show none."""
+
+    def __init__(self, progress: Progress, task: str) -> None:
+        self._progress, self._task = progress, progress.add_task(task, total=None, visible=False)
+        self._started = time.monotonic()
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """`done` of `total` is done; total None: not known."""
+        visible = time.monotonic() - self._started >= FIRST_SECONDS
+        self._progress.update(self._task, completed=done, total=total, visible=visible)
 
 
 class Panel:
@@ -107,6 +144,8 @@ class Panel:
         if self._evaluation:
             answers = answers_text(self._evaluation, "eval_")
             yield "held out", f"{_loss_at_step(self._evaluation)}   {answers}best {_loss_at_step(self._best)}"
+        for answer in self._evaluation.get("answers", ())[:SHOWN_ANSWERS]:
+            yield "answers", prompt_answer_text(answer)
 
     def _memory(self, line: Mapping[str, Any]) -> str:
         planned = f" of {self._planned_bytes / GIB:.2f} GiB planned" if self._planned_bytes else ""
@@ -125,6 +164,17 @@ def answers_text(line: Mapping[str, Any], prefix: str = "") -> str:
     shown = (("accuracy", "accuracy {:.1%}"), ("margin", "margin {:.3f}"), ("kl", "kl {:.3f}"))
     values = ((text, line.get(prefix + name)) for name, text in shown)
     return "".join(f"{text.format(value)}  " for text, value in values if value is not None)
+
+
+def prompt_answer_text(answer: Mapping[str, str]) -> str:
+    """The answer to a sample prompt in a line, with the base's where it is known."""
+    base = f"   (base: {_shortened(answer['base'], SHOWN_ANSWER)})" if "base" in answer else ""
+    return f"{_shortened(answer['prompt'], SHOWN_PROMPT)} \u2192 {_shortened(answer['answer'], SHOWN_ANSWER)}{base}"
+
+
+def _shortened(text: str, limit: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}\u2026"
 
 
 def _one_line(text: str, style: str = "") -> Text:

@@ -64,7 +64,8 @@ def passes(job: Job, position: Position) -> Iterator[Position]:
             folder = job.checkpoints.folder_of(position.step)
             raise job.stop_signal.error(f"saved in {folder}; the same command resumes it")
     if position.step < job.total_steps:
-        job.log.print(f"no lower held-out loss in {job.settings.early_stop} evaluations: stopping early")
+        better = "higher held-out accuracy" if job.settings.early_stop_on == "accuracy" else "lower held-out loss"
+        job.log.print(f"no {better} in {job.settings.early_stop} evaluations: stopping early")
     yield position
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora.training.live_panel import Panel, answers_text, live_panels
+from qlora.training.live_panel import Panel, answers_text, live_panels, prompt_answer_text
 from qlora.utils.atomic_files import write_error, write_text
 from qlora.utils.progress import ProgressReporter, clock
 from qlora.utils.redact import redacted
@@ -80,6 +80,8 @@ class Log:
         self._redraw()
         beside = f"perplexity {line['perplexity']:.3f}" if "perplexity" in line else answers_text(line, "eval_")
         self.print(f"step {line['step']:>6}  held-out loss {line['eval_loss']:.4f}  {beside}")
+        for answer in line.get("answers", ()):
+            self.print(f"{'':13}{prompt_answer_text(answer)}")
 
     def _redraw(self) -> None:
         started = time.monotonic()

@@ -199,13 +199,16 @@ def test_a_mix_is_the_weighted_sum_of_the_updates(switched: Switched) -> None:
     switched.switch.activate(None)
 
 
-def test_rows_of_one_batch_have_one_adapter_of_experts(switched: Switched) -> None:
+def test_each_row_of_a_batch_has_its_own_adapter_of_experts(switched: Switched) -> None:
     before = logits(switched.base.model)
-    with pytest.raises(AdapterError, match="can't be chosen by row"), switched.switch.per_row(["a", "b"]):
-        raise AssertionError("the block must not run")
-    with switched.switch.per_row(["b", "b"]):
-        assert torch.equal(logits(switched.base.model), switched.alone["b"])
-    assert torch.equal(logits(switched.base.model), before) and not switched.switch.mixes_rows
+    with switched.switch.per_row(["b", None]) as rows:
+        mixed = logits(switched.base.model)
+        rows.select([0, 0])
+        selected = logits(switched.base.model)
+    torch.testing.assert_close(mixed[0], switched.alone["b"][0], **CLOSE)
+    torch.testing.assert_close(mixed[1], before[1], **CLOSE)
+    torch.testing.assert_close(selected, switched.alone["b"], **CLOSE)
+    assert torch.equal(logits(switched.base.model), before)
 
 
 def test_round_robin_keeps_each_adapter(expert_zoo: Zoo) -> None:

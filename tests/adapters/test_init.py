@@ -123,7 +123,7 @@ def test_loftq_removes_what_the_best_update_of_its_rank_can(zoo: Zoo) -> None:
 CASES = [(kind, "pissa", quantizer) for kind in ("lora", "rslora", "dora") for quantizer in ("nf4", "dense")]
 
 
-@pytest.mark.sample(of=2, every=("kind",))
+@pytest.mark.sample(of=4, every=("kind",))
 @pytest.mark.parametrize(("kind", "init", "quantizer"), [*CASES, ("lora", "loftq", "nf4"), ("dora", "loftq", "nf4")])
 def test_a_trained_adapter_is_read_alike_here_and_by_peft(
     zoo: Zoo, kind: str, init: str, quantizer: str, tmp_path: Path

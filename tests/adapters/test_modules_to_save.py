@@ -93,7 +93,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample(of=3, every=("kind",))
+@pytest.mark.sample(of=6, every=("kind",))
 @pytest.mark.parametrize(("family", "names", "kind"), CASES)
 def test_peft_and_the_merged_model_give_the_runs_logits(
     zoo: Zoo, family: str, names: tuple[str, ...], kind: str, tmp_path: Path

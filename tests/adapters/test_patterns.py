@@ -61,7 +61,7 @@ def test_peft_reads_our_patterns_and_computes_the_same(zoo: Zoo, kind: str, tmp_
     assert torch.equal(logits(fresh.model), logits(base.model))
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("init", ["default", "pissa"])
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
 def test_a_portable_export_of_patterns_equals_the_run_in_peft(zoo: Zoo, kind: str, init: str, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_each_row_of_a_batch_uses_its_own_adapter(switched: SwitchedBase, names:
     switched.switch.activate(None)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_supports_an_adapter_per_row(zoo: Zoo, family: str, tmp_path: Path) -> None:
     switched = SwitchedBase(zoo(family), tmp_path)

@@ -81,7 +81,7 @@ def test_any_pattern_selects_what_a_full_match_selects_or_is_refused(pattern: st
         assert not expected
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_a_brute_force_count(zoo: Zoo, family: str, quantizer: str) -> None:

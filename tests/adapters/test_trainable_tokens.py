@@ -67,7 +67,7 @@ def test_it_starts_at_the_base_with_autograds_gradients(zoo: Zoo, family: str) -
         assert torch.equal(logits(base.model), before)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_and_the_merged_model_give_the_runs_logits(zoo: Zoo, family: str, tmp_path: Path) -> None:
     data = write_records(tmp_path / "records.jsonl", 12)
@@ -134,7 +134,7 @@ def test_the_plan_counts_token_rows(zoo: Zoo, family: str, tmp_path: Path) -> No
     assert logits(base.model).dtype == torch.bfloat16
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("new_tokens", [2, 130], ids=["spare rows", "a longer matrix"])
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias"])
 def test_new_tokens_are_trained_written_merged_and_read_by_peft(

@@ -160,7 +160,8 @@ def test_export_prints_path_and_agreement(finished: FinishedRun, tmp_path: Path)
     assert merged["path"] == str(tmp_path / "merged") and merged["base"] == "dequantized"
     assert merged["dtype"] == "float32" and merged["agreement"]["top1"] == 1.0 and merged["agreement"]["rows"] == 4
     adapter = qlora("export", finished.run, tmp_path / "adapter", "--to", "adapter", "--json").json
-    assert adapter["agreement"] is None and differing_tensors(finished.run, tmp_path / "adapter") == []
+    assert {"mean_kl", "top1"} <= adapter["agreement"].keys()  # of the 16-bit base with the adapter
+    assert differing_tensors(finished.run, tmp_path / "adapter") == []
     without = qlora("export", finished.run, tmp_path / "plain", "--to", "merged", "--rows", 0, "--json").json
     assert without["agreement"] is None and without["bytes"] == merged["bytes"]
 

@@ -168,7 +168,7 @@ def test_a_wrong_path_is_reported_in_less_than_1_5_seconds(folder: Path) -> None
     assert min(seconds) < 1.5
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("mistake", ["train.resume=gone", "data.train=gone.jsonl", "train.output=recipe.yaml/run"])
 def test_one_of_several_processes_reports_a_wrong_path(folder: Path, mistake: str) -> None:
     results = [

@@ -151,7 +151,7 @@ def entry_of(cache_home: Path) -> Path:
     return next(path for path in cache_home.iterdir() if path.is_dir())
 
 
-@pytest.mark.sample(of=4, every=("name", "damage"))
+@pytest.mark.sample(of=8, every=("name", "damage"))
 @pytest.mark.parametrize("name", [*WRITTEN, "entry"])
 @pytest.mark.parametrize("damage", ["flipped bit", "shorter", "missing", "longer"])
 def test_a_damaged_entry_is_built_again(
@@ -217,7 +217,7 @@ def test_an_error_leaves_no_entry(tmp_path: Path, encoder: Encoder, cache_home: 
 def test_a_file_that_changes_while_it_is_read_is_an_error(
     records_file: Path, encoder: Encoder, cache_home: Path
 ) -> None:
-    def change_file(count: int) -> None:
+    def change_file(count: int, total: int | None) -> None:
         with records_file.open("a") as file:
             file.write('\n{"prompt": "late", "completion": "late"}')
 

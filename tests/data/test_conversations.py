@@ -140,7 +140,7 @@ def check(template: str, kind: str, count: int) -> None:
     assert trained > count / 2  # most dialogs have an answer to train
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @EACH_FAMILY
 def test_the_answers_of_a_hundred_dialogs_are_trained(template: str, kind: str) -> None:
     check(template, kind, 100)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.paths import TEMPLATES
 from support.tokenizers import END_TOKENS, FAMILIES, make_tokenizer, template_text, without_whitespace
 
-from qlora.data.conversations.chat_template import TemplateOptions
+from qlora.data.conversations.chat_template import PLAIN, TemplateOptions
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.prefix_tree import paths_of
 from qlora.data.types import IGNORED, Example, Message, RecordError
@@ -255,8 +255,8 @@ def test_tools_and_tool_calls_are_rendered_and_trained() -> None:
 
 def test_a_model_without_a_template_gets_the_plain_one_and_a_note() -> None:
     encoder = build_encoder("plain", "bytes")
-    assert encoder.uses_plain_template and "plain" in encoder.notes[0]
-    assert not build_encoder("chatml", "bytes").uses_plain_template
+    assert encoder.template.text == PLAIN and "plain" in encoder.notes[0]
+    assert build_encoder("chatml", "bytes").template.text != PLAIN
 
 
 def test_a_template_without_an_end_token_gets_one_after_the_last_answer() -> None:
@@ -286,7 +286,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused_in_time(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.jinja").write_text(HOSTILE[name])

@@ -117,7 +117,7 @@ def check_answer(name: str, answer: Answer, before: list[Any], turns: list[Any],
     return text
 
 
-@pytest.mark.sample(of=4, every=("name",))
+@pytest.mark.sample(of=8, every=("name",))
 @EACH_TEMPLATE
 @pytest.mark.parametrize("form", FORMS)
 def test_each_answer_follows_what_inference_would_send(name: str, form: str) -> None:
@@ -140,6 +140,7 @@ def test_each_answer_follows_what_inference_would_send(name: str, form: str) -> 
             assert text.count(thought(number)) == keeps and text.count("Count") == keeps
 
 
+@pytest.mark.sample(of=4)
 @EACH_TEMPLATE
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_calls_and_answers_after_results_are_each_trained(name: str, form: str) -> None:

@@ -10,8 +10,10 @@ import pytest
 from support.tiny_models import byte_tokenizer
 
 from qlora.data import Data
+from qlora.data.batching.packing import split_documents
+from qlora.data.compared import ComparedExample
 from qlora.data.conversations.encoder import Encoder
-from qlora.data.mismatched import FeedbackExample, MismatchedAnswers
+from qlora.data.mismatched import MismatchedAnswers
 from qlora.data.pairs import apart, chosen_answers, sides_of
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.preview import answers_of
@@ -108,6 +110,24 @@ def test_a_label_is_true_or_false(encoder: Encoder, tmp_path: Path, label: Any) 
     assert data.report.dropped == {"wrong label": 1} and data.train[0].sides == ((0, REJECTED),)
 
 
+@pytest.mark.parametrize(
+    ("reason", "fields"),
+    [
+        ("missing field", {"prompt": "a", "completion": "b"}),
+        ("missing field", {"prompt": "a", "label": True}),
+        ("empty answer", {"prompt": "a", "completion": " ", "label": True}),
+        ("no assistant turn", {"messages": turn("a", "b", "c"), "label": True}),
+        ("overlong", {"prompt": "a", "completion": "b " * 200, "label": True}),
+    ],
+)
+def test_an_answer_that_can_not_be_labeled_is_dropped_by_name(
+    encoder: Encoder, tmp_path: Path, reason: str, fields: Mapping[str, Any]
+) -> None:
+    good = {"prompt": "a", "completion": "b", "label": False}
+    report = prepared(encoder, tmp_path, [good, fields], "feedback", max_length=128).report
+    assert report.dropped == {reason: 1} and report.kept == 1
+
+
 def test_only_the_last_answer_of_labeled_messages_is_compared(encoder: Encoder, tmp_path: Path) -> None:
     rows = [{"messages": turn("Hi", "Ho", "and?", "yes"), "label": True}]
     (example,) = prepared(encoder, tmp_path, rows, "feedback").train
@@ -146,11 +166,16 @@ def test_a_tree_apart_is_the_two_conversations(encoder: Encoder, tmp_path: Path)
         assert np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.labels, other.labels)
 
 
-def test_a_mismatched_answer_is_that_of_the_next_record(encoder: Encoder, tmp_path: Path) -> None:
-    rows = [{"prompt": f"ask {i}", "completion": f"tell {i}", "label": i == 0} for i in range(3)]
-    examples = MismatchedAnswers(prepared(encoder, tmp_path, rows, "feedback").train, 128)
-    texts = []
-    for example in examples:
-        assert isinstance(example, FeedbackExample) and example.mismatched is not None
-        texts.append(encoder.decode(example.mismatched.input_ids))
-    assert all(f"ask {i}" in text and f"tell {(i + 1) % 3}" in text for i, text in enumerate(texts))
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_mismatched_answer_is_that_of_the_record_before(encoder: Encoder, tmp_path: Path, packing: bool) -> None:
+    rows = [{"prompt": f"ask {i}", "completion": f"tell {i}", "label": i == 0} for i in range(7)]
+    data = prepared(encoder, tmp_path, rows, "feedback", packing=packing, max_length=128)
+    others = {}
+    for example in MismatchedAnswers(data.train, 128, 3):
+        assert isinstance(example, ComparedExample) and example.mismatched is not None
+        for document in split_documents(example.mismatched):
+            text = encoder.decode(document.input_ids)
+            others[int(text.partition("ask ")[2][0])] = int(text.partition("tell ")[2][0])
+    # Groups of three in the order of the data, the last record in the group before it.
+    assert len(data.train) < 7 or not packing
+    assert others == {0: 2, 1: 0, 2: 1, 3: 6, 4: 3, 5: 4, 6: 5}

@@ -26,7 +26,7 @@ TEMPLATE = (  # ChatML, except for records with LOOP or BLOW
 )
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_record_that_makes_the_template_loop_or_fill_memory_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int

@@ -65,7 +65,7 @@ texts = st.text("ab \"'{}\\é\n<>", min_size=1, max_size=8).filter(str.strip)
 values = st.one_of(texts, st.integers(-99, 99), st.booleans(), st.none(), st.lists(st.integers(0, 9), max_size=2))
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @EACH_FAMILY
 @settings(max_examples=60, deadline=None)
 @given(arguments=st.lists(st.dictionaries(names, values, min_size=1, max_size=3), min_size=1, max_size=2))

@@ -11,6 +11,7 @@ from qlora.data import Data
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.data_report import DataReport
 from qlora.data.prepare import prepare
+from qlora.recipe.literature import SuggestedRate
 from qlora.recipe.recipe import Recipe, from_mapping
 from qlora.recipe.recommendations import recommend_settings
 from qlora.utils.progress import ProgressReporter
@@ -75,6 +76,7 @@ def make_report(**counts: int) -> DataReport:
     )
 
 
+SUGGESTED = SuggestedRate(3e-4, "a paper")
 RECIPES = [  # sections, counts, steps, keys of the recommendations
     ({}, {}, 50, []),
     ({}, {"packed_rows": 60}, 4, ["train.global_batch"]),
@@ -84,6 +86,12 @@ RECIPES = [  # sections, counts, steps, keys of the recommendations
     ({"train": {"max_steps": 450}}, {}, 450, ["train.epochs"]),
     ({"data": {"train": "x.jsonl", "eval_fraction": 0}}, {"eval_rows": 0}, 50, ["data.eval_fraction"]),
     ({"optim": {"learning_rate": 1e-5}}, {}, 50, ["optim.learning_rate"]),
+    ({"optim": {"learning_rate": 5e-3}}, {}, 50, ["optim.learning_rate"]),
+    ({"train": {"global_batch": 64}}, {}, 50, ["train.global_batch"]),
+    ({"train": {"epochs": 4}}, {"kept": 999}, 200, ["train.epochs"]),
+    ({"train": {"epochs": 4}}, {}, 200, []),
+    ({"adapter": {"dropout": 0.1}}, {}, 50, ["adapter.dropout"]),
+    ({"adapter": {"dropout": 0.1}}, {"kept": 500}, 50, []),
     ({"adapter": {"targets": ["q_proj", "v_proj"]}}, {}, 50, ["adapter.targets"]),
     ({"adapter": {"targets": ["q_proj", "up_proj"]}}, {}, 50, []),
     ({}, {"trained_tokens": 2_000_001}, 50, ["adapter.rank"]),
@@ -93,7 +101,7 @@ RECIPES = [  # sections, counts, steps, keys of the recommendations
 
 @pytest.mark.parametrize(("sections", "counts", "steps", "keys"), RECIPES)
 def test_a_recommendation_appears_where_it_applies(sections: dict, counts: dict, steps: int, keys: list[str]) -> None:
-    result = list(recommend_settings(make_recipe(**sections), make_report(**counts), steps, 1_000_000))
+    result = list(recommend_settings(make_recipe(**sections), make_report(**counts), steps, 1_000_000, SUGGESTED))
     assert [key for key, _ in result] == keys, result
 
 

@@ -166,17 +166,21 @@ def test_workers_prepare_the_data_that_one_process_prepares(
     monkeypatch.setenv("QLORA_CACHE", "")
     monkeypatch.setattr(encode_records, "CHUNK_RECORDS", 32)
     data = Data.model_validate({"train": str(write_records(tmp_path, 400)), "max_length": 300, "overlong": "truncate"})
-    prepared, progress = [], list[int]()
+    prepared, progress = [], list[tuple[int, ...]]()
     for count in (1, 3):
         monkeypatch.setattr(worker_pool, "available_workers", lambda count=count: count)
-        prepared.append(prepare(data, Encoder(make_tokenizer("bytes", "chatml")), 0, progress=progress.append))
+        prepared.append(
+            prepare(
+                data, Encoder(make_tokenizer("bytes", "chatml")), 0, progress=lambda *counts: progress.append(counts)
+            )
+        )
     one, three = prepared
     assert one.report == three.report and one.report.dropped["not JSON"] == 18 and one.report.control_rows > 100
     for examples, others in ((one.train, three.train), (one.eval, three.eval)):
         for a, b in zip(examples, others, strict=True):
             assert a.where == b.where and a.origins == b.origins and a.boundaries == b.boundaries
             assert np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.labels, b.labels)
-    assert progress == [256, 256]
+    assert progress == [(256, 400), (256, 400)]  # of the lines of the file
 
 
 def test_a_small_data_set_starts_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

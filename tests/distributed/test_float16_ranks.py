@@ -31,7 +31,7 @@ def alone(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_an_overflow_on_one_rank_is_skipped_by_all(zoo: Zoo, alone: Path, kind: str, tmp_path: Path) -> None:
     recipe = float16_recipe(zoo("llama"), tmp_path, "run", kind, 2)

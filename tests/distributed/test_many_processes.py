@@ -93,7 +93,7 @@ FAST = {("ddp", 2, "packing"), ("fsdp", 2, "accumulation"), ("fsdp", 3, "packing
 ALL = [(kind, world_size, case) for kind in ("ddp", "fsdp") for world_size in (2, 3) for case in CASES]
 
 
-@pytest.mark.sample(of=2, every=("kind",))
+@pytest.mark.sample(of=4, every=("kind",))
 @pytest.mark.parametrize(
     ("kind", "world_size", "case"),
     [pytest.param(*values, marks=[] if values in FAST else pytest.mark.slow) for values in ALL],
@@ -120,7 +120,7 @@ def assert_close(adapters: Mapping[str, torch.Tensor], expected: Mapping[str, to
 LAUNCHES = [((1, "single"), (3, "fsdp"), (2, "ddp")), ((2, "ddp"), (2, "fsdp"), (1, "single"))]
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("launches", LAUNCHES, ids=lambda launches: "-".join(kind for _, kind in launches))
 def test_a_run_resumes_with_any_number_of_ranks_and_any_strategy(
     zoo: Zoo, tmp_path: Path, launches: tuple[tuple[int, str], ...]

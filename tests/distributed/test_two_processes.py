@@ -35,6 +35,7 @@ def save_gradients(model: Path, folder: Path, splits: int, out: Path) -> None:
     job.processes.end()
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize(
     ("family", "splits"), [("llama", 10), ("experts", 10), pytest.param("llama", 200, marks=pytest.mark.slow)]
 )

@@ -20,7 +20,19 @@ from qlora.cli.app import app
 
 DEMO = ROOT / "qlora" / "demo"
 RUN, PARSED, LANGUAGES = "sh", {"gpu", "tool"}, {"python", "yaml", "json", "text"}
-PROGRAMS = {"qlora", "accelerate", "make", "pip", "python", "vllm", "ollama", "curl", "llama-server", "llama-quantize"}
+PROGRAMS = {
+    "qlora",
+    "accelerate",
+    "make",
+    "pip",
+    "python",
+    "vllm",
+    "ollama",
+    "curl",
+    "llama-server",
+    "llama-quantize",
+    "mlx_lm.generate",
+}
 
 
 class Command(NamedTuple):
@@ -54,7 +66,7 @@ def label(command: Command) -> str:
 def test_a_command_is_known_and_its_block_is_marked(command: Command) -> None:
     assert command.words[0] in PROGRAMS, "unknown program; a block that holds no commands needs a language"
     assert command.mark in {"", RUN, *PARSED}
-    if command.words[0] in ("vllm", "ollama", "curl", "llama-server", "llama-quantize"):
+    if command.words[0] in ("vllm", "ollama", "curl", "llama-server", "llama-quantize", "mlx_lm.generate"):
         assert command.mark == "tool"
     if command.mark == "":
         assert command.words[0] == "make", "neither run by a test nor marked: sh, gpu or tool"

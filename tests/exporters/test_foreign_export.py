@@ -34,7 +34,7 @@ def export(adapter: Path, out: Path, target: str, *options: object) -> CommandRe
     return qlora("export", adapter, out, "--to", target, "--rows", 0, *options)
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_exports_compute_what_peft_computes(zoo: Zoo, name: str, tmp_path: Path) -> None:
     family, config = ADAPTERS[name]

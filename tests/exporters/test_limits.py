@@ -105,7 +105,7 @@ def test_another_request_does_not_resume_a_killed_one(
 # ---- rounding
 
 
-@pytest.mark.sample(of=3, every=("rate", "dtype"))
+@pytest.mark.sample(of=6, every=("rate", "dtype"))
 @pytest.mark.parametrize("rate", [0.02, 1e-3, 1e-4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_reported_rounding_error_is_the_true_one(train: Any, rate: float, dtype: str, tmp_path: Path) -> None:

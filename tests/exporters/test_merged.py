@@ -35,7 +35,7 @@ def logits(model: Any) -> Tensor:
     return logits_of(model, IDS).float()
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_merged_model_is_the_trained_one(runs: Any, family: str, tmp_path: Path) -> None:
     loaded = load_run(str(runs.train(family)))
@@ -52,7 +52,7 @@ def test_the_merged_model_is_the_trained_one(runs: Any, family: str, tmp_path: P
     assert answer["bytes"] == sum(value.numel() * value.itemsize for value in written.values())
 
 
-@pytest.mark.sample(of=3, every=("kind", "adapter"))
+@pytest.mark.sample(of=6, every=("kind", "adapter"))
 @pytest.mark.parametrize("kind", ["fp4", "dense"])
 @pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
 def test_every_quantizer_and_adapter_can_be_merged(runs: Any, kind: str, adapter: str, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_folder_is_a_plain_model_with_the_bases_tokenizer(runs: Any, tmp_pat
     base, merged = loaded.base.folder.path, tmp_path / "merged"
     copied = [name for name in TOKENIZER_FILES if (base / name).is_file()]
     assert len(copied) >= 2
-    for name in copied:
+    for name in (name for name in copied if name != "tokenizer_config.json"):  # test_served_files.py
         assert (merged / name).read_bytes() == (base / name).read_bytes(), name
     generation = {name: json.loads((folder / "generation_config.json").read_text()) for name, folder in (
         ("base", base), ("merged", merged)
@@ -126,7 +126,7 @@ def test_the_folder_is_a_plain_model_with_the_bases_tokenizer(runs: Any, tmp_pat
     }  # of the tokenizer too, and as the template closes answers
     assert generation["merged"] == {k: v for k, v in generation["base"].items() if k != "_from_model_config"} | ends
     config, base_config = (json.loads((folder / "config.json").read_text()) for folder in (merged, base))
-    assert "quantization_config" not in config and config == base_config | {"dtype": "float32"}
+    assert "quantization_config" not in config and config.items() >= (base_config | {"dtype": "float32"}).items()
     assert "lm_head.weight" not in load_file(merged / "model.safetensors")
     assert not list(merged.glob("adapter*"))
 
@@ -151,7 +151,7 @@ def test_shards_are_read_back_as_one_model(
     write = safetensors_writer.write_model
     monkeypatch.setattr(
         "qlora.exporters.merged.write_model",
-        lambda folder, tensors, report, notes: write(folder, tensors, shard_bytes, report, notes),
+        lambda folder, tensors, **options: write(folder, tensors, shard_bytes, **options),
     )
     size = export_run(loaded, UNCERTIFIED, str(tmp_path / "merged"))["bytes"]
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())

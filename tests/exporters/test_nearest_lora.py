@@ -28,7 +28,7 @@ def dora(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("requested", [None, 2, 24, 64])
 def test_the_reported_error_is_that_of_an_svd(dora: Path, requested: int | None, tmp_path: Path) -> None:
     options = ("--rank", requested) if requested else ()
@@ -76,7 +76,7 @@ def test_a_rank_is_refused_where_nothing_is_approximated(dora: Path, zoo: Zoo, t
     assert refused.code == 2 and "qlora resize" in refused.err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize(("init", "kind"), [("pissa", "nf4"), ("loftq", "nf4"), ("pissa", "dense"), ("default", "nf4")])
 def test_an_adapter_with_quantization_error_warns_about_it(zoo: Zoo, init: str, kind: str, tmp_path: Path) -> None:
     data = write_records(tmp_path / "records.jsonl", 8)

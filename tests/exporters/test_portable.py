@@ -15,7 +15,6 @@ from support.small_runs import recipe_of, run, write_records
 from torch import Tensor
 
 from qlora.adapters import peft_files
-from qlora.exporters.server_support import servers
 
 Zoo = Callable[..., Path]
 pytestmark = pytest.mark.xdist_group("portable")
@@ -49,7 +48,7 @@ def peft_logits(zoo: Zoo, adapter: Path) -> Tensor:
     return logits(PeftModel.from_pretrained(load_plain(zoo(FAMILY)), adapter).eval())
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_equals_the_original_in_peft_without_scaling_or_patterns(zoo: Zoo, name: str, tmp_path: Path) -> None:
     source = write_with_peft(zoo, tmp_path / "source", SETTINGS[name])
@@ -83,30 +82,3 @@ def test_a_portable_export_of_a_run_keeps_base_and_targets(zoo: Zoo, tmp_path: P
         for options in ((), ("--adapter", tmp_path / "out"))
     )
     assert portable_loss == pytest.approx(loss, rel=1e-5)
-
-
-def accepts(folder: Path, config: dict[str, Any], target: str = "adapter") -> dict[str, bool]:
-    folder.mkdir(exist_ok=True)
-    (folder / ("config.json" if target in ("merged", "ollama") else peft_files.CONFIG)).write_text(json.dumps(config))
-    return {server.name: server.accepts for server in servers(target, folder, "out", "BASE")}
-
-
-def test_the_table_names_the_servers_that_would_misread_an_adapter(tmp_path: Path) -> None:
-    config = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}
-    plain = {"PEFT": True, "vLLM": True, "SGLang": True, "llama.cpp": True, "Ollama": False}
-    assert accepts(tmp_path, config) == plain
-    rescaled = plain | {"SGLang": False, "llama.cpp": False}
-    assert accepts(tmp_path, config | {"use_rslora": True}) == rescaled
-    assert accepts(tmp_path, config | {"alpha_pattern": {"q_proj": 8}}) == rescaled | {"vLLM": False}
-    assert accepts(tmp_path, config | {"r": 1024}) == plain | {"vLLM": False}
-    for rank, flag in ((16, 16), (17, 32), (200, 256), (64, 64)):
-        accepts(tmp_path, config | {"r": rank})
-        (vllm,) = [server for server in servers("adapter", tmp_path, "out", "BASE") if server.name == "vLLM"]
-        assert f"--max-lora-rank {flag} " in vllm.how and "vllm serve BASE" in vllm.how
-
-
-def test_the_table_names_the_programs_that_load_a_merged_model(tmp_path: Path) -> None:
-    llama, qwen3 = ({"architectures": [name]} for name in ("LlamaForCausalLM", "Qwen3ForCausalLM"))
-    assert not accepts(tmp_path, llama, "merged")["Ollama"] and accepts(tmp_path, llama, "ollama")["Ollama"]
-    assert not accepts(tmp_path, qwen3, "ollama")["Ollama"]
-    assert all(accepts(tmp_path, qwen3, "merged")[name] for name in ("transformers", "vLLM", "SGLang", "llama.cpp"))

@@ -7,7 +7,7 @@ from data.test_real_templates import FOLDER
 from support.tokenizers import make_tokenizer
 
 from qlora.data.conversations.chat_template import Template
-from qlora.exporters.export_source import with_default_arguments
+from qlora.exporters.served_template import with_default_arguments
 
 TURNS = [
     {"role": "user", "content": "How many moons?"}, {"role": "assistant", "content": "Two."},

@@ -38,6 +38,7 @@ def total(events: Counter[Event]) -> int:
     return sum(events.values())
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("layers", [2, 3])
 def test_the_host_waits_once_per_micro_batch(runs: GpuRuns, layers: int) -> None:
     assert per_micro_batch(runs, lambda counters: total(counters.syncs), layers=layers) <= SYNCS_PER_MASK

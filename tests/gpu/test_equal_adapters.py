@@ -41,7 +41,7 @@ def free_bytes(runs: GpuRuns, settings: tuple[str, ...]) -> int:
     return smallest_gpu(recipe) - CONTEXT_BYTES
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("policy", [quick_or_slow(policy) for policy in POLICIES])
 def test_every_policy_gives_the_same_adapter(runs: GpuRuns, policy: str) -> None:
     settings = POLICIES[policy]

@@ -13,7 +13,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_memory_settings_do_not_change_the_adapter(family: str, tmp_path: Path) -> None:
     model = save_family(tmp_path / "base", family, num_hidden_layers=1, layer_types=None)

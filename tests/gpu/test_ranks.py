@@ -13,7 +13,7 @@ from support.small_runs import adapter_tensors, run
 SETTINGS = ("train.max_steps=1", "data.packing=false", "train.micro_batch=2", "train.global_batch=4")
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_gpus_give_the_adapter_of_one(runs: GpuRuns, tmp_path: Path, kind: str) -> None:
     alone = runs.train(*SETTINGS)

@@ -50,7 +50,7 @@ def test_every_kind_is_in_a_run() -> None:
     assert {kind for kinds in TOGETHER.values() for kind in kinds} == KINDS.keys()
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("kinds", TOGETHER)
 def test_every_kind_of_recipe_trains(runs: GpuRuns, kinds: str) -> None:
     run = runs.train(*(setting for kind in TOGETHER[kinds] for setting in KINDS[kind]))

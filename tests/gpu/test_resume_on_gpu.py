@@ -15,7 +15,7 @@ QUICK, SLOW = ("adamw", "paged_adamw_32bit"), pytest.mark.slow
 SETTINGS = ("train.save_every=1", "train.max_steps=2", "train.keep=9")
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("kind", [kind if kind in QUICK else pytest.param(kind, marks=SLOW) for kind in OPTIMIZERS])
 def test_a_resumed_run_is_the_uninterrupted_one(runs: GpuRuns, kind: str) -> None:
     settings = (*SETTINGS, f"optim.kind={kind}", *(WIDE if kind.startswith("paged") else ()))

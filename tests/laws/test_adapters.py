@@ -40,7 +40,7 @@ def frozen_sha256(model: nn.Module) -> str:
 # ---- forward
 
 
-@pytest.mark.sample(of=2, every=("kind", "quantizer"))
+@pytest.mark.sample(of=4, every=("kind", "quantizer"))
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("kind", "quantizer"), KINDS)
 def test_an_untrained_adapter_gives_the_base(zoo: Zoo, kind: str, quantizer: str, training: bool) -> None:
@@ -166,7 +166,7 @@ def test_only_the_adapter_learns_and_all_of_it(zoo: Zoo, kind: str, quantizer: s
     assert not torch.allclose(logits(base.model), before)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_in_every_layer(zoo: Zoo, family: str) -> None:
     base = load_base(zoo(family), "nf4")

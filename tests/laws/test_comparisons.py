@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.preferences import PAIRED, PAIRS, comparison_job, write_pairs
@@ -15,10 +16,12 @@ from support.step_gradients import difference, gradients
 from support.stopped_runs import assert_same_run, signal_in_step
 
 from qlora.data.batching.packing import pack
+from qlora.data.compared import ReferencedAnswers
 from qlora.data.pairs import apart
 from qlora.errors import Stopped
 from qlora.recipe.recipe import Recipe
 from qlora.training.job import Job
+from qlora.training.objectives.reference_values import reference_values
 
 Zoo = Callable[..., Path]
 ROUNDING = 1e-6  # float32: sums of the same products in another order
@@ -40,10 +43,33 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(jobs: Callable[[st
     assert float(expected.norm()) > 0
     for micro_batch in (1, 4):
         assert difference(gradients(job, micro_batch=micro_batch), expected) <= ROUNDING
-    if kind in PAIRED:  # kto's estimate is over answers of the next sequence, which packing changes
+    if kind in PAIRED:
         packed = pack(job.train_examples[:], 160)
         assert len(packed) < PAIRS
         assert difference(gradients(job, micro_batch=2, train=packed), expected) <= ROUNDING
+
+
+def test_packing_changes_neither_the_estimate_of_kto_nor_its_gradient(
+    jobs: Callable[[str], Job], zoo: Zoo, tmp_path: Path
+) -> None:
+    packed = comparison_job(zoo("llama"), tmp_path, "kto", "data.packing=true", "data.max_length=160")
+    assert len(packed.train_examples) < PAIRS
+    assert difference(gradients(packed, micro_batch=2), gradients(jobs("kto"))) <= ROUNDING
+    assert packed.comparison is not None and packed.comparison.kl == pytest.approx(jobs("kto").comparison.kl, abs=1e-6)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_reference_computed_before_gives_the_same_gradient(jobs: Callable[[str], Job], kind: str) -> None:
+    job = jobs(kind)
+    assert job.comparison is not None
+    values = reference_values(job.comparison, job.train_examples, 4, job.processes)
+    count = 2 * len(job.train_examples)
+    assert len(values) == count and (values < 0).all()
+    known = ReferencedAnswers(job.train_examples, values)
+    expected = gradients(job)
+    assert difference(gradients(job, train=known, micro_batch=4), expected) <= ROUNDING
+    shifted = ReferencedAnswers(job.train_examples, values - np.arange(count, dtype=np.float32))
+    assert difference(gradients(job, train=shifted), expected) > 1e-3  # the step reads them
 
 
 @pytest.mark.parametrize("in_one_row", [False, True], ids=["rows", "documents"])
@@ -74,9 +100,11 @@ def whole(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     return data, folder / "run"
 
 
-def test_two_ranks_train_as_one(zoo: Zoo, whole: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.sample(of=4)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one(zoo: Zoo, whole: tuple[Path, Path], tmp_path: Path, strategy: str) -> None:
     data, expected = whole
-    recipe = recipe_for(zoo("llama"), data, tmp_path / "run", "distributed.kind=ddp")
+    recipe = recipe_for(zoo("llama"), data, tmp_path / "run", f"distributed.kind={strategy}")
     children = pair(lambda rank, notify: partial(run, recipe)() and None, tmp_path)
     assert [child.wait() for child in children] == [0, 0], (tmp_path / "log-0").read_text()
     for event in ("train", "eval"):

@@ -46,7 +46,7 @@ def test_it_starts_at_the_base_bit_for_bit_and_trains_everything(zoo: Zoo, famil
     assert injection.trainable_parameters == injection.parameters == sum(p.numel() for p in plain.parameters())
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_gradient_is_that_of_plain_autograd(zoo: Zoo, family: str) -> None:
     base = load_base(zoo(family), "dense")
@@ -97,7 +97,7 @@ def test_the_folder_is_the_model_that_was_trained(zoo: Zoo, family: str, dtype: 
     assert qlora("generate", tmp_path / "run", "one", "--max-new-tokens", 2).code == 0
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_a_resumed_run_equals_an_uninterrupted_one(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     data, base = write_records(tmp_path / "records.jsonl", 8), zoo("llama-tied-bias")

@@ -41,6 +41,8 @@ VALUES = {
     "quant.kind": st.sampled_from(sorted(QUANTIZERS)),
     "quant.double": st.booleans() | st.none(),
     "quant.block": st.sampled_from([32, 64, 4096, None]),
+    "quant.keep": st.just("auto") | st.lists(st.sampled_from(["down_proj", r"layers\.\d+\.mlp"])) | st.none(),
+    "quant.keep_bytes": POSITIVE | st.sampled_from(["5%", "0.5 %", "200MiB", "1 GB"]) | st.none(),
     "adapter.kind": st.sampled_from(sorted(ADAPTERS)),
     "adapter.rank": WHOLE | st.none(),
     "adapter.alpha": POSITIVE | WHOLE | st.none(),
@@ -95,7 +97,9 @@ VALUES = {
     "train.save_every": WHOLE | st.none(),
     "train.keep": WHOLE,
     "train.early_stop": WHOLE | st.none(),
+    "train.early_stop_on": st.sampled_from(["loss", "accuracy", None]),
     "train.resume": WORDS,
+    "train.sample_prompts": st.lists(WORDS) | WORDS.map("{}.jsonl".format),
     "train.report_to": st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"])),
     "train.compile": st.booleans(),
     "train.deterministic": st.booleans(),
@@ -159,7 +163,7 @@ def _replaced(key, index, shift):
     return key[:index] + letter + key[index + 1 :]
 
 
-@pytest.mark.sample(of=4)
+@pytest.mark.sample(of=8)
 @pytest.mark.parametrize(("text", "number", "key"), mutations())
 def test_a_wrong_letter_in_a_key_is_found_with_line_and_right_name(text, number, key, tmp_path):
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")

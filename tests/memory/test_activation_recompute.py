@@ -26,7 +26,7 @@ def llama() -> Any:
     return layered("llama")
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_some_layers_or_all_changes_no_bit(family: str) -> None:
     model, expected = layered(family), plain_gradients(family)
@@ -36,7 +36,7 @@ def test_recomputing_some_layers_or_all_changes_no_bit(family: str) -> None:
         assert torch.equal(gradients(model), expected), recomputed
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "phi3"])
 def test_offloading_changes_no_bit_even_if_copies_are_late(family: str) -> None:
     model, expected = layered(family), plain_gradients(family)
@@ -55,7 +55,7 @@ def test_without_waiting_for_copies_the_gradients_differ(llama: Any) -> None:
     assert not torch.equal(gradients(llama), gradients(layered("llama")))
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("recomputed, offloaded", MIXES)
 def test_host_memory_is_reused(llama: Any, recomputed: int, offloaded: int) -> None:
     offloader = offloader_of(offloaded, CopyStream(CPU))

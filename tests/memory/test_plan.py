@@ -63,7 +63,7 @@ def test_the_base_takes_the_stored_bytes_of_its_quantizer(kind: str, double: boo
     assert plan(work, Budget(0)).phases["load"]["packed_base"] == stored
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_gpu_that_trains_a_model_can_export_it(name: str) -> None:
     for gpu in (8, 12, 16, 24, 48, 80):

@@ -93,7 +93,7 @@ def test_every_weight_of_a_published_model_is_counted(fields: dict[str, Any]) ->
     assert_equal_shapes(shapes_of(fields, "model"), AutoConfig.for_model(**fields))
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name != "mistral4"])
 def test_missing_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     fields = shortened({"model_type": model_type})

@@ -51,7 +51,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample(of=3, every=("family",))
+@pytest.mark.sample(of=6, every=("family",))
 @pytest.mark.parametrize("family, resident, recomputed, offloaded", CASES)
 def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed: int, offloaded: int) -> None:
     expected = plain_gradients(family)
@@ -61,7 +61,7 @@ def test_streamed_is_resident_bit_for_bit(family: str, resident: int, recomputed
         assert torch.equal(gradients(model), expected)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_streams(family: str) -> None:
     expected = plain_gradients(family)
@@ -112,7 +112,7 @@ def test_the_base_is_never_written() -> None:
     assert digest() == before
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("resident", range(LAYERS + 1))
 def test_a_step_copies_each_streamed_layer_twice_at_most(resident: int) -> None:
     model, streamer, counter = streaming("llama", resident)

@@ -42,7 +42,7 @@ def assembly(kernel: Any, constants: dict[str, Any], capability: int) -> str:
     return str(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"])
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize(
     "capability", [pytest.param(75, marks=pytest.mark.slow), 80, pytest.param(90, marks=pytest.mark.slow)]
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora.model import Model
+from qlora.model.checkpoint_fingerprint import checkpoint_sha256
 from qlora.model.linear_layers import linear_paths
 from qlora.model.load_base import Base, load
 from qlora.quant import Quant, build_quantizer
@@ -53,11 +54,12 @@ def copy_with(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], 
     return target
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_loaded_as_transformers_loads_it(zoo: Zoo, family: str, dtype: str) -> None:
     base = load_dense(zoo(family), dtype)
+    assert checkpoint_sha256(zoo(family)) == base.manifest.sha256
     reference = AutoModelForCausalLM.from_pretrained(zoo(family), dtype=getattr(torch, dtype)).eval()
     assert base.manifest.ignored == () and base.manifest.dtype == dtype
     assert torch.equal(logits(base.model), logits(reference))

@@ -64,7 +64,7 @@ def refusal_with_other_frequencies(model: Any) -> str:
     return ""
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("fsdp", 3)])
 def test_each_tensor_is_read_once_and_every_rank_has_the_same_base(
     zoo: Zoo, tmp_path: Path, kind: str, world: int

@@ -120,7 +120,7 @@ def assert_equal(model: Any, reference: Any, sequences: list[list[Example]]) -> 
     assert float(total) == pytest.approx(float(expected_loss), rel=1e-4)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("kind", kinds([*PACKED, *UNPACKED]))
 def test_a_class_computes_what_transformers_computes_and_trains(kind: str, prepared: Prepared, tmp_path: Path) -> None:
     reference = random_model(kind)
@@ -159,7 +159,7 @@ def mean_loss(loss: Any, sequences: Any) -> float:
     return float(total) / batch.trained_tokens
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("kind", kinds(REFUSED))
 def test_a_class_that_does_not_work_is_refused_in_one_line(kind: str, prepared: Prepared, tmp_path: Path) -> None:
     recipe = recipe_for(save_with_tokenizer(random_model(kind), tmp_path / "model", None), tmp_path / "run", True)
@@ -179,7 +179,7 @@ def test_an_unknown_plan_is_a_warning(kind: str, tmp_path: Path) -> None:
     assert [problem["where"] for problem in result["problems"]] == (["adapter.targets"] if kind == "gpt2" else [])
 
 
-@pytest.mark.sample(of=6)
+@pytest.mark.sample(of=12)
 @pytest.mark.parametrize("kind", WITH_EXPERTS)
 def test_a_class_with_experts_computes_what_transformers_computes(kind: str, tmp_path: Path) -> None:
     folder = save_with_tokenizer(random_model(kind, expert_settings(kind)), tmp_path / "model")

@@ -18,7 +18,7 @@ IDS = torch.randint(40, 200, (2, 24), generator=torch.Generator().manual_seed(1)
 POSITIONS = torch.arange(24).expand(2, -1)
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("kind", ["falcon_h1", "qwen3_5_text", "granitemoehybrid", "apertus", "dory", "gpt_bigcode"])
 @torch.no_grad()
 def test_a_merged_model_reloads(kind: str, tmp_path: Path) -> None:

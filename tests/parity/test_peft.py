@@ -34,7 +34,7 @@ def logits(model: Any) -> Tensor:
     return logits_of(model, IDS)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.1\..*"], ids=["all", "one layer"])
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("family", ["llama-tied-bias", "gemma2", "qwen3", "phi3", "gpt_neox"])

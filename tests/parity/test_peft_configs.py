@@ -67,7 +67,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_every_configuration_computes_what_peft_computes(zoo: Zoo, name: str, family: str, tmp_path: Path) -> None:
     refuse_warnings()

@@ -139,6 +139,7 @@ def test_a_random_model_has_pefts_loss_curve(wide: Path, tmp_path: Path) -> None
     assert_same_curve(losses_of(job, tmp_path), peft_losses)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_curve_is_nearer_to_pefts_than_another_seed(wide: Path, tmp_path: Path) -> None:
     """Another order of roundings changes the curve less than another random A, at every step after the first ten."""
     small = ("train.global_batch=2", "train.micro_batch=2")  # products in bfloat16 are slow on a CPU

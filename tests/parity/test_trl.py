@@ -112,10 +112,10 @@ def test_dpo_trainer(zoo: Zoo, tmp_path: Path, kind: str, settings: tuple[str, .
     assert_same_step(job, trainer, trainer._compute_loss(trainer.model, inputs, False))
 
 
-def concatenated(job: Job) -> dict[str, Tensor]:
-    """A batch as the trainers of ORPO and CPO read it."""
+def concatenated(pairs: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+    """Chosen and rejected conversations as the trainers of ORPO and CPO read them."""
     batch = {}
-    for name, examples in zip(("chosen", "rejected"), sides(job), strict=True):
+    for name, examples in zip(("chosen", "rejected"), pairs, strict=True):
         part = token_rows(examples)
         batch[f"{name}_input_ids"], batch[f"{name}_attention_mask"] = part["input_ids"], part["attention_mask"]
         batch[f"{name}_labels"] = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORED)
@@ -133,11 +133,11 @@ def test_cpo_trainer_as_simpo(zoo: Zoo, tmp_path: Path) -> None:
     trainer = CPOTrainer(
         model, arguments, train_dataset=rows("simpo"), processing_class=AutoTokenizer.from_pretrained(base)
     )
-    assert_same_step(job, trainer, trainer.get_batch_loss_metrics(trainer.model, concatenated(job))[0])
+    assert_same_step(job, trainer, trainer.get_batch_loss_metrics(trainer.model, concatenated(sides(job)))[0])
 
 
 def test_orpo_trainer(zoo: Zoo, tmp_path: Path) -> None:
-    """TRL's cross entropy is over prompts too, ours over answers: it is computed from TRL's logits here."""
+    """Its cross entropy is over prompts too."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     base = zoo("llama")
@@ -147,12 +147,17 @@ def test_orpo_trainer(zoo: Zoo, tmp_path: Path) -> None:
     trainer = ORPOTrainer(
         model, args=arguments, train_dataset=rows("orpo"), processing_class=AutoTokenizer.from_pretrained(base)
     )
-    batch = concatenated(job)
-    chosen, rejected, logits, *_ = trainer.concatenated_forward(trainer.model, batch)
-    losses = trainer.odds_ratio_loss(chosen, rejected)[0]
-    labels = batch["chosen_labels"][:, 1:]
-    answers = torch.nn.functional.cross_entropy(logits[:, : labels.shape[1]].flatten(0, 1), labels.flatten())
-    assert_same_step(job, trainer, answers - losses.mean())
+    assert_same_step(job, trainer, trainer.get_batch_loss_metrics(trainer.model, concatenated(sides(job)))[0])
+
+
+def beside(own: Example, other: Example) -> Example:
+    """The prompt of one conversation with the answer of another, as TRL puts them together."""
+    prompt, answer = (int((example.labels != IGNORED).argmax()) for example in (own, other))
+    ids, labels = (
+        np.concatenate([first[:prompt], second[answer:]])
+        for first, second in ((own.input_ids, other.input_ids), (own.labels, other.labels))
+    )
+    return Example("", ids, labels)
 
 
 def test_kto_trainer(zoo: Zoo, tmp_path: Path) -> None:
@@ -172,7 +177,8 @@ def test_kto_trainer(zoo: Zoo, tmp_path: Path) -> None:
     examples: Any = job.train_examples[:]
     inputs = token_rows([side for example in examples for side in sides_of(example)])
     inputs["label"] = torch.tensor([example.sides[0].role == CHOSEN for example in examples])
-    others = token_rows([example.mismatched for example in examples])
+    own = [side for example in examples for side in sides_of(example)]
+    others = token_rows([beside(one, other) for one, other in zip(own, [own[-1], *own[:-1]], strict=True)])
     inputs |= {f"KL_{name}": value for name, value in others.items()}
     loss = trainer._compute_loss(trainer.model, inputs, False)
     gradients(job, micro_batch=PAIRS)  # estimates the KL of the step

@@ -94,7 +94,7 @@ def test_a_frozen_layer_supports_second_derivatives() -> None:
     torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-3)  # sums of 64 float32 products
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("quantizer", [NF4, Dense()], ids=["nf4", "dense"])
 def test_compiling_breaks_no_graph_and_keeps_no_weight(quantizer: Quantizer, recompute: bool) -> None:

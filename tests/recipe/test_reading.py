@@ -68,6 +68,8 @@ CONFLICTS = {
     "adapter: {kind: full}\nquant: {kind: dense}\noptim: {loraplus_ratio: 16}": "optim.loraplus_ratio: has no effect",
     "train: {epochs: 1, max_steps: 5}": "train.epochs: has no effect",
     "train: {early_stop: 3}": "train.early_stop: has no effect",
+    "train: {early_stop_on: loss}": "train.early_stop_on: has no effect: train.early_stop is not set",
+    "train: {early_stop: 3, eval_every: 2, early_stop_on: accuracy}": "train.early_stop_on: accuracy: objective.kind",
 }
 
 

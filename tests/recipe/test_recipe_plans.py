@@ -8,7 +8,7 @@ from support.published_configs import NEW_CONFIGS
 
 from qlora.memory.planner.config_reader import shapes_of
 from qlora.recipe.planning import Machine, Planner
-from qlora.recipe.recipe import read
+from qlora.recipe.recipe import from_mapping, read
 
 MODELS = {  # a recipe's model -> its entry in NEW_CONFIGS, and GPUs in GiB that its comments name
     "8gb-qwen3.5-4b": ("Qwen3.5-4B", (8,)), "12gb-qwen3.5-9b": ("Qwen3.5-9B", (12,)),
@@ -34,3 +34,20 @@ def test_a_recipe_fits_its_gpu(file: str, gpu: int) -> None:
     assert plan.micro_batches == recipe.train.global_batch and plan.step_seconds > 0
     assert file.startswith(f"{gpu}gb") or f"--gpu {gpu}GiB" in path.read_text(encoding="utf-8")
     assert gpu != RESIDENT.get(file) or not plan.work.streamed
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "rows"),
+    [
+        ("Mistral-Small-3.2-24B", (), 1),  # a prefix tree
+        ("Mistral-Small-3.2-24B", ("model.attention=sdpa",), 2),
+        ("Mistral-Small-3.2-24B", ("model.attention=sdpa", "data.packing=true"), 1),  # documents of one sequence
+        ("Mistral-Small-3.2-24B", ("model.attention=sdpa", "objective.kind=sft"), 1),
+        ("Qwen3.5-4B", (), 2),  # recurrent layers train no trees
+    ],
+)
+def test_a_pair_that_is_no_tree_counts_as_two_rows(name: str, overrides: tuple[str, ...], rows: int) -> None:
+    sections = {"model": name, "data": {"train": "r", "packing": False}, "objective": {"kind": "dpo"}}
+    recipe = from_mapping(sections, overrides=overrides)[0]
+    work = Planner(recipe, shapes_of(NEW_CONFIGS[name], name)).plan(Machine.described("80GiB", ram="64GiB")).work
+    assert work.tokens == rows * recipe.train.micro_batch * recipe.data.max_length

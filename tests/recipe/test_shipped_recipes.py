@@ -13,7 +13,7 @@ from qlora.training.objectives import OBJECTIVES
 BASE, RECORDS = ROOT / "qlora" / "demo" / "base", ROOT / "qlora" / "demo" / "data" / "eval.jsonl"
 
 
-@pytest.mark.sample(of=4)
+@pytest.mark.sample(of=8)
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_a_recipe_passes_check_with_a_local_model_and_local_data(file: Path, tmp_path: Path) -> None:
     kind = file.stem.rpartition("-")[2]

@@ -76,7 +76,7 @@ def type_lines(session: ChatSession, *lines: str, screen: RecordedScreen | None 
 # ---- answers
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_streamed_answer_is_the_one_of_generate(zoo: Zoo, family: str) -> None:
     base = load(Model(name=str(zoo(family)), dtype="float32"), build_quantizer(Quant()), torch.device("cpu"))

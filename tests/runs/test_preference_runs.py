@@ -12,6 +12,7 @@ from support.small_runs import adapter_tensors, metrics, recipe_of, run
 
 from qlora.errors import AdapterError
 from qlora.recipe.recipe import Recipe, dump
+from qlora.runs.advise.preferences import judge_answers
 
 Zoo = Callable[..., Path]
 PAIRS = 10
@@ -101,11 +102,36 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_advise_is_about_supervised_fine_tuning(zoo: Zoo, pairs: Path, tmp_path: Path) -> None:
+def test_advise_sends_an_untrained_base_to_supervised_fine_tuning(zoo: Zoo, pairs: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(dump(recipe_for(zoo("llama"), pairs, tmp_path / "run", "dpo")))
-    result = qlora("advise", path)
-    assert result.code == 2 and "advise is about supervised fine-tuning" in result.err
+    advice = qlora("advise", path, "--json").json
+    assert advice["verdict"] == "sft" and advice["base"]["loss"] > 4 and 0 <= advice["base"]["likelier"] <= 1
+    assert advice["data"]["kept"] == PAIRS and advice["data"]["chosen"] == advice["data"]["rejected"] < PAIRS
+    without = qlora("advise", path, "--rows", 0, "--json").json
+    assert without["base"] is None and without["verdict"] == "dpo"
+
+
+DATA = {"chosen": 90, "rejected": 90, "chosen_tokens": 50.0, "rejected_tokens": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "base", "verdict", "text"),
+    [
+        ("dpo", {}, None, "dpo", "90 pairs"),
+        ("dpo", {"chosen_tokens": 90.0}, None, "simpo", "teach length"),
+        ("dpo", {}, {"rows": 9, "loss": 3.0, "likelier": 0.5}, "sft", "does not write such answers yet"),
+        ("orpo", {}, {"rows": 9, "loss": 3.0, "likelier": 0.5}, "orpo", "does not write"),
+        ("dpo", {}, {"rows": 9, "loss": 1.0, "likelier": 1.0}, "enough", "100% have the likelier"),
+        ("kto", {"rejected": 30}, {"rows": 9, "loss": 1.0, "likelier": None}, "kto", "undesirable_weight: 3 balances"),
+        ("kto", {"chosen": 30}, None, "kto", "desirable_weight: 3 balances"),
+    ],
+)
+def test_a_method_follows_from_the_figures(
+    objective: str, data: dict[str, float], base: dict[str, float] | None, verdict: str, text: str
+) -> None:
+    result, reasons = judge_answers({"objective": objective, "data": DATA | data, "base": base})
+    assert result == verdict and any(text in reason.text for reason in reasons)
 
 
 def test_training_starts_at_a_reference_in_a_folder(zoo: Zoo, pairs: Path, trained: Path, tmp_path: Path) -> None:
@@ -121,7 +147,8 @@ def test_training_starts_at_a_reference_in_a_folder(zoo: Zoo, pairs: Path, train
 
 def test_a_reference_of_another_base_or_rank_is_refused(zoo: Zoo, pairs: Path, trained: Path, tmp_path: Path) -> None:
     reference = f"objective.reference={trained}"
-    with pytest.raises(AdapterError, match="was trained on other weights"):
+    with pytest.raises(AdapterError, match="was trained on other weights") as error:
         run(recipe_for(zoo("mistral"), pairs, tmp_path / "run", "dpo", reference))
+    assert "load_base" not in [entry.name for entry in error.traceback]  # before a weight is loaded
     with pytest.raises(AdapterError, match=r"training starts at the reference, but .* rank 8, the reference's 4"):
         run(recipe_for(zoo("llama"), pairs, tmp_path / "run", "dpo", reference, "adapter.rank=8", "adapter.alpha=16"))

@@ -139,7 +139,7 @@ def test_runs_of_different_sizes_are_compared_in_one_unit() -> None:
     assert row and [value.split()[1] for value in re.findall(r"<td>([^<]+)</td>", row[1])] == ["Wh", "Wh"]
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the page was not opened in a browser")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_browser_the_page_fits_and_no_request_leaves_it(width: int, finished: Path, tmp_path: Path) -> None:

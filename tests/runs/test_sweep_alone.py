@@ -32,7 +32,7 @@ DIFFERENT = {
 GROUPS = (("plain", "seed", "dora", "pissa"), ("narrow", "packed", "short", "eights"))
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_every_variant_equals_its_run_alone(zoo: Zoo, tmp_path: Path, dtype: str
     sweep.assert_same_runs(names)
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize("policy", [("memory.recompute=all",), ("memory.weights=stream", "model.dtype=float16")])
 def test_every_variant_equals_its_run_alone_under_any_policy(zoo: Zoo, tmp_path: Path, policy: tuple[str, ...]) -> None:
@@ -59,7 +59,7 @@ def test_every_variant_equals_its_run_alone_under_any_policy(zoo: Zoo, tmp_path:
     sweep.assert_same_runs(sweep.train_alone("adapter.kind=lora,dora"))
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.xdist_group("sweep")
 @pytest.mark.parametrize(("step", "log_every"), [(2, 1), (7, 1), (6, 3)])
 def test_after_a_signal_every_variant_has_an_exact_checkpoint_to_resume(

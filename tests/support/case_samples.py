@@ -9,7 +9,7 @@ from zlib import crc32
 
 import pytest
 
-QUICK = "not slow"  # the mark expression of `make test`
+QUICK = "not slow and not clients"  # the mark expression of `make test`
 
 
 def drawn(cases: Sequence[Mapping[str, object]], of: int, every: Sequence[str], seed: int) -> set[int]:

@@ -12,7 +12,7 @@ from qlora.quant.levels import LEVELS
 SHAPES = [((8, 64), 64), ((5, 7), 32), ((3, 4096), 128), ((33, 129), 64)]
 
 
-@pytest.mark.sample(of=3, every=("kind", "dtype"))
+@pytest.mark.sample(of=6, every=("kind", "dtype"))
 @pytest.mark.parametrize(("shape", "block"), SHAPES, ids=str)
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter truncates bfloat16, a GPU rounds it

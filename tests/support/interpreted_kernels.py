@@ -63,7 +63,7 @@ def gradients(
     return torch.autograd.grad((outputs,) if isinstance(outputs, Tensor) else outputs, leaves, grads)
 
 
-@pytest.mark.sample(of=3, every=("order", "shape", "dtype"))
+@pytest.mark.sample(of=6, every=("order", "shape", "dtype"))
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype, order: int) -> None:
@@ -81,7 +81,7 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype, order: int) -> Non
     assert torch.equal(grad, result)
 
 
-@pytest.mark.sample(of=3, every=("act", "shape", "dtype"))
+@pytest.mark.sample(of=6, every=("act", "shape", "dtype"))
 @pytest.mark.parametrize("act", [0, 1, 2])
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_gated_product(shape: tuple[int, int], dtype: torch.dtype, act: int) -> None:

@@ -23,10 +23,10 @@ RECORDS = 10  # global batch 4: three steps an epoch, the last one short
 class Sweep:
     """A recipe on disk, with a folder for its sweep and one for the same runs alone."""
 
-    def __init__(self, model: Path, folder: Path, *overrides: str) -> None:
+    def __init__(self, model: Path, folder: Path, *overrides: str, data: Path | None = None) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.data = write_records(folder / "records.jsonl", RECORDS)
+        self.data = data or write_records(folder / "records.jsonl", RECORDS)
         self.path = folder / "recipe.yaml"
         self.path.write_text(dump(recipe_of(model, self.data, folder / "together", *overrides)))
 

@@ -104,7 +104,7 @@ def see_later_tokens(model: Any) -> None:
     )
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("fault", CHANGES)
 def test_a_base_that_computes_something_else_is_refused(zoo: Zoo, fault: str) -> None:
     family, change, message = CHANGES[fault]

@@ -72,7 +72,7 @@ def require(loss: TokenLoss, backend: str) -> None:
         pytest.skip(f"flex_attention does not run here: {type(error).__name__}: {str(error)[:80]}")
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize(("family", "backend"), [*FAST, *SLOW])
 @torch.no_grad()
 def test_packed_logits_and_loss_are_those_of_the_documents_alone(zoo: Zoo, family: str, backend: str) -> None:
@@ -181,7 +181,7 @@ def documents_not_passed(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> No
 LEAKS = {"an all-ones mask": all_ones_mask, "continuous positions": continuous_positions}
 
 
-@pytest.mark.sample(of=4, every=("leak", "backend"))
+@pytest.mark.sample(of=8, every=("leak", "backend"))
 @pytest.mark.parametrize("leak", LEAKS)
 @pytest.mark.parametrize(("family", "backend"), [*FAST, *SLOW])
 def test_every_planted_leak_is_refused(
@@ -208,7 +208,7 @@ def assert_refused(loss: TokenLoss) -> None:
             refuse_leaks(loss, [join_documents(documents(seed))], torch.float32, CPU)
 
 
-@pytest.mark.sample(of=4, every=("dtype", "backend"))
+@pytest.mark.sample(of=8, every=("dtype", "backend"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("family", "backend"), FAST)
 def test_in_half_precision_rounding_passes_and_a_leak_does_not(

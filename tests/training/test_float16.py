@@ -60,7 +60,7 @@ def largest_difference(first: Sequence[float], second: Sequence[float]) -> float
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [

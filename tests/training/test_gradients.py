@@ -67,7 +67,7 @@ def test_any_split_of_any_examples_gives_the_same_gradient(
     assert difference(packed, expected) <= 2e-6
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_sequences_give_the_gradient_of_their_documents(zoo: Zoo, family: str, tmp_path: Path) -> None:
     """Attention windows of 32 tokens, shorter and longer documents, several of them in a sequence."""
@@ -82,7 +82,7 @@ def test_packed_sequences_give_the_gradient_of_their_documents(zoo: Zoo, family:
         assert difference(gradients(job, train=packed, micro_batch=micro_batch), separate) <= 3e-6
 
 
-@pytest.mark.sample(of=3, every=("kind", "dropout"))
+@pytest.mark.sample(of=6, every=("kind", "dropout"))
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("family", "kind"),
@@ -120,7 +120,7 @@ def merged(model: Any, base: Any) -> Iterator[Any]:
     yield model
 
 
-@pytest.mark.sample(of=3, every=("family",))
+@pytest.mark.sample(of=6, every=("family",))
 @pytest.mark.parametrize("chunk_rows", [1, 7, 10**6])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_cross_entropy_of_transformers_logits(
@@ -141,7 +141,7 @@ def test_the_loss_is_cross_entropy_of_transformers_logits(
     assert batch.trained_tokens == sum(example.trained_tokens() for example in job.train_examples)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_that_of_plain_autograd(zoo: Zoo, family: str, tmp_path: Path) -> None:
     """The custom backward passes (low-rank branch, frozen product, head) against autograd through W + s B A."""

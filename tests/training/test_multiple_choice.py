@@ -49,7 +49,7 @@ def reference_accuracy(run: LoadedRun, data: Path, before: str = "") -> float:
     return correct / len(lines)
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_score_is_that_of_the_letters_logits(zoo: Zoo, family: str, tmp_path: Path) -> None:
     model_run = load_run(str(zoo(family)))

@@ -70,7 +70,7 @@ def reference(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("calls", [{1}, {6}, {3, 4}], ids=str)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_run_that_runs_out_of_memory_gives_the_same_adapter(

@@ -19,7 +19,7 @@ from qlora.training.checkpoint import MANIFEST, OPTIMIZER, POSITION
 from qlora.utils.atomic_files import sha256_of, write_json
 
 
-@pytest.mark.sample(of=3, every=("optimizer", "step"))
+@pytest.mark.sample(of=6, every=("optimizer", "step"))
 @pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize("step", [1, 3, 5])
 @pytest.mark.parametrize("optimizer", COMBINATIONS)
@@ -80,7 +80,7 @@ def test_a_loss_line_over_several_steps_is_the_same_after_a_crash(
 # ---- settings that may not change, and settings that may
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize(
     ("override", "key"),

@@ -118,7 +118,7 @@ def test_a_base_that_changes_during_training_ends_the_run(zoo: Zoo, tmp_path: Pa
 # ---- gradients
 
 
-@pytest.mark.sample(of=3)
+@pytest.mark.sample(of=6)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_tensor_without_a_gradient_is_named_in_the_error(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     def remove_gradient(model: TokenLoss) -> None:
@@ -212,7 +212,7 @@ QUICK = ("adamw", "paged_adamw_8bit")  # tests/fault_injection compares processe
 KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in OPTIMIZERS]
 
 
-@pytest.mark.sample(of=2)
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recipe_gives_the_same_adapter_in_every_process(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     data, digests = write_records(tmp_path / "rows.jsonl", 12), set()

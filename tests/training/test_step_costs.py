@@ -115,7 +115,7 @@ def test_every_matrix_is_dequantized_and_multiplied_a_minimum_of_times(recompute
     assert counter.counts["backward", "matmuls"] == 2 * MATRICES - without_input_gradient + repeated
 
 
-@pytest.mark.sample(of=4)
+@pytest.mark.sample(of=8)
 @pytest.mark.parametrize("number", [0, 1])  # the first layer's input has no gradient
 @pytest.mark.parametrize("recomputed", [0, 2])  # 2 compiles both ways
 @pytest.mark.parametrize(

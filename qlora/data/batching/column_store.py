@@ -42,8 +42,20 @@ class Columns:
 
     def append(self, name: str, values: Array) -> None:
         """Append `values` to a column. ColumnWriteError if they can't be written."""
+        if len(values):
+            self._write(name, np.ascontiguousarray(values, dtype=DTYPES[name]).view(np.uint8).data)
+
+    def append_number(self, name: str, value: int) -> None:
+        """Append one value to a column of `<i8`. ColumnWriteError if it can't be written."""
+        self._write(name, value.to_bytes(8, "little", signed=True))
+
+    def append_bytes(self, name: str, values: bytes) -> None:
+        """Append to a column of `|u1`. ColumnWriteError if they can't be written."""
+        self._write(name, values)
+
+    def _write(self, name: str, data: bytes | memoryview) -> None:
         try:
-            self._open[name].write(np.ascontiguousarray(values, dtype=DTYPES[name]).view(np.uint8).data)
+            self._open[name].write(data)
         except OSError as error:
             raise ColumnWriteError(error.errno, error.strerror) from error
 

@@ -29,21 +29,23 @@ class ExampleWriter:
 
     def add(self, example: Example) -> None:
         """Append one example. Labels are stored as flags: each is the token itself or IGNORED."""
-        where = np.frombuffer(example.where.encode("utf-8", "surrogateescape"), dtype=np.uint8)
+        columns, where = self._columns, example.where.encode("utf-8", "surrogateescape")
         self._tokens += len(example)
         self._branches += len(example.branches)
         self._sides += len(example.sides)
         self._where_bytes += len(where)
         self.count += 1
-        self._columns.append("ids", example.input_ids)
-        self._columns.append("trained", example.labels != IGNORED)
-        self._columns.append("ends", np.array([self._tokens]))
-        self._columns.append("branches", np.array(example.branches, dtype=np.int64).ravel())
-        self._columns.append("branch_ends", np.array([self._branches]))
-        self._columns.append("sides", np.array(example.sides, dtype=np.int64).ravel())
-        self._columns.append("side_ends", np.array([self._sides]))
-        self._columns.append("where", where)
-        self._columns.append("where_ends", np.array([self._where_bytes]))
+        columns.append("ids", example.input_ids)
+        columns.append("trained", example.labels != IGNORED)
+        columns.append_number("ends", self._tokens)
+        if example.branches:
+            columns.append("branches", np.array(example.branches, dtype=np.int64).ravel())
+        columns.append_number("branch_ends", self._branches)
+        if example.sides:
+            columns.append("sides", np.array(example.sides, dtype=np.int64).ravel())
+        columns.append_number("side_ends", self._sides)
+        columns.append_bytes("where", where)
+        columns.append_number("where_ends", self._where_bytes)
 
 
 class ExampleStore(Sequence[Example]):
@@ -109,7 +111,7 @@ class SequenceDataset(Sequence[Example]):
     """Sequences of one or more examples: sequence i joins the examples order[ends[i-1]:ends[i]]."""
 
     def __init__(self, examples: ExampleStore, order: Array, ends: Array) -> None:
-        self.examples, self._order, self._ends = examples, order, ends
+        self.examples, self.order, self._ends = examples, order, ends
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -119,7 +121,7 @@ class SequenceDataset(Sequence[Example]):
         """Tokens of each sequence."""
         if not len(self):
             return np.zeros(0, dtype=np.int64)
-        return np.add.reduceat(self.examples.lengths[self._order], np.append(0, self._ends[:-1]))  # type: ignore[no-any-return]
+        return np.add.reduceat(self.examples.lengths[self.order], np.append(0, self._ends[:-1]))  # type: ignore[no-any-return]
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -129,8 +131,11 @@ class SequenceDataset(Sequence[Example]):
         """Sequence `index`, its examples joined."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        span = _span(self._ends, range(len(self))[index])
-        return join_documents([self.examples[int(i)] for i in self._order[span]])
+        return join_documents([self.examples[number] for number in self.examples_of(index)])
+
+    def examples_of(self, index: int) -> list[int]:
+        """The numbers of the examples that sequence `index` joins."""
+        return self.order[_span(self._ends, range(len(self))[index])].tolist()  # type: ignore[no-any-return]
 
 
 def _span(ends: Array, index: int) -> slice:

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from qlora.data.conversations.chat_messages import Conversation
 from qlora.data.conversations.path_tokens import NO_IDS, TokenPaths
 from qlora.data.conversations.safe_tokenizer import SafeTokenizer, without_whitespace
 from qlora.data.conversations.text_paths import TextPath
 from qlora.data.prefix_tree import merge_paths
-from qlora.data.types import IGNORED, Example, Ints, Message, RecordError, Unused
+from qlora.data.types import IGNORED, Branch, Example, Ints, Message, RecordError, Side, Unused
 
 NOTHING = Unused()
 
@@ -40,6 +42,7 @@ class Draft:
     eos: Ints = field(default_factory=lambda: NO_IDS)  # after an answer that no control token closes
     unused: Unused = NOTHING
     answers: AnswerCounts = NO_ANSWERS
+    conversation: Conversation | None = None  # of a prompt, as the template read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,42 @@ class Encoded:
     kind: str = ""  # TEXT or TOKENS; empty for a conversation
     answers: AnswerCounts = NO_ANSWERS
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as plain values, several times faster than field by field: workers send one for each record."""
+        example, unused, answers = self.example, self.unused, self.answers
+        arrays = (example.input_ids.tobytes(), example.labels.tobytes())
+        rest = (
+            example.boundaries,
+            example.origins,
+            tuple(map(tuple, example.branches)),
+            tuple(map(tuple, example.sides)),
+        )
+        counts = (self.control_strings, self.end_trained, self.unknown_tokens)
+        values = (
+            None if unused == NOTHING else unused,
+            self.kind,
+            answers.total,
+            answers.trained,
+            answers.thoughts,
+            answers.trained_thoughts,
+            answers.merges,
+        )
+        return _unpickled, (example.where, *arrays, *rest, *counts, *values)
+
     @property
     def untrained_answers(self) -> int:
         """Answers that are to be trained, and are not."""
         return self.answers.total - self.answers.trained
+
+
+def _unpickled(where: str, ids: bytes, labels: bytes, *values: Any) -> Encoded:
+    """What `Encoded.__reduce__` takes apart."""
+    boundaries, origins, branches, sides, control_strings, end_trained, unknown_tokens, unused, kind, *counts = values
+    arrays = [np.frombuffer(array, np.int32).copy() for array in (ids, labels)]
+    parts = (tuple(Branch(*pair) for pair in branches), tuple(Side(*pair) for pair in sides))
+    example = Example(where, arrays[0], arrays[1], boundaries, origins, parts[0], parts[1])
+    answers = AnswerCounts(*counts)
+    return Encoded(example, control_strings, end_trained, unknown_tokens, unused or NOTHING, kind, answers)
 
 
 def build_example(where: str, draft: Draft, tokens: TokenPaths, train_all: bool) -> Example:

@@ -66,7 +66,11 @@ def _break_control_strings(
     """
     strings: list[tuple[str, bool]] = []
     for value, flag in zip(values, by_assistant, strict=True):
-        _collect_strings(value, flag, strings)
+        for item in value.values():
+            if isinstance(item, str):
+                strings.append((item, flag))
+            elif item is not None:
+                _collect_strings(item, flag, strings)
     texts, break_char, control_strings = tokenizer.break_control_strings(
         [text for text, _ in strings], [flag for _, flag in strings]
     )

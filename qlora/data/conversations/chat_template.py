@@ -28,7 +28,7 @@ PLAIN = (
 _FREE_CHARS = 2**20  # for headers, tool schemas and system prompts that a template adds to a conversation
 _MAX_GROWTH = 64  # rendered characters per input character
 _MARKS = re.compile(r"\{%-?\s*generation\b")
-_TOOL_TEMPLATE = "tool_use"
+TOOL_TEMPLATE = "tool_use"
 _SAMPLE_TOOL = {  # for samples that are rendered with a template for tools
     "type": "function",
     "function": {
@@ -74,7 +74,7 @@ class Template:
         self._tokenizer = tokenizer
         self.name, self.text = _choose(tokenizer, chat_template, with_tools)
         self._pinned_text = with_pinned_date(self.text)
-        self.sample_tools = [_SAMPLE_TOOL] if self.name.endswith(repr(_TOOL_TEMPLATE)) else None
+        self.sample_tools = [_SAMPLE_TOOL] if self.name.endswith(repr(TOOL_TEMPLATE)) else None
         self._variables = ({"date_string": _DATE} if "strftime_now" in self.text else {}) | dict(args)
         unread = next((name for name in args if not re.search(rf"\b{re.escape(name)}\b", self.text)), None)
         if unread is not None:
@@ -84,6 +84,16 @@ class Template:
     def bos(self) -> str:
         """The beginning-of-text token as text; empty if the tokenizer has none."""
         return str(self._tokenizer.bos_token or "")
+
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """What the template gets beside the conversation: its arguments, and the pinned date."""
+        return self._variables
+
+    @property
+    def pinned_text(self) -> str:
+        """The Jinja source with the date of training in place of the current one."""
+        return self._pinned_text
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -146,7 +156,7 @@ def _choose(tokenizer: Any, chat_template: str, with_tools: bool) -> tuple[str, 
 
 def _choose_named(named: Mapping[str, str], with_tools: bool) -> tuple[str, str]:
     """The template that transformers chooses: `tool_use` for conversations with tools, else `default`."""
-    name = _TOOL_TEMPLATE if with_tools and _TOOL_TEMPLATE in named else "default"
+    name = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in named else "default"
     if name not in named:
         raise DataError(
             f"model.chat_template: the model has {len(named)} named chat templates and none is named default: "

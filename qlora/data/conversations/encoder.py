@@ -19,7 +19,7 @@ from qlora.data.conversations.build_example import (
     verify_masks,
 )
 from qlora.data.conversations.chat_messages import Conversation, build_conversation
-from qlora.data.conversations.chat_template import PLAIN, TemplateOptions
+from qlora.data.conversations.chat_template import TOOL_TEMPLATE, Template, TemplateOptions
 from qlora.data.conversations.loss_mask import may_write_thoughts
 from qlora.data.conversations.path_tokens import NO_IDS, TokenPaths, path_jobs, token_paths
 from qlora.data.conversations.renderer import build_renderers
@@ -69,24 +69,20 @@ class Encoder:
         return hashlib.sha256("\0".join(inputs).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
-    def has_one_template(self) -> bool:
-        """Whether conversations with tools are rendered with the same template as others."""
-        return self._tool_renderer is self._renderer
-
-    @property
     def template_args(self) -> Mapping[str, Any]:
         """The arguments of the template: data.template_args."""
         return self._options.args
 
     @property
-    def uses_plain_template(self) -> bool:
-        """Whether conversations are rendered with qlora's plain template, because the model has none."""
-        return self.template.text == PLAIN
-
-    @property
     def thought_closing(self) -> str:
         """What the template writes after a thought; empty if it has no place for thoughts."""
         return self._renderer.thoughts.place.closing
+
+    @property
+    def named_templates(self) -> Mapping[str, Template]:
+        """The template by the name that transformers gives it, and that of conversations with tools if it differs."""
+        tools = {} if self._tool_renderer is self._renderer else {TOOL_TEMPLATE: self._tool_renderer.template}
+        return {"default": self.template} | tools
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -107,7 +103,7 @@ class Encoder:
     def encode_batch(self, items: Sequence[Item]) -> list[Encoded | RecordError]:
         """`encode` for many records, which is much faster, with a RecordError for each that can't be used."""
         with record_limits.memory():
-            drafts = [self._draft(messages) for _, messages in items]
+            drafts = record_limits.within_time([messages for _, messages in items], self._draft)
         tokens = self._tokenize(drafts)
         valid = [token for token in tokens if isinstance(token, TokenPaths)]
         verified = iter(verify_masks(valid, self.tokenizer))
@@ -134,14 +130,19 @@ class Encoder:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a prompt: those that training puts before the next answer. RecordError if refused."""
+        return self.read_prompt(messages)[0]
+
+    def read_prompt(self, messages: Sequence[Message]) -> tuple[list[int], Conversation | None]:
+        """`prompt_ids`, and the conversation as the template read it; None for a plain text."""
         with record_limits.memory():
-            draft = self._text(messages[0]) if _is(messages, TEXT) else self._conversation(messages, prompt=True)
+            draft = record_limits.within_time([messages], self._prompt_draft)[0]
         if isinstance(draft, RecordError):
             raise draft
         tokens = self._tokenize([replace(draft, eos=NO_IDS)])[0]
         if isinstance(tokens, RecordError):
             raise tokens
-        return [int(token) for token in np.concatenate([draft.prefix_ids, tokens.paths[0][0]])]
+        ids = np.concatenate([draft.prefix_ids, tokens.paths[0][0]])
+        return [int(token) for token in ids], draft.conversation
 
     def decode(self, ids: Sequence[int] | Ints) -> str:
         """The text of `ids`, control tokens included."""
@@ -152,6 +153,9 @@ class Encoder:
         if _is(messages, TOKENS):
             return Draft()
         return self._text(messages[0]) if _is(messages, TEXT) else self._conversation(messages)
+
+    def _prompt_draft(self, messages: Sequence[Message]) -> Draft | RecordError:
+        return self._text(messages[0]) if _is(messages, TEXT) else self._conversation(messages, prompt=True)
 
     def _text(self, message: Message) -> Draft | RecordError:
         """The draft of a plain text: the tokenizer's own tokens before and after it, and the end token."""
@@ -173,8 +177,7 @@ class Encoder:
 
     def _conversation(self, messages: Sequence[Message], prompt: bool = False) -> Draft | RecordError:
         try:
-            with record_limits.time_limit():
-                return self._rendered(messages, prompt)
+            return self._rendered(messages, prompt)
         except RecordError as error:
             return error
         except MemoryError:
@@ -192,7 +195,8 @@ class Encoder:
 
         (messages, thoughts, conversation, masked), rules = render_in_a_form(messages, render)
         if prompt:
-            return Draft(masked.paths, conversation.break_char, prefix_ids=self._bos(masked))
+            prefix_ids = self._bos(masked)
+            return Draft(masked.paths, conversation.break_char, prefix_ids=prefix_ids, conversation=conversation)
         if self.train_on != "all" and not masked.trains:
             raise nothing_to_train(conversation, masked)
         counts, lost = answer_counts(messages, conversation, masked, thoughts)

@@ -49,6 +49,8 @@ class SafeTokenizer:
 
         In an assistant's text only special tokens are broken: <think> is part of its answer.
         """
+        if not self.control_pattern.search("\n".join(texts)):  # the usual case; special tokens are control tokens
+            return list(texts), "", ()
         patterns = [self.special_pattern if flag else self.control_pattern for flag in by_assistant]
         matches = tuple(match for pattern, text in zip(patterns, texts, strict=True) for match in pattern.findall(text))
         if not matches:

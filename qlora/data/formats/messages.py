@@ -7,7 +7,9 @@ from qlora.data.reading import loss_keys, record_fields
 from qlora.data.reading.tool_calls import tool_calls, tools
 from qlora.data.types import Message, Record, RecordError
 
-_READ_KEYS = ("role", "content", "tool_calls", "function_call", *loss_keys.MESSAGE_KEYS, *loss_keys.PART_KEYS)
+_READ_KEYS = frozenset(
+    ("role", "content", "tool_calls", "function_call", *loss_keys.MESSAGE_KEYS, *loss_keys.PART_KEYS)
+)
 
 
 class Messages:

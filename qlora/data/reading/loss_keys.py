@@ -27,6 +27,7 @@ MESSAGE_KEYS = {  # key -> whether 1 or true means that the message bears loss
 RECORD_KEYS = ("loss_mask", "train_mask", "turn_mask", "loss_masks")  # one flag per message
 TOKEN_KEYS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")  # TRL, verl, NeMo: one per token
 PART_KEYS = ("train_detail", "training_detail")  # Axolotl: spans within a message
+_KEYS_OF_MESSAGE, _KEYS_OF_RECORD = frozenset((*MESSAGE_KEYS, *PART_KEYS)), frozenset(RECORD_KEYS)
 
 ALLOWED = "true, false, 1, 0"
 _WORDS = {"mask", "masks", "masked", "masking", "msk", "unmask", "loss", "train", "training", "trainable", "trained",
@@ -35,6 +36,8 @@ _WORDS = {"mask", "masks", "masked", "masking", "msk", "unmask", "loss", "train"
 
 def message_flag(item: Mapping[str, Any], location: str) -> bool | None:
     """Whether a message bears loss by its own keys; None if it has none. RecordError for other values than 0 and 1."""
+    if _KEYS_OF_MESSAGE.isdisjoint(item):
+        return None
     part = next((key for key in PART_KEYS if item.get(key)), None)
     if part:
         problem = f"{location}{part} masks a part of a message, which is not supported"
@@ -61,7 +64,7 @@ def with_record_flags(fields: Mapping[str, Any], messages: list[Message]) -> lis
 
     The list has a flag for each message; one for a leading system message may be missing.
     """
-    if any(message.role in (TEXT, TOKENS) for message in messages):
+    if _KEYS_OF_RECORD.isdisjoint(fields) or any(message.role in (TEXT, TOKENS) for message in messages):
         return messages
     for key in (key for key in RECORD_KEYS if fields.get(key) is not None):
         turns = [index for index, message in enumerate(messages) if message.role != TOOLS]

@@ -15,6 +15,8 @@ from qlora.data.types import BadRecord, Record
 if TYPE_CHECKING:
     from qlora.data import Source
 
+_BLOCK_BYTES = 2**22  # of a file, read at a time
+
 
 def read_sources(sources: "Sequence[Source]", seed: int) -> Iterator[Record | BadRecord]:
     """The records of all sources, one source after the other. DataError for a missing file."""
@@ -46,6 +48,21 @@ def sha256(source: "Source", resolved: ResolvedSource) -> str:
     if resolved.hub:
         digest.update(hub_dataset(source, resolved.hub).sha256().encode())
     return digest.hexdigest()
+
+
+def count_records(source: "Source", resolved: ResolvedSource) -> int | None:
+    """The number of records to be read, from the lines of JSONL files, for a progress bar; None for other files."""
+    if resolved.hub or not all(Path(name).suffix.lower() in (".jsonl", ".ndjson") for name in resolved.files):
+        return None
+    lines = 0
+    for name in resolved.files:
+        ending = b"\n"
+        with Path(name).open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                lines += block.count(b"\n")
+                ending = block[-1:]
+        lines += ending != b"\n"
+    return lines if source.max_samples is None else min(lines, source.max_samples)
 
 
 def hub_dataset(source: "Source", name: str) -> arrow.HubDataset:

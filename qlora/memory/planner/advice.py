@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
+from qlora.memory.planner.kept_bytes import KeptBytes
 from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.planner.overhead import UNTRACKED
 from qlora.memory.planner.workload import Workload
-from qlora.quant import Quant, build_quantizer
+from qlora.quant import Keeping, Quant, build_quantizer
 from qlora.utils.machine import gib
 
 Source = Literal["user", "auto"]  # memory.* as the user set it, or left to the plan
@@ -58,8 +59,11 @@ def _changes(work: Workload) -> Iterator[tuple[str, Workload]]:
         yield "optim.kind=paged_adamw_8bit", replace(work, optimizer="paged_adamw_8bit")
     one = replace(work, micro_batch=1)
     with_one = "train.micro_batch=1 and " if work.micro_batch > 1 else ""
-    default = Quant()
-    if work.quantizer != build_quantizer(default):
+    default, quantizer = Quant(), work.quantizer
+    if isinstance(quantizer, Keeping):
+        one = replace(one, quantizer=quantizer.others, kept=KeptBytes())
+        yield f"{with_one}quant.keep=[]", one
+    if one.quantizer != build_quantizer(default):
         changed = replace(one, quantizer=build_quantizer(default))
         yield f"{with_one}quant.kind={default.kind} with double quantization", changed
     length = work.max_length // 2

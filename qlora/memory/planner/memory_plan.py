@@ -8,6 +8,7 @@ from qlora.adapters import Adapter
 from qlora.memory.planner.breakdown import Components, host_bytes, phases_of
 from qlora.memory.planner.cost_model import seconds
 from qlora.memory.planner.export_and_disk import disk_bytes, export_bytes
+from qlora.memory.planner.kept_bytes import KeptBytes
 from qlora.memory.planner.overhead import UNTRACKED
 from qlora.memory.planner.workload import AdapterSizes, WaitingAdapters, Workload
 from qlora.quant import Quant, build_quantizer
@@ -144,7 +145,7 @@ def compare(work: Workload) -> dict[str, int]:
     if work.adapters.kind == "full":
         adapter = Adapter()
         qlora = replace(qlora, adapters=AdapterSizes(work.shapes.matrices, adapter.kind, adapter.rank, dropout=False))
-    lora = replace(qlora, quantizer=dense, dtype_bytes=2)
+    lora = replace(qlora, quantizer=dense, dtype_bytes=2, kept=KeptBytes())
     no_adapters = replace(lora, adapters=AdapterSizes((), kind="lora", rank=0, dropout=False))
     full = _peak(phases_of(no_adapters)) + (FULL_BYTES - 2) * work.shapes.parameters
     return {

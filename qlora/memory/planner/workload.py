@@ -1,7 +1,4 @@
-"""The workload of one rank in plain values: base model, quantizer, trained parameters, batch, policy of the layers.
-
-What the sections of a recipe set has no default here: the recipe's own defaults are the only ones.
-"""
+"""The workload of one rank in plain values: base model, quantizer, trained parameters, batch, policy of the layers."""
 
 import re
 from collections import Counter
@@ -10,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from qlora.memory.planner.kept_bytes import KeptBytes
 from qlora.memory.planner.shapes import Attention, Layer, Matrix, Shapes
 from qlora.model.logits_chunk import LOGITS_CHUNK_BYTES
 from qlora.quant import Quantizer
@@ -117,6 +115,8 @@ class Workload:
     processes: int = 1
     waiting: WaitingAdapters = field(default_factory=WaitingAdapters)
     float16: bool = False  # products of frozen matrices in float16, all else (`dtype_bytes`) in float32
+    kept: KeptBytes = field(default_factory=KeptBytes)  # matrices that stay in 16 bits beside quantized ones
+    rows: int = 1  # padded rows of each sequence: 2 where the answers of a pair are rows of their own
     sharded: bool = False  # FSDP: every rank holds a shard of the frozen base and all-gathers a layer when it is used
 
     @property
@@ -127,7 +127,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
-        return self.micro_batch * self.max_length
+        return self.micro_batch * self.rows * self.max_length
 
     @property
     def logits_bytes(self) -> int:
@@ -137,7 +137,7 @@ class Workload:
     @property
     def token_pairs(self) -> int:
         """Pairs of tokens in a micro-batch: T x T of every sequence."""
-        return self.micro_batch * self.max_length**2
+        return self.micro_batch * self.rows * self.max_length**2
 
     @property
     def eager(self) -> bool:
@@ -206,7 +206,7 @@ class Workload:
     @cached_property
     def outside_bytes(self) -> int:
         """Stored bytes of the decoder's matrices outside of its layers, which never stream."""
-        return sum(self._stored(matrix) for matrix in self.shapes.outside)
+        return sum(self._stored(matrix) for matrix in self.shapes.outside) + self.kept.outside
 
     def _stored(self, matrix: Matrix) -> int:
         return matrix.copies * self.quantizer.stored_bytes(matrix.out_features, matrix.in_features, self.dtype_bytes)
@@ -214,17 +214,20 @@ class Workload:
     @cached_property
     def widest_layer_bytes(self) -> int:
         """Stored bytes of the largest layer's matrices."""
-        return max(self.stored_bytes.values())
+        kinds, order = self.shapes.kinds, self.shapes.order
+        kept = (self.stored_bytes[kinds[order[layer]]] + size for layer, size in self.kept.layers.items())
+        return max((*self.stored_bytes.values(), *kept))
 
     def bytes_of_layers(self, layers: Collection[int]) -> int:
         """Stored bytes of the matrices of some layers."""
-        return sum(count * self.stored_bytes[layer] for layer, count in self.shapes.kinds_in(layers))
+        kept = sum(self.kept.layers.get(layer, 0) for layer in layers) if self.kept.layers else 0
+        return kept + sum(count * self.stored_bytes[layer] for layer, count in self.shapes.kinds_in(layers))
 
     @cached_property
     def streamed_bytes(self) -> int:
         """Stored bytes of the layers that stream: they are spread evenly, as in memory/weight_streaming.py."""
         streamed, layers = self.streamed, self.shapes.layers
-        if len(self.shapes.kinds) == 1:
+        if len(self.shapes.kinds) == 1 and not self.kept.layers:
             return streamed * self.widest_layer_bytes
         spread = (layer for layer in range(layers) if (layer + 1) * streamed // layers > layer * streamed // layers)
         return self.bytes_of_layers([*spread])
@@ -232,7 +235,8 @@ class Workload:
     @cached_property
     def all_layer_bytes(self) -> int:
         """Stored bytes of all layers."""
-        return sum(count * self.stored_bytes[layer] for layer, count in self.shapes.all_kinds)
+        kept = sum(self.kept.layers.values())
+        return kept + sum(count * self.stored_bytes[layer] for layer, count in self.shapes.all_kinds)
 
     @cached_property
     def dequantized_bytes(self) -> int:

@@ -15,11 +15,13 @@ from qlora.data.data_report import DataReport
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.types import IGNORED, Example
 from qlora.distributed.single import Single
-from qlora.errors import DataError, InputError
+from qlora.errors import DataError
 from qlora.recipe.dataset_profile import build_encoder, context_length
+from qlora.recipe.literature import suggest_rate
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
-from qlora.runs.advise.verdict import LARGEST_RANK, NEAR, NGRAM, judge
+from qlora.recipe.recommendations import recommend_adapter_settings
+from qlora.runs.advise.verdict import LARGEST_RANK, NEAR, NGRAM, Reason, judge
 from qlora.runs.memory_setup import Log, load_base, plan_if_known
 from qlora.training.eval_loss import evaluate
 from qlora.training.loss import TokenLoss
@@ -32,14 +34,8 @@ WORD, CONTROL = re.compile(r"[^\W_]{3,}"), re.compile(r"<[^<>\s]{1,24}>")  # con
 def advise_before(recipe: Recipe, rows: int, log: Log = lambda line: None) -> dict[str, Any]:
     """The object of `qlora advise RECIPE --json`; `rows` held-out examples are evaluated with the base model.
 
-    InputError for an objective that compares answers; DataError if no record can be trained on, or no example is held
-    out; BaseModelError.
+    DataError if no record can be trained on, or no example is held out; BaseModelError.
     """
-    if recipe.objective.sided_format is not None:
-        raise InputError(
-            f"objective.kind: {recipe.objective.kind}; advise is about supervised fine-tuning. Use objective.kind: sft "
-            "and answers as data; `qlora eval MODEL --task preference --data PAIRS` shows what a model prefers already."
-        )
     encoder = build_encoder(recipe)
     section = recipe.data.model_copy(update={"packing": False})
     prepared = prepare(section, encoder, recipe.train.seed, shares_prefixes=False)
@@ -54,6 +50,8 @@ def advise_before(recipe: Recipe, rows: int, log: Log = lambda line: None) -> di
         "few_shot": measure_few_shot(recipe, prepared, rows, log) if rows else None,
     }
     verdict, reasons = judge(result)
+    settings = recommend_adapter_settings(recipe, prepared.report, None, suggest_rate(recipe))
+    reasons += [Reason(f"{key}: {message}", "docs/choosing.md") for key, message in settings]
     return {**result, "verdict": verdict, "reasons": [asdict(reason) for reason in reasons]}
 
 

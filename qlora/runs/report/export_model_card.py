@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora.runs.report.model_card import (
+    Loading,
     base_warning,
     front_matter,
     is_hub_name,
@@ -14,29 +15,52 @@ from qlora.runs.report.model_card import (
 )
 from qlora.runs.report.run_data import number, section, string
 
+PEFT_FORMAT = ("adapter", "portable")
+ADAPTERS = (*PEFT_FORMAT, "mlx", "gguf-adapter")  # targets that are no whole models
+TITLES = {
+    "adapter": "A LoRA adapter",
+    "portable": "A portable LoRA adapter",
+    "mlx": "An adapter for mlx-lm",
+    "gguf-adapter": "A LoRA adapter for llama.cpp",
+}
+MLX = "In the format of mlx-lm: one rank, the scale in B, the same updates as in training."
 PORTABLE = [
     "The adapter with its scale folded into B, all layers of one rank, alpha = rank, no rsLoRA and no patterns: "
     "the same updates in every program that reads PEFT's format.",
 ]
 
 
-def export_model_card(manifest: Mapping[str, Any], recipe_text: str, facts: Mapping[str, Any], servers: str) -> str:
+def export_model_card(
+    manifest: Mapping[str, Any], recipe_text: str, facts: Mapping[str, Any], servers: str, loading: Loading
+) -> str:
     """The model card of an export: how it was trained, what was written, how exact that is, and which servers read it.
 
     `facts` has to, base, dtype, and for a model agreement and rounding; `servers` is the table with placeholders.
     """
     base = string(manifest, "base", "name")
     name = base if is_hub_name(base) else "a local base model"
-    is_model = facts["to"] in ("merged", "ollama")
+    is_model = facts["to"] not in ADAPTERS
     head = _model_front_matter(base) if is_model else front_matter(base)
-    content = _merge(manifest, facts) if is_model else [*_portable(facts), *base_warning(manifest)]
+    content = _merge(manifest, facts) if is_model else [*_adapter(manifest, facts), *base_warning(manifest)]
     lines = [*head, f"# {_title(facts['to'])} of {name}", "", *content, ""]
     if manifest:
         lines += training_section(manifest)
-    lines += ["## Servers", "", "```", servers, "```", "", *(_loading_model() if is_model else loading_section(name))]
+    lines += ["## Servers", "", "```", servers, "```", ""]
+    if facts["to"] in PEFT_FORMAT:
+        lines += loading_section(name, loading)
+    elif facts["to"] == "merged":
+        lines += _loading_model()
     lines += recipe_section(recipe_text)
     sha256 = string(manifest, "base", "sha256")
     return "\n".join([*lines, *([f"The base model's fingerprint is sha256 `{sha256}`.", ""] if sha256 else [])])
+
+
+def _adapter(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    adapter = section(manifest, "adapter")
+    trained = [f"Trained as {adapter.get('kind', 'LoRA')}, rank {adapter.get('rank')}, alpha {adapter.get('alpha')}."]
+    if facts["to"] == "portable":
+        return _portable(facts)
+    return [*(trained if adapter else []), *([MLX] if facts["to"] == "mlx" else [])]
 
 
 def _portable(facts: Mapping[str, Any]) -> list[str]:
@@ -56,7 +80,7 @@ def _portable(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _title(target: str) -> str:
-    return "A portable LoRA adapter" if target == "portable" else "A fine-tuned model"
+    return TITLES.get(target, "A fine-tuned model")
 
 
 def _model_front_matter(base: str) -> list[str]:
@@ -104,7 +128,7 @@ def _loading_model() -> list[str]:
     ]
 
 
-def derived_model_card(manifest: Mapping[str, Any]) -> str:
+def derived_model_card(manifest: Mapping[str, Any], loading: Loading) -> str:
     """The model card of a resized or combined adapter: its sources, without their folders, and the error."""
     base, sha256 = string(manifest, "base", "name"), string(manifest, "base", "sha256")
     name = base if is_hub_name(base) else "a local base model"
@@ -128,7 +152,7 @@ def derived_model_card(manifest: Mapping[str, Any]) -> str:
             "",
             "It was not trained further, and not evaluated.",
             "",
-            *loading_section(name),
+            *loading_section(name, loading),
             *([f"The base model's fingerprint is sha256 `{sha256}`."] if sha256 else []),
             "",
         ]

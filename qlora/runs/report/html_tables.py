@@ -103,17 +103,22 @@ def _sample(prompt: str, runs: Sequence[RunData]) -> Markup:
     answers = [(run, sample) for run in runs for sample in run.samples if str(sample.get("prompt", "")) == prompt]
     first = answers[0][1]
     reference = str(first.get("reference", ""))
-    columns = [_answer("reference", reference, "")] if reference else []
-    columns += [_answer("before", str(first["before"]), reference)] if "before" in first else []
+    columns = [answer_column("reference", reference, "")] if reference else []
+    columns += [answer_column("before", str(first["before"]), reference)] if "before" in first else []
     for run, sample in answers:
         name = "after" if len(runs) == 1 else f"after, {run.name}"
-        columns += [_answer(name, str(sample["after"]), reference)] if "after" in sample else []
-    return tag(
-        "article", tag("p", _shorten(prompt), class_="prompt", dir="auto"), tag("div", *columns, class_="answers")
-    )
+        columns += [answer_column(name, str(sample["after"]), reference)] if "after" in sample else []
+    return sample_article(prompt, columns)
 
 
-def _answer(name: str, answer: str, reference: str) -> Markup:
+def sample_article(prompt: str, columns: Sequence[Markup]) -> Markup:
+    """A prompt, and answers to it side by side."""
+    shown = tag("p", _shorten(prompt), class_="prompt", dir="auto")
+    return tag("article", shown, tag("div", *columns, class_="answers"))
+
+
+def answer_column(name: str, answer: str, reference: str = "") -> Markup:
+    """One of the answers to a prompt."""
     same = bool(reference) and name != "reference" and answer.strip() == reference.strip()
     head = tag("h4", name, tag("span", " equals the reference") if same else None)
     return tag("div", head, tag("p", _shorten(answer), dir="auto"), class_="same" if same else None)

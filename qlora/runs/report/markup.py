@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from html import escape
 
-VOID = frozenset({"br", "col", "hr", "meta"})
+VOID = frozenset({"br", "col", "hr", "input", "meta"})
 _UNPRINTABLE = (*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)
 _CLEAN = {code: 0x2400 + code if code < 0x20 else 0xFFFD for code in _UNPRINTABLE if chr(code) not in "\n\t"}
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,21 @@ from qlora.utils.machine import GIB
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
+@dataclass(frozen=True)
+class Loading:
+    """How PEFT loads an adapter's base: transformers' class, and the rows that its embedding needs before."""
+
+    factory: str = "AutoModelForCausalLM"
+    rows: int | None = None
+
+    def lines(self, base: str, adapter: str) -> list[str]:
+        """Lines of Python that load base and adapter as `model`."""
+        resize = [] if self.rows is None else [f"base.resize_token_embeddings({self.rows})"]
+        base_line = f'base = {self.factory}.from_pretrained("{base}")'
+        return [base_line, *resize, f'model = PeftModel.from_pretrained(base, "{adapter}")']
+
+
+def model_card(manifest: Mapping[str, Any], recipe_text: str, loading: Loading = Loading()) -> str:
     """The model card as Markdown with the hub's front matter; a base model that is a local folder is not named."""
     adapter = section(manifest, "adapter")
     if adapter.get("kind") == "full":
@@ -31,7 +46,10 @@ def model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
             "Nothing else was evaluated.",
             "",
             *(f"{line}\n" for line in base_warning(manifest)),
-            *loading_section(name),
+            *loading_section(name, loading),
+            "`qlora export THIS_FOLDER OUT --to portable` writes the adapter for servers, `--to merged` the whole "
+            "model; each lists the servers that load it, and their commands.",
+            "",
             *recipe_section(recipe_text),
             f"The base model's fingerprint is sha256 `{string(manifest, 'base', 'sha256')}`; `run.json` has the rest.",
             "",
@@ -112,7 +130,7 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
     return ["| held-out loss | before | after |", "|---|---|---|", f"| | {before:.4f} | {after:.4f} |", ""]
 
 
-def loading_section(base: str) -> list[str]:
+def loading_section(base: str, loading: Loading) -> list[str]:
     """How to load an adapter."""
     name = base if is_hub_name(base) else "BASE"
     return [
@@ -120,12 +138,12 @@ def loading_section(base: str) -> list[str]:
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {loading.factory}",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "THIS_FOLDER")',
+        *loading.lines(name, "THIS_FOLDER"),
         "```",
         "",
-        f'`qlora generate THIS_FOLDER "..."`, or `vllm serve {name} --enable-lora --lora-modules mine=THIS_FOLDER`.',
+        'Or `qlora generate THIS_FOLDER "..."`.',
         "",
     ]
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from qlora.runs.report import facts, figures
+from qlora.runs.report.benchmark_facts import benchmark_facts
 from qlora.runs.report.expert_table import expert_table
 from qlora.runs.report.html_tables import different_settings, head_figures, recipes, samples, table
 from qlora.runs.report.markup import Markup, join, tag, text
+from qlora.runs.report.prompt_answers import prompt_answers
 from qlora.runs.report.run_data import RunData, number, section, string
 from qlora.runs.report.spectrum_page import spectrum_figure
 from qlora.runs.report.style import STYLE
@@ -16,8 +18,8 @@ _POLICY = (
 )
 
 
-def report_page(runs: Sequence[RunData]) -> str:
-    """The page as an HTML document. Sections without data are left out; without runs the page says so."""
+def report_page(runs: Sequence[RunData], first: Markup | None = None) -> str:
+    """The page as an HTML document, `first` above its plots. Sections without data are left out."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     refresh = len(runs) == 1 and _progress(runs[0])
     head = tag(
@@ -30,7 +32,7 @@ def report_page(runs: Sequence[RunData]) -> str:
         tag("title", f"{title} \u00b7 qlora"),
         tag("style", Markup(STYLE)),
     )
-    sections = [_header(title, runs), *_body(runs), _footer(runs)]
+    sections = [_header(title, runs), first, *_body(runs), _footer(runs)]
     body = tag("body", tag("main", *sections), class_="single" if len(runs) == 1 else "several")
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
@@ -56,6 +58,7 @@ def _body(runs: Sequence[RunData]) -> list[Markup | None]:
     small = [figures.rate(runs), figures.speed(runs), figures.gradient(runs)]
     facts_tables = [
         table("Result", runs, facts.result),
+        table("lm-evaluation-harness", runs, benchmark_facts),
         table("Data", runs, facts.data),
         table("Base and adapter", runs, facts.setup),
         table("Machine and versions", runs, facts.machine),
@@ -70,8 +73,8 @@ def _body(runs: Sequence[RunData]) -> list[Markup | None]:
     if not any([*plots, tables]):
         plots = [tag("p", "Nothing has been logged yet.", class_="what")]
     if len(runs) == 1:
-        return [*plots, samples(runs), tables, expert_table(runs[0]), recipes(runs)]
-    return [*plots, tables, samples(runs), recipes(runs)]
+        return [*plots, samples(runs), prompt_answers(runs), tables, expert_table(runs[0]), recipes(runs)]
+    return [*plots, tables, samples(runs), prompt_answers(runs), recipes(runs)]
 
 
 def _summary(run: RunData) -> Markup:

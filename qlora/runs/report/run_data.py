@@ -16,6 +16,7 @@ class RunData:
     metrics: Sequence[Mapping[str, Any]] = ()  # the lines of metrics.jsonl
     recipe_text: str = ""
     samples: Sequence[Mapping[str, str]] = ()  # prompt, reference, before, after
+    benchmarks: Mapping[str, Any] = field(default_factory=dict)  # task of lm-evaluation-harness -> metrics, rows
 
 
 def section(manifest: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

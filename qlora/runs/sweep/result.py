@@ -12,6 +12,7 @@ from qlora.data.types import Example
 from qlora.errors import QloraError
 from qlora.memory.meter import peak_bytes
 from qlora.runs.compare import MAX_RUNS, write_report_page
+from qlora.runs.report.markup import Markup
 from qlora.runs.sweep.variant_run import VariantRun, error_text
 from qlora.utils.atomic_files import write_json
 
@@ -52,8 +53,8 @@ class SweepResult:
             ) from self.failure
 
 
-def write_result(runs: Sequence[VariantRun], out: Path, seconds: float) -> SweepResult:
-    """Write sweep.json and comparison.html into `out`."""
+def write_result(runs: Sequence[VariantRun], out: Path, seconds: float, figure: Markup | None = None) -> SweepResult:
+    """Write sweep.json and comparison.html into `out`; `figure` is drawn above the compared runs."""
     variants = [_variant_result(run) for run in runs]
     eval_sets = {id(run.setup.data): run.setup.data.eval for run in runs}
     same_eval_set = len({_digest(examples) for examples in eval_sets.values()}) == 1
@@ -66,7 +67,7 @@ def write_result(runs: Sequence[VariantRun], out: Path, seconds: float) -> Sweep
         notes.append(f"{PAGE} shows the best {MAX_RUNS} of {len(succeeded)}.")
     page = str(out / PAGE) if succeeded else None
     if page:
-        write_report_page([variant["output"] for variant in succeeded[:MAX_RUNS]], page)
+        write_report_page([variant["output"] for variant in succeeded[:MAX_RUNS]], page, figure)
     shared = runs[0].shared
     summary = {
         "output": str(out),

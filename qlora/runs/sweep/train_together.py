@@ -1,8 +1,10 @@
 """Train the variants of a sweep: one base model, an adapter for each variant, one step of each in turn."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from qlora.adapters.round_robin import RoundRobin
 from qlora.distributed.processes import Processes
@@ -12,6 +14,7 @@ from qlora.memory.planner.memory_plan import Plan, plan_summary
 from qlora.model.frozen_digest import frozen_sha256
 from qlora.recipe.planning import Machine
 from qlora.recipe.recipe import Recipe
+from qlora.runs.kept_matrices import with_kept_matrices
 from qlora.runs.resources import open_processes
 from qlora.runs.setup import EncodedData, ReadData, open_base, read_data, set_activation_policies
 from qlora.runs.sweep.result import SweepResult, write_result
@@ -25,17 +28,53 @@ from qlora.utils.folder_lock import locked_folder
 from qlora.utils.machine import GIB
 
 
-def train_together(variants: Sequence[Variant], out: Path, quiet: bool = False) -> SweepResult:
+class Rounds(Protocol):
+    """Variants that are trained one group after another on the same base model."""
+
+    def variants(self, runs: Sequence[VariantRun], shared: SharedBase) -> Sequence[Variant]:
+        """The next group, given all runs so far; empty after the last one."""
+
+    def write(self, runs: Sequence[VariantRun], out: Path, seconds: float) -> SweepResult:
+        """Write and return the result of all runs."""
+
+
+@dataclass(frozen=True)
+class OneRound:
+    """All variants at once."""
+
+    all_variants: Sequence[Variant]
+
+    def variants(self, runs: Sequence[VariantRun], shared: SharedBase) -> Sequence[Variant]:
+        """All of them, once."""
+        return [] if runs else self.all_variants
+
+    def write(self, runs: Sequence[VariantRun], out: Path, seconds: float) -> SweepResult:
+        """The table, sweep.json and the page that compares them."""
+        return write_result(runs, out, seconds)
+
+
+def train_together(
+    variants: Sequence[Variant], out: Path, quiet: bool = False, rounds: Callable[[Recipe], Rounds] | None = None
+) -> SweepResult:
     """Train all variants on one base model; a run that fails does not end the others.
 
+    `rounds`: what trains in place of `variants`, which are then those that memory is planned for.
     QloraError for errors before the first step; Stopped after a signal, each run with an exact checkpoint.
     """
     refuse_several_processes()
     try:
         with locked_folder(out, "--out"):
-            return _train_together(variants, out, quiet)
+            variants = _with_kept_matrices(variants, out, quiet)
+            groups = OneRound(variants) if rounds is None else rounds(variants[0].recipe)
+            return _train_together(variants, groups, out, quiet)
     except Interrupted as interrupted:  # a signal that arrived while another error was being raised
         raise interrupted.error from None
+
+
+def _with_kept_matrices(variants: Sequence[Variant], out: Path, quiet: bool) -> list[Variant]:
+    """The variants with what `quant.keep: auto` means, which is the same for all: it is a setting of their base."""
+    quant = with_kept_matrices(variants[0].recipe, out, Log(out, quiet=quiet).print).quant
+    return [replace(variant, recipe=variant.recipe.model_copy(update={"quant": quant})) for variant in variants]
 
 
 def refuse_several_processes() -> None:
@@ -48,7 +87,7 @@ def refuse_several_processes() -> None:
         )
 
 
-def _train_together(variants: Sequence[Variant], out: Path, quiet: bool) -> SweepResult:
+def _train_together(variants: Sequence[Variant], rounds: Rounds, out: Path, quiet: bool) -> SweepResult:
     started, recipe = time.monotonic(), variants[0].recipe  # what the runs share is the same in all recipes
     with stop_signals() as stop:
         log, processes = Log(out, quiet=quiet), open_processes(recipe)
@@ -57,12 +96,15 @@ def _train_together(variants: Sequence[Variant], out: Path, quiet: bool) -> Swee
         base = open_base(recipe, processes, plan, log)
         if processes.device.type == "cpu":
             keep_freed_memory()
-        shared = SharedBase(base, RoundRobin(base.model), plan, cached_read_data())
-        runs = [VariantRun(variant, shared, quiet) for variant in variants]
-        _train([run for run in runs if not run.load_finished()], stop)
-        if any(run.stopped for run in runs):
-            raise stop.error("every variant has a checkpoint of its last step; the same command resumes them")
-        return write_result(runs, out, time.monotonic() - started)
+        shared = SharedBase(base, RoundRobin(base.model), plan, cached_read_data(), log)
+        runs: list[VariantRun] = []
+        while group := rounds.variants(runs, shared):
+            new = [VariantRun(variant, shared, quiet) for variant in group]
+            _train([run for run in new if not run.load_finished()], stop)
+            if any(run.stopped for run in new):
+                raise stop.error("every variant has a checkpoint of its last step; the same command resumes them")
+            runs += new
+        return rounds.write(runs, out, time.monotonic() - started)
 
 
 def plan_memory(variants: Sequence[Variant], log: Log) -> Plan | None:

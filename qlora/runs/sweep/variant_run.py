@@ -39,6 +39,7 @@ class SharedBase:
     adapters: RoundRobin
     plan: Plan | None
     read: ReadData
+    log: Log  # of the sweep
 
 
 class VariantRun:

@@ -16,6 +16,7 @@ from qlora.runs.sweep.shared_settings import refuse_incompatible
 
 OPENS, CLOSES = "[{(", "]})"
 NAME = re.compile(r"\w[\w.+-]*")
+RATES_AT_ONCE = 7  # of --find-lr
 MAX_VALUE_LENGTH = 40  # characters of a value in a variant's name
 
 
@@ -57,6 +58,17 @@ def variants_of(path: str, arguments: Sequence[str], file: str | None = None, ou
         raise InputError(f"two variants are called {duplicate!r}. Give each value once, or names with --variants.")
     refuse_incompatible({variant.name: variant.recipe for variant in variants})
     return variants
+
+
+def rate_variants(path: str, arguments: Sequence[str], file: str | None, out: str | None) -> list[Variant]:
+    """Stand-ins for the variants of `--find-lr`, whose rates follow from measurements: for checks and the memory plan.
+
+    Each has its folder in `out`, or in the recipe's train.output. InputError if something else is swept.
+    """
+    common, axes = parse_axes(arguments)
+    if axes or file:
+        raise InputError("--find-lr sweeps the learning rate alone. Give each other setting one value.")
+    return [_variant(path, common, [AxisValue(f"rate-{number + 1}", ())], out) for number in range(RATES_AT_ONCE)]
 
 
 def parse_axes(arguments: Sequence[str]) -> tuple[list[str], list[list[AxisValue]]]:

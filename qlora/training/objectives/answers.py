@@ -33,13 +33,14 @@ class Comparison(Protocol):
     """The interface of an objective that compares answers.
 
     The loss of a step is the mean of `losses` over all pairs (or answers with a label) of the step, plus
-    `sft_weight` times the mean cross entropy per token of its chosen answers.
+    `sft_weight` times the mean cross entropy per token of its chosen answers, or of these and their prompts.
     """
 
     is_paired: bool  # chosen and rejected answers come in pairs
     needs_reference: bool
     needs_kl: bool  # an estimate of the KL to the reference, over the answers of the step
     sft_weight: float
+    learns_prompts: bool  # whether the cross entropy is of the prompts too
 
     def losses(self, chosen: Answers, rejected: Answers, kl: Tensor) -> Tensor:
         """The loss of each pair [N]; of labeled answers, those of the chosen ones and then the others."""

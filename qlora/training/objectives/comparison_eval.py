@@ -49,6 +49,7 @@ def evaluate_answers(
     sums = dict(zip(SUMS, values, strict=True))
     units = sums["chosen"] if step.objective.is_paired else sums["chosen"] + sums["rejected"]
     loss = sums["loss"] / max(1.0, units)
-    loss -= step.objective.sft_weight * sums["chosen_log_prob"] / max(1.0, sums["chosen_tokens"])
+    learned, learned_tokens = (sums[f"chosen_{name}"] + sums[f"prompt_{name}"] for name in ("log_prob", "tokens"))
+    loss -= step.objective.sft_weight * learned / max(1.0, learned_tokens)
     tokens = int(sums["chosen_tokens"] + sums["rejected_tokens"])
     return AnswersEvaluation(loss, len(examples), tokens, step.metrics({UNITS: units, **sums}))

@@ -18,7 +18,7 @@ from qlora.data.batching.collate import Batch
 from qlora.data.types import CHOSEN, REJECTED, ROLES, Example
 from qlora.distributed.processes import Processes
 from qlora.training.objectives.answers import Answers, Comparison
-from qlora.training.objectives.side_batch import SideBatch, collate_sides
+from qlora.training.objectives.side_batch import PROMPT, SideBatch, collate_sides
 from qlora.utils.send import send
 
 FALLEN = 0.02  # of the log-probability of the chosen answers: a fall that is warned of
@@ -29,7 +29,9 @@ SUMS = (  # what a micro-batch adds to a logged line; `correct`: pairs whose cho
     "correct",
     *("chosen", "chosen_reward", "chosen_log_prob", "chosen_tokens"),
     *("rejected", "rejected_reward", "rejected_log_prob", "rejected_tokens"),
+    *("prompt_log_prob", "prompt_tokens"),  # where the objective learns prompts
 )
+SIDES = (CHOSEN, REJECTED)
 
 
 @dataclass
@@ -51,7 +53,9 @@ class ComparisonStep:
     @property
     def collate(self) -> Callable[[Sequence[Example], int], SideBatch]:
         """Examples with sides and a pad id -> their micro-batch."""
-        return partial(collate_sides, paired=self.objective.is_paired, in_one_row=self.in_one_row)
+        objective = self.objective
+        collate = partial(collate_sides, paired=objective.is_paired, with_prompts=objective.learns_prompts)
+        return partial(collate, in_one_row=self.in_one_row)
 
     def sums(self, model: nn.Module, batch: Batch, counts: Sequence[int] | None) -> Tensor:
         """The SUMS of a micro-batch [len(SUMS)]; only `loss`, a sum over its pairs, has a gradient.
@@ -61,12 +65,14 @@ class ComparisonStep:
         assert isinstance(batch, SideBatch)  # made by `collate`
         reference = self.reference_log_probs(batch) if self.objective.needs_reference else None
         log_probs = model(*batch.arguments)
-        chosen, rejected = (answers_of(batch, role, log_probs, reference) for role in (CHOSEN, REJECTED))
+        chosen, rejected, prompts = (answers_of(batch, role, log_probs, reference) for role in (*SIDES, PROMPT))
         loss = self.objective.losses(chosen, rejected, log_probs.new_tensor(self.kl)).sum()
         if self.objective.sft_weight and counts is not None:
-            units, _, _, chosen_tokens = counts
-            loss = loss - chosen.log_probs.sum() * (self.objective.sft_weight * units / max(1, chosen_tokens))
-        return torch.stack([loss, log_probs.new_tensor(self.kl * batch.units), *self._logged(chosen, rejected)])
+            units, _, _, learned_tokens = counts
+            learned = chosen.log_probs.sum() + prompts.log_probs.sum()
+            loss = loss - learned * (self.objective.sft_weight * units / max(1, learned_tokens))
+        logged = [*self._logged(chosen, rejected), prompts.log_probs.sum().detach(), prompts.tokens.sum()]
+        return torch.stack([loss, log_probs.new_tensor(self.kl * batch.units), *logged])
 
     def warning(self, log_prob: float | None) -> str | None:
         """A warning, once, when the held-out chosen answers have become less likely than at the first evaluation."""
@@ -104,7 +110,9 @@ class ComparisonStep:
 
     @torch.no_grad()
     def reference_log_probs(self, batch: SideBatch) -> Tensor:
-        """What the reference gives the answers of a batch [S]; without dropout."""
+        """What the reference gives the answers of a batch [S]; without dropout. Computed here, if not before."""
+        if batch.reference is not None:
+            return batch.reference
         training = self.model.training
         self.model.eval()
         try:

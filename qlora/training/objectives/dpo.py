@@ -21,7 +21,7 @@ from qlora.training.objectives.answers import Answers
 class Dpo:
     """Direct preference optimization."""
 
-    is_paired, needs_reference, needs_kl = True, True, False
+    is_paired, needs_reference, needs_kl, learns_prompts = True, True, False, False
 
     def __init__(self, settings: Objective) -> None:
         self.beta, self.smoothing = settings.beta, settings.label_smoothing

@@ -19,7 +19,7 @@ from qlora.training.objectives.answers import Answers
 class Ipo:
     """Identity preference optimization."""
 
-    is_paired, needs_reference, needs_kl = True, True, False
+    is_paired, needs_reference, needs_kl, learns_prompts = True, True, False, False
 
     def __init__(self, settings: Objective) -> None:
         self.beta, self.sft_weight = settings.beta, settings.sft_weight

@@ -21,7 +21,7 @@ from qlora.training.objectives.answers import Answers
 class Kto:
     """Kahneman-Tversky optimization."""
 
-    is_paired, needs_reference, needs_kl = False, True, True
+    is_paired, needs_reference, needs_kl, learns_prompts = False, True, True, False
 
     def __init__(self, settings: Objective) -> None:
         self.beta, self.sft_weight = settings.beta, settings.sft_weight

@@ -4,8 +4,9 @@ With a = log p(c) / |c| and b = log p(r) / |r|, means over tokens, and the odds 
 
     L = CE(c) - beta log sigmoid(z)      z = a - b - log(1 - e^a) + log(1 - e^b)       equations 6 and 7
 
-CE is the cross entropy per token of the chosen answers of the whole step, beta the paper's lambda. There is no
-reference. Since dz/da = 1 / (1 - e^a), the gradients of the second term are
+CE is the cross entropy per token of the chosen conversations of the whole step, prompts included, as in its authors'
+code and in TRL; beta is the paper's lambda. There is no reference. Since dz/da = 1 / (1 - e^a), the gradients of the
+second term are
 
     dL/dlog p(c) = -beta sigmoid(-z) / (1 - e^a) / |c|       dL/dlog p(r) = beta sigmoid(-z) / (1 - e^b) / |r|
 """
@@ -21,7 +22,7 @@ from qlora.training.objectives.answers import Answers
 class Orpo:
     """Odds ratio preference optimization."""
 
-    is_paired, needs_reference, needs_kl, sft_weight = True, False, False, 1.0
+    is_paired, needs_reference, needs_kl, learns_prompts, sft_weight = True, False, False, True, 1.0
 
     def __init__(self, settings: Objective) -> None:
         self.beta = settings.beta

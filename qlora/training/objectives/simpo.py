@@ -19,7 +19,7 @@ from qlora.training.objectives.answers import Answers
 class Simpo:
     """Simple preference optimization."""
 
-    is_paired, needs_reference, needs_kl = True, False, False
+    is_paired, needs_reference, needs_kl, learns_prompts = True, False, False, False
 
     def __init__(self, settings: Objective) -> None:
         self.beta, self.gamma, self.smoothing = settings.beta, settings.gamma, settings.label_smoothing
