@@ -249,10 +249,12 @@ def generation_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-CLIENTS = {"vllm": "vLLM", "mlx": "mlx-lm", "transformers": "transformers"}
+CLIENTS = {"vllm": "vLLM", "mlx": "mlx-lm", "transformers": "transformers", "cyllama": "llama.cpp by"}
 EXPORTS = {
     "merged": "`--to merged`", "portable": "base + `--to portable`", "adapter": "base + `--to adapter`",
     "mlx": "base + `--to mlx`",
+    "gguf float16": "`--to gguf`",
+    "gguf float32": "`--to gguf --dtype float32`",
 }  # fmt: skip
 
 

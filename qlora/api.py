@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora.runs.load_run import LoadedRun
 
 StrPath = str | PathLike[str]
-Target = Literal["merged", "adapter", "portable", "mlx", "ollama"]
+Target = Literal["merged", "adapter", "portable", "gguf", "gguf-adapter", "mlx", "ollama"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def export(
     to: Target = "merged",
     *,
     base: Literal["dequantized", "original"] = MERGE_BASE,
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32", "q8_0", "q4_0"] | None = None,
     rows: int | None = None,
 ) -> Exported:
     """Export a run for other programs, and measure what the merge changed.

@@ -33,7 +33,7 @@ def _folder_table(folder: Path, out: str, has_modelfile: bool) -> list[Server]:
         ollama = Server("Ollama", True, f"if its importer has the architecture; {IMPORT}", command)
     load = f'AutoModelForCausalLM.from_pretrained("{out}")'
     return [
-        Server("transformers", True, "5.24 gives the same answers (2026-11-25)", load),
+        Server("transformers", True, "5.24 and 4.57 give the same answers (2026-11-26)", load),
         listed("vLLM", config, f"vllm serve {out}"),
         listed("SGLang", config, f"python -m sglang.launch_server --model-path {out}"),
         Server("llama.cpp", False, "reads GGUF files: use --to gguf"),

@@ -209,6 +209,7 @@ print(json.dumps([peak_bytes(path) for path in {files!r}]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
     """6,000 more records may take 200 bytes each (keys, lengths, order: 110 measured), not the 2,600 of objects."""

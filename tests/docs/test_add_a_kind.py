@@ -48,6 +48,7 @@ def test_the_plan_of_int8():
 """
 
 
+@pytest.mark.slow
 def test_the_laws_and_the_planner_use_the_kind_of_the_page(project: Path) -> None:
     (project / "config.json").write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))
     (project / "tests" / "test_plan_of_int8.py").write_text(PLANS)

@@ -46,12 +46,14 @@ def test_a_kill_at_any_moment_of_a_run_loses_no_checkpoint(zoo: Zoo, seed: int, 
     assert result.clean and result.kills == 3, result
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1)])
 def test_no_non_finite_value_is_ever_written(zoo: Zoo, seed: int, world: int, count: int, tmp_path: Path) -> None:
     result = non_finite.inject_non_finite(zoo("llama"), tmp_path, count, seed, no_report, world)
     assert result.clean and result.runs == count, result
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1)])
 def test_a_signal_in_any_phase_leaves_an_exact_checkpoint(
     zoo: Zoo, seed: int, world: int, count: int, tmp_path: Path

@@ -36,8 +36,9 @@ for name in ("setitimer", "SIGALRM", "SIGPROF", "SIGVTALRM", "SIGKILL", "SIGUSR1
     delattr(signal, name)
 
 import qlora
+left_out = ("qlora.__main__", "qlora.runs.harness_model")  # the extra lm-eval, as Triton, is not installed everywhere
 for module in pkgutil.walk_packages(qlora.__path__, "qlora."):
-    if module.name != "qlora.__main__" and not module.name.endswith("_kernel"):  # Triton is not installed everywhere
+    if module.name not in left_out and not module.name.endswith("_kernel"):
         importlib.import_module(module.name)
 
 from qlora.cli.app import run
