@@ -136,7 +136,12 @@ def test_a_dumped_recipe_reads_back_the_same(flat, tmp_path_factory):
         recipe, _ = from_mapping(nested(flat))
     except RecipeError as error:  # each setting is valid here, so only a conflict between them is allowed
         conflicts = ("has no effect", "full trains every weight", "loftq starts from", "compiled layers", "stream")
-        conflicts += ("objective.kind", "objective.reference", "a preference for a whole answer")
+        conflicts += (
+            "objective.kind",
+            "objective.reference",
+            "a preference for a whole answer",
+            "adapter.kind full has none",
+        )
         assert all(any(conflict in line for conflict in conflicts) for line in str(error).splitlines()), error
         return
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
