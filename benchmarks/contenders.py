@@ -22,26 +22,14 @@ def qlora(
     """
     import torch
 
-    from qlora.adapters.inject import inject
-    from qlora.adapters.lora import Lora
     from qlora.adapters.step_casts import casts_kept
-    from qlora.memory.activation_recompute import recompute as recompute_layers
-    from qlora.memory.malloc import keep_freed_memory
-    from qlora.model import Model
-    from qlora.model.load_base import load
-    from qlora.quant import Quant, build_quantizer
     from qlora.training import OPTIMIZERS
     from qlora.training.compile import compile_layers
     from qlora.training.loss import TokenLoss
     from qlora.training.optimizers import parameter_groups
 
     optimizers, device = OPTIMIZERS[optim], torch.device(work["device"])
-    gate.imported()
-    if device.type == "cpu":
-        keep_freed_memory()
-    base = load(Model(name=work["folder"], dtype=work["dtype"]), build_quantizer(Quant()), device)
-    inject(base.model, Lora(RANK, ALPHA, 0.0), "all-linear", 0)
-    recompute_layers(base.model, recompute)
+    base = adapted_base(gate, recompute, work)
     if compiled:
         compile_layers(base.model, device)
     loss = TokenLoss(base.model).train()
@@ -65,6 +53,28 @@ def qlora(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         gate.done(started, float(total))
+
+
+def adapted_base(gate: StepGate, recompute: int | None, work: dict[str, Any]) -> Any:
+    """The project's 4-bit base with LoRA on all linear layers. `recompute`: layers that recompute (None: all)."""
+    import torch
+
+    from qlora.adapters.inject import inject
+    from qlora.adapters.lora import Lora
+    from qlora.memory.activation_recompute import recompute as recompute_layers
+    from qlora.memory.malloc import keep_freed_memory
+    from qlora.model import Model
+    from qlora.model.load_base import load
+    from qlora.quant import Quant, build_quantizer
+
+    device = torch.device(work["device"])
+    gate.imported()
+    if device.type == "cpu":
+        keep_freed_memory()
+    base = load(Model(name=work["folder"], dtype=work["dtype"]), build_quantizer(Quant()), device)
+    inject(base.model, Lora(RANK, ALPHA, 0.0), "all-linear", 0)
+    recompute_layers(base.model, recompute)
+    return base
 
 
 def _micro_batches(batch: list[list[int]], length: int, short: bool) -> list[Any]:
@@ -156,20 +166,7 @@ def trl_defaults(gate: StepGate, **work: Any) -> None:
     """B1: SFTTrainer with its defaults; only base, adapter and batch size are set."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
-
-    class Timed(TrainerCallback):
-        """Waits at the gate before every step."""
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not gate.wait():
-                raise SystemExit
-            self.started = time.perf_counter()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
-            if logs and "loss" in logs:
-                gate.done(self.started, float(logs["loss"]))
 
     gate.imported()
     batch = min(work["batch"], PER_DEVICE_BATCH)
@@ -184,9 +181,26 @@ def trl_defaults(gate: StepGate, **work: Any) -> None:
         examples = token_lists(work["batch"] * work["steps"], work["length"], work["short"])
         dataset = Dataset.from_dict({"input_ids": examples})
         base = four_bit_base(work)
-        trainer = SFTTrainer(base, args=config, train_dataset=dataset, peft_config=lora, callbacks=[Timed()])
+        trainer = SFTTrainer(base, args=config, train_dataset=dataset, peft_config=lora, callbacks=[step_timer(gate)])
         gate.ready("loaded")
         trainer.train()
+
+
+def step_timer(gate: StepGate) -> Any:
+    """A callback of transformers' Trainer that waits at the gate before every step and reports it with its loss."""
+    from transformers import TrainerCallback
+
+    class StepTimer(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not gate.wait():
+                raise SystemExit
+            self.started = time.perf_counter()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
+            if logs and "loss" in logs:
+                gate.done(self.started, float(logs["loss"]))
+
+    return StepTimer()
 
 
 def four_bit_base(work: dict[str, Any]) -> Any:

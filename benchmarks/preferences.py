@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from contenders import four_bit_base
+from contenders import adapted_base, four_bit_base, step_timer
 from harness import Race, StepGate, write
 from workloads import ALPHA, END, RANK, SHAPES, TARGETS, WORDS, make_base
 
@@ -43,14 +43,7 @@ def qlora(gate: StepGate, micro_batch: int | None = None, recompute: int | None 
 
     import torch
 
-    from qlora.adapters.inject import inject
-    from qlora.adapters.lora import Lora
     from qlora.adapters.switch import disable_adapters
-    from qlora.memory.activation_recompute import recompute as recompute_layers
-    from qlora.memory.malloc import keep_freed_memory
-    from qlora.model import Model
-    from qlora.model.load_base import load
-    from qlora.quant import Quant, build_quantizer
     from qlora.training import OPTIMIZERS
     from qlora.training.objectives import OBJECTIVES, Objective
     from qlora.training.objectives.comparison_step import ComparisonStep
@@ -58,11 +51,7 @@ def qlora(gate: StepGate, micro_batch: int | None = None, recompute: int | None 
     from qlora.training.side_log_probs import SideLogProbs
 
     optimizers = OPTIMIZERS["paged_adamw_32bit"]
-    gate.imported()
-    keep_freed_memory()
-    base = load(Model(name=work["folder"], dtype=work["dtype"]), build_quantizer(Quant()), torch.device("cpu"))
-    inject(base.model, Lora(RANK, ALPHA, 0.0), "all-linear", 0)
-    recompute_layers(base.model, recompute)
+    base = adapted_base(gate, recompute, work)
     model = SideLogProbs(base.model).train()
     objective = OBJECTIVES["dpo"](Objective(kind="dpo", beta=BETA))
     step = ComparisonStep(objective, model, partial(disable_adapters, base.model))
@@ -122,20 +111,8 @@ def trl_defaults(gate: StepGate, micro_batch: int = TRL_BATCH, **work: Any) -> N
     """DPOTrainer with its defaults; only base, adapter, batch size, dtype and learning rate are set."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
-
-    class Timed(TrainerCallback):
-        """Waits at the gate before every step."""
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not gate.wait():
-                raise SystemExit
-            self.started = time.perf_counter()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
-            if logs and "loss" in logs:
-                gate.done(self.started, float(logs["loss"]))
 
     gate.imported()
     batch = min(work["batch"], micro_batch)
@@ -155,7 +132,7 @@ def trl_defaults(gate: StepGate, micro_batch: int = TRL_BATCH, **work: Any) -> N
         rows = {"prompt": [f"{prompt} " for prompt in prompts], "chosen": answers[0], "rejected": answers[1]}
         trainer = DPOTrainer(
             four_bit_base(work), args=config, train_dataset=Dataset.from_dict(rows), peft_config=lora,
-            processing_class=AutoTokenizer.from_pretrained(work["folder"]), callbacks=[Timed()],
+            processing_class=AutoTokenizer.from_pretrained(work["folder"]), callbacks=[step_timer(gate)],
         )  # fmt: skip
         first = trainer.train_dataset[0]
         lengths = [len(first[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]

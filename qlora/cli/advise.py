@@ -56,12 +56,13 @@ def _before(recipe: str, overrides: Sequence[str], rows: int) -> tuple[dict[str,
     from qlora.recipe.check_paths import ENCODING, read_checked
 
     settings, _ = read_checked(recipe, overrides, ENCODING)
+    from qlora.runs.advise import verdict
+
     if settings.objective.sided_format is not None:
-        from qlora.runs.advise.preferences import advise_answers, answer_lines
+        from qlora.runs.advise.preferences import VERDICTS, advise_answers
 
         advice = advise_answers(settings, rows, log)
-        return advice, answer_lines(advice)
-    from qlora.runs.advise import verdict
+        return advice, verdict.as_lines(advice, VERDICTS)
     from qlora.runs.advise.before import advise_before
 
     advice = advise_before(settings, rows, log)

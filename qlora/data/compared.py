@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from qlora.data.batching.sampler import lengths_of
+from qlora.data.example_sequence import ExampleSequence
 from qlora.data.types import Example
 
 Values = npt.NDArray[np.float32]
@@ -25,7 +25,7 @@ class ComparedExample(Example):
     reference: Values | None = None
 
 
-class ReferencedAnswers(Sequence[Example]):
+class ReferencedAnswers(ExampleSequence):
     """Examples with the log-probabilities of their sides, and of their mismatched answers, under the reference."""
 
     def __init__(self, examples: Sequence[Example], values: Values) -> None:
@@ -38,15 +38,8 @@ class ReferencedAnswers(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Example `index` with its values."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def example(self, number: int) -> Example:
+        """Example `number` with its values."""
         example = self._examples[number]
         end, mismatched = int(self._ends[number]), mismatched_of(example)
         others = len(mismatched.sides) if mismatched else 0

@@ -5,9 +5,8 @@ before it in its group, of the first one that of the last. So packing, the order
 micro-batches do not change it; with groups of its batch size, TRL forms the same ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +14,11 @@ import numpy.typing as npt
 from qlora.data.batching.dataset import SequenceDataset
 from qlora.data.batching.join import join_documents
 from qlora.data.compared import ComparedExample
+from qlora.data.example_sequence import ExampleSequence
 from qlora.data.types import CHOSEN, IGNORED, Example, Side
 
 
-class MismatchedAnswers(Sequence[Example]):
+class MismatchedAnswers(ExampleSequence):
     """Sequences of labeled answers, each a ComparedExample; a mismatched answer is cut off at `max_length`."""
 
     def __init__(self, sequences: SequenceDataset, max_length: int, group: int) -> None:
@@ -29,17 +29,11 @@ class MismatchedAnswers(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._sequences)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Sequence `index` with its mismatched answers."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        own, examples = self._sequences[index], self._sequences.examples
-        numbers = self._sequences.examples_of(index)
-        mismatched = [self._pair(examples[number], examples[self._other[number]]) for number in numbers]
+    def example(self, number: int) -> Example:
+        """Sequence `number` with its mismatched answers."""
+        own, examples = self._sequences[number], self._sequences.examples
+        indices = self._sequences.examples_of(number)
+        mismatched = [self._pair(examples[index], examples[self._other[index]]) for index in indices]
         values = {field.name: getattr(own, field.name) for field in fields(Example)}
         return ComparedExample(**values, mismatched=join_documents(mismatched))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from qlora.errors import InputError, did_you_mean
-from qlora.exporters.gguf import K_QUANTS, STORAGES, check_checkout
+from qlora.exporters.gguf import K_QUANTS, MISSING, STORAGES, check_checkout
 from qlora.runs.artifacts import NO_ADAPTER
 from qlora.utils.atomic_folders import require_new_folder
 from qlora.utils.registry import Registry
@@ -26,6 +26,7 @@ TARGETS = Registry(
 )
 FULL_MODELS = ("merged", "ollama")  # targets that are full models: these get a certificate
 WHOLE_MODELS = (*FULL_MODELS, "gguf")  # with those that are one file
+ADAPTERS = ("adapter", "portable", "mlx")  # targets that are an adapter in files of its own, which is read back
 GGUF_TARGETS = ("gguf", "gguf-adapter")
 DTYPES = ("bfloat16", "float16", "float32")  # of a merged model
 MERGE_BASE: Final = "dequantized"  # what an update is added to by default: the weights that training used
@@ -62,6 +63,14 @@ class ExportRequest:
         require_new_folder(folder)
 
     @property
+    def unused(self) -> list[str]:
+        """Options that were set and change nothing for this target: an adapter's matrices are float32, of no base."""
+        if self.to in WHOLE_MODELS:
+            return []
+        values = {"--dtype": self.dtype not in (None, "float32"), "--base": self.base != MERGE_BASE}
+        return [option for option, is_set in values.items() if is_set]
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """The words of --dtype for this target; K-quants are written by llama.cpp's own program."""
         if self.to != "gguf":
@@ -75,7 +84,7 @@ class ExportRequest:
                 raise InputError(f"--llama-cpp: it is for --to gguf, found --to {self.to}.")
             check_checkout(Path(self.llama_cpp), self.dtype)
         if self.to in GGUF_TARGETS and find_spec("gguf") is None:
-            raise InputError(f"--to {self.to} needs the package gguf: pip install 'qlora-trainer[gguf]'")
+            raise InputError(f"--to {self.to} {MISSING}")
 
     def check_source(self, has_adapter: bool, kind: str) -> None:
         """InputError for a model without an adapter, or a target that needs one. kind: `adapter.kind` of the recipe."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
     request.check(folder)
     request.check_source(run.adapter is not None, run.recipe.adapter.kind)
     exporter, dtype = _exporter(request), _dtype(request, run)
+    for option in request.unused:
+        log(f"careful: {option} has no effect for --to {request.to}, which writes the adapter's float32 matrices")
     progress = ProgressReporter(log, "writing the model", "bytes")
     storage = (request.dtype or DEFAULT_STORAGE) if request.to == "gguf" else ""
     name = run.recipe.model.name
@@ -55,19 +57,12 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
         size = exporter.write(source, partial, options)
         measured = measure(run, partial, request, options, log)
         table = servers(request.to, partial, out, _served_base(run, name))
-        stored = storage or dtype_name(dtype)
+        stored = storage or dtype_name(dtype if request.to in WHOLE_MODELS else torch.float32)
         facts = {"to": request.to, "base": request.base, "dtype": stored, **measured}
         write_text(partial / MODEL_CARD, _model_card(run, partial, facts))
         (partial / PROGRESS).unlink(missing_ok=True)
-    for line in options.lines:
+    for line in (*options.lines, f"programs that load {out}:\n{as_text(table)}", *_notes(run, request)):
         log(line)
-    log(f"programs that load {out}:\n{as_text(table)}")
-    if run.recipe.data.template_args:
-        log(f"its chat template has {_json(run.recipe.data.template_args)} where a server passes no other values")
-    if request.to not in WHOLE_MODELS:
-        log("these servers add the adapter to the 16-bit base; `--to merged` keeps the quantized one of training")
-        for line in base_warning(_manifest(run)):
-            log(f"careful: {line}")
     return {
         "path": str(folder), "base": request.base, "dtype": stored, "bytes": size,
         "agreement": measured.get("agreement"), "rounding": measured.get("rounding"),
@@ -75,6 +70,15 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
         "conversations": measured.get("conversations"), "findings": measured.get("findings", []),
         "servers": [asdict(server) for server in table],
     }  # fmt: skip
+
+
+def _notes(run: LoadedRun, request: ExportRequest) -> Iterator[str]:
+    """What a user should know who serves it."""
+    if run.recipe.data.template_args:
+        yield f"its chat template has {_json(run.recipe.data.template_args)} where a server passes no other values"
+    if request.to not in WHOLE_MODELS:
+        yield "these servers add the adapter to the 16-bit base; `--to merged` keeps the quantized one of training"
+        yield from (f"careful: {line}" for line in base_warning(_manifest(run)))
 
 
 def _exporter(request: ExportRequest) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora.data.types import Example
 from qlora.errors import InputError, QloraError
-from qlora.exporters import FULL_MODELS, MAX_KL, MERGE_BASE, ExportRequest
+from qlora.exporters import ADAPTERS, FULL_MODELS, MAX_KL, MERGE_BASE, ExportRequest
 from qlora.exporters.adapter_agreement import compare_adapters, compare_on_16_bit_base, has_16_bit_base
 from qlora.exporters.certificate import Agreement, Rounding, compare, summarize_rounding
 from qlora.exporters.export_source import ExportOptions
@@ -27,7 +27,6 @@ from qlora.utils.atomic_files import write_json
 from qlora.utils.devices import same_device
 
 CERTIFICATE = "certificate.json"
-ADAPTERS = ("adapter", "portable", "mlx")  # targets whose adapter is read back
 CERTIFICATE_ROWS = 128  # held-out examples of a certificate, if `--rows` is not given
 ADAPTER_ROWS = 32  # for an adapter on the 16-bit base, whose matrices are read again for each few of them
 
@@ -87,12 +86,17 @@ def _certificate(measured: dict[str, Any], request: ExportRequest, options: Expo
     return content | {"base": request.base, "dtype": dtype_name(options.dtype), "limits": limits}
 
 
-def _measure_model(
-    run: LoadedRun, folder: Path, request: ExportRequest, options: ExportOptions, log: Log
-) -> dict[str, Any]:
+def _rounding(options: ExportOptions, log: Log) -> Rounding:
     rounding = summarize_rounding(options.rounding)
     if options.rounding:
         log(str(rounding))
+    return rounding
+
+
+def _measure_model(
+    run: LoadedRun, folder: Path, request: ExportRequest, options: ExportOptions, log: Log
+) -> dict[str, Any]:
+    rounding = _rounding(options, log)
     agreement = certify(run, folder, request) if request.rows != 0 else None
     if agreement:
         log(f"certificate: {agreement}")
@@ -103,9 +107,7 @@ def _measure_model(
 def _measure_file(
     run: LoadedRun, folder: Path, request: ExportRequest, options: ExportOptions, log: Log
 ) -> dict[str, Any]:
-    rounding = summarize_rounding(options.rounding)
-    if options.rounding:
-        log(str(rounding))
+    rounding = _rounding(options, log)
     examples = held_out_examples(run, request.data)[: request.rows or CERTIFICATE_ROWS] if request.rows != 0 else []
     measured = measure_gguf(run, folder, request, examples, log)
     _refuse_above_limits(rounding, None, request)

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from qlora.exporters import ADAPTERS
 from qlora.exporters.adapter_servers import OLLAMA, ServedBase, adapter_table
 from qlora.exporters.server_support import Server, listed, mlx_problem
 from qlora.utils.atomic_files import read_json
 
 GGUF_READERS = "b11669 (2026-11-26)"
 IMPORT = "docs.ollama.com/import (2026-09); ollama itself was not run here"
-ADAPTERS = ("adapter", "portable", "mlx")
 
 
 def servers(target: str, folder: Path, out: str, base: ServedBase) -> list[Server]:

@@ -110,6 +110,11 @@ def _difference(tokenizer: Any, conversation: ServedConversation) -> str:
         ids = ids_of_server(tokenizer, conversation)
     except RecordError as error:
         return f"{conversation.where}: {error}"
+    return where_different(conversation, ids)
+
+
+def where_different(conversation: ServedConversation, ids: Sequence[int]) -> str:
+    """From which token on `ids` are not those of training; empty if they are."""
     if ids == conversation.ids:
         return ""
     pairs = zip([*ids, None], [*conversation.ids, None], strict=False)

@@ -41,7 +41,7 @@ def benchmark_request(
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"--include-path: {include_path} is no folder.{similar_path(Path(include_path))}")
     if find_spec("lm_eval") is None:
-        raise InputError("--lm-eval: needs lm-evaluation-harness. Install it: pip install 'qlora-trainer[lm-eval]'.")
+        raise InputError("--lm-eval: needs lm-evaluation-harness. Install it: pip install lm-eval.")
     return BenchmarkRequest(names, limit, include_path, chat_template)
 
 

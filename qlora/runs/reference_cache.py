@@ -24,6 +24,7 @@ from qlora.errors import QloraError
 from qlora.model.lm_head import shares_prefixes
 from qlora.runs.write_artifacts import RunSetup
 from qlora.training.job import Job
+from qlora.training.objectives import OBJECTIVES
 from qlora.training.objectives.reference_values import reference_values
 from qlora.utils.atomic_files import cache_folder, sha256_of, write_bytes
 
@@ -69,13 +70,13 @@ def fingerprint(setup: RunSetup, part: str) -> dict[str, Any]:
     """All that the values of data.`part` depend on: base, reference, template, rows, and how they are computed."""
     recipe, base = setup.recipe, setup.base
     reference = Path(recipe.objective.reference).expanduser() / WEIGHTS
-    kto_group = recipe.train.global_batch if recipe.objective.kind == "kto" else None
+    kl_group = recipe.train.global_batch if OBJECTIVES[recipe.objective.kind].needs_kl else None
     return {
         "base": [base.manifest.sha256, base.manifest.dtype, recipe.quant.model_dump(mode="json")],
         "reference": sha256_of(reference) if reference.is_file() else "base",
         "template": setup.encoder.sha256,
         "rows": [part, setup.data.report.sha256, recipe.train.seed, recipe.data.model_dump(mode="json")],
-        "examples": [recipe.objective.sided_format, kto_group, shares_prefixes(base.model)],
+        "examples": [recipe.objective.sided_format, kl_group, shares_prefixes(base.model)],
         "computed": [__version__, base.device.type, recipe.model.attention],
     }
 

@@ -49,9 +49,7 @@ def test_options_that_can_not_work_are_refused(trained: Path, tmp_path: Path) ->
 
 
 def test_local_tasks_run_and_are_kept(trained: Path, tasks: Path) -> None:
-    pytest.importorskip(
-        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'qlora-trainer[lm-eval]'"
-    )
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm-eval")
     names = ",".join(TASKS)
     result = qlora("eval", trained, "--lm-eval", names, "--include-path", tasks, "--limit", 4, "--json")
     assert result.code == 0, result.err
@@ -65,9 +63,7 @@ def test_local_tasks_run_and_are_kept(trained: Path, tasks: Path) -> None:
 
 
 def test_log_likelihoods_and_answers_are_those_of_qlora(trained: Path, tmp_path: Path) -> None:
-    pytest.importorskip(
-        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'qlora-trainer[lm-eval]'"
-    )
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm-eval")
     from lm_eval.api.instance import Instance
 
     from qlora.model.generate_tokens import generate
@@ -100,9 +96,7 @@ def test_log_likelihoods_and_answers_are_those_of_qlora(trained: Path, tmp_path:
 
 
 def test_conversations_are_rendered_as_in_training(trained: Path) -> None:
-    pytest.importorskip(
-        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'qlora-trainer[lm-eval]'"
-    )
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm-eval")
     from qlora.data.types import Message
     from qlora.runs.harness_model import HarnessModel
 

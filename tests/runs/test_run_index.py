@@ -67,8 +67,8 @@ class Browser:
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}"
         options = {"binary": BROWSER, "args": ["--headless=new", "--no-sandbox", "--disable-gpu"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL"}}
-        self._session = self.send("/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL"}}
+        self._session = self.send("/session", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
 
     def send(self, path: str, body: Any) -> Any:
         """The value of the answer to a command."""

@@ -3,15 +3,15 @@
 So memory does not grow with the number of examples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from qlora.data.batching.column_store import Array, Columns
 from qlora.data.batching.join import join_documents
+from qlora.data.example_sequence import ExampleSequence
 from qlora.data.types import IGNORED, Branch, Example, Side
 
 Indices = npt.NDArray[np.int64]
@@ -48,7 +48,7 @@ class ExampleWriter:
         columns.append_number("where_ends", self._where_bytes)
 
 
-class ExampleStore(Sequence[Example]):
+class ExampleStore(ExampleSequence):
     """The examples that an ExampleWriter wrote."""
 
     def __init__(self, columns: Mapping[str, Array]) -> None:
@@ -61,18 +61,12 @@ class ExampleStore(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Example `index`, in the order of writing."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        span = _span(self._ends, range(len(self))[index])
+    def example(self, number: int) -> Example:
+        """Example `number`, in the order of writing."""
+        span = _span(self._ends, number)
         ids = np.array(self._ids[span], dtype=np.int32)
         labels = np.where(self._trained[span], ids, np.int32(IGNORED))
-        where, branches, sides = self.where(index), self.branches(index), self.sides(index)
+        where, branches, sides = self.where(number), self.branches(number), self.sides(number)
         # Sides that share no prefix are documents.
         boundaries = () if branches else tuple(side.start for side in sides[1:])
         origins = (where,) * len(sides) if boundaries else ()
@@ -107,7 +101,7 @@ class ExampleStore(Sequence[Example]):
         return np.diff(self._ends, prepend=0)
 
 
-class SequenceDataset(Sequence[Example]):
+class SequenceDataset(ExampleSequence):
     """Sequences of one or more examples: sequence i joins the examples order[ends[i-1]:ends[i]]."""
 
     def __init__(self, examples: ExampleStore, order: Array, ends: Array) -> None:
@@ -123,15 +117,9 @@ class SequenceDataset(Sequence[Example]):
             return np.zeros(0, dtype=np.int64)
         return np.add.reduceat(self.examples.lengths[self.order], np.append(0, self._ends[:-1]))  # type: ignore[no-any-return]
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Sequence `index`, its examples joined."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return join_documents([self.examples[number] for number in self.examples_of(index)])
+    def example(self, number: int) -> Example:
+        """Sequence `number`, its examples joined."""
+        return join_documents([self.examples[index] for index in self.examples_of(number)])
 
     def examples_of(self, index: int) -> list[int]:
         """The numbers of the examples that sequence `index` joins."""

@@ -11,6 +11,7 @@ from qlora.errors import InputError
 
 STORAGES: Final = ("float32", "float16", "bfloat16", "q8_0", "q4_0")  # how the matrices of a file are stored
 K_QUANTS: Final = ("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")  # by llama-quantize only
+MISSING: Final = "needs the package gguf: pip install gguf"
 DEFAULT_STORAGE: Final = "float16"
 MODEL_FILE: Final = "model.gguf"
 ADAPTER_FILE: Final = "adapter.gguf"

@@ -19,7 +19,7 @@ from qlora.exporters.gguf.gguf_architectures import ARCHITECTURES, Architecture
 from qlora.exporters.gguf.gguf_file import GgufFile
 from qlora.exporters.gguf.metadata import config_of_file
 from qlora.exporters.gguf.tensor_layout import placements
-from qlora.exporters.served_conversations import ConversationAgreement, ServedConversation
+from qlora.exporters.served_conversations import ConversationAgreement, ServedConversation, where_different
 from qlora.model.lazy_model import build_lazy_model
 from qlora.model.meta_model import build_meta_model
 from qlora.runs.load_run import LoadedRun
@@ -76,10 +76,4 @@ def _difference(own: FileTokenizer, tokenizer: Any, template: str, conversation:
         )
     except Exception as error:  # a template is a program: it may raise anything
         return f"{conversation.where}: refused by the chat template ({first_line(error, 200)})"
-    ids = own.encode_prompt(prompt)
-    if ids == conversation.ids:
-        return ""
-    pairs = zip([*ids, None], [*conversation.ids, None], strict=False)
-    at = next(index for index, (one, other) in enumerate(pairs) if one != other)
-    trained, here = conversation.ids[at : at + 4], ids[at : at + 4]
-    return f"{conversation.where}: from token {at} on {trained} in training, {here} here"
+    return where_different(conversation, own.encode_prompt(prompt))

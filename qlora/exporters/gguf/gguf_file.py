@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qlora.errors import InputError, QloraError, first_line
+from qlora.exporters.gguf import MISSING
 
-MISSING = "--to gguf needs the package gguf: pip install 'qlora-trainer[gguf]'"
 CHUNK_VALUES = 2**22  # of a tensor that are converted and checked at a time
 Value = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 Report = Callable[[int, int], None]
@@ -27,7 +27,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise InputError(f"{MISSING} ({first_line(error)})") from error
+        raise InputError(f"--to gguf {MISSING} ({first_line(error)})") from error
     return gguf
 
 

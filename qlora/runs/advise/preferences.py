@@ -129,9 +129,3 @@ VERDICTS = {
     "orpo": "objective.kind: orpo, which learns to answer and to prefer in one run",
     "kto": "objective.kind: kto",
 }
-
-
-def answer_lines(figures: Figures) -> list[str]:
-    """The verdict and its reasons as text."""
-    lines = [f"- {reason['text']}  [{reason['source']}]" for reason in figures["reasons"]]
-    return [*lines, f"verdict: {VERDICTS[figures['verdict']]}"]

@@ -115,7 +115,7 @@ VERDICTS = {
 }
 
 
-def as_lines(figures: Figures) -> list[str]:
+def as_lines(figures: Figures, verdicts: Mapping[str, str] = VERDICTS) -> list[str]:
     """The verdict and its reasons as text."""
     lines = [f"- {reason['text']}  [{reason['source']}]" for reason in figures["reasons"]]
-    return [*lines, f"verdict: {VERDICTS[figures['verdict']]}"]
+    return [*lines, f"verdict: {verdicts[figures['verdict']]}"]

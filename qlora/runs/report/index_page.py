@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora.runs.report import facts, number_format
+from qlora.runs.report.html_document import html_document
 from qlora.runs.report.html_tables import flat_settings
 from qlora.runs.report.index_script import SCRIPT, SCRIPT_SOURCE
 from qlora.runs.report.index_script import STYLE as INDEX_STYLE
@@ -12,7 +13,6 @@ from qlora.runs.report.run_data import RunData, number, string
 from qlora.runs.report.series import Point, downsampled, points, smoothed
 from qlora.runs.report.style import STYLE
 
-_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src {SCRIPT_SOURCE}"
 _OWN_SETTINGS = ("train.output", "train.resume")  # of every run, so that they say nothing about its result
 _FIGURES = ("created", "state", "held-out loss", "training loss", "steps", "tokens/s", "peak MiB", "seconds", "base")
 _SPARK_POINTS, _WIDTH, _HEIGHT = 60, 120, 24
@@ -39,15 +39,6 @@ def index_page(title: str, runs: Sequence[IndexedRun]) -> str:
     names = [name for name in _FIGURES if any(name in row for row in cells)]
     names += [name for name in dict.fromkeys(name for row in cells for name in row) if name not in names]
     numeric = {name for name in names if all(row[name].value is not None for row in cells if name in row)}
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{title} \u00b7 qlora"),
-        tag("style", Markup(STYLE + INDEX_STYLE)),
-    )
     label = tag("label", "Filter ", tag("input", type="search", placeholder="words in a row", autocomplete="off"))
     rows = [_row(item, row, names, numeric) for item, row in zip(runs, cells, strict=True)]
     table = tag("table", tag("thead", _header(names, numeric)), tag("tbody", *rows))
@@ -55,7 +46,7 @@ def index_page(title: str, runs: Sequence[IndexedRun]) -> str:
     footer = tag("footer", "Written by qlora. One file; it loads nothing from the network.")
     content = tag("main", header, tag("div", table, class_="scroll"), footer)
     body = tag("body", content, tag("script", Markup(SCRIPT)), class_="index")
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    return html_document(title, STYLE + INDEX_STYLE, body, script=SCRIPT_SOURCE)
 
 
 def _cells(run: RunData) -> dict[str, _Cell]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qlora.runs.report import facts, figures
 from qlora.runs.report.benchmark_facts import benchmark_facts
 from qlora.runs.report.expert_table import expert_table
+from qlora.runs.report.html_document import html_document
 from qlora.runs.report.html_tables import different_settings, head_figures, recipes, samples, table
 from qlora.runs.report.markup import Markup, join, tag, text
 from qlora.runs.report.prompt_answers import prompt_answers
@@ -13,28 +14,15 @@ from qlora.runs.report.spectrum_page import spectrum_figure
 from qlora.runs.report.style import STYLE
 
 REFRESH_SECONDS = 30  # the page of a run in progress is reloaded from the disk after this time
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'"  # the browser refuses every request, whatever a sample contains
-)
 
 
 def report_page(runs: Sequence[RunData], first: Markup | None = None) -> str:
     """The page as an HTML document, `first` above its plots. Sections without data are left out."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    refresh = len(runs) == 1 and _progress(runs[0])
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", http_equiv="refresh", content=REFRESH_SECONDS) if refresh else None,
-        tag("title", f"{title} \u00b7 qlora"),
-        tag("style", Markup(STYLE)),
-    )
+    refresh = REFRESH_SECONDS if len(runs) == 1 and _progress(runs[0]) else None
     sections = [_header(title, runs), first, *_body(runs), _footer(runs)]
     body = tag("body", tag("main", *sections), class_="single" if len(runs) == 1 else "several")
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    return html_document(title, STYLE, body, refresh=refresh)
 
 
 def _header(title: str, runs: Sequence[RunData]) -> Markup:
