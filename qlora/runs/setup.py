@@ -176,7 +176,7 @@ def build_job(setup: RunSetup, log: Log, stop: StopSignal, step_down: StepDown |
         oom_recovery=OomRecovery(trainable.values(), step_down, log.print),
         scales_loss=setup.base.dtype == torch.float16,
         comparison=comparison,
-        answer_prompts=prompt_answerer(setup, log, stop),
+        answer_prompts=prompt_answerer(recipe, setup.base, log.print, stop),
     )
     return with_references(setup, job)
 

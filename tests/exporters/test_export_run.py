@@ -42,6 +42,17 @@ def test_an_exported_adapter_is_the_folder_that_peft_reads(runs: Any, tmp_path: 
         assert (tmp_path / "adapter" / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_an_option_without_effect_on_an_adapter_is_named(runs: Any, tmp_path: Path) -> None:
+    lines: list[str] = []
+    request = ExportRequest("adapter", base="original", dtype="float16", rows=0)
+    result = export_run(load_run(str(runs.train("llama"))), request, str(tmp_path / "adapter"), lines.append)
+    assert [line for line in lines if "has no effect" in line] == [
+        f"careful: {option} has no effect for --to adapter, which writes the adapter's float32 matrices"
+        for option in ("--dtype", "--base")
+    ]
+    assert result["dtype"] == "float32"
+
+
 def test_the_base_is_unchanged_by_exports(runs: Any, zoo: Zoo, tmp_path: Path) -> None:
     folder = zoo("qwen3")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}

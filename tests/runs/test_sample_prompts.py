@@ -16,7 +16,9 @@ from qlora.recipe.check_paths import require_paths
 from qlora.recipe.recipe import Recipe
 from qlora.runs.load_run import LoadedRun, load_run
 from qlora.runs.prompts import read_prompts
+from qlora.runs.sample_prompts import prompt_answerer
 from qlora.training.exact_match import text_of
+from qlora.training.signals import StopSignal
 
 Zoo = Callable[..., Path]
 PROMPTS = ("one two", "red")
@@ -56,6 +58,18 @@ def test_each_evaluation_has_the_answers_and_the_first_one_the_bases(folder: Pat
     assert not any("base" in answer for line in lines[1:] for answer in line["answers"])
     page = (folder / "with" / "report.html").read_text()
     assert "Answers during training" in page and "step 3</h4>" in page and ">base</h4>" in page
+
+
+def test_the_bases_answers_are_without_the_adapter(folder: Path) -> None:
+    """At the start of a run both are the same, so that only a trained adapter shows which one answered."""
+    loaded = load_run(str(folder / "with"))
+    answer = prompt_answerer(loaded.recipe, loaded.base, print, StopSignal())
+    assert answer is not None
+    rows, with_adapter = answer(True), texts(loaded)
+    with disable_adapters(loaded.base.model):
+        base = texts(loaded)
+    assert [row["answer"] for row in rows] == with_adapter
+    assert [row["base"] for row in rows] == base != with_adapter
 
 
 def test_the_run_is_the_same_without_prompts(folder: Path) -> None:
