@@ -66,6 +66,23 @@ def spin(seconds: float) -> None:
         pass
 
 
+def test_a_record_above_the_limit_runs_alone_once_only() -> None:
+    calls = list[str]()
+
+    def render(record: list[str]) -> str:
+        calls.append(record[0])
+        if record[0] == "loop":
+            spin(9)
+        return record[0]
+
+    group = record_limits.within_time([["a"], ["loop"], ["b"]], render)
+    assert [group[0], group[2]] == ["a", "b"] and isinstance(group[1], RecordError)
+    assert calls == ["a", "loop", "a", "loop", "b"]  # first together under one limit
+    calls.clear()
+    (alone,) = record_limits.within_time([["loop"]], render)
+    assert isinstance(alone, RecordError) and calls == ["loop"]
+
+
 def test_an_exception_handler_can_not_catch_the_time_limit() -> None:
     with pytest.raises(RecordError), record_limits.time_limit(0.05):
         while True:

@@ -47,8 +47,8 @@ def within_time(records: Sequence[Item], function: Callable[[Item], Result]) -> 
         try:
             with time_limit():
                 results += [function(record) for record in group]
-        except RecordError:
-            results += [_alone(record, function) for record in group]
+        except RecordError as error:
+            results += [error] if len(group) == 1 else [_alone(record, function) for record in group]
     return results
 
 
