@@ -110,7 +110,7 @@ PARTS: dict[str, Callable[[Home, float, Report], Any]] = {
         home.model, home.folder, _count(50, share), 2, report
     ),
     "ranks that die": lambda home, share, report: failed_ranks.fail_ranks(
-        home.model, home.folder, _count(100, share), 3, report
+        home.model, home.folder, range(_count(100, share)), 3, report
     ),
     "kills at moments": lambda home, share, report: kills.kill_at_moments(
         home.model, home.folder, _count(500, share), 0, report

@@ -46,6 +46,7 @@ def contenders(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Call
     from qlora.model.generate_tokens import RowHooks, generate
     from qlora.model.load_base import load
     from qlora.quant import Quant, build_quantizer
+    from qlora.runs.inference_memory import inference_memory
 
     section = Model(name=str(folder), dtype="float32")
     bases = [load(section, build_quantizer(Quant()), torch.device("cpu")) for _ in range(2)]
@@ -61,13 +62,22 @@ def contenders(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Call
     theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
 
     def with_adapters(count: int) -> Answers:
-        with switch.per_row(names) as rows:
+        with switch.per_row(names) as rows, inference_memory(adapted):
             return generate(adapted, prompts, count, hooks=RowHooks(select=rows.select))
 
+    def one_batch(count: int) -> Answers:
+        with inference_memory(base):
+            return generate(base, prompts, count)
+
+    def one_by_one(count: int) -> Answers:
+        with inference_memory(base):
+            return [generate(base, [prompt], count)[0] for prompt in prompts]
+
     return {
-        "qlora, one batch": lambda count: generate(base, prompts, count),
+        "qlora, one batch": one_batch,
         "qlora, one batch, base and adapter mixed by row": with_adapters,
-        "qlora, one by one": lambda count: [generate(base, [prompt], count)[0] for prompt in prompts],
+        "qlora, one by one": one_by_one,
+        "qlora, one batch, no dequantized weights kept": lambda count: generate(base, prompts, count),
         "transformers' generate on qlora's layers, one batch": lambda count: transformers_generate(
             base.model, prompts, count
         ),

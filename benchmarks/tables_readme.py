@@ -225,6 +225,34 @@ def _load_note(result: dict[str, Any]) -> str:
     return f", busy with other work (load average {load['before']:.0f})" if busy else ""
 
 
+def data_scale_table() -> str:
+    """Seconds and memory of data preparation by the number of records, beside TRL."""
+    result = read("data_scale")
+    if result is None:
+        return ""
+    machine, processes = result["machine"], result["processes"]
+    lines = [
+        f"Conversations of about 50 tokens to packed rows of 2,048, {processes} processes on {machine['cores']} cores "
+        f"of an {machine['cpu']}; trl {machine['trl']}. Memory: above that of the imports:",
+        "",
+        "| conversations | qlora | TRL | faster by | memory | TRL's | second start |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rows, entry in result["sizes"].items():
+        own, other = entry[f"ours, {processes} processes"], entry.get(f"TRL, {processes} processes")
+        seconds, memory = (f"{other['seconds']:,.0f} s", _mib(other)) if other else ("", "")
+        ratio = f"{other['seconds'] / own['seconds']:.2f}x" if other else ""
+        lines.append(
+            f"| {int(rows):,} | {own['seconds']:,.0f} s | {seconds} | {ratio} | {_mib(own)} | {memory} "
+            f"| {entry['second_start']['seconds']:.1f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _mib(entry: dict[str, Any]) -> str:
+    return f"{entry['peak_bytes'] / 2**20:,.0f} MiB"
+
+
 def generation_table() -> str:
     """Tokens per second of generation, each contender beside qlora one by one."""
     result = read("generation")
@@ -238,7 +266,8 @@ def generation_table() -> str:
         f"{work['tokens']} new tokens "
         f"each, a random {work['shape']} Llama in NF4, float32 products, one thread of an {machine['cpu']}; "
         f"transformers {machine['transformers']}, bitsandbytes {machine['bitsandbytes']}; "
-        f"{rounds} round{'s' * (rounds > 1)} on a busy machine:",
+        f"{rounds} round{'s' * (rounds > 1)}{' on a busy machine' * (machine['load_before'] > machine['cores'])}. On a "
+        "CPU `qlora generate`, `eval` and `chat` keep up to 256 MiB of dequantized weights:",
         "",
         "| | tokens per processor second | against one by one |",
         "|---|---|---|",
@@ -281,6 +310,7 @@ def clients_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "data_scale": data_scale_table,
     "generation": generation_table,
     "speed": speed_table,
     "memory": memory_table,

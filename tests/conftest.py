@@ -1,8 +1,10 @@
 """Fixtures and rules of all tests: no network, no unpickling, one thread, tiny models that are written once."""
 
 import gc
+import itertools
 import os
 import random
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from support.case_samples import mark_samples
+from support.work_groups import FolderScheduling, longest_first
 
 MakeModel = Callable[..., Path]
 # Tens of thousands of waits for the disk: a killed process loses nothing without them, only a machine without power.
@@ -30,6 +33,14 @@ SAMPLE = int(os.environ.setdefault("QLORA_TEST_SAMPLE", str(random.SystemRandom(
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before cases are deselected by their marks."""
     mark_samples(items, SAMPLE, config.option.markexpr, config.args)
+    items[:] = longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What tests share is built in one process, not in two."""
+    config.option.loadscopereorder = False  # by their time, not by their number
+    return FolderScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -40,6 +51,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[object]:
     """Imports make millions of objects that stay: no collection looks at them meanwhile."""
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=30, deadline=None)  # other ones in every run
+    settings.load_profile("quick")
     gc.disable()
     result = yield
     gc.enable()
@@ -47,10 +62,10 @@ def pytest_collection() -> Iterator[object]:
 
 
 def pytest_collection_finish() -> None:
-    """Answers in the report of a run have 4 tokens, not 48: else they take longer than the training of a tiny model."""
+    """Answers in the report of a run have 2 tokens, not 48: else they take longer than the training of a tiny model."""
     _set_one_thread()
     if module := sys.modules.get("qlora.runs.write_artifacts"):
-        module.SAMPLE_TOKENS = 4  # type: ignore[attr-defined]
+        module.SAMPLE_TOKENS = 2  # type: ignore[attr-defined]
     gc.freeze()
 
 
@@ -90,6 +105,17 @@ def expert_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     from support.expert_models import save_expert_model
 
     return cache(lambda family: save_expert_model(tmp_path_factory.mktemp(family), family))
+
+
+_folders = itertools.count()
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new folder of the test. pytest's own fixture reads the names of all others before it makes one."""
+    folder = tmp_path_factory.getbasetemp() / f"{next(_folders)}-{re.sub(r'[^A-Za-z]+', '_', request.node.name)[:30]}"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture

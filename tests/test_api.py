@@ -16,14 +16,15 @@ DEMO = ROOT / "qlora" / "demo"
 RECIPE = """\
 model: {{name: {base}, dtype: float32}}
 data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 128, packing: false}}
+adapter: {{targets: [q_proj]}}
 optim: {{kind: adamw}}
-train: {{output: runs/my, micro_batch: 4, global_batch: 4}}
+train: {{output: runs/my, micro_batch: 2, global_batch: 2}}
 """
 
 
 def write_recipe(folder: Path) -> Path:
     """my.yaml, which trains the demo's base model on a part of its data."""
-    for name, count in (("train", 100), ("eval", 12)):
+    for name, count in (("train", 40), ("eval", 6)):
         lines = (DEMO / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
     (folder / "my.yaml").write_text(RECIPE.format(base=DEMO / "base", folder=folder))

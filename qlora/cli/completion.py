@@ -20,8 +20,24 @@ _qlora() {{
 }}
 complete -o default -o bashdefault -F _qlora qlora
 """
-# zsh runs bash's script; `#compdef` lets it be a file of $fpath, too.
-ZSH = "#compdef qlora\nautoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
+# As a file of $fpath the script is the body of the function and completes; read by `source` it registers the function.
+ZSH = """\
+#compdef qlora
+_qlora() {{
+    local -a candidates
+    if (( CURRENT == 2 )); then candidates=({commands}); else
+        case $words[2] in
+{cases}
+        esac
+        _files
+    fi
+    compadd -- $candidates
+}}
+if [[ $funcstack[1] == _qlora ]]; then _qlora "$@"; else
+    (( $+functions[compdef] )) || {{ autoload -U compinit && compinit; }}
+    compdef _qlora qlora
+fi
+"""
 
 
 class Shell(StrEnum):
@@ -39,13 +55,18 @@ def completion(shell: Annotated[Shell, typer.Argument(help="the shell that reads
     Example: qlora completion bash > ~/.local/share/bash-completion/completions/qlora
     """
     commands: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    script = _fish(commands) if shell is Shell.FISH else _bash(commands)
-    typer.echo((ZSH if shell is Shell.ZSH else "") + script, nl=False)
+    writers = {Shell.BASH: _bash, Shell.ZSH: _zsh, Shell.FISH: _fish}
+    typer.echo(writers[shell](commands), nl=False)
 
 
 def _bash(commands: Mapping[str, Any]) -> str:
     cases = (f'            {name}) words="{" ".join(_words(command))}" ;;' for name, command in commands.items())
     return BASH.format(commands=" ".join(commands), cases="\n".join(cases))
+
+
+def _zsh(commands: Mapping[str, Any]) -> str:
+    cases = (f"            {name}) candidates=({' '.join(_words(command))}) ;;" for name, command in commands.items())
+    return ZSH.format(commands=" ".join(commands), cases="\n".join(cases))
 
 
 def _fish(commands: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def export(
     llama_cpp: LlamaCpp = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Write a merged model, an adapter or an Ollama folder; certify a merged model and list the servers that load it.
+    """Write a run as a model or an adapter for other programs, measure it against the run, and list those that load it.
 
     Example: qlora export runs/example merged --to merged --dtype bfloat16
     """

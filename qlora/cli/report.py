@@ -26,6 +26,7 @@ def report(
 
     Example: qlora report runs/rank16 runs/rank32 --out comparison.html
     """
+    from qlora.runs.artifacts import PAGE
     from qlora.runs.compare import write_report_page
     from qlora.runs.run_index import INDEX, has_runs_below, write_index_page
     from qlora.utils.paths import require_writable_file
@@ -36,6 +37,6 @@ def report(
         index = write_index_page(Path(runs[0]), Path(out or Path(runs[0]) / INDEX))
         log(f"{len(index['runs'])} runs -> {index['path']} ({index['bytes'] / 1024:,.0f} KiB)")
         return
-    target = out or (str(Path(runs[0]) / "report.html") if len(runs) == 1 else "comparison.html")
+    target = out or (str(Path(runs[0]) / PAGE) if len(runs) == 1 else "comparison.html")
     result = write_report_page(runs, target)
     log(f"{', '.join(result['runs'])} -> {target} ({result['bytes'] / 1024:,.0f} KiB)")

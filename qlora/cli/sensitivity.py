@@ -32,8 +32,11 @@ def sensitivity(
     settings, notes = read_checked(recipe, [*context.args, "quant.keep=auto", *budget], ENCODING)
     for note in notes:
         log(note)
+    from qlora.distributed.processes import require_one_process
+    from qlora.distributed.watchdog import report_once
     from qlora.runs.sensitivity import measure_sensitivity
 
+    report_once(lambda: require_one_process("sensitivity"))
     result = measure_sensitivity(settings, log)
     if as_json:
         return print_json(result.as_json())

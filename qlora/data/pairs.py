@@ -94,6 +94,15 @@ def apart(example: Example) -> Example:
     return replace(joined, where=example.where, sides=sides)
 
 
+def with_trained_prompts(example: Example) -> Example:
+    """The example whose chosen conversations are labeled whole, for an objective that learns their prompts too."""
+    labels, starts = example.labels.copy(), [*(side.start for side in example.sides), len(example)]
+    for side, end in zip(example.sides, starts[1:], strict=True):
+        if side.role == CHOSEN:
+            labels[side.start : end] = example.input_ids[side.start : end]
+    return replace(example, labels=labels)
+
+
 def chosen_answers(examples: Sequence[Example]) -> Sequence[Example]:
     """The chosen sides of examples, which supervised training would learn; examples without sides unchanged."""
     if not len(examples) or not examples[0].sides:

@@ -11,7 +11,7 @@ from qlora.data.batching.fit_length import fit_length
 from qlora.data.conversations.build_example import Encoded
 from qlora.data.conversations.encode_records import encode_records
 from qlora.data.conversations.encoder import Encoder
-from qlora.data.pairs import sides_of
+from qlora.data.pairs import sides_of, with_trained_prompts
 from qlora.data.prefix_tree import paths_of
 from qlora.data.reading import source
 from qlora.data.reading.resolve_paths import resolve_source
@@ -85,23 +85,31 @@ def answers_of(example: Example) -> list[dict[str, Any]]:
 
 
 def preview(
-    section: "Data", encoder: Encoder, count: int, seed: int = 0, sided_format: str | None = None
+    section: "Data",
+    encoder: Encoder,
+    count: int,
+    seed: int = 0,
+    sided_format: str | None = None,
+    learns_prompts: bool = False,
 ) -> list[dict[str, Any]]:
     """The first `count` usable examples as JSON objects: where, input_ids, labels (before the shift), segments,
     branches, answers.
 
     Examples above max_length are split, truncated or left out, as in training. sided_format: as in `prepare`.
+    learns_prompts: labels and segments mark the prompts of chosen answers as trained too; `answers` holds answers only.
     """
-    return [as_json(example, encoder) for example in islice(_examples(section, encoder, seed, sided_format), count)]
+    examples = islice(_examples(section, encoder, seed, sided_format), count)
+    return [as_json(example, encoder, learns_prompts) for example in examples]
 
 
-def as_json(example: Example, encoder: Encoder) -> dict[str, Any]:
+def as_json(example: Example, encoder: Encoder, learns_prompts: bool = False) -> dict[str, Any]:
     """An example as an object of `qlora preview --json`."""
+    labeled = with_trained_prompts(example) if learns_prompts else example
     return {
         "where": example.where,
         "input_ids": example.input_ids.tolist(),
-        "labels": example.labels.tolist(),
-        "segments": [asdict(part) for part in segments(example, encoder)],
+        "labels": labeled.labels.tolist(),
+        "segments": [asdict(part) for part in segments(labeled, encoder)],
         "branches": [list(branch) for branch in example.branches],  # [first token, the token that it follows]
         "answers": answers_of(example),
     }

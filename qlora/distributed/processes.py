@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import TORCH_DISTRIBUTED_OPERATION_TYPES, DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 
-from qlora.errors import QloraError
+from qlora.distributed.trackers import end_trackers, start_trackers
+from qlora.errors import InputError, QloraError
 from qlora.utils.devices import device_type
-from qlora.utils.redact import redacted, redacted_values
 
 _ended_groups: list[Any] = []  # kept until the process exits
 
@@ -127,10 +127,12 @@ class Processes:
         """Wait until every rank is here."""
         self.accelerator.wait_for_everyone()
 
-    def start_trackers(self, name: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Open the trackers of `report_to`; `settings` maps section -> key -> value."""
-        flat = {f"{group}.{key}": str(value) for group, values in settings.items() for key, value in values.items()}
-        self.accelerator.init_trackers(redacted(name), config=redacted_values(flat))
+    def start_trackers(self, folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Open the trackers of `report_to` for the run in `folder`; returns how to look at those of this machine.
+
+        `settings` maps section -> key -> value.
+        """
+        return start_trackers(self.accelerator, folder, settings)
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Send the values of a step to the trackers, if there are any."""
@@ -141,4 +143,14 @@ class Processes:
         if distributed.is_initialized():
             # Freed with the DDP wrapper, it joins gloo's threads under Python's lock, which one of them may wait for.
             _ended_groups.append(distributed.group.WORLD)
-        self.accelerator.end_training()
+        end_trackers(self.accelerator)
+
+
+def require_one_process(command: str) -> None:
+    """InputError for `qlora COMMAND`, which runs in one process, under a launcher of several."""
+    world_size = Processes.launched_world_size()
+    if world_size > 1:
+        raise InputError(
+            f"qlora {command} runs in one process, but the launcher started {world_size}. Start it without a launcher; "
+            f"on another GPU: CUDA_VISIBLE_DEVICES=1 qlora {command} ..."
+        )

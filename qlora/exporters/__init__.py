@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from qlora.errors import InputError, did_you_mean
-from qlora.exporters.gguf import K_QUANTS, MISSING, STORAGES, check_checkout
+from qlora.exporters.gguf import FEW_BITS, K_QUANTS, MISSING, STORAGES, check_checkout
 from qlora.runs.artifacts import NO_ADAPTER
 from qlora.utils.atomic_folders import require_new_folder
 from qlora.utils.registry import Registry
@@ -63,8 +63,18 @@ class ExportRequest:
         require_new_folder(folder)
 
     @property
+    def kl_limit(self) -> float | None:
+        """The highest mean KL of a written model: --max-kl, or MAX_KL on the dequantized base; None: no limit.
+
+        On the original base the quantization error is missing, and storages of few bits have an error of their own:
+        the KL of these is reported only.
+        """
+        has_default = self.base == MERGE_BASE and self.dtype not in FEW_BITS
+        return MAX_KL if self.max_kl is None and has_default else self.max_kl
+
+    @property
     def unused(self) -> list[str]:
-        """Options that were set and change nothing for this target: an adapter's matrices are float32, of no base."""
+        """Options that were set and have no effect here: an adapter is written in float32, and without its base."""
         if self.to in WHOLE_MODELS:
             return []
         values = {"--dtype": self.dtype not in (None, "float32"), "--base": self.base != MERGE_BASE}

@@ -30,7 +30,7 @@ class ServedBase:
 def adapter_table(target: str, folder: Path, out: str, base: ServedBase) -> list[Server]:
     """The table for the adapter in `folder`, which will be at `out`."""
     if target == "mlx":
-        return _mlx_table(folder, out, base)
+        return _mlx_table(out, base)
     config = read_json(folder / CONFIG)
     peft = Server("PEFT", True, _peft_version(config), "; ".join(base.loading.lines(base.name, out)))
     reason = _not_for_servers(config)
@@ -118,7 +118,7 @@ def _mlx_hint(config: Mapping[str, Any]) -> Server:
     return Server("mlx-lm", False, f"has a format of its own: {MERGE if whole else 'use --to mlx'}")
 
 
-def _mlx_table(folder: Path, out: str, base: ServedBase) -> list[Server]:
+def _mlx_table(out: str, base: ServedBase) -> list[Server]:
     command = f'mlx_lm.generate --model {base.name} --adapter-path {out} --prompt "Hello"'
     mlx = listed("mlx-lm", read_json(base.folder / "config.json"), command)
     others = [Server(name, False, "reads PEFT's format: use --to portable") for name in ("PEFT", "vLLM", "SGLang")]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from qlora.data.batching.collate import Batch, collate
 from qlora.data.prefix_tree import paths_of
 from qlora.data.types import IGNORED, Example
+from qlora.errors import QloraError
 from qlora.memory.planner.export_and_disk import CERTIFICATE_TOKENS, LOGITS_FRACTION
 from qlora.model.lm_head import Head
 
@@ -98,6 +99,20 @@ def compare(
         sums.trained_loss / max(1, sums.targets),
         sums.written_loss / max(1, sums.targets),
     )
+
+
+def refuse_high_kl(agreement: Agreement, limit: float | None, problem: str, remedy: str) -> None:
+    """QloraError if the mean KL is above `limit`; None: there is no limit. remedy: what to use instead."""
+    if limit is not None and not agreement.mean_kl <= limit:
+        raise QloraError(
+            f"export: mean KL {agreement.mean_kl:.2e} is above the limit {limit:g}: {problem}; nothing was exported. "
+            f"Use {remedy}, or --max-kl {just_above(agreement.mean_kl)} to export it anyway."
+        )
+
+
+def just_above(value: float) -> str:
+    """A limit that a measured value would not exceed."""
+    return f"{value * 1.1:.2g}"
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[Batch]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ def export_run(run: LoadedRun, request: ExportRequest, out: str, log: Log = lamb
 def _notes(run: LoadedRun, request: ExportRequest) -> Iterator[str]:
     """What a user should know who serves it."""
     if run.recipe.data.template_args:
-        yield f"its chat template has {_json(run.recipe.data.template_args)} where a server passes no other values"
+        arguments = json.dumps(dict(run.recipe.data.template_args))
+        yield f"its chat template has data.template_args {arguments} where a server passes no other values"
     if request.to not in WHOLE_MODELS:
         yield "these servers add the adapter to the 16-bit base; `--to merged` keeps the quantized one of training"
         yield from (f"careful: {line}" for line in base_warning(_manifest(run)))
@@ -84,10 +85,6 @@ def _notes(run: LoadedRun, request: ExportRequest) -> Iterator[str]:
 def _exporter(request: ExportRequest) -> Any:
     """The target's exporter, or llama.cpp's own programs."""
     return CheckoutExporter(Path(request.llama_cpp)) if request.llama_cpp else TARGETS[request.to]()
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return "data.template_args " + json.dumps(dict(values))
 
 
 def build_source(run: LoadedRun) -> ExportSource:

@@ -7,12 +7,19 @@ from typing import Any
 
 from qlora.data.types import Example
 from qlora.errors import InputError, QloraError
-from qlora.exporters import ADAPTERS, FULL_MODELS, MAX_KL, MERGE_BASE, ExportRequest
+from qlora.exporters import ADAPTERS, FULL_MODELS, ExportRequest
 from qlora.exporters.adapter_agreement import compare_adapters, compare_on_16_bit_base, has_16_bit_base
-from qlora.exporters.certificate import Agreement, Rounding, compare, summarize_rounding
+from qlora.exporters.certificate import (
+    Agreement,
+    Rounding,
+    compare,
+    just_above,
+    refuse_high_kl,
+    summarize_rounding,
+)
 from qlora.exporters.export_source import ExportOptions
 from qlora.exporters.gguf import MODEL_FILE
-from qlora.exporters.gguf.measure_gguf import max_kl_of, measure_gguf
+from qlora.exporters.gguf.measure_gguf import measure_gguf
 from qlora.exporters.portable import summarize_approximation
 from qlora.exporters.reader_rules import ReaderFinding, findings
 from qlora.exporters.served_conversations import compare_conversations, probe_conversations, refuse_other_prompts
@@ -79,10 +86,10 @@ def _certificate(measured: dict[str, Any], request: ExportRequest, options: Expo
     figures = {key: value for key, value in measured.items() if key != "agreement" and value is not None}
     content = (measured.get("agreement") or {}) | figures
     if request.to == "gguf":
-        return content | {"base": request.base, "dtype": options.storage, "limits": {"max_kl": max_kl_of(request)}}
+        return content | {"base": request.base, "dtype": options.storage, "limits": {"max_kl": request.kl_limit}}
     if request.to not in FULL_MODELS:
         return content
-    limits = {"max_kl": _max_kl(request), "max_lost": request.max_lost}
+    limits = {"max_kl": request.kl_limit, "max_lost": request.max_lost}
     return content | {"base": request.base, "dtype": dtype_name(options.dtype), "limits": limits}
 
 
@@ -162,12 +169,8 @@ def _measure_served(
         return None
     agreement = compare_on_16_bit_base(run, folder, examples)
     log(f"on the 16-bit base, as servers compute, against the trained model: {agreement}")
-    if request.max_kl is not None and not agreement.mean_kl <= request.max_kl:
-        raise QloraError(
-            f"export: with the 16-bit base mean KL {agreement.mean_kl:.2e} is above the limit {request.max_kl:g}; "
-            "nothing was exported. Use --to merged, which keeps the quantized base of training, or "
-            f"--max-kl {_just_above(agreement.mean_kl)}."
-        )
+    remedy = "--to merged, which keeps the quantized base of training"
+    refuse_high_kl(agreement, request.max_kl, "with the 16-bit base it is another model", remedy)
     return agreement
 
 
@@ -176,33 +179,15 @@ def _measure_approximation(
 ) -> Agreement:
     """Measure the LoRA nearest to DoRA on the base of training. QloraError above --max-kl, if given."""
     agreement = compare_adapters(run, folder, examples)
-    if request.max_kl is not None and not agreement.mean_kl <= request.max_kl:
-        raise QloraError(
-            f"export: mean KL {agreement.mean_kl:.2e} is above the limit {request.max_kl:g}; nothing was exported. "
-            f"Use a higher --rank, or --max-kl {_just_above(agreement.mean_kl)} to export it anyway."
-        )
+    refuse_high_kl(agreement, request.max_kl, "the LoRA is too far from DoRA", "a higher --rank")
     return agreement
 
 
 def _refuse_above_limits(rounding: Rounding, agreement: Agreement | None, request: ExportRequest) -> None:
-    limit = _max_kl(request)
-    if agreement and limit is not None and not agreement.mean_kl <= limit:
-        raise QloraError(
-            f"export: mean KL {agreement.mean_kl:.2e} is above the limit {limit:g}: the written model is not the "
-            "trained one; nothing was exported. "
-            f"Use --dtype float32, or --max-kl {_just_above(agreement.mean_kl)} to export it anyway."
-        )
+    if agreement:
+        refuse_high_kl(agreement, request.kl_limit, "the written model is not the trained one", "--dtype float32")
     if rounding.relative_error > request.max_lost:
         raise QloraError(
             f"export: {rounding}. The limit is {request.max_lost:.0%}; nothing was exported. Use --dtype float32 or "
-            f"float16, or --max-lost {_just_above(rounding.relative_error)} to export it anyway."
+            f"float16, or --max-lost {just_above(rounding.relative_error)} to export it anyway."
         )
-
-
-def _just_above(value: float) -> str:
-    return f"{value * 1.1:.2g}"
-
-
-def _max_kl(request: ExportRequest) -> float | None:
-    """On the original weights the quantization error is missing: the KL is reported, but there is no default limit."""
-    return MAX_KL if request.max_kl is None and request.base == MERGE_BASE else request.max_kl

@@ -61,8 +61,7 @@ def build_modelfile(source: ExportSource, model: str, adds_bos: bool) -> str:
     lines = [f"FROM {model}"]
     try:
         template = _translate(source)
-        begins = _begins_with_bos(source) and not adds_bos and source.template
-        lines += _template_lines(template, source.template.bos if begins and source.template else "")
+        lines += _template_lines(template, "" if adds_bos else _own_bos(source))
     except Untranslatable as error:
         lines.append(f"# No TEMPLATE: {error}. Ollama uses the one it finds in the model, if any.")
     lines += [f'PARAMETER stop "{_quoted(token)}"' for token in source.stop_tokens]
@@ -87,12 +86,13 @@ def _translate(source: ExportSource) -> GoTemplate:
     return translate(source.template)
 
 
-def _begins_with_bos(source: ExportSource) -> bool:
-    """Whether the template of training writes the beginning-of-text token itself."""
+def _own_bos(source: ExportSource) -> str:
+    """The beginning-of-text token, if the template of training writes it itself; else empty."""
     template = source.template
     if template is None or not template.bos:
-        return False
-    return template.render([{"role": "user", "content": "?"}], prompt=True).startswith(template.bos)
+        return ""
+    prompt = template.render([{"role": "user", "content": "?"}], prompt=True)
+    return template.bos if prompt.startswith(template.bos) else ""
 
 
 def _quoted(text: str) -> str:

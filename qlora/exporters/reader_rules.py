@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.model.config_dialects import FULL, ROPE, TEXT, window_pattern
+from qlora.model.download import TEMPLATE_FILE
 from qlora.model.tokenizer_files import ADDED, CONFIG, DECODER, PIECES, read_object, unlisted_tokens
 
 RUN = "run"  # the release was run on exported folders, answers compared token for token
@@ -95,7 +96,7 @@ def _has_new_class(files: ExportedFiles) -> bool:
 
 
 def _has_no_template(files: ExportedFiles) -> bool:
-    return "chat_template" not in files.tokenizer and not (files.folder / "chat_template.jinja").is_file()
+    return "chat_template" not in files.tokenizer and not (files.folder / TEMPLATE_FILE).is_file()
 
 
 def _has_unlisted_tokens(files: ExportedFiles) -> bool:
@@ -133,10 +134,10 @@ RULES = (
     ),
     Rule("transformers", "4.57.3", CONFIG, "does not know this tokenizer_class or form", RUN, _has_new_class),
     Rule(
-        "vLLM", "0.32.0", "chat_template.jinja", "refuses chats without a template (400)", RUN, _has_no_template,
+        "vLLM", "0.32.0", TEMPLATE_FILE, "refuses chats without a template (400)", RUN, _has_no_template,
     ),
     Rule(
-        "SGLang", "docs", "chat_template.jinja", "takes the tokenizer's; without one: --chat-template",
+        "SGLang", "docs", TEMPLATE_FILE, "takes the tokenizer's; without one: --chat-template",
         "its documentation, page Custom Chat Template, 2026-11", _has_no_template,
     ),
     Rule(

@@ -45,6 +45,11 @@ class ConversationAgreement:
         text = f"chat template and tokenizer: {self.equal} of {self.compared} prompts have the token ids of training"
         return f"{text}; {self.different}" if self.different else text
 
+    @classmethod
+    def of(cls, differences: Sequence[str]) -> "ConversationAgreement":
+        """The counts of conversations from where each differs; an empty text: it does not."""
+        return cls(len(differences), differences.count(""), next((text for text in differences if text), ""))
+
     def as_json(self) -> dict[str, int]:
         """The counts, as in certificate.json and `export --json`."""
         return {"compared": self.compared, "equal": self.equal}
@@ -73,15 +78,14 @@ def compare_conversations(conversations: Sequence[ServedConversation], folder: P
         tokenizer = read_tokenizer(folder)
     except BaseModelError as error:
         return ConversationAgreement(len(conversations), 0, f"the folder has no tokenizer ({error})")
-    results = [_difference(tokenizer, conversation) for conversation in conversations]
-    return ConversationAgreement(len(results), results.count(""), next((text for text in results if text), ""))
+    return ConversationAgreement.of([_difference(tokenizer, conversation) for conversation in conversations])
 
 
 def refuse_other_prompts(agreement: ConversationAgreement) -> None:
     """QloraError if a prompt differs."""
     if agreement.equal < agreement.compared:
         raise QloraError(
-            f"export: {agreement}. A server would ask in another form than was trained; nothing was exported. "
+            f"export: {agreement}. A server would send other prompts than were trained; nothing was exported. "
             "Name another template (model.chat_template), or --rows 0 to export it without a certificate."
         )
 

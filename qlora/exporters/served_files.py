@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.model.download import NAMED_TEMPLATES
+from qlora.model.download import NAMED_TEMPLATES, TEMPLATE_FILE
 from qlora.model.meta_model import read_config
 from qlora.model.tokenizer_files import (
     ADDED,
@@ -24,7 +24,7 @@ from qlora.model.tokenizer_files import (
 )
 from qlora.utils.atomic_files import write_bytes
 
-TEMPLATE_FILE, TEMPLATE_KEY, DEFAULT = "chat_template.jinja", "chat_template", "default"
+TEMPLATE_KEY, DEFAULT = "chat_template", "default"
 GENERATION = "generation_config.json"
 LEAKED = ("is_local", "local_files_only")  # arguments of transformers' reader, which its writer saves
 NEW_CLASS, KNOWN_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # one class; transformers 4 knows the second

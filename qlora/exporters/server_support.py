@@ -51,13 +51,13 @@ def version_of(server: str) -> str:
     return f"{server} {_lists()[server]['version']}"
 
 
-def listed(server: str, config: Mapping[str, Any], command: str, note: str = "") -> Server:
+def listed(server: str, config: Mapping[str, Any], command: str) -> Server:
     """The row of a program that has, or lacks, the class that a config.json names."""
     architecture = next(iter(config.get("architectures") or ["?"]))
     name = config.get("model_type", "?") if server == "mlx-lm" else architecture
     if name not in _lists()[server]["names"]:
         return Server(server, False, f"{version_of(server)} has no {name}")
-    return Server(server, True, f"{version_of(server)} lists {name}{note}", command)
+    return Server(server, True, f"{version_of(server)} lists {name}", command)
 
 
 def mlx_problem(config: Mapping[str, Any]) -> str | None:

@@ -92,12 +92,11 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
     return f"the download failed ({type(error).__name__}). Check the network, and run the command again"
 
 
+TEMPLATE_FILE = "chat_template.jinja"  # transformers reads it in place of the template in tokenizer_config.json
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
+    TEMPLATE_FILE, "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
-
-
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # of tokenizers with more than one
 
 

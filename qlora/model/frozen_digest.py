@@ -45,6 +45,8 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
         table = chunk[: chunk.numel() // COLUMNS * COLUMNS].view(-1, COLUMNS)
-        yield table.sum(0, dtype=torch.int64)
-        yield table.sum(1, dtype=torch.int64)
-        yield chunk[table.numel() :].long()
+        if len(table):  # each part is a wait for the GPU
+            yield table.sum(0, dtype=torch.int64)
+            yield table.sum(1, dtype=torch.int64)
+        if table.numel() < chunk.numel():
+            yield chunk[table.numel() :].long()

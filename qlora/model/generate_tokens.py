@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qlora.distributed.unshard import unsharded
 from qlora.model.kv_cache import CachedModel, takes_padding
 from qlora.model.load_base import Base
 
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # prompts
+BATCH_TOKENS = 2**15  # of all rows of a batch, padding and answers included: what its cache holds
 
 
 def _ignore(*_: int) -> None:
@@ -51,14 +53,17 @@ def generate(
     draws = {index: random.Random(value) for index, value in enumerate(_seeds(prompts, seed, hooks.groups))}
     answers: list[list[int]] = [[] for _ in prompts]
     model, training, done = CachedModel(base.model), base.model.training, 0
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     base.model.eval()
     try:
-        for rows in _batches(prompts, takes_padding(base.model)) if max_new_tokens > 0 else ():
-            batch = _Batch(base, model, rows, hooks)
-            for index, ids in batch.run(prompts, max_new_tokens, _Sampler(temperature, draws)).items():
-                answers[index] = ids
-            done += len(rows)
-            hooks.report(done, len(prompts))
+        head = base.model.get_output_embeddings()  # type: ignore[operator]
+        with unsharded(head):  # a sharded head is all-gathered once, and sharded again
+            for rows in _batches(lengths, takes_padding(base.model)) if max_new_tokens > 0 else ():
+                batch = _Batch(base, model, rows, hooks)
+                for index, ids in batch.run(prompts, max_new_tokens, _Sampler(temperature, draws)).items():
+                    answers[index] = ids
+                done += len(rows)
+                hooks.report(done, len(prompts))
     finally:
         base.model.train(training)
     return answers
@@ -144,12 +149,18 @@ class _Batch:
         return [tokens[place] for place in places]
 
 
-def _batches(prompts: Sequence[Sequence[int]], mixes_lengths: bool) -> Iterator[list[int]]:
-    """Indices of the prompts of each batch: of similar length, or all of one length."""
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    groups = groupby(by_length, key=lambda index: 0 if mixes_lengths else len(prompts[index]))
-    for group in ([*indices] for _, indices in groups):
-        yield from (group[start : start + BATCH_SIZE] for start in range(0, len(group), BATCH_SIZE))
+def _batches(lengths: Sequence[int], mixes_lengths: bool) -> Iterator[list[int]]:
+    """Indices of the prompts of each batch: of similar length, or all of one length. `lengths`: with the answers."""
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for _, group in groupby(by_length, key=lambda index: 0 if mixes_lengths else lengths[index]):
+        batch = list[int]()
+        for index in group:
+            is_full = len(batch) == BATCH_SIZE or (len(batch) + 1) * lengths[index] > BATCH_TOKENS
+            if batch and is_full:
+                yield batch
+                batch = []
+            batch.append(index)
+        yield batch
 
 
 def _seeds(prompts: Sequence[Sequence[int]], seed: int, groups: Sequence[Hashable] = ()) -> list[int]:

@@ -57,10 +57,6 @@ class MeasuredBase:
             set_by_path(model, path, MeasuredLinear(path, layer, base))
         return base
 
-    def matrices(self) -> dict[str, "MeasuredLinear"]:
-        """Path -> matrix, in the model's order."""
-        return {layer.path: layer for layer in self.model.modules() if isinstance(layer, MeasuredLinear)}
-
 
 class MeasuredLinear(FrozenLinear):
     """y = x W^T + bias; W is read from disk on each use."""

@@ -32,6 +32,8 @@ class FourBitLinear(FrozenLinear):
     nested_absmax: nn.Parameter | None
     offset: nn.Parameter | None
     absmax_levels: nn.Parameter | None
+    keeps_weight = False  # whether the next W is kept, see kept_weights.py
+    kept_weight: Tensor | None = None
 
     def __init__(
         self, kind: str, block: int, shape: tuple[int, int], stored: FourBitTensors, bias: Tensor | None = None
@@ -48,9 +50,13 @@ class FourBitLinear(FrozenLinear):
 
     def weight(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """W [O, I] in `dtype` (float32, bfloat16 or float16), dequantized in float32 and rounded once."""
+        if self.kept_weight is not None and self.kept_weight.dtype == dtype:
+            return self.kept_weight
         stored = list(self.stored().values())
         shape = (self.out_features, self.in_features)
         weight: Tensor = torch.ops.qlora.dequantize_4bit.default(stored, self.block, self.kind, shape, dtype, after)
+        if self.keeps_weight:
+            self.kept_weight = weight
         return weight
 
     def describe(self) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from qlora.training.schedule import count_steps
 
 
 def preview_examples(recipe: Recipe, count: int) -> list[dict[str, Any]]:
-    """The first `count` examples as they will be trained: where, input_ids, labels, segments."""
-    return preview(recipe.data, build_encoder(recipe), count, recipe.train.seed, recipe.objective.sided_format)
+    """The first `count` examples as they will be trained: where, input_ids, labels, segments, branches, answers."""
+    objective = recipe.objective
+    form = (objective.sided_format, objective.learns_prompts)
+    return preview(recipe.data, build_encoder(recipe), count, recipe.train.seed, *form)
 
 
 def check_contents(recipe: Recipe, result: dict[str, Any]) -> None:
@@ -52,7 +54,7 @@ def _check_data(recipe: Recipe, result: dict[str, Any], structures: list[Structu
     report = prepared.report
     result["problems"] += [asdict(finding) for finding in report.problems]
     result["warnings"] += [asdict(finding) for finding in report.warnings]
-    result["data"] = {**report.counts(), "notes": list(report.notes), "summary": report.summary()}
+    result["data"] = {**report.counts(), "notes": [*report.notes, *_notes(recipe)], "summary": report.summary()}
     if not report.kept:
         return
     for structure in structures:  # none if the model can't be built, which is reported
@@ -63,6 +65,13 @@ def _check_data(recipe: Recipe, result: dict[str, Any], structures: list[Structu
     steps = count_steps(recipe.train, report.packed_rows)
     advice = recommend_settings(recipe, report, steps, _trainable_parameters(recipe), suggest_rate(recipe))
     result["warnings"] += [{"where": key, "message": message} for key, message in advice]
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    """What the counts of trained tokens leave out."""
+    kind = recipe.objective.kind
+    text = f"objective.kind {kind}: its cross entropy is over the prompts of chosen answers too; counted are answers"
+    return [text] if recipe.objective.learns_prompts else []
 
 
 def _trainable_parameters(recipe: Recipe) -> int | None:

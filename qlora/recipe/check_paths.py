@@ -1,4 +1,4 @@
-"""The paths and hub names of a recipe, checked before anything heavy is imported: a wrong one is reported at once.
+"""The paths, hub names and trackers of a recipe, checked before anything heavy is imported.
 
 Every command that reads a recipe calls `read_checked` first, and imports torch after it.
 """
@@ -16,6 +16,7 @@ from qlora.errors import DataError, InputError, RecipeError
 from qlora.model.model_folder import is_local, require_model_folder
 from qlora.recipe.recipe import Recipe, read
 from qlora.training.checkpoint_folder import checkpoints_in, find_damage
+from qlora.training.tracker_packages import missing_packages
 from qlora.utils.paths import require_writable_folder, similar_path
 
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
@@ -120,6 +121,13 @@ def _sample_prompts(recipe: Recipe) -> Iterator[Problem]:
         yield "train.sample_prompts", str(error)
 
 
+def _report_to(recipe: Recipe) -> Iterator[Problem]:
+    """The trackers are installed: a run starts without a missing one, and says nothing."""
+    missing = " ".join(missing_packages(recipe.train.report_to))
+    if missing:
+        yield "train.report_to", f"not installed: {missing}. Run `pip install {missing}`, or remove it from the list."
+
+
 def _resume(recipe: Recipe) -> Iterator[Problem]:
     """The folder to resume from is a complete checkpoint. Of several machines, only the first needs it."""
     setting, output = recipe.train.resume, Path(recipe.train.output)
@@ -162,6 +170,7 @@ CHECKS: Mapping[str, Callable[[Recipe], Iterator[Problem]]] = {
     "data": _data,
     "objective": _objective,
     "train.sample_prompts": _sample_prompts,
+    "train.report_to": _report_to,
     "train.resume": _resume,
     "train.output": _output,
 }

@@ -10,6 +10,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from qlora.errors import QloraError
@@ -28,6 +29,7 @@ OTHER_RATE = 4.0  # times the suggested rate, or a fraction of it: worth a word
 FITTED_HIDDEN = 1_024  # the rates by family were fitted on models of 1B and more
 LARGEST_BATCH = 32  # sequences of a step; LoRA pays for larger ones with loss
 BITS_PER_PARAMETER, BITS_PER_TOKEN = 2, 1  # of an adapter; of a trained token
+LARGEST_RANK = 256  # as good as full fine-tuning on data sets for fine-tuning: LoRA Without Regret
 SMALL_SET, EPOCHS_OF_SMALL_SET = 1_000, 3  # records; passes after which fine-tunes mostly memorize them
 
 
@@ -63,6 +65,11 @@ def rate_of(family: str, hidden: int) -> SuggestedRate:
 def holds(parameters: int, trained_tokens: float) -> bool:
     """Whether an adapter of so many parameters can hold what the trained tokens bring, in bits."""
     return BITS_PER_PARAMETER * parameters >= BITS_PER_TOKEN * trained_tokens
+
+
+def rank_that_holds(rank: int, parameters: int, trained_tokens: float) -> int:
+    """The lowest rank of an adapter that can hold them, given its number of parameters at one rank."""
+    return ceil(rank * BITS_PER_TOKEN * trained_tokens / (BITS_PER_PARAMETER * parameters))
 
 
 def _family_and_size(recipe: Recipe) -> tuple[str, int]:

@@ -11,11 +11,13 @@ from qlora.recipe.literature import (
     EPOCHS_OF_SMALL_SET,
     FULL_RATE,
     LARGEST_BATCH,
+    LARGEST_RANK,
     OTHER_RATE,
     REGRET,
     SMALL_SET,
     SuggestedRate,
     holds,
+    rank_that_holds,
 )
 from qlora.recipe.recipe import Recipe
 
@@ -78,9 +80,10 @@ def _check_length(recipe: Recipe, report: DataReport, steps: int) -> Recommendat
 def _check_rate(recipe: Recipe, suggestion: SuggestedRate | None) -> Recommendations:
     rate, key = recipe.optim.learning_rate, "optim.learning_rate"
     if recipe.objective.sided_format is not None:
-        if rate > COMPARED_RATES[1]:
+        low, high = COMPARED_RATES
+        if rate > high:
             kind = recipe.objective.kind
-            yield key, f"{rate:g} suits sft; for {kind}, 5e-6 to 5e-5 keep the model near where it starts"
+            yield key, f"{rate:g} suits sft; for {kind}, {low:g} to {high:g} keep the model near where it starts"
     elif rate < FULL_RATE:
         yield key, f"{rate:g} suits full fine-tuning; LoRA learns best at about ten times as much"
     elif suggestion and suggestion.fitted and not 1 / OTHER_RATE <= rate / suggestion.rate <= OTHER_RATE:
@@ -95,7 +98,7 @@ def _check_adapter(recipe: Recipe, report: DataReport, trainable_parameters: int
     adapter = recipe.adapter
     targets = {adapter.targets} if isinstance(adapter.targets, str) else set(adapter.targets or ())
     if targets and targets <= ATTENTION:
-        yield "adapter.targets", "attention alone learns less than all-linear, at any rank"
+        yield "adapter.targets", f"attention alone learns less than all-linear, at any rank ({REGRET}). Use all-linear"
     if adapter.dropout and report.kept >= SMALL_SET:
         yield (
             "adapter.dropout",
@@ -103,8 +106,10 @@ def _check_adapter(recipe: Recipe, report: DataReport, trainable_parameters: int
             "Without it a run saves less and is as good; use 0",
         )
     if trainable_parameters and not holds(trainable_parameters, report.trained_tokens):
+        rank = rank_that_holds(adapter.rank or 1, trainable_parameters, report.trained_tokens)
+        remedy = f"rank {rank} would hold them" if rank <= LARGEST_RANK else "a higher rank would learn more of them"
         yield (
             "adapter.rank",
             f"{trainable_parameters:,} adapter parameters hold about two bits each, {report.trained_tokens:,} "
-            "trained tokens bring about one bit each: a higher rank would learn more of them",
+            f"trained tokens bring about one bit each ({REGRET}): {remedy}",
         )

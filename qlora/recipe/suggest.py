@@ -10,7 +10,7 @@ from qlora.errors import DoesNotFit
 from qlora.memory.planner.memory_plan import Plan
 from qlora.memory.planner.search import estimated_cost
 from qlora.recipe.dataset_profile import DatasetProfile, profile_dataset
-from qlora.recipe.literature import BITS_PER_PARAMETER, REGRET, holds, suggest_rate
+from qlora.recipe.literature import BITS_PER_PARAMETER, BITS_PER_TOKEN, REGRET, holds, suggest_rate
 from qlora.recipe.plan_recipe import requested_machine
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe, from_mapping
@@ -192,7 +192,7 @@ def _comments(profile: DatasetProfile, settings: Settings, plan: Plan) -> Mappin
         "data.packing": "short examples share a sequence, separated by the attention mask"
         if packing
         else "the examples are long enough",
-        "optim.learning_rate": "by family and size, ten times that of full fine-tuning; `sweep --find-lr` measures it",
+        "optim.learning_rate": _rate_reason(settings),
         "train.output": "adapter, report.html, metrics and checkpoints are written here",
         "train.epochs": f"for {_count(profile)} records (rule of thumb)",
         "train.global_batch": "sequences in one optimizer step; a smaller one gives more steps",
@@ -208,9 +208,17 @@ def _rank_reason(profile: DatasetProfile, plan: Plan) -> str:
     parameters, tokens = plan.work.adapters.values, profile.tokens * profile.trained_share
     relation = "hold" if holds(parameters, tokens) else "hold a part of"
     return (
-        f"{parameters:,} weights of {BITS_PER_PARAMETER} bits {relation} {tokens:,.0f} trained tokens ({REGRET}); "
-        "`qlora inspect` after the run says whether fewer do"
+        f"{parameters:,} weights of about {BITS_PER_PARAMETER} bits {relation} {tokens:,.0f} trained tokens of about "
+        f"{BITS_PER_TOKEN} bit ({REGRET}); `qlora inspect` after the run says whether a lower rank is enough"
     )
+
+
+def _rate_reason(settings: Settings) -> str:
+    """Where the learning rate comes from, and whether that source measured models of this size."""
+    model = {key: settings[key] for key in ("model.name", "data.train")}
+    suggestion = suggest_rate(_recipe(model))
+    size = "" if suggestion.fitted else ", which measured larger models"
+    return f"{suggestion.source}{size}; `qlora sweep RECIPE --find-lr` measures it here"
 
 
 def _count(profile: DatasetProfile) -> str:

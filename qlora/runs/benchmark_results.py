@@ -1,4 +1,4 @@
-"""Results of lm-evaluation-harness on a run: asked for by `qlora eval --lm-eval`, kept in the run folder as JSON.
+"""Results of lm-evaluation-harness on a run: requested by `qlora eval --lm-eval`, kept in the run folder as JSON.
 
 Imports neither torch nor the harness.
 """

@@ -10,7 +10,7 @@ from qlora.runs.benchmark_results import read_results
 from qlora.runs.report.markup import Markup
 from qlora.runs.report.page import report_page
 from qlora.runs.report.run_data import RunData
-from qlora.training.run_log import read_metrics
+from qlora.training.run_log import METRICS, read_metrics
 from qlora.utils.atomic_files import write_text
 from qlora.utils.paths import similar_path
 
@@ -41,7 +41,7 @@ def read_run_data(folder: Path, name: str) -> RunData:
     manifest = read_manifest(folder) or {}
     if not metrics and not manifest:
         hint = "" if folder.is_dir() else similar_path(folder)
-        raise InputError(f"{folder}: not a run. A run folder has {MANIFEST} or metrics.jsonl.{hint}")
+        raise InputError(f"{folder}: not a run. A run folder has {MANIFEST} or {METRICS}.{hint}")
     text, samples = _read_recipe_text(folder / RECIPE), _samples(manifest)
     return RunData(name, manifest, metrics, text, samples, read_results(folder))
 

@@ -10,6 +10,7 @@ from qlora.adapters.switch import AdapterSwitch
 from qlora.data.types import Message
 from qlora.errors import InputError, QloraError
 from qlora.model.generate_tokens import stream_tokens
+from qlora.runs.inference_memory import inference_memory
 from qlora.runs.load_run import LoadedRun
 from qlora.runs.memory_setup import Log
 from qlora.utils.atomic_files import write_text
@@ -99,9 +100,10 @@ class ChatSession:
 
     def _counted(self, ids: Iterable[int]) -> Iterator[int]:
         self.answer_tokens = 0
-        for token in ids:
-            self.answer_tokens += 1
-            yield token
+        with inference_memory(self.run.base):
+            for token in ids:
+                self.answer_tokens += 1
+                yield token
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """The prompt's ids, and how many tokens may follow; the oldest turns are left out of a full context."""

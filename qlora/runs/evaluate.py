@@ -13,6 +13,7 @@ from qlora.runs.artifacts import NO_ADAPTER
 from qlora.runs.eval_tasks import require_task
 from qlora.runs.evaluate_pairs import evaluate_pairs
 from qlora.runs.general_text import general_examples
+from qlora.runs.inference_memory import inference_memory
 from qlora.runs.load_run import LoadedRun, held_out_examples
 from qlora.runs.memory_setup import Log
 from qlora.training.eval_loss import evaluate
@@ -81,7 +82,8 @@ def answer_examples(run: LoadedRun, examples: Sequence[Example]) -> list[dict[st
     questions = [question(example, run.base.tokenizer) for example in examples]
     prompts = [item.prompt_ids for item in questions]
     longest = max((len(example) - len(ids) for example, ids in zip(examples, prompts, strict=True)), default=1)
-    answers = generate(run.base, prompts, max_new_tokens=max(64, 2 * longest))
+    with inference_memory(run.base):
+        answers = generate(run.base, prompts, max_new_tokens=max(64, 2 * longest))
     return [
         {
             "where": item.where,

@@ -6,6 +6,7 @@ The only module that imports lm_eval.
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qlora.data.types import Message
-from qlora.errors import DataError, InputError, QloraError, did_you_mean
+from qlora.errors import DataError, InputError, QloraError
 from qlora.model.generate_tokens import RowHooks, generate
 from qlora.runs.benchmark_results import BenchmarkRequest
+from qlora.runs.inference_memory import inference_memory
 from qlora.runs.load_run import LoadedRun
 from qlora.runs.memory_setup import Log
 from qlora.training.continuation_scores import score_continuations
@@ -53,7 +55,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the harness's caches of requests."""
+        """The name under which the harness caches requests."""
         return str(self.run.recipe.model.name).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -104,7 +106,8 @@ class HarnessModel(TemplateLM):
             stops = [settings[index][2] for index in indices]
             report = ProgressReporter(self._log, "answering", "prompts")
             hooks = RowHooks(report=report, is_complete=partial(self._contains_stop, stops))
-            outputs = generate(self.run.base, prompts, count, temperature, self.run.recipe.train.seed, hooks)
+            with inference_memory(self.run.base):
+                outputs = generate(self.run.base, prompts, count, temperature, self.run.recipe.train.seed, hooks)
             for index, ids, own in zip(indices, outputs, stops, strict=True):
                 answers[index] = _before(self._text(ids), own)
         return [answers[index] for index in range(len(requests))]
@@ -131,7 +134,10 @@ class HarnessModel(TemplateLM):
         """The pair without the beginning of a context that is too long."""
         tokens_left = self.max_length + 1 - len(continuation)  # the last token of the continuation is no input
         if tokens_left < 1:
-            raise DataError(f"a continuation of {len(continuation):,} tokens, but the context has {self.max_length:,}.")
+            raise DataError(
+                f"--lm-eval: a continuation of {len(continuation):,} tokens, but the model's context has "
+                f"{self.max_length:,}. Leave this task out."
+            )
         return [*context][-tokens_left:], [*continuation]
 
 
@@ -141,7 +147,9 @@ def run_tasks(run: LoadedRun, request: BenchmarkRequest, log: Log) -> dict[str, 
     manager = TaskManager(include_path=request.include_path)
     for task in request.tasks:
         if not manager.match_tasks([task]):
-            raise InputError(f"--lm-eval: no task {task!r}.{did_you_mean(task, manager.all_tasks)}")
+            near = get_close_matches(task, manager.all_tasks, n=3)  # of thousands
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"--lm-eval: no task {task!r}.{hint} All of them: lm-eval ls tasks.")
     model = HarnessModel(run, log)
     try:
         results: Any = evaluator.simple_evaluate(

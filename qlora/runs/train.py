@@ -96,8 +96,8 @@ def _open_log(recipe: Recipe, resources: Resources, notes: Sequence[str], quiet:
     """The run's log and trackers, with what a user should read before anything is loaded."""
     processes, output = resources.processes, Path(recipe.train.output)
     log = Log(output, processes.track, quiet=quiet or not processes.is_main)
-    processes.start_trackers(output.name, recipe.model_dump(mode="json"))
-    for note in (*notes, *resources.notes):
+    viewers = processes.start_trackers(output, recipe.model_dump(mode="json"))
+    for note in (*notes, *resources.notes, *(f"to look at this run: {viewer}" for viewer in viewers)):
         log.print(note)
     if resources.plan is not None:
         log.planned_bytes = resources.plan.peak_bytes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.conversations.encoder import Encoder
+from qlora.model.download import TEMPLATE_FILE
 from qlora.model.load_base import Base
 from qlora.recipe.dataset_profile import build_encoder
 from qlora.recipe.recipe import Recipe
@@ -14,7 +15,6 @@ from qlora.runs.artifacts import read_manifest
 from qlora.utils.atomic_files import write_text
 
 Log = Callable[[str], None]
-TEMPLATE_FILE = "chat_template.jinja"  # transformers reads it in place of the one in tokenizer_config.json
 SECTION = "chat_template"  # of the manifest
 
 

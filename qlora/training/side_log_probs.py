@@ -1,8 +1,8 @@
 """Log-probabilities of answers, head and softmax in chunks, so that logits [T, V] never exist.
 
 The gradient of a token's log-probability with respect to its hidden state does not depend on the loss: it is computed
-in the one pass over the head that forward makes, and backward multiplies it by what the loss makes of the answer. Peak
-memory is that of supervised training.
+in the one pass over the head that forward makes, and backward multiplies it by the derivative of the loss with respect
+to the answer's log-probability. Peak memory is that of supervised training.
 """
 
 from typing import Any

@@ -91,6 +91,7 @@ def test_pissa_on_a_dense_base_starts_at_the_base(zoo: Zoo, kind: str) -> None:
         torch.testing.assert_close(layer.A.norm(dim=1), layer.B.norm(dim=0), rtol=1e-3, atol=1e-4)  # equal shares
 
 
+@pytest.mark.sample(of=4, every=("kind", "init"))
 @pytest.mark.parametrize("quantizer", ["nf4", "fp4"])
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
@@ -152,6 +153,7 @@ def test_too_high_a_rank_and_loftq_without_an_error_are_refused(zoo: Zoo) -> Non
         initialized_base(zoo, "lora", "loftq", "dense")
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
 def test_a_run_records_the_error_that_its_initialization_removed(zoo: Zoo, init: str, tmp_path: Path) -> None:
     data = write_records(tmp_path / "records.jsonl", 4)

@@ -27,7 +27,6 @@ from qlora.runs.load_run import load_run
 from qlora.training.loss import TokenLoss
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("saved")
 TIED, UNTIED = "llama-tied-bias", "llama"
 POSITIONS = torch.arange(24)[None].expand(2, -1)
 NAMES = ("embed_tokens", "lm_head", "norm", "layers.0.input_layernorm")
@@ -37,6 +36,7 @@ def names_in(family: str) -> tuple[str, ...]:
     return ("embed_in", "lm_head", "final_layer_norm") if family == "gpt_neox" else NAMES[:3]
 
 
+@pytest.mark.sample(of=4, every=("quantizer",))
 @pytest.mark.parametrize(
     ("family", "quantizer"), [*((family, "dense") for family in FAMILIES), *((TIED, kind) for kind in QUANTIZERS)]
 )
@@ -169,30 +169,33 @@ def test_an_embedding_that_peft_untied_is_merged_with_a_head_of_its_own(zoo: Zoo
     torch.testing.assert_close(logits(merged), logits(load_run(str(folder)).base.model), rtol=0, atol=1e-4)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.sample(of=2)
+@pytest.mark.parametrize("family", [UNTIED, TIED])
+def test_a_resumed_run_equals_an_uninterrupted_one(zoo: Zoo, family: str, tmp_path: Path) -> None:
     data = write_records(tmp_path / "records.jsonl", 8)
-    for family in (UNTIED, TIED):
-        uninterrupted, resumed = tmp_path / f"{family}-uninterrupted", tmp_path / f"{family}-resumed"
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
 
-        def train(output: Path, *overrides: str, family: str = family) -> None:
-            section = {"save_modules": ["embed_tokens", "norm"]}
-            run(recipe_of(zoo(family), data, output, "train.save_every=2", *overrides, adapter=section))
+    def train(output: Path, steps: int) -> None:
+        options = ("train.save_every=2", f"train.max_steps={steps}")
+        section = {"save_modules": ["embed_tokens", "norm"]}
+        run(recipe_of(zoo(family), data, output, *options, adapter=section))
 
-        train(uninterrupted)
-        train(resumed, "train.max_steps=2")
-        train(resumed)
-        assert differing_tensors(uninterrupted, resumed) == [] and metrics(uninterrupted) == metrics(resumed)
+    train(uninterrupted, 3)
+    train(resumed, 2)
+    train(resumed, 3)
+    assert differing_tensors(uninterrupted, resumed) == [] and metrics(uninterrupted) == metrics(resumed)
 
 
-def test_the_plan_counts_modules_to_save(zoo: Zoo, tmp_path: Path) -> None:
-    for family in FAMILIES:
-        for names in (names_in(family), names_in(family)[1:2], ("layers.1.input_layernorm",)):
-            recipe = recipe_of(zoo(family), tmp_path / "none", tmp_path / "run", adapter={"save_modules": list(names)})
-            base = load_base(zoo(family), "nf4")
-            inject(base.model, build_adapter(rank=4), "all-linear", 0)
-            add_modules_to_save(base.model, names)
-            plan = Planner(recipe).plan(Machine.described("24GiB")).as_json()
-            assert plan["trainable_parameters"] == count(base.model).trainable_parameters, (family, names)
+@pytest.mark.sample(of=4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_counts_modules_to_save(zoo: Zoo, family: str, tmp_path: Path) -> None:
+    for names in (names_in(family), names_in(family)[1:2], ("layers.1.input_layernorm",)):
+        recipe = recipe_of(zoo(family), tmp_path / "none", tmp_path / "run", adapter={"save_modules": list(names)})
+        base = load_base(zoo(family), "nf4")
+        inject(base.model, build_adapter(rank=4), "all-linear", 0)
+        add_modules_to_save(base.model, names)
+        plan = Planner(recipe).plan(Machine.described("24GiB")).as_json()
+        assert plan["trainable_parameters"] == count(base.model).trainable_parameters, names
 
 
 def test_a_module_that_cannot_train_in_full_is_refused_with_the_key(zoo: Zoo) -> None:

@@ -22,7 +22,6 @@ from qlora.runs.artifacts import MANIFEST
 from qlora.utils.atomic_files import sha256_of
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("rework")
 FAMILY = "llama-tied-bias"
 
 
@@ -81,11 +80,11 @@ def peft_logits(zoo: Zoo, adapter: Path) -> Tensor:
 
 
 def test_a_planted_rank_is_reported_suggested_and_kept_by_resize(train: Any, data: Path, tmp_path: Path) -> None:
-    source = plant_rank(train("lora", "adapter.rank=16"), tmp_path / "planted", 3)
+    source = plant_rank(train("lora", "adapter.rank=8"), tmp_path / "planted", 3)
     report = qlora("inspect", source, "--json").json
     assert {"layers", "suggested_rank", "verdict"} <= report.keys()
-    assert all(layer["energy_90_rank"] == 3 and layer["rank"] == 16 for layer in report["layers"])
-    assert all(layer["dead_directions"] == 13 for layer in report["layers"])
+    assert all(layer["energy_90_rank"] == 3 and layer["rank"] == 8 for layer in report["layers"])
+    assert all(layer["dead_directions"] == 5 for layer in report["layers"])
     assert report["verdict"] == "too high" and report["suggested_rank"] in (3, 4)
     assert qlora("resize", source, tmp_path / "small", "--rank", report["suggested_rank"]).code == 0
     before, after = (qlora("eval", folder, "--data", data, "--json").json for folder in (source, tmp_path / "small"))

@@ -119,7 +119,7 @@ def test_a_mix_is_the_weighted_sum_of_the_updates(switched: SwitchedBase) -> Non
     assert torch.equal(logits(switched.base.model), switched.alone[None])
 
 
-def test_a_thousand_switches_are_fast_and_leak_nothing(switched: SwitchedBase) -> None:
+def test_hundreds_of_switches_are_fast_and_leak_nothing(switched: SwitchedBase) -> None:
     def count_tensors() -> int:
         gc.collect()
         return sum(isinstance(value, Tensor) for value in gc.get_objects())
@@ -133,10 +133,10 @@ def test_a_thousand_switches_are_fast_and_leak_nothing(switched: SwitchedBase) -
 
     switch_four_times()
     before, resident = count_tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    for _ in range(250):
+    started = time.process_time()
+    for _ in range(60):
         switch_four_times()
-    assert time.perf_counter() - started < 10  # a switch takes well under a millisecond; the limit allows ten
+    assert time.process_time() - started < 2.4  # a switch takes well under a millisecond; the limit allows ten
     assert count_tensors() == before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 16 * 1024  # KiB
     assert torch.equal(logits(switched.base.model), switched.alone[None])

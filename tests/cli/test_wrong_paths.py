@@ -44,6 +44,7 @@ MISTAKES: Mapping[str, tuple[str, ...]] = {  # command -> words of the message
     "train recipe.yaml train.resume=data": ("train.resume: data is not a complete checkpoint", "manifest.json"),
     "train recipe.yaml train.resume=runs/old": ("runs/old is a run", "runs/old/checkpoint-000002"),
     "train recipe.yaml train.output=recipe.yaml/run": ("train.output: can't write", "recipe.yaml is not a folder"),
+    "check recipe.yaml train.report_to=[clearml]": ("train.report_to: not installed: clearml", "pip install clearml"),
     "check recipe.yaml data.train=gone.jsonl": ("data.train: gone.jsonl", "data and memory were not checked"),
     "check recipe.yaml train.resume=gone": ("train.resume: gone does not exist",),
     "preview recipe.yaml data.train=gone.jsonl": ("data.train: gone.jsonl",),
@@ -158,14 +159,15 @@ def test_all_wrong_paths_of_a_recipe_are_reported_with_their_lines(folder: Path)
 
 
 def test_a_wrong_path_is_reported_in_less_than_1_5_seconds(folder: Path) -> None:
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert run_qlora(folder, "train", "recipe.yaml", "data.train=gone.jsonl").returncode == 2
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     # Processor time, not the clock: other tests run at the same time. About 0.6 on an idle machine.
-    assert min(seconds) < 1.5
+    assert any(seconds_of_a_wrong_path(folder) < 1.5 for _ in range(3))  # the first is usually enough
+
+
+def seconds_of_a_wrong_path(folder: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run_qlora(folder, "train", "recipe.yaml", "data.train=gone.jsonl").returncode == 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.sample(of=6)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.client_jobs import ask, equal, python_of, record
-from support.client_models import NAMES, TOKENS, build, conversations
+from support.client_models import LLAMA_CPP, NAMES, TOKENS, build, conversations
 from support.paths import ROOT
 
 from qlora.exporters import ExportRequest
@@ -20,12 +20,12 @@ MODELS = ROOT / "build" / "clients" / "models"
 
 
 # In float16 a random model changes an answer where two tokens are all but equally likely; the demo base is trained.
-CASES = [*((name, "float32") for name in NAMES), ("demo", "float16")]
+CASES = [*((name, "float32") for name in (*NAMES, *LLAMA_CPP)), ("demo", "float16")]
 
 
 def file_of(name: str, storage: str) -> tuple[Path, dict[str, Any]]:
     """The file of a model, exported once, and the run's prompts and answers."""
-    folder = build(MODELS / name, name)
+    folder = build(MODELS / name, name, **({"targets": ()} if name in LLAMA_CPP else {}))
     out = folder / f"gguf-{storage}"
     if not out.exists():
         export_run(load_run(str(folder / "run")), ExportRequest("gguf", dtype=storage, rows=16), str(out))

@@ -58,7 +58,7 @@ conversations = st.lists(st.tuples(without_thoughts, without_thoughts), min_size
 
 
 @EACH_FAMILY
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=conversations)
 def test_the_trained_tokens_are_the_answers_and_their_end_tokens(template: str, kind: str, pairs: Pairs) -> None:
     encoder = build_encoder(template, kind)
@@ -77,7 +77,7 @@ def test_the_trained_tokens_are_the_answers_and_their_end_tokens(template: str, 
 
 
 @EACH_FAMILY
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(pairs=conversations)
 def test_training_ids_are_prompt_ids_and_then_the_answer(template: str, kind: str, pairs: Pairs) -> None:
     encoder = build_encoder(template, kind)

@@ -29,6 +29,7 @@ def encoder_of(kind: str, template: str, gap: str, folder: pytest.TempPathFactor
     return Encoder(make_tokenizer(kind), "assistant", str(path))
 
 
+@pytest.mark.sample(of=4, every=("kind", "template"))
 @pytest.mark.parametrize("kind", ["bytes", "bytes_bos", "pieces", "pieces_first", "gemma_like"])
 @pytest.mark.parametrize("template", [CLOSED_BY_TEXT, STRIPS_PAST], ids=["closed by text", "strips the past"])
 @pytest.mark.parametrize("gap", [" ", "\n", "\n\n", ""], ids=repr)

@@ -87,7 +87,7 @@ def test_the_record_of_the_report_trains_the_good_answer_alone(encoders: Mapping
         assert encoders["assistant"].decode(labels[labels != IGNORED]) == "Good one.<|im_end|>"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["messages", "sharegpt", "completion"]))
 def test_a_conversation_trains_what_its_keys_say(data: st.DataObject, kind: str, encoders: Mapping) -> None:
     """Several agreeing keys in a message, in any combination, with and without the record's own list."""

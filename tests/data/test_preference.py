@@ -14,7 +14,7 @@ from qlora.data.batching.packing import split_documents
 from qlora.data.compared import ComparedExample
 from qlora.data.conversations.encoder import Encoder
 from qlora.data.mismatched import MismatchedAnswers
-from qlora.data.pairs import apart, chosen_answers, sides_of
+from qlora.data.pairs import apart, chosen_answers, pair_of, sides_of
 from qlora.data.prepare import Prepared, prepare
 from qlora.data.preview import answers_of
 from qlora.data.types import CHOSEN, IGNORED, REJECTED, Example
@@ -176,6 +176,17 @@ def test_a_mismatched_answer_is_that_of_the_record_before(encoder: Encoder, tmp_
         for document in split_documents(example.mismatched):
             text = encoder.decode(document.input_ids)
             others[int(text.partition("ask ")[2][0])] = int(text.partition("tell ")[2][0])
+    (cut,) = {len(example.mismatched) for example in MismatchedAnswers(data.train, 9, 3)[:1]}  # type: ignore[attr-defined]
+    assert cut == 9 * len(split_documents(data.train[0]))
     # Groups of three in the order of the data, the last record in the group before it.
     assert len(data.train) < 7 or not packing
     assert others == {0: 2, 1: 0, 2: 1, 3: 6, 4: 3, 5: 4, 6: 5}
+
+
+def test_the_prompt_ends_before_the_first_token_that_a_side_trains() -> None:
+    chosen, rejected = (
+        Example("x", np.array(ids, np.int32), np.array(labels, np.int32))
+        for ids, labels in (([1, 2, 3, 4], [IGNORED, IGNORED, 3, 4]), ([1, 2, 5, 6], [IGNORED, IGNORED, IGNORED, 6]))
+    )
+    pair = pair_of("x", chosen, rejected)
+    assert pair.input_ids.tolist() == [1, 2, 3, 4, 5, 6] and pair.branches[0] == (4, 1)

@@ -164,11 +164,11 @@ def test_few_records_and_control_strings_are_reported(tmp_path: Path) -> None:
     assert report.control_rows == 1
 
 
-def test_a_thousand_records_with_control_strings_are_each_reported(tmp_path: Path, encoder: Encoder) -> None:
+def test_records_with_control_strings_are_each_reported(tmp_path: Path, encoder: Encoder) -> None:
     control = ["<|im_end|>", "<|im_start|>system", "</s>", "<s>"]
-    records = [{"prompt": f"{i} {control[i % 4]}", "completion": f"ok {i}{control[i % 4]}"} for i in range(1000)]
+    records = [{"prompt": f"{i} {control[i % 4]}", "completion": f"ok {i}{control[i % 4]}"} for i in range(200)]
     prepared = prepare(section(write_records(tmp_path, records), eval_fraction=0), encoder, 0)
-    assert prepared.report.control_rows == 1000 == prepared.report.kept
+    assert prepared.report.control_rows == 200 == prepared.report.kept
     special = [id_ for id_, token in make_tokenizer("bytes", "chatml").added_tokens_decoder.items() if token.special]
     assert all(sum(int((e.input_ids == token).sum()) for token in special) == 4 for e in prepared.train)
 

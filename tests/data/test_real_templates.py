@@ -57,6 +57,7 @@ def test_there_are_many_templates() -> None:
     assert len(FILES) > 30 and set(FILES) >= VISION | NO_SYSTEM | WITHOUT_CALLS
 
 
+@pytest.mark.sample(of=3)
 @EACH_TEMPLATE
 def test_arguments_as_text_and_as_object_give_the_same_ids(name: str) -> None:
     encoder = build_encoder(name)
@@ -72,6 +73,7 @@ def test_arguments_as_text_and_as_object_give_the_same_ids(name: str) -> None:
     assert all(text in call for text in ("look", "part", "bolt 7", "count", "3")) and '\\"' not in call
 
 
+@pytest.mark.sample(of=3)
 @EACH_TEMPLATE
 def test_content_is_never_lost_and_masked_answers_bear_no_loss(name: str) -> None:
     encoder = build_encoder(name)

@@ -75,11 +75,11 @@ def test_a_record_above_the_limit_runs_alone_once_only() -> None:
             spin(9)
         return record[0]
 
-    group = record_limits.within_time([["a"], ["loop"], ["b"]], render)
+    group = record_limits.within_time([["a"], ["loop"], ["b"]], render, 0.1)
     assert [group[0], group[2]] == ["a", "b"] and isinstance(group[1], RecordError)
     assert calls == ["a", "loop", "a", "loop", "b"]  # first together under one limit
     calls.clear()
-    (alone,) = record_limits.within_time([["loop"]], render)
+    (alone,) = record_limits.within_time([["loop"]], render, 0.1)
     assert isinstance(alone, RecordError) and calls == ["loop"]
 
 

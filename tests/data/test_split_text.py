@@ -60,15 +60,16 @@ def check_pieces(whole: Example, pieces: Sequence[Example], max_length: int) -> 
 words = st.text("ab c\né😀", min_size=1, max_size=120).filter(str.strip)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(words, min_size=1, max_size=3), kind=st.sampled_from(KINDS), max_length=st.integers(2, 90))
 def test_every_token_of_a_text_is_trained_once(
     texts: list[str], kind: str, max_length: int, tmp_path: Path, encoders: dict[str, Encoder]
 ) -> None:
     encoder = encoders[kind]
     wholes = [encoder.encode("x:1", [Message("text", text)]) for text in texts]
-    for packing in (False, True):
-        prepared = prepared_of(write_texts(tmp_path, texts), encoder, max_length=max_length, packing=packing)
+    path = write_texts(tmp_path, texts)
+    packed, apart = (prepared_of(path, encoder, max_length=max_length, packing=flag) for flag in (True, False))
+    for prepared in (packed, apart):
         report = prepared.report
         assert (report.rows, report.kept, report.dropped) == (len(texts), len(texts), {})
         assert report.tokens == sum(map(len, wholes))
@@ -77,8 +78,7 @@ def test_every_token_of_a_text_is_trained_once(
         assert report.split == sum(len(whole) > max_length for whole in wholes)
         assert not any("dropped" in finding.message for finding in report.warnings)
     for number, whole in enumerate(wholes, 1):
-        pieces = [e for e in prepared_of(tmp_path / "records.jsonl", encoder, max_length=max_length).train
-                  if e.where.endswith(f":{number}")]  # fmt: skip
+        pieces = [example for example in apart.train if example.where.endswith(f":{number}")]
         check_pieces(whole, pieces, max_length)
 
 
@@ -91,7 +91,7 @@ def test_a_second_preparation_is_the_same(tmp_path: Path, encoders: dict[str, En
     assert {**one.report.as_json(), "notes": 0} == {**two.report.as_json(), "notes": 0}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 400), min_size=2, max_size=12),
     fraction=st.floats(0.01, 0.9),

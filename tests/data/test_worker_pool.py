@@ -46,8 +46,9 @@ def map_all(function: Callable, count: int, workers: int) -> list[int]:
     return [result for _, results in pairs for result in results]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("count", [0, 1, 4, 5, 103])
+@pytest.mark.parametrize(
+    ("count", "workers"), [*((count, 1) for count in (0, 1, 4, 5, 103)), (0, 2), (4, 2), (5, 2), (1, 3), (103, 3)]
+)
 def test_results_are_in_the_order_of_the_chunks(count: int, workers: int) -> None:
     def slow_first_chunk(chunk: Sequence[Item]) -> list[int]:
         time.sleep(0.02 if chunk[0].value == 1 else 0)
@@ -58,7 +59,7 @@ def test_results_are_in_the_order_of_the_chunks(count: int, workers: int) -> Non
 
 def test_randomly_killed_workers_change_nothing(seed: int, tmp_path: Path) -> None:
     draw, parent = random.Random(seed), os.getpid()
-    for trial in range(7):
+    for trial in range(3):
         victim, marker = draw.randrange(1, 61), tmp_path / str(trial)
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])
 
@@ -82,7 +83,7 @@ def test_a_record_that_kills_its_worker_twice_is_named() -> None:
         return squares(chunk)
 
     with pytest.raises(DataError, match=r"^records\.jsonl:30: encoding this record ends its worker process"):
-        map_all(work, 60, 3)
+        map_all(work, 60, 2)
 
 
 def test_a_record_that_never_ends_is_named() -> None:

@@ -37,7 +37,7 @@ def save_gradients(model: Path, folder: Path, splits: int, out: Path) -> None:
 
 @pytest.mark.sample(of=2)
 @pytest.mark.parametrize(
-    ("family", "splits"), [("llama", 10), ("experts", 10), pytest.param("llama", 200, marks=pytest.mark.slow)]
+    ("family", "splits"), [("llama", 4), ("experts", 4), pytest.param("llama", 200, marks=pytest.mark.slow)]
 )
 def test_random_splits_over_two_ranks_give_the_gradient_of_one(
     zoo: Zoo, expert_zoo: Zoo, tmp_path: Path, family: str, splits: int
@@ -55,7 +55,7 @@ def test_random_splits_over_two_ranks_give_the_gradient_of_one(
         gradients(job, train=random_examples(trial), micro_batch=16, global_batch=16)
         for trial in range(0, splits, REPEATS)
     ]
-    one, two = torch.stack(alone).repeat_interleave(REPEATS, dim=0), load_file(out)["gradients"]
+    one, two = torch.stack(alone).repeat_interleave(REPEATS, dim=0)[:splits], load_file(out)["gradients"]
     assert one.shape == two.shape and len(one) == splits
     worst = float(((one - two).norm(dim=1) / one.norm(dim=1)).max())
     assert 0 < worst <= TOLERANCE

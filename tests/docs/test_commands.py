@@ -130,7 +130,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     (folder / "data").mkdir()
     lines = (DEMO / "data" / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "data" / "train.jsonl").write_text("".join(lines[:24]))
+    (folder / "data" / "train.jsonl").write_text("".join(lines[:12]))
     return folder
 
 

@@ -25,7 +25,7 @@ def test_the_table_is_drawn_from_the_results() -> None:
 
 @pytest.mark.xdist_group("sweep")
 def test_every_command_on_the_page_works(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Sweep(zoo("llama"), tmp_path, "train.max_steps=1", "data.eval_fraction=0.2")
+    Sweep(zoo("llama"), tmp_path, "train.max_steps=1", "data.eval_fraction=0.2", "data.train_on=all")
     (tmp_path / "variants.yaml").write_text(next(block for block in BLOCKS if block.startswith("small:")))
     monkeypatch.chdir(tmp_path)
     assert len(COMMANDS) >= 5

@@ -39,11 +39,14 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         if in_step and event == "call":
             files.add(code.co_filename)
 
+    folder = tmp_path_factory.mktemp("tour")
+    records = (DEMO / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "records.jsonl").write_text("".join(records[:30]), encoding="utf-8")
     recipe, _ = from_mapping(
         {
             "model": {"name": str(DEMO / "base"), "dtype": "float32"},  # faster on a CPU
-            "data": {"train": str(DEMO / "data" / "eval.jsonl"), "max_length": 256, "eval_fraction": 0.1},
-            "train": {"output": str(tmp_path_factory.mktemp("tour") / "run"), "max_steps": 2, "global_batch": 2},
+            "data": {"train": str(folder / "records.jsonl"), "max_length": 256, "eval_fraction": 0.1},
+            "train": {"output": str(folder / "run"), "max_steps": 2, "global_batch": 2},
         }
     )
     with before_first_forward(lambda model: sys.setprofile(profile)):  # the evaluation before the first step

@@ -24,7 +24,6 @@ from qlora.model import safetensors_writer
 from qlora.runs.load_run import held_out_examples, load_run
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("export")
 MERGED = ExportRequest("merged", dtype="float32")
 
 
@@ -65,6 +64,7 @@ def test_the_base_is_unchanged_by_exports(runs: Any, zoo: Zoo, tmp_path: Path) -
 # ---- the certificate
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize(
     ("dtype", "base"), [("float32", "dequantized"), ("bfloat16", "dequantized"), ("float32", "original")]
 )
@@ -116,6 +116,7 @@ def test_an_existing_folder_is_never_changed(runs: Any, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.sample(of=3, every=("step",))
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), QloraError("no")])
 @pytest.mark.parametrize("step", ["write_model", "certify"])
 def test_a_failed_export_leaves_no_folder_and_can_be_repeated(

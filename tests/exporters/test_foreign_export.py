@@ -80,6 +80,7 @@ def read(loaded: Any, folder: Path) -> Any:
     return load_run(loaded.recipe.model.name, str(folder)).base.model
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("command", ["inspect", "resize", "combine"])
 def test_commands_without_the_base_refuse_a_changed_base(zoo: Zoo, command: str, tmp_path: Path) -> None:
     save_peft_adapter(zoo(UNTIED), tmp_path / "adapter", init_lora_weights="olora")

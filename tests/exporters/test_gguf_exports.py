@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from qlora.adapters.peft_config import module_settings
 from qlora.errors import AdapterError, InputError, QloraError
-from qlora.exporters import ExportRequest
+from qlora.exporters import MAX_KL, ExportRequest
 from qlora.exporters.export_run import build_source, export_run
 from qlora.exporters.export_source import ExportOptions
 from qlora.exporters.gguf.gguf_adapter import GgufAdapterExporter, check_adapter_file, places_of_pairs
 from qlora.exporters.gguf.gguf_architectures import architecture_of
 from qlora.exporters.gguf.gguf_file import GgufFile
+from qlora.exporters.gguf.tensor_layout import placements_by_source
 from qlora.runs.load_run import LoadedRun, load_run
 
 
@@ -53,6 +55,19 @@ def test_an_adapter_file_holds_the_updates_with_their_scale(llama: LoadedRun, tm
         check_adapter_file(file, places, rslora.pairs)
 
 
+def test_matrices_of_other_ranks_keep_their_updates(llama: LoadedRun, tmp_path: Path) -> None:
+    source, path = build_source(llama), "model.layers.1.self_attn.q_proj"
+    a, b = source.adapter.pairs[path]
+    mixed = replace(source.adapter, pairs={**source.adapter.pairs, path: (a[:2], b[:, :2])})
+    GgufAdapterExporter().write(replace(source, adapter=mixed), tmp_path, ExportOptions("dequantized", torch.float32))
+    file, place = GgufFile(tmp_path / "adapter.gguf"), placements_by_source(architecture_of(source.model), source.model)
+    written_a, written_b = (file.values(f"blk.1.attn_q.weight.lora_{side}") for side in "ab")
+    scale = file.get("adapter.lora.alpha") / len(written_a)  # llama.cpp's, by the rank of the matrix
+    actual = scale * place[f"{path}.weight"][0].undo(written_b) @ written_a
+    expected = module_settings(mixed.config, path, 2).scaling * b[:, :2].float() @ a[:2].float()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_what_is_no_plain_lora_is_refused_with_the_way_out(llama: LoadedRun, tmp_path: Path) -> None:
     source = build_source(llama)
     dora = replace(source.adapter, magnitudes={path: torch.ones(1) for path in source.adapter.pairs})
@@ -61,6 +76,13 @@ def test_what_is_no_plain_lora_is_refused_with_the_way_out(llama: LoadedRun, tmp
             replace(source, adapter=dora), tmp_path, ExportOptions("dequantized", torch.float32)
         )
     assert not (tmp_path / "adapter.gguf").exists()
+
+
+def test_few_bits_and_the_original_base_have_no_default_limit() -> None:
+    assert ExportRequest("gguf").kl_limit == ExportRequest("merged").kl_limit == MAX_KL
+    assert ExportRequest("gguf", dtype="q4_0").kl_limit is None
+    assert ExportRequest("merged", base="original").kl_limit is None
+    assert ExportRequest("gguf", dtype="q4_0", max_kl=0.2).kl_limit == 0.2
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from qlora.model.lazy_model import load_lazy_model
 ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}
+YARN = {**ROPE, "rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 CONFIGS: dict[str, Callable[[], Any]] = {
     **{name: FAMILIES[name] for name in ("llama", "llama-tied-bias", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")},
     **{name: FAMILIES[name] for name in ("granite", "gpt_neox")},
@@ -30,17 +32,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: classes.mistral.MistralConfig(**COMMON, **GQA, sliding_window=None),
     "smollm3": lambda: classes.smollm3.SmolLM3Config(**COMMON, num_key_value_heads=2),
     "qwen3_moe": lambda: classes.qwen3_moe.Qwen3MoeConfig(**COMMON, **GQA, **EXPERTS),
-    "gpt_oss": lambda: classes.gpt_oss.GptOssConfig(
-        **COMMON, **GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=32
-    ),
+    "gpt_oss": lambda: classes.gpt_oss.GptOssConfig(**COMMON, **GQA, **OSS, rope_parameters=YARN),
 }
 CPU = torch.device("cpu")
 
 
-def save(folder: Path, name: str) -> Path:
+def save(folder: Path, config: Any) -> Path:
     """A model whose norms are not all ones."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.15)
@@ -54,7 +54,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def make(name: str) -> Path:
         if name not in folders:
-            folders[name] = save(tmp_path_factory.mktemp(name), name)
+            folders[name] = save(tmp_path_factory.mktemp(name), CONFIGS[name]())
         return folders[name]
 
     return make
@@ -66,6 +66,7 @@ def agreement(folder: Path, file: Path) -> Agreement:
     return compare(trained, load_gguf(GgufFile(file), trained, "auto", CPU), [Example("one", ids, ids)], CPU)
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_file_read_back_is_the_model(name: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     result = agreement(folder_of(name), write_model_file(folder_of(name), tmp_path / "model.gguf"))
@@ -122,6 +123,11 @@ def test_wrong_metadata_are_far_from_the_model(
 ) -> None:
     file = write_model_file(folder_of(name), tmp_path / "model.gguf", keys={key: value})
     assert agreement(folder_of(name), file).mean_kl > 1e-4
+
+
+def test_rounded_bounds_of_yarn_show_in_the_certificate(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", classes.gpt_oss.GptOssConfig(**COMMON, **GQA, **OSS))  # truncate: false
+    assert agreement(folder, write_model_file(folder, tmp_path / "model.gguf")).max_logit_difference > 1e-3
 
 
 def test_a_missing_key_and_a_missing_scaling_are_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

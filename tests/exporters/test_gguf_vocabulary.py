@@ -88,6 +88,18 @@ def test_a_file_of_sentence_pieces_has_the_tokenizers_ids(kind: str, tmp_path: P
     assert own.encode_prompt(f"<s>{TEXTS[0]}") == tokenizer(TEXTS[0])["input_ids"]  # its BOS is not doubled
 
 
+def test_tokens_have_the_types_and_roles_of_llama_cpp() -> None:
+    tokenizer = byte_level(QWEN2)
+    tokenizer.add_tokens(["<note>"])
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    metadata = build_vocabulary(tokenizer, len(tokenizer) + 1, [start, end], CHATML).metadata
+    types = metadata["tokenizer.ggml.token_type"]
+    assert [types[number] for number in (end, len(tokenizer) - 1, len(tokenizer), 9)] == [3, 4, 5, 1]  # type: ignore[index]
+    assert metadata["tokenizer.ggml.eos_token_id"] == end  # the tokenizer's own first
+    assert metadata["tokenizer.ggml.eot_token_id"] == start and "tokenizer.ggml.eom_token_id" not in metadata
+    assert metadata["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
+
+
 def test_a_tokenizer_without_a_form_is_refused_by_name() -> None:
     for tokenizer, reason in (
         (make_tokenizer("bytes"), r"no name for this tokenizer's split expression, '\\\\p\{L\}"),

@@ -23,7 +23,6 @@ from qlora.runs.load_run import load_run
 from qlora.utils.atomic_files import sha256_manifest
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("limits")
 REQUEST = ExportRequest("merged", dtype="bfloat16", rows=2)
 
 
@@ -64,6 +63,7 @@ def count_syncs(killed_at: int | None = None) -> Iterator[list[int]]:
         yield syncs
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize(("shard_bytes", "sync_bytes"), [(10**9, 1), (60_000, 40_000), (10**9, 10**9)])
 def test_a_killed_merge_resumes_and_writes_the_same_bytes(
     train: Any, sync_bytes: int, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,6 @@ from qlora.runs.load_run import held_out_examples, load_run
 
 Zoo = Callable[..., Path]
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here: no pretrained model")
-pytestmark = pytest.mark.xdist_group("promises")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from qlora.model.safetensors_reader import SafetensorsReader
 from qlora.runs.load_run import load_run
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("export")
 IDS = torch.randint(5, 250, (3, 40), generator=torch.Generator().manual_seed(0))
 MERGED = ExportRequest("merged", dtype="float32")
 UNCERTIFIED = replace(MERGED, rows=0)
@@ -63,6 +62,7 @@ def test_every_quantizer_and_adapter_can_be_merged(runs: Any, kind: str, adapter
     torch.testing.assert_close(logits(merged), logits(loaded.base.model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_merged_weight_is_rounded_once(runs: Any, dtype: str, tmp_path: Path) -> None:
     loaded, torch_dtype = load_run(str(runs.train("llama"))), getattr(torch, dtype)
@@ -143,6 +143,7 @@ def test_a_tied_head_that_the_base_stores_twice_is_written_once(runs: Any, tmp_p
     assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("shard_bytes", [1, 20_000, 60_000])
 def test_shards_are_read_back_as_one_model(
     runs: Any, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,14 +16,13 @@ from qlora.adapters.plain_lora import fold_scaling
 from qlora.runs.load_run import load_run
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("nearest")
 
 
 @pytest.fixture(scope="module")
 def dora(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dora")
     data = write_records(folder / "records.jsonl", 12)
-    options = ("adapter.kind=dora", "train.max_steps=4", "optim.learning_rate=0.02", "data.eval_fraction=0.25")
+    options = ("adapter.kind=dora", "train.max_steps=2", "optim.learning_rate=0.02", "data.eval_fraction=0.25")
     run(recipe_of(zoo("llama-tied-bias"), data, folder / "run", *options))
     return folder / "run"
 
@@ -59,10 +58,10 @@ def test_a_higher_rank_is_nearer_and_max_kl_is_a_limit(dora: Path, tmp_path: Pat
     def export_at(rank: int) -> Any:
         return qlora("export", dora, tmp_path / f"r{rank}", "--to", "portable", "--rank", rank, "--json").json
 
-    exports = [export_at(rank) for rank in (2, 8, 32)]
+    exports = [export_at(rank) for rank in (2, 16)]
     errors = [answer["shortened"]["error"] for answer in exports]
-    assert errors[0] > errors[1] > errors[2]
-    assert exports[0]["agreement"]["mean_kl"] > exports[2]["agreement"]["mean_kl"]
+    assert errors[0] > errors[1]
+    assert exports[0]["agreement"]["mean_kl"] > exports[1]["agreement"]["mean_kl"]
     refused = qlora("export", dora, tmp_path / "out", "--to", "portable", "--rank", 2, "--max-kl", 1e-9)
     assert refused.code == 1 and "--rank" in refused.err and not (tmp_path / "out").exists()
 

@@ -78,6 +78,13 @@ def test_a_conversation_is_rendered_as_in_training(name: str) -> None:
     assert bool(translation.trimmed) == ("| trim" in TRANSLATABLE[name])
 
 
+def test_braces_of_a_template_are_text_in_go() -> None:
+    message = "{% for m in messages %}{{ '{{' }}{{ m.role }}{{ '}}' }} {{ m.content }}\n{% endfor %}"
+    prompt = "{% if add_generation_prompt %}{{ '{{assistant}} ' }}{% endif %}"
+    translation = translate(template_of(message + prompt))
+    assert translation.text.endswith('{{ "{{" }}assistant}} ') and translation.text.count('{{ "{{" }}') == 4
+
+
 @pytest.mark.parametrize("text", [NUMBERED, UPPER_CASE, INNER_BLANKS])
 def test_other_templates_are_refused(text: str) -> None:
     with pytest.raises(Untranslatable):
@@ -91,6 +98,7 @@ def test_the_template_begins_with_bos_where_ollama_adds_none(zoo: Zoo, adds_bos:
     assert modelfile.count("<s>") == (0 if adds_bos else 1)
     assert ('TEMPLATE """<s>{{ if not .System }}' in modelfile) != adds_bos
     assert "stripped blanks and line ends around messages of the system and user and assistant" in modelfile
+    assert modelfile.endswith('PARAMETER stop "</s>"\nPARAMETER stop "<\\"end\\">"\n')
 
 
 def source_of(base: Path, template: str) -> ExportSource:
@@ -108,7 +116,7 @@ def source_of(base: Path, template: str) -> ExportSource:
         None,
         {},
         template_of(template),
-        ("</s>",),
+        ("</s>", '<"end">'),
     )
 
 

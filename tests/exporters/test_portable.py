@@ -17,7 +17,6 @@ from torch import Tensor
 from qlora.adapters import peft_files
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("portable")
 FAMILY = "llama-tied-bias"
 SETTINGS = {
     "plain": {},

@@ -14,7 +14,6 @@ from support.command_line import CommandResult, qlora
 from support.small_runs import recipe_of, run, write_records
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("push")
 TOKEN = "hf_" + "aZ09" * 8
 
 

@@ -50,6 +50,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (without(SOUND, **MISTRAL, use_sliding_window=False), TOKENIZER, set()),
     (without(SOUND, model_type="gemma3_text", layer_types=SIXTH[::-1]), TOKENIZER, {"llama.cpp"}),
     (without(SOUND, model_type="gemma3_text", layer_types=SIXTH * 2), TOKENIZER, set()),
+    (without(SOUND, model_type="gemma3_text", layer_types=SIXTH[:4]), TOKENIZER, set()),
     ({"model_type": "wrapper", "torch_dtype": "x", "text_config": without(SOUND, "rope_theta")}, TOKENIZER,
      {"transformers", "Ollama", "mlx-lm"}),
 ]  # fmt: skip

@@ -96,6 +96,7 @@ def plant(name: str, folder: Path) -> None:
         (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("fault", ["prefix", "missing", "bos", "tokenizer"])
 def test_a_planted_fault_is_caught(runs: Any, fault: str, tmp_path: Path) -> None:
     loaded = load_run(str(runs.train("llama")))
@@ -131,6 +132,7 @@ def test_prompts_that_no_server_builds_are_refused(zoo: Zoo, tmp_path: Path) -> 
     assert not (tmp_path / "adapter" / "certificate.json").exists()
 
 
+@pytest.mark.sample(of=3, every=("kind",))
 @pytest.mark.parametrize("kind", ["bytes_bos", "pieces", "pieces_first"])
 @pytest.mark.parametrize("template", ["plain", "llama3"])
 def test_the_template_writes_the_first_token_where_training_puts_it(kind: str, template: str, tmp_path: Path) -> None:

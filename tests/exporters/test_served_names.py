@@ -23,7 +23,6 @@ from qlora.model.wrapper_models import factory_name
 from qlora.runs.load_run import load_run
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("served names")
 
 
 def export_both(base: Path, folder: Path) -> dict[str, Path]:

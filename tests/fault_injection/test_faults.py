@@ -24,7 +24,6 @@ from support.faults import (
 )
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("faults")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +36,13 @@ def no_report(result: Any) -> None:
 
 
 def test_a_kill_at_any_call_of_a_save_loses_no_checkpoint(seed: int, tmp_path: Path) -> None:
-    result = kills.kill_at_calls(tmp_path, every=47, first=1 + seed % 47, report=no_report)
-    assert result.clean and result.kills >= 10, result
+    result = kills.kill_at_calls(tmp_path, every=97, first=1 + seed % 97, report=no_report)
+    assert result.clean and result.kills >= 5, result
 
 
 def test_a_kill_at_any_moment_of_a_run_loses_no_checkpoint(zoo: Zoo, seed: int, tmp_path: Path) -> None:
-    result = kills.kill_at_moments(zoo("llama"), tmp_path, 3, seed, no_report)
-    assert result.clean and result.kills == 3, result
+    result = kills.kill_at_moments(zoo("llama"), tmp_path, 2, seed, no_report)
+    assert result.clean and result.kills == 2, result
 
 
 @pytest.mark.sample(of=2)
@@ -62,23 +61,24 @@ def test_a_signal_in_any_phase_leaves_an_exact_checkpoint(
     assert result.clean and result.exact + result.refused + result.finished == count, result
 
 
-def test_a_failed_rank_ends_the_others_and_is_reported_once(zoo: Zoo, seed: int, tmp_path: Path) -> None:
-    result = failed_ranks.fail_ranks(zoo("llama"), tmp_path, 4, seed, no_report)
-    assert result.clean and result.ranks == 4, result
+@pytest.mark.sample(of=2)
+@pytest.mark.parametrize("first", [0, 2], ids=["killed", "raising"])
+def test_a_failed_rank_ends_the_others_and_is_reported_once(zoo: Zoo, seed: int, first: int, tmp_path: Path) -> None:
+    result = failed_ranks.fail_ranks(zoo("llama"), tmp_path, range(first, first + 2), seed, no_report)
+    assert result.clean and result.ranks == 2, result
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(zoo: Zoo, seed: int, tmp_path: Path) -> None:
-    """Two optimizers, with random packing, dropout and world size; `make faults` has all combinations."""
+    """A random optimizer, packing, dropout and world size; `make faults` has all combinations."""
     rng, cases = random.Random(seed), list(resume_difference.cases())
-    selection = [rng.choice(cases[first : first + 8]) for first in rng.sample(range(0, len(cases), 8), 2)]
-    result = resume_difference.resume_all(zoo("llama"), tmp_path, selection, (3,), no_report)
-    assert result.clean and result.resumes == len(selection), result
+    result = resume_difference.resume_all(zoo("llama"), tmp_path, [rng.choice(cases)], (3,), no_report)
+    assert result.clean and result.resumes == 1, result
 
 
 def test_no_flipped_bit_and_no_truncation_goes_unnoticed(workspace: malicious_files.Workspace, seed: int) -> None:
     for folder in (max(workspace.run.glob("checkpoint-*")), workspace.run):
-        result = corruption.damage_files(folder, 200, 60, seed, no_report)
-        assert result.clean and result.flips + result.cuts == 260, result
+        result = corruption.damage_files(folder, 100, 30, seed, no_report)
+        assert result.clean and result.flips + result.cuts == 130, result
 
 
 def test_the_attacks_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +98,8 @@ def test_all_commands_succeed_without_a_malicious_file(workspace: malicious_file
 
 
 def test_no_malicious_file_runs(workspace: malicious_files.Workspace, seed: int, tmp_path: Path) -> None:
-    result = malicious_files.place_all(workspace, tmp_path, slice(seed % 24, None, 24), no_report)
-    assert result.clean and result.placements >= 2, result
+    result = malicious_files.place_all(workspace, tmp_path, slice(seed % 48, None, 48), no_report)
+    assert result.clean and result.placements >= 1, result
 
 
 def test_no_file_name_leads_out_of_its_folder(workspace: malicious_files.Workspace, seed: int, tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_no_file_name_leads_out_of_its_folder(workspace: malicious_files.Workspa
 
 
 def test_no_chat_template_hangs_or_escapes_its_sandbox(seed: int, tmp_path: Path) -> None:
-    result = hostile_templates.render_all(tmp_path, slice(seed % 8, None, 8), no_report)
-    assert result.clean and result.templates >= 5, result
+    result = hostile_templates.render_all(tmp_path, slice(seed % 16, None, 16), no_report)
+    assert result.clean and result.templates >= 2, result
 
 
 def test_no_secret_is_written(zoo: Zoo, seed: int, tmp_path: Path) -> None:
@@ -119,5 +119,5 @@ def test_no_secret_is_written(zoo: Zoo, seed: int, tmp_path: Path) -> None:
 
 
 def test_no_mutated_file_ends_in_a_stack_trace(workspace: malicious_files.Workspace, seed: int, tmp_path: Path) -> None:
-    result = mutations.mutate_all(workspace, tmp_path, 500, seed, no_report)
-    assert result.clean and result.refused > 200, result
+    result = mutations.mutate_all(workspace, tmp_path, 200, seed, no_report)
+    assert result.clean and result.refused > 80, result

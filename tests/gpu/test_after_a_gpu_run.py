@@ -18,7 +18,8 @@ from qlora.runs.evaluate import evaluate_run
 from qlora.runs.generate import generate_from_prompts
 from qlora.runs.load_run import load_run, load_with_adapters
 
-SETTINGS = ("data.eval_fraction=0.2", "optim.learning_rate=0.02")
+# Without prompts that the report would answer; the streamed run has them.
+SETTINGS = ("data.eval_fraction=0.2", "optim.learning_rate=0.02", "data.train_on=all")
 PROMPTS = [("red", [Message("user", "red")]), ("a longer one", [Message("user", "blue one two")])]
 BASES = ("llama", pytest.param("llama-tied-bias", marks=pytest.mark.slow))  # the first has a head of its own
 
@@ -70,7 +71,7 @@ def test_an_export_is_certified(runs: GpuRuns, family: str, tmp_path: Path) -> N
 
 
 def test_a_streamed_run_with_its_embedding_on_the_host_is_exported(runs: GpuRuns, tmp_path: Path) -> None:
-    streamed = runs.train(*SETTINGS, "memory.weights=stream")
+    streamed = runs.train(*SETTINGS, "data.train_on=assistant", "memory.weights=stream")
     with checked_gpu():
         loaded = load_run(str(streamed.folder))
         assert not on_gpu(loaded.base.model.get_input_embeddings().weight)  # type: ignore[operator]

@@ -64,7 +64,7 @@ def test_the_kernels_are_checked(tmp_path: Path) -> None:
 
 
 def test_peaks_and_profile(tmp_path: Path) -> None:
-    config = _llama(64, 32, 64, 4, 4, 2)
+    config = _llama(64, 32, 64, 2, 4, 2)
     work = workload(shapes_of(config, "tiny"), rank=2, device="cuda")
     report = Report("peaks", folder=tmp_path)
     with pretended_gpu():

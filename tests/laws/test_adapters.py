@@ -54,6 +54,7 @@ def test_an_untrained_adapter_gives_the_base(zoo: Zoo, kind: str, quantizer: str
         assert torch.equal(after, before)
 
 
+@pytest.mark.sample(of=3, every=("kind", "quantizer"))
 @pytest.mark.parametrize(("kind", "quantizer"), KINDS)
 def test_the_merged_matrix_gives_what_forward_gives(zoo: Zoo, kind: str, quantizer: str) -> None:
     base = load_base(zoo("llama-tied-bias"), quantizer)
@@ -147,6 +148,7 @@ def train_steps(model: nn.Module, steps: int) -> list[set[str]]:
     return names
 
 
+@pytest.mark.sample(of=3, every=("kind", "quantizer"))
 @pytest.mark.parametrize(("kind", "quantizer"), KINDS)
 def test_only_the_adapter_learns_and_all_of_it(zoo: Zoo, kind: str, quantizer: str) -> None:
     base = load_base(zoo("llama-tied-bias"), quantizer)
@@ -178,6 +180,7 @@ def test_every_family_learns_in_every_layer(zoo: Zoo, family: str) -> None:
 # ---- files
 
 
+@pytest.mark.sample(of=3, every=("kind", "quantizer"))
 @pytest.mark.parametrize(("kind", "quantizer"), KINDS)
 def test_an_adapter_is_the_same_after_writing_and_reading(zoo: Zoo, kind: str, quantizer: str, tmp_path: Path) -> None:
     base = load_base(zoo("llama-tied-bias"), quantizer)

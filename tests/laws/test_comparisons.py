@@ -36,6 +36,7 @@ def jobs(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return cache(lambda kind: comparison_job(zoo("llama"), folder, kind, *settings.get(kind, ())))
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_split_into_micro_batches_gives_the_same_gradient(jobs: Callable[[str], Job], kind: str) -> None:
     job = jobs(kind)
@@ -72,6 +73,7 @@ def test_a_reference_computed_before_gives_the_same_gradient(jobs: Callable[[str
     assert difference(gradients(job, train=shifted), expected) > 1e-3  # the step reads them
 
 
+@pytest.mark.sample(of=4, every=("in_one_row",))
 @pytest.mark.parametrize("in_one_row", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("kind", PAIRED)
 def test_a_pair_as_a_tree_trains_as_its_two_conversations(

@@ -22,7 +22,6 @@ from qlora.runs.load_run import load_run
 from qlora.training.loss import TokenLoss
 
 Zoo = Callable[..., Path]
-pytestmark = pytest.mark.xdist_group("full")
 POSITIONS = torch.arange(24)[None].expand(2, -1)
 SECTION = {"kind": "full", "rank": None, "alpha": None}
 
@@ -32,6 +31,7 @@ def full_recipe(model: Path, data: Path, output: Path, *overrides: str) -> Recip
     return recipe_of(model, data, output, *options, adapter=SECTION)
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # slow on CPUs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_starts_at_the_base_bit_for_bit_and_trains_everything(zoo: Zoo, family: str, dtype: str) -> None:
@@ -74,6 +74,7 @@ def test_a_base_in_4_bits_is_refused_with_the_key(zoo: Zoo, tmp_path: Path) -> N
         Full().train_all(load_base(zoo("llama"), "nf4").model)
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # slow on CPUs
 @pytest.mark.parametrize("family", ["llama-tied-bias", "gpt_neox", "gemma3"])
 def test_the_folder_is_the_model_that_was_trained(zoo: Zoo, family: str, dtype: str, tmp_path: Path) -> None:

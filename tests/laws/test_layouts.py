@@ -68,7 +68,7 @@ def logits_of(model: Any) -> Tensor:
     return head(head.hidden_states(IDS, POSITIONS))
 
 
-@pytest.mark.sample(of=6)
+@pytest.mark.sample(of=8)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_model_computes_what_transformers_computes(family: str, folder_of: Any) -> None:
     folder = folder_of(family)
@@ -89,11 +89,11 @@ def test_a_loaded_model_computes_what_transformers_computes(family: str, folder_
     assert all(not key.startswith(("model.layers", "model.language_model")) for key in quantized.manifest.ignored)
 
 
-@pytest.mark.sample(of=8)
+@pytest.mark.sample(of=16)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merge_restores_every_key_and_the_trained_logits(family: str, folder_of: Any, tmp_path: Path) -> None:
     folder, data = folder_of(family), write_records(tmp_path / "rows.jsonl", 12)
-    settings = ("train.max_steps=3", "data.packing=true", "optim.learning_rate=0.02")
+    settings = ("train.max_steps=2", "data.packing=true", "optim.learning_rate=0.02")
     run(recipe_of(folder, data, tmp_path / "run", *settings, quant={"kind": "nf4", "block": 32}))
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0]

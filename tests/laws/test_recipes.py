@@ -126,7 +126,7 @@ def test_the_laws_cover_every_setting():
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=40
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=12
 )
 @given(
     flat=st.fixed_dictionaries(REQUIRED, optional={key: value for key, value in VALUES.items() if key not in REQUIRED})

@@ -21,7 +21,7 @@ def factors(kind: str, steps: int, warmup: float) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps=STEPS, warmup=WARMUP)
 def test_a_rate_rises_during_warm_up_and_never_after(kind: str, steps: int, warmup: float) -> None:
     values, ramp = factors(kind, steps, warmup), warmup_steps(warmup, steps)
@@ -33,7 +33,7 @@ def test_a_rate_rises_during_warm_up_and_never_after(kind: str, steps: int, warm
         assert after[0] == 1.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps=STEPS, warmup=WARMUP)
 def test_schedules_match_their_closed_forms(steps: int, warmup: float) -> None:
     ramp = warmup_steps(warmup, steps)

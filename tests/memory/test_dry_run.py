@@ -65,7 +65,7 @@ def assert_close(work: Workload, measured: Measured) -> None:
     assert planned_step(work) == pytest.approx(measured.static + max(measured.loss, measured.backward), rel=0.03)
 
 
-@pytest.mark.sample(of=6, every=("name",))
+@pytest.mark.sample(of=12, every=("name",))
 @pytest.mark.parametrize(
     "options", [{"length": 640}, {"recompute": 0}, {"recompute": 1, "sequences": 2, "documents": 4}], ids=str
 )
@@ -74,7 +74,7 @@ def test_the_plan_equals_the_dry_run(name: str, options: dict[str, Any]) -> None
     assert_close(*workload_and_dry_run(CONFIGS[name], BF16, **options))
 
 
-@pytest.mark.sample(of=6)
+@pytest.mark.sample(of=12)
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, BF16) for name in OTHERS), ("Gemma-7B", F32), ("Gemma-3-4B", F32)], ids=str
 )
@@ -91,7 +91,7 @@ QUICK, LARGE = ("Llama-2-7B", "Llama-3.1-8B", "Qwen2-1.5B"), ("Qwen3-32B", "Llam
 GPU = [(name, *sizes) for name in QUICK + LARGE for sizes in ((2048, 2), (8192, 0), (8192, 2), (32768, 2))]
 
 
-@pytest.mark.sample(of=6)
+@pytest.mark.sample(of=12)
 @pytest.mark.parametrize(
     ("name", "length", "recompute"),
     [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in LARGE and case[1] > 8192 else []) for case in GPU],
@@ -113,7 +113,7 @@ NEWER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(of=6)
+@pytest.mark.sample(of=12)
 @pytest.mark.parametrize("name", NEWER)
 def test_the_plan_of_newer_families_equals_the_dry_run_of_a_gpu(name: str) -> None:
     work, measured = workload_and_dry_run(NEWER[name], BF16, length=2048, gpu=True)

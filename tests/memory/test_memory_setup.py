@@ -28,7 +28,7 @@ POLICIES = {
     "all": ("memory.weights=stream", "memory.offload_activations=true", "memory.recompute=all"),
 }
 PLAIN = ("memory.weights=resident", "memory.recompute=none", "memory.offload_activations=false")
-SETTINGS = ("data.eval_fraction=0.25", "train.max_steps=3", "adapter.dropout=0.1", "optim.learning_rate=0.02")
+SETTINGS = ("data.eval_fraction=0.25", "train.max_steps=2", "adapter.dropout=0.1", "optim.learning_rate=0.02")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def trained(model: Path, folder: Path, policy: tuple[str, ...]) -> Path:
     return folder / "run"
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_gives_the_same_run(zoo: Zoo, plain: Path, tmp_path: Path, policy: str) -> None:
     other = trained(zoo("llama"), tmp_path, POLICIES[policy])

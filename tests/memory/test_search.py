@@ -70,7 +70,7 @@ def test_the_remedy_is_the_smallest_change(options: dict[str, Any], remedy: str)
     assert not plan.fits and remedy in plan.advice
 
 
-@settings(max_examples=30, deadline=None)  # a search may make hundreds of plans
+@settings(max_examples=10, deadline=None)  # a search may make hundreds of plans
 @given(
     name=some.sampled_from(sorted(CONFIGS)),
     gpu=some.floats(1, 100),
@@ -98,7 +98,11 @@ SLOW = ("Llama-3.1-70B", "Qwen3-32B")  # many layers, so many plans
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS]
 )
 def test_a_larger_gpu_never_costs_more(name: str) -> None:
-    costs = [estimated_cost(plan) for gpu in range(4, 160, 4) if (plan := chosen(name, gpu)).fits]
+    costs = [
+        estimated_cost(plan)
+        for gpu in (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 160)
+        if (plan := chosen(name, gpu)).fits
+    ]
     assert costs == sorted(costs, reverse=True)
 
 

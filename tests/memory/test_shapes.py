@@ -101,6 +101,7 @@ def test_missing_keys_have_the_defaults_of_transformers(model_type: str) -> None
     assert_equal_shapes(shapes_of(fields, "model"), AutoConfig.for_model(**fields))
 
 
+@pytest.mark.sample(of=4)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_the_number_of_layers_has_the_default_of_transformers(model_type: str) -> None:
     fields = {"model_type": model_type, **NEEDED.get(model_type, {})}

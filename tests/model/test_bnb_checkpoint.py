@@ -160,7 +160,7 @@ def test_codes_that_do_not_match_the_shape_are_refused() -> None:
         read_from(checkpoint_with(shape=[95, 128]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     text=st.one_of(
         st.binary(max_size=200),

@@ -1,5 +1,7 @@
 """Every head computes its class's own logits and loss: scale, soft cap, bias, or whatever else the class does."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +39,32 @@ HEADS: dict[str, tuple[str, dict[str, Any], HeadFormula | None]] = {  # None: th
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        name: save_architecture(tmp_path_factory.mktemp(kind), kind, 10**6, settings)
-        for name, (kind, settings, _) in HEADS.items()
-    }
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`folder_of("bias")`: a tiny model with that head, saved at its first use."""
+
+    def save(name: str) -> Path:
+        kind, settings, _ = HEADS[name]
+        return save_architecture(tmp_path_factory.mktemp(kind), kind, 10**6, settings)
+
+    return cache(save)
 
 
 def loaded(folder: Path) -> Any:
     return load(Model(name=str(folder), dtype="float32"), Dense(), torch.device("cpu")).model
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("name", HEADS)
-def test_logits_loss_and_gradient_are_those_of_the_class(folders: dict[str, Path], name: str) -> None:
+def test_logits_loss_and_gradient_are_those_of_the_class(folder_of: Callable[[str], Path], name: str) -> None:
     formula = HEADS[name][2]
-    reference: Any = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
+    reference: Any = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32).eval()
     hidden_states: list[torch.Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
         output.last_hidden_state.retain_grad()
         hidden_states.append(output.last_hidden_state)
 
-    model = loaded(folders[name])
+    model = loaded(folder_of(name))
     head, loss = Head(model), TokenLoss(model)
     assert head.formula == formula
     decoder_of(reference).register_forward_hook(keep)
@@ -84,9 +90,9 @@ def test_measured_numbers_become_those_of_the_configuration() -> None:
     assert exact(HeadFormula(0.777, 11.0), config) == HeadFormula(0.777, 11.0)  # no such number
 
 
-def test_the_first_loss_of_falcon_h1_is_the_right_one(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_first_loss_of_falcon_h1_is_the_right_one(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     """The report's case: the multiplier of 0.3 was left out, and the loss was too high without a word."""
-    folder = folders["multiplier (Falcon-H1)"]
+    folder = folder_of("multiplier (Falcon-H1)")
     data = write_records(tmp_path / "rows.jsonl", 6)
     options = ("train.max_steps=1", "adapter.targets=[q_proj, v_proj]", "data.eval_fraction=0.5")
     recipe = recipe_of(folder, data, tmp_path / "run", *options, quant={"kind": "dense"})

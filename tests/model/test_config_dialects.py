@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from support.tiny_models import COMMON, GQA
 from transformers import AutoConfig
 from transformers import models as zoo
 
-from qlora.model.config_dialects import NESTED, ROPE, TEXT, in_both_dialects, window_pattern, with_dtype
+from qlora.model.config_dialects import NESTED, ROPE, TEXT, in_both_dialects, window_pattern, with_dtype, with_rope
 
 SCALED = {
     "llama3": zoo.llama.LlamaConfig(**COMMON, **GQA, rope_parameters={
@@ -100,3 +101,10 @@ def test_both_dtype_keys_are_written() -> None:
     assert with_dtype({"torch_dtype": "float32"}, "bfloat16") == both
     assert with_dtype({TEXT: {"dtype": "float32"}}, "bfloat16") == both | {TEXT: both}
     assert with_dtype({TEXT: {"a": 1}}, "bfloat16") == both | {TEXT: {"a": 1}}
+
+
+def test_a_rotated_part_of_a_head_is_named_outside_of_the_rotary_settings_too() -> None:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    written = with_rope({"model_type": "phi3"}, SimpleNamespace(rope_parameters=rope))
+    assert written["partial_rotary_factor"] == 0.5 and written["rope_theta"] == 10_000.0
+    assert "partial_rotary_factor" not in with_rope({}, SimpleNamespace(rope_parameters={"rope_theta": 1.0}))

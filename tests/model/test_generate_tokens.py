@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.adapted_models import load_base, randomize_adapter
+from support.architecture_table import PACKED, UNPACKED
 from support.architectures import random_model, save_architecture
 from support.expert_models import EXPERTS, randomize_updates
 
@@ -19,7 +20,7 @@ from qlora.adapters.expert_targets import adaptable
 from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.switch import AdapterSwitch
-from qlora.model.generate_tokens import RowHooks, _Sampler, generate, stream_tokens
+from qlora.model.generate_tokens import BATCH_TOKENS, RowHooks, _batches, _Sampler, generate, stream_tokens
 from qlora.model.kv_cache import NAMES, CachedModel, takes_padding
 from qlora.model.load_base import Base
 from qlora.model.module_tree import set_by_path
@@ -101,6 +102,33 @@ def test_a_cache_changes_no_token(kind: str) -> None:
     cached = CachedModel(model)
     cached.start(prompts[:1])
     assert (cached._cache is None) == (kind == "recurrent_gemma")
+
+
+WHOLE = ("mamba2", "qwen3_5_text", "bart", "bloom")  # classes that compute a prompt in one forward
+IN_PIECES = ("llama", "gemma2", "gemma3_text", "gpt_oss", "phi3", "cohere2", "gpt_neo", "opt")
+UNCACHED = ("dory", "qwen3_5", "xlstm")  # their tiny models do not run with padding or a cache
+OTHERS = sorted({*PACKED, *UNPACKED} - {*WHOLE, *IN_PIECES, *UNCACHED})
+
+
+@torch.no_grad()
+@pytest.mark.sample(of=6)
+@pytest.mark.parametrize("kind", [*WHOLE, *IN_PIECES, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_prompt_in_pieces_has_the_logits_of_the_whole(kind: str, rows: int) -> None:
+    """Padding fills whole pieces of the shorter rows. A class that can't continue computes the prompt at once."""
+    model, prompts = random_model(kind), prompts_of((61, 40, 12, 37)[:rows])
+    whole, parts = CachedModel(model), CachedModel(model, prefill_scores=rows * 61 * 40)
+    tokens = [[50 + step] * rows for step in range(3)]
+    expected, logits = ([part.start(prompts), *map(part.append, tokens)] for part in (whole, parts))
+    assert kind in OTHERS or (len(whole._pieces()), len(parts._pieces()) > 1) == (1, kind not in WHOLE)
+    torch.testing.assert_close(torch.stack(logits), torch.stack(expected), rtol=0, atol=1e-4 * float(expected[0].std()))
+
+
+def test_a_batch_has_few_prompts_that_are_long() -> None:
+    lengths = [BATCH_TOKENS * 2, 10, BATCH_TOKENS // 2, BATCH_TOKENS // 2, *[20] * 17]
+    assert [len(batch) for batch in _batches(lengths, True)] == [16, 2, 2, 1]
+    assert sorted(index for batch in _batches(lengths, True) for index in batch) == [*range(21)]
+    assert [len(batch) for batch in _batches(lengths, False)] == [1, 16, 1, 2, 1]
 
 
 def test_a_row_leaves_the_batch_when_it_ends(zoo: Zoo) -> None:

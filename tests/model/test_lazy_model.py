@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 3, 7, 11, 2]])
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lazy_model_gives_the_same_logits_and_holds_no_matrix(zoo: Zoo, family: str) -> None:
     folder = zoo(family)

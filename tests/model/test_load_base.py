@@ -68,6 +68,7 @@ def test_every_family_is_loaded_as_transformers_loads_it(zoo: Zoo, family: str, 
     assert buffers.keys() == expected.keys() and all(torch.equal(buffers[name], expected[name]) for name in expected)
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactly_the_linear_layers_of_the_decoder_are_quantized(zoo: Zoo, family: str) -> None:
     base = load(Model(name=str(zoo(family))), build_quantizer(Quant()), CPU)
@@ -110,16 +111,16 @@ def test_the_fingerprint_depends_on_values_not_on_files(zoo: Zoo, tmp_path: Path
     assert {name: sha256_of(folder) for name, folder in others.items()} == dict.fromkeys(others, sha256_of(base))
 
 
-def test_one_changed_value_in_any_tensor_changes_the_fingerprint(zoo: Zoo, tmp_path: Path) -> None:
+def test_one_changed_value_in_any_tensor_changes_the_fingerprint(zoo: Zoo, seed: int, tmp_path: Path) -> None:
     base = zoo("llama-tied-bias")
-    digests = {sha256_of(base)}
-    names = sorted(load_file(base / SINGLE))
+    digests = {checkpoint_sha256(base)}
+    names = sorted(load_file(base / SINGLE))[seed % 3 :: 3]  # other ones in the next run
     for number, name in enumerate(names):
 
         def nudge(tensors: dict[str, Tensor], name: str = name) -> None:
             tensors[name].view(-1)[-1] += 0.25
 
-        digests.add(sha256_of(copy_with(base, tmp_path / str(number), nudge)))
+        digests.add(checkpoint_sha256(copy_with(base, tmp_path / str(number), nudge)))
     assert len(digests) == len(names) + 1
 
 

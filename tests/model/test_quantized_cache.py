@@ -45,6 +45,7 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WeightLoader, "run", lambda *arguments: pytest.fail("the checkpoint was read"))
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_second_start_reads_the_cached_base(zoo: Zoo, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = loaded(zoo(family))
@@ -58,6 +59,7 @@ def test_the_second_start_reads_the_cached_base(zoo: Zoo, family: str, monkeypat
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize(
     "other",
     [
@@ -115,6 +117,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_written_again(zoo: Zoo, cache_root: Path, damage: str) -> None:
     first = loaded(zoo("llama"))

@@ -104,6 +104,7 @@ def plant_leak(model: Any) -> None:
     mixer.__class__ = type(mixer).__mro__[2]
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixer_that_joins_documents_is_caught(kind: str, packed: list[Example]) -> None:
     model = isolated(kind)
@@ -121,6 +122,7 @@ def loss_and_gradient(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss.detach(), gradient
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_documents_have_the_gradient_of_each_alone(
     kind: str, documents: list[Example], packed: list[Example]
@@ -163,6 +165,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("kind", [*KINDS, "recurrent_gemma"])
 def test_generation_keeps_the_state_of_each_answer(kind: str) -> None:
     model = random_model(kind)

@@ -146,6 +146,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_broken_folder_is_refused_by_name(folder: Path, case: str) -> None:
     change, name = REFUSED[case]

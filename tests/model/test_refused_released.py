@@ -64,6 +64,7 @@ def without(key: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key}
 
 
+@pytest.mark.sample(of=4, every=("writer",))
 @pytest.mark.parametrize(
     ("writer", "change", "expected"),
     [

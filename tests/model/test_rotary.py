@@ -72,6 +72,7 @@ def logits_alone(folder: Path, example: Example) -> torch.Tensor:
     return model(input_ids=torch.from_numpy(example.input_ids.astype(np.int64))[None]).logits[0]  # type: ignore[no-any-return]
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_documents_have_the_frequencies_of_their_own_length(folder_of: Folders, name: str) -> None:
@@ -112,7 +113,7 @@ def test_a_run_does_not_depend_on_the_micro_batch(folder_of: Folders, tmp_path: 
         for number, length in enumerate((40, 50, 150, 120, 100, 130)):
             file.write(json.dumps({"text": f"{number}" + "abcdefghij" * (length // 10)}) + "\n")
     results = {}
-    for micro_batch in (1, 2, 6):
+    for micro_batch in (1, 6):
         options = (
             "train.max_steps=2",
             "train.global_batch=6",
@@ -125,10 +126,9 @@ def test_a_run_does_not_depend_on_the_micro_batch(folder_of: Folders, tmp_path: 
         run(recipe)
         assert (tmp_path / f"run{micro_batch}" / "run.json").exists()
         results[micro_batch] = metrics(tmp_path / f"run{micro_batch}")
-    for other in (2, 6):
-        for first, second in zip(results[1], results[other], strict=True):
-            assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
-            assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+    for first, second in zip(results[1], results[6], strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
     assert adapter_tensors(tmp_path / "run1")
 
 

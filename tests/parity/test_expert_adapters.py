@@ -85,6 +85,7 @@ def own_gradients(model: Any) -> dict[str, Tensor]:
     return gradients
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("family", EXPERTS)
 def test_outputs_and_gradients_are_pefts(expert_zoo: Zoo, family: str, tmp_path: Path) -> None:
     base = load_base(expert_zoo(family), "dense")
@@ -105,6 +106,7 @@ def test_outputs_and_gradients_are_pefts(expert_zoo: Zoo, family: str, tmp_path:
         assert gradient.abs().max() > 1e-4
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_peft_reads_every_setting_from_our_folder(expert_zoo: Zoo, name: str, tmp_path: Path) -> None:
     base = load_base(expert_zoo("qwen2_moe"), "dense")

@@ -73,6 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_we_read_pefts_folder(zoo: Zoo, name: str, tmp_path: Path) -> None:
     leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -115,7 +115,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])  # 0.5 s each
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])  # 0.5 s each
 @given(config=CONFIGURATIONS, family=st.sampled_from([UNTIED, TIED]))
 def test_random_configurations_compute_what_peft_computes(
     zoo: Zoo, tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], family: str

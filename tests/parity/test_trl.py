@@ -89,6 +89,7 @@ def rows(kind: str) -> Any:
     return datasets.Dataset.from_dict(labeled if kind == "kto" else fields)
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize(
     ("kind", "settings", "options"),
     [

@@ -10,6 +10,7 @@ from support.documents import ROOT
 
 from qlora.data.types import IGNORED, Example
 from qlora.recipe.recipe import read
+from qlora.runs.advise.after import as_lines
 from qlora.runs.advise.before import append_to_shots, count_contradictions
 from qlora.runs.advise.verdict import FEW_RECORDS, KNOWN_LOSS, PROMPTED, UNSEEN, VERDICTS, judge
 
@@ -44,6 +45,9 @@ def test_duplicates_and_contradictions_are_counted(tmp_path: Path) -> None:
     assert result["data"]["duplicates"] == 4  # three of the first lines, and the lamp
     assert result["data"]["contradictions"] == 1 and result["data"]["kept"] == 26
     assert result["few_shot"] is None
+    printed = qlora("advise", path, "--rows", 0)
+    assert printed.code == 0 and printed.out == "" and result["reasons"]
+    assert all(reason["text"] in printed.err for reason in result["reasons"])
 
 
 @pytest.mark.parametrize(("copied", "share"), [(0, 0.0), (5, 0.5), (10, 1.0)])
@@ -75,12 +79,12 @@ def test_only_the_tokens_of_the_example_after_the_shots_are_scored() -> None:
 
 
 def test_the_losses_of_the_base_model_are_those_of_eval(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, LINES[:60], LINES[200:208])
-    result = qlora("advise", path, "--rows", 8, "--json").json
+    path = write_recipe(tmp_path, LINES[:60], LINES[200:204])
+    result = qlora("advise", path, "--rows", 4, "--json").json
     shot = result["few_shot"]
     measured = qlora("eval", BASE, "--data", tmp_path / "held_out.jsonl", "--json").json
     # `eval` of a model computes in its bfloat16, the recipe in float32.
-    assert shot["rows"] == 8 and shot["loss"] == pytest.approx(measured["loss"], rel=0.02)
+    assert shot["rows"] == 4 and shot["loss"] == pytest.approx(measured["loss"], rel=0.02)
     assert shot["shots"] >= 2 and shot["few_shot_loss"] < shot["loss"]  # the base model copies from its context
 
 
@@ -127,7 +131,8 @@ def test_a_task_that_the_base_model_can_do_needs_a_prompt_only(tmp_path: Path) -
 
 
 def test_after_a_run_the_figures_are_those_of_eval_and_inspect(tmp_path: Path) -> None:
-    assert qlora("train", write_recipe(tmp_path, LINES[:60], LINES[200:208])).code == 0
+    path = write_recipe(tmp_path, LINES[:40], LINES[200:204])
+    assert qlora("train", path, "train.max_steps=6").code == 0
     result = qlora("advise", tmp_path / "run", "--json").json
     measured = qlora("eval", tmp_path / "run", "--beside-base", "--json").json
     rank = qlora("inspect", tmp_path / "run", "--json").json
@@ -138,8 +143,7 @@ def test_after_a_run_the_figures_are_those_of_eval_and_inspect(tmp_path: Path) -
     reasons = [reason["text"] for reason in result["reasons"]]
     text = "\n".join(reasons)
     assert "it learned: held-out loss" in text and "general text" in text and "rank" in text
-    printed = qlora("advise", tmp_path / "run")
-    assert printed.code == 0 and printed.out == "" and all(reason in printed.err for reason in reasons)
+    assert [line.startswith(f"- {reason}") for line, reason in zip(as_lines(result), reasons, strict=True)]
 
 
 @pytest.mark.parametrize(

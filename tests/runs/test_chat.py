@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from support.small_runs import recipe_of, run, write_records
 from support.tiny_models import FAMILIES, byte_tokenizer
 
 import qlora as qlora_package
+from qlora.adapters.switch import AdapterSwitch
 from qlora.data.types import Message
 from qlora.model import Model
 from qlora.model.generate_tokens import generate, stream_tokens
@@ -22,7 +22,7 @@ from qlora.model.load_base import load
 from qlora.quant import Quant, build_quantizer
 from qlora.runs.chat import COMMANDS, HELP, run_chat
 from qlora.runs.conversation import ChatSession, decode_stream
-from qlora.runs.load_run import load_with_adapters
+from qlora.runs.load_run import LoadedRun, load_with_adapters
 
 Zoo = Callable[..., Path]
 DEMO = Path(qlora_package.__file__).parent / "demo" / "base"
@@ -61,10 +61,18 @@ class RecordedScreen:
         self.infos.append(text)
 
 
+@pytest.fixture(scope="module")
+def loaded(trained: Path) -> tuple[LoadedRun, AdapterSwitch]:
+    """The run with its adapter twice."""
+    return load_with_adapters(str(trained), {"own": str(trained), "twin": str(trained)})
+
+
 @pytest.fixture
-def session(trained: Path) -> ChatSession:
-    run, switch = load_with_adapters(str(trained), {"own": str(trained), "twin": str(trained)})
-    return ChatSession(run, switch, max_new_tokens=12, temperature=0.0)
+def session(loaded: tuple[LoadedRun, AdapterSwitch]) -> ChatSession:
+    """A new conversation, with the first adapter."""
+    run, switch = loaded
+    switch.activate("own")
+    return ChatSession(run, switch, max_new_tokens=8, temperature=0.0)
 
 
 def type_lines(session: ChatSession, *lines: str, screen: RecordedScreen | None = None) -> RecordedScreen:
@@ -107,7 +115,7 @@ def test_the_prompt_is_that_of_training(session: ChatSession) -> None:
         Message("user", "three"),
     ]
     assert session.messages[:3] == messages
-    (ids,) = generate(session.run.base, [session.run.encoder.prompt_ids(messages)], 12)
+    (ids,) = generate(session.run.base, [session.run.encoder.prompt_ids(messages)], 8)
     answer = session.run.base.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert session.messages[3] == Message("assistant", answer)
 
@@ -188,22 +196,13 @@ def test_the_oldest_turns_are_left_out_and_a_too_long_text_is_refused(session: C
         st.one_of(st.sampled_from([*COMMANDS, "/adapter x", "/adapter own:x", "/save /", "/"]), st.just("")), max_size=6
     )
 )
-def test_only_exit_ends_a_chat(trained: Path, lines: list[str]) -> None:
-    run, switch = _loaded(trained)
+def test_only_exit_ends_a_chat(loaded: tuple[LoadedRun, AdapterSwitch], lines: list[str]) -> None:
+    run, switch = loaded
+    switch.activate("own")
     session = ChatSession(run, switch, max_new_tokens=1, temperature=0.0)
     before = lines[: lines.index("/exit")] if "/exit" in lines else lines
     screen = type_lines(session, *lines)
     assert all(line in HELP for line in COMMANDS) and len(screen.infos) >= sum(line == "/help" for line in before)
-
-
-_LOADED: dict[Path, Any] = {}
-
-
-def _loaded(folder: Path) -> Any:
-    if folder not in _LOADED:
-        _LOADED[folder] = load_with_adapters(str(folder), {"own": str(folder)})
-    _LOADED[folder][1].activate("own")
-    return _LOADED[folder]
 
 
 # ---- the command

@@ -43,6 +43,7 @@ def trained(zoo: Zoo, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize("kind", ["ipo", "orpo", "simpo", "kto"])
 def test_every_other_kind_trains(zoo: Zoo, tmp_path: Path, kind: str) -> None:
     data = write_answers(kind, tmp_path / "rows.jsonl", PAIRS)
@@ -80,6 +81,17 @@ def test_preview_shows_both_sides(zoo: Zoo, pairs: Path, tmp_path: Path) -> None
     assert row["answers"][0]["context_ids"] == row["answers"][1]["context_ids"]
     checked = qlora("check", path, "--json").json
     assert checked["ok"] and checked["data"]["kept"] == PAIRS
+
+
+def test_preview_marks_the_prompts_that_orpo_trains(zoo: Zoo, pairs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(recipe_for(zoo("llama"), pairs, tmp_path / "run", "orpo")))
+    (row,) = qlora("preview", path, "-n", 1, "--json").json["rows"]
+    rejected = row["branches"][0][0]
+    assert row["labels"][:rejected] == row["input_ids"][:rejected] and row["segments"][0]["trained"]
+    assert [answer["role"] for answer in row["answers"]] == ["chosen", "rejected"]
+    assert all(len(answer["context_ids"]) > 1 for answer in row["answers"])  # what is compared: answers alone
+    assert any("over the prompts" in note for note in qlora("check", path, "--json").json["data"]["notes"])
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_other_adapters_start_at_the_reference_and_learn(zoo: Zoo, pairs: Path, 
 
 
 def test_a_sweep_over_beta_trains_each_variant_as_alone(zoo: Zoo, pairs: Path, tmp_path: Path) -> None:
-    options = ("objective.kind=dpo", "train.max_steps=4", "data.eval_fraction=0.2", "data.max_length=160")
+    options = ("objective.kind=dpo", "train.max_steps=2", "data.eval_fraction=0.2", "data.max_length=160")
     sweep = Sweep(zoo("llama"), tmp_path, *options, data=pairs)
     result = sweep.train_together("objective.beta=0.05,0.5")
     assert result.failure is None

@@ -41,6 +41,7 @@ def write_runs(root: Path, count: int) -> Path:
 
 def test_the_page_has_a_row_for_each_run_and_only_settings_that_differ(tmp_path: Path) -> None:
     root = write_runs(tmp_path / "runs", 7)
+    write_runs(root / ".trash", 1)
     result = write_index_page(root, root / "index.html")
     page = (root / "index.html").read_text()
     assert result["runs"] == ["run00", "run03", "run06", *(f"sweep/run{n:02d}" for n in (1, 2, 4, 5))]
@@ -49,6 +50,10 @@ def test_the_page_has_a_row_for_each_run_and_only_settings_that_differ(tmp_path:
     assert 'href="sweep/run01/report.html"' in page and 'href="run00/report.html"' not in page
     assert "<b>base" not in page and "&lt;b&gt;base" in page
     assert not re.search(r"(?:src|href)=\"(?:https?:)?//", page)
+    assert 'data-value="0.5"' in page and ">0.5000<" in page  # numbers sort by their value, not by their text
+    lines = re.findall(r'<path d="M([^"]+)"', page)
+    heights = [[float(point.split()[1]) for point in line.split("L")] for line in lines]
+    assert all(line == sorted(line) and line[0] < line[-1] for line in heights)  # a falling loss falls
 
 
 def test_a_folder_of_runs_gets_an_index_and_a_run_its_own_page(tmp_path: Path) -> None:
@@ -59,6 +64,17 @@ def test_a_folder_of_runs_gets_an_index_and_a_run_its_own_page(tmp_path: Path) -
         run_cli(["report", str(root / "run00")]) == 0 and "index" not in (root / "run00/report.html").read_text()[:400]
     )
     assert run_cli(["report", str(tmp_path / "none")]) == 2
+
+
+def test_a_run_that_can_not_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    root = write_runs(tmp_path / "runs", 3)
+    (root / "run00" / "metrics.jsonl").write_text("")  # started just now
+    (root / "run00" / "recipe.yaml").unlink()
+    (root / "sweep" / "run01" / "run.json").write_text('{"base": [')
+    result = write_index_page(root, root / "index.html")
+    page = (root / "index.html").read_text()
+    assert len(result["runs"]) == 3 and page.count("not finished") == page.count("damaged run.json") == 1
+    assert "optim" not in page and ">model<" not in page  # no recipe is no difference
 
 
 class Browser:

@@ -14,9 +14,10 @@ from support.paths import DEMO_BASE
 from support.small_runs import recipe_of, run, write_records
 from support.tiny_models import save_model
 
+from qlora.distributed.processes import require_one_process
 from qlora.errors import InputError
 from qlora.model.download import find_model
-from qlora.quant.kept_choice import choose_kept
+from qlora.quant.kept_choice import MatrixError, choose_kept
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe, from_mapping
 from qlora.runs import sensitivity
@@ -55,6 +56,18 @@ def test_planted_outlier_matrices_are_kept(planted: Path, records: Path, tmp_pat
     assert {matrix.name for matrix in worst} == {*PLANTED} and worst[1].error > 0.5
     assert result.bytes <= result.budget_bytes == int(1.4 * result.packed_bytes)
     assert result.kl_after < 0.2 * result.kl_before
+
+
+def test_matrices_are_kept_by_what_a_byte_saves() -> None:
+    matrices = [
+        MatrixError("large", 10, 0.1, 5.0, 1),
+        MatrixError("small", 1, 0.1, 1.0, 1),
+        MatrixError("unseen", 1, 0.0, 0.0, 0),
+        MatrixError("middle", 6, 0.1, 2.4, 1),
+    ]
+    assert choose_kept(matrices, 10) == ["small", "middle"]  # what is left after the best one is too little for `large`
+    assert choose_kept(matrices, 11) == ["large", "small"]
+    assert choose_kept(matrices, 0) == [] and "unseen" not in choose_kept(matrices, 99)
 
 
 def demo_recipe(*overrides: str) -> Recipe:
@@ -154,3 +167,9 @@ def test_the_command_prints_what_the_contract_says(planted: Path, records: Path,
     assert all({*matrix} >= {"name", "bytes", "error"} for matrix in result["matrices"])
     assert {*result["kept"]} >= {*PLANTED} and result["kl_after"] < result["kl_before"]
     assert qlora("sensitivity", tmp_path / "recipe.yaml", "--keep-bytes", "5 apples").code == 2
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="qlora sensitivity runs in one process, but the launcher started 2"):
+        require_one_process("sensitivity")

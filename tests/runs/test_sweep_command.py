@@ -75,7 +75,7 @@ def test_the_plan_is_printed_with_exit_code_3_if_it_does_not_fit(zoo: Zoo, tmp_p
 def test_several_processes_are_refused(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = qlora("sweep", Sweep(zoo("llama"), tmp_path).path, "adapter.rank=2,8")
-    assert result.code == 2 and "one sweep per GPU" in result.err and "Traceback" not in result.err
+    assert result.code == 2 and "qlora sweep runs in one process" in result.err and "Traceback" not in result.err
 
 
 @pytest.mark.xdist_group("sweep")

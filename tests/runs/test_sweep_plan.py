@@ -50,7 +50,7 @@ def test_the_largest_variant_is_what_the_sweep_needs(zoo: Zoo, tmp_path: Path) -
     assert plan.largest is largest and largest.work.tokens == 4 * 96
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=4), st.floats(0.0, 1.0))
 def test_all_variants_have_the_same_activation_policy(zoo: Zoo, tmp_path_factory, batches, fraction) -> None:
     sweep = Sweep(zoo("llama"), tmp_path_factory.mktemp("plan"), "train.global_batch=64", "data.max_length=96")

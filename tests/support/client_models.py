@@ -48,6 +48,20 @@ ADAPTERS = {"llama3": ("adapter.kind=rslora",), "qwen3": ("adapter.kind=dora",),
     "adapter.rank_pattern={q_proj: 8, down_proj: 2}", "adapter.alpha_pattern={k_proj: 5}",
 )}  # fmt: skip
 NAMES = ("demo", *ARCHITECTURES)
+EXPERTS = {"num_experts_per_tok": 2, "num_hidden_layers": 2}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 64, "truncate": True,
+}  # fmt: skip
+LLAMA_CPP: Mapping[str, Callable[[], Any]] = {  # compared in llama.cpp only
+    "smollm3": lambda: zoo.smollm3.SmolLM3Config(**NO_HEAD_DIM | {"num_hidden_layers": 4}),
+    "qwen3_moe": lambda: zoo.qwen3_moe.Qwen3MoeConfig(
+        **COMMON | EXPERTS, num_experts=4, moe_intermediate_size=64, norm_topk_prob=True
+    ),
+    "gpt_oss": lambda: zoo.gpt_oss.GptOssConfig(
+        **COMMON | EXPERTS, num_local_experts=4, sliding_window=48, rope_parameters=YARN
+    ),
+}
 
 
 def save_base(folder: Path, name: str, seed: int = 0) -> Path:
@@ -60,7 +74,7 @@ def save_base(folder: Path, name: str, seed: int = 0) -> Path:
         assert config["architectures"] == ["LlamaForCausalLM"]
         return with_both_dialects(folder)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config({**ARCHITECTURES, **LLAMA_CPP}[name](), dtype=torch.float32)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "norm" not in path:

@@ -16,7 +16,7 @@ from qlora.model.kernels.rms_norm import NormForm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ORDERS = [rms_norm.ROUND_FIRST, rms_norm.ROUND_LAST, rms_norm.ADD_ONE]
 # Every shape in float32, and what rounding can depend on in 16 bits.
-SHAPES = [(0, 7), (1, 1), (3, 7), (17, 100), (1, 4097), (2, 8193)]
+SHAPES = [(0, 7), (1, 1), (3, 7), (5, 100), (1, 4097), (2, 8193)]
 CASES = [*((shape, torch.float32) for shape in SHAPES), *(((3, 100), dtype) for dtype in DTYPES[1:])]
 EPS = 1e-6
 
@@ -98,6 +98,7 @@ def test_gated_product(shape: tuple[int, int], dtype: torch.dtype, act: int) -> 
     assert torch.equal(grad, halves[0]) and torch.equal(up_out, halves[1])
 
 
+@pytest.mark.sample(of=4, every=("dtype",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "key_heads", "width", "tokens", "own"), [
     (4, 2, 8, 2, False), (9, 1, 96, 2, True), (1, 1, 2, 1, False), (2, 1, 8, 3, False), (2, 2, 8, 0, False),

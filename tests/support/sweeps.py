@@ -40,9 +40,12 @@ class Sweep:
     def train_together(self, *arguments: str, file: Mapping[str, Any] | None = None) -> SweepResult:
         return train_together(self.variants(*arguments, file=file), self.folder / "together", quiet=True)
 
-    def train_alone(self, *arguments: str, file: Mapping[str, Any] | None = None) -> list[str]:
-        """Train every variant as a separate run; returns their names."""
+    def train_alone(
+        self, *arguments: str, file: Mapping[str, Any] | None = None, names: Sequence[str] = ()
+    ) -> list[str]:
+        """Train every variant, or those of `names`, as a separate run; returns their names."""
         variants = self.variants(*arguments, file=file, out="alone")
+        variants = [variant for variant in variants if not names or variant.name in names]
         for variant in variants:
             run(variant.recipe)
         return [variant.name for variant in variants]

@@ -20,7 +20,7 @@ def checkpoint(reference_runs: Callable[[str], ReferenceRun]) -> Path:
 
 
 @pytest.mark.xdist_group("resume")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_and_any_truncation_is_detected(checkpoint: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(file.name for file in checkpoint.iterdir() if file.name != MANIFEST)))

@@ -98,6 +98,7 @@ def test_experts_without_tokens_are_counted(base: Base) -> None:
     assert line.startswith("experts: every one of 4 that trained tokens visited in 4 steps has gradients; 4 of 8 were")
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.parametrize(("kind", "side"), [(FrozenExpert, "A"), (FrozenExpert, "B"), (DetachedSide, "A")])
 @pytest.mark.parametrize("sees_all", [True, False])
 def test_a_planted_frozen_expert_is_refused(base: Base, kind: type[ExpertLora], side: str, sees_all: bool) -> None:
@@ -117,6 +118,7 @@ def test_a_gradient_for_an_expert_without_tokens_is_refused(base: Base) -> None:
 # ---- columns
 
 
+@pytest.mark.sample(of=2, every=("family",))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_the_columns_of_every_layout_are_right(expert_zoo: Zoo, family: str, dtype: str) -> None:
@@ -192,7 +194,7 @@ def test_the_table_is_bounded_and_empty_without_experts() -> None:
 
 def test_a_run_resumes_bit_for_bit_and_reports_its_experts(expert_zoo: Zoo, tmp_path: Path) -> None:
     data, folder, model = write_records(tmp_path / "rows.jsonl", 12), tmp_path / "run", expert_zoo("qwen3_moe")
-    settings = ("train.max_steps=5", "train.save_every=2", "adapter.dropout=0.1")
+    settings = ("train.max_steps=3", "train.save_every=2", "adapter.dropout=0.1")
     manifest = run(recipe_of(model, data, folder, *settings))
     adapter, experts = manifest["adapter"], manifest["experts"]
     assert adapter["expert_rank"] == 2 and len(adapter["paths"]) == 12

@@ -26,7 +26,7 @@ from qlora.training.loss import TokenLoss
 TOLERANCE = 1e-3  # of a loss, between float16 and float32
 PLANTED = "model.layers.1.mlp.down_proj"
 OPTIONS = (
-    "train.max_steps=6",
+    "train.max_steps=3",
     "optim.learning_rate=1e-3",
     "data.packing=true",
     "data.eval_fraction=0.2",
@@ -87,7 +87,7 @@ def test_a_matrix_that_overflows_computes_in_float32(overflowing: Path, data: Pa
 
 
 def test_evaluation_computes_as_the_run_did(overflowing: Path, data: Path, tmp_path: Path) -> None:
-    _, manifest = losses(overflowing, data, tmp_path / "run", "float16", "train.save_every=6")
+    _, manifest = losses(overflowing, data, tmp_path / "run", "float16", "train.save_every=3")
     loaded = load_run(str(tmp_path / "run"))
     in_float32 = [path for path, layer in frozen_linears(loaded.base.model).items() if layer.product_dtype is None]
     assert in_float32 == [PLANTED]
@@ -95,7 +95,7 @@ def test_evaluation_computes_as_the_run_did(overflowing: Path, data: Path, tmp_p
     with float32_products(loaded.base.model):
         assert evaluate_run(loaded, None, "loss")["loss"] != manifest["result"]["eval_loss"]
     lines: list[str] = []  # a checkpoint has no run.json: a general text is measured
-    checkpoint = load_run(str(tmp_path / "run" / "checkpoint-000006"), log=lines.append)
+    checkpoint = load_run(str(tmp_path / "run" / "checkpoint-000003"), log=lines.append)
     assert frozen_linears(checkpoint.base.model)[PLANTED].product_dtype is None
     assert any(PLANTED in line and "1 of 14 matrices compute in float32" in line for line in lines)
 

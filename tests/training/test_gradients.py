@@ -48,7 +48,7 @@ def random_example(number: int, length: int, untrained: int, generator: np.rando
     return Example(f"example {number}", ids, labels)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(2, 30), st.integers(1, 29)), min_size=1, max_size=7),
     micro_batch=st.integers(1, 7),

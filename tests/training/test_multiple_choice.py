@@ -13,6 +13,7 @@ from support.tiny_models import FAMILIES
 from qlora.data.conversations.encode_records import read_messages
 from qlora.data.types import Record
 from qlora.errors import DataError
+from qlora.runs.evaluate import evaluate_run
 from qlora.runs.general_text import GENERAL
 from qlora.runs.load_run import LoadedRun, held_out_examples, load_run
 from qlora.training.multiple_choice import choice_accuracy, choice_of
@@ -95,13 +96,13 @@ def test_an_invalid_choice_is_refused(wrong: dict[str, object]) -> None:
 
 
 def test_the_base_model_is_evaluated_with_the_tuned_one(zoo: Zoo, tmp_path: Path) -> None:
-    data, choices = write_records(tmp_path / "records.jsonl", 8), questions(tmp_path / "choices.jsonl")
+    data, choices = write_records(tmp_path / "records.jsonl", 4), questions(tmp_path / "choices.jsonl", 8)
     model = zoo("llama-tied-bias")
     run(recipe_of(model, data, tmp_path / "run", "optim.learning_rate=0.02", "train.max_steps=4"))
-    for task, file in (("loss", data), ("choice", choices), ("exact-match", data)):
-        options = ("--data", file, "--task", task, "--json")
-        both = qlora("eval", tmp_path / "run", *options, "--beside-base").json
-        tuned, base = qlora("eval", tmp_path / "run", *options).json, qlora("eval", model, *options).json
+    loaded, base_model = load_run(str(tmp_path / "run")), load_run(str(model))
+    for task, file in (("loss", str(data)), ("choice", str(choices))):
+        both = evaluate_run(loaded, file, task, beside_base=True)
+        tuned, base = evaluate_run(loaded, file, task), evaluate_run(base_model, file, task)
         assert {key: both[key] for key in tuned} == tuned
         expected = {key: value for key, value in base.items() if key != "task"}
         assert both["base"].pop("score") == expected.pop("score")

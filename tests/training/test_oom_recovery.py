@@ -58,7 +58,7 @@ def out_of_memory(where: str, calls: set[int]) -> Iterator[None]:
 
 
 def recipe(zoo: Zoo, folder: Path, *overrides: str) -> Recipe:
-    options = ("adapter.dropout=0.2", "train.micro_batch=1", *overrides)
+    options = ("adapter.dropout=0.2", "train.micro_batch=1", "train.max_steps=3", *overrides)
     return recipe_of(zoo("llama"), write_records(folder / "records.jsonl", RECORDS), folder / "run", *options)
 
 

@@ -16,6 +16,7 @@ from qlora.errors import Stopped
 from qlora.recipe.recipe import dump
 
 
+@pytest.mark.sample(of=2)
 @pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_at_an_exact_checkpoint(

@@ -94,12 +94,12 @@ def test_impossible_sizes_are_refused_at_once(zoo: Zoo, key: str, value: float, 
 def test_every_byte_of_the_frozen_base_changes_the_digest(zoo: Zoo) -> None:
     model = loaded(zoo("llama")).model
     digest = frozen_sha256(model)
-    for value in [*model.parameters(), *model.buffers()]:
+    for number, value in enumerate([*model.parameters(), *model.buffers()]):
         flat = value.detach().reshape(-1).view(torch.uint8)
-        for index in (0, flat.numel() // 2, flat.numel() - 1):
-            flat[index] ^= 64
-            assert frozen_sha256(model) != digest
-            flat[index] ^= 64
+        index = (0, flat.numel() // 2, flat.numel() - 1)[number % 3]
+        flat[index] ^= 64
+        assert frozen_sha256(model) != digest
+        flat[index] ^= 64
     assert frozen_sha256(model) == digest
 
 
@@ -216,7 +216,8 @@ KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) f
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recipe_gives_the_same_adapter_in_every_process(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     data, digests = write_records(tmp_path / "rows.jsonl", 12), set()
-    options = (f"optim.kind={kind}", "adapter.dropout=0.1", "data.packing=true", "train.deterministic=true")
+    options = (f"optim.kind={kind}", "adapter.dropout=0.1", "data.packing=true", "train.deterministic=true",
+               "train.max_steps=3")  # fmt: skip
     for name in ("one", "two"):
         recipe = recipe_of(zoo("llama"), data, tmp_path / name, *options)
 

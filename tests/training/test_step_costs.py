@@ -97,6 +97,7 @@ def test_a_layer_saves_at_most_12_hidden_states_per_token() -> None:
     assert sum(saved.values()) <= 12 * 2 * HIDDEN * 4 * TOKENS
 
 
+@pytest.mark.sample(of=3)
 @pytest.mark.parametrize("recomputed", [0, 1, 2])
 def test_every_matrix_is_dequantized_and_multiplied_a_minimum_of_times(recomputed: int) -> None:
     """Once in forward, once in backward; a recomputed layer repeats all but its last matmul, whose output is unused."""
@@ -117,7 +118,7 @@ def test_every_matrix_is_dequantized_and_multiplied_a_minimum_of_times(recompute
 
 @pytest.mark.sample(of=8)
 @pytest.mark.parametrize("number", [0, 1])  # the first layer's input has no gradient
-@pytest.mark.parametrize("recomputed", [0, 2])  # 2 compiles both ways
+@pytest.mark.parametrize("recomputed", [0, pytest.param(2, marks=pytest.mark.slow)])  # 2 compiles both ways
 @pytest.mark.parametrize(
     "targets", [FEW, pytest.param("all-linear", marks=pytest.mark.slow)], ids=lambda value: value[0]
 )

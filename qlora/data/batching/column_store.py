@@ -28,6 +28,8 @@ DTYPES = {  # of each column, little-endian on every machine. `ends` of a ragged
     "eval_ends": "<i8",
 }
 
+_TYPES = {name: np.dtype(text) for name, text in DTYPES.items()}
+
 
 class ColumnWriteError(OSError):
     """A column can't be written: the disk is full, or permission is missing."""
@@ -43,7 +45,7 @@ class Columns:
     def append(self, name: str, values: Array) -> None:
         """Append `values` to a column. ColumnWriteError if they can't be written."""
         if len(values):
-            self._write(name, np.ascontiguousarray(values, dtype=DTYPES[name]).view(np.uint8).data)
+            self._write(name, np.ascontiguousarray(values, dtype=_TYPES[name]).data)
 
     def append_number(self, name: str, value: int) -> None:
         """Append one value to a column of `<i8`. ColumnWriteError if it can't be written."""

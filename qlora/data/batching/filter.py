@@ -147,6 +147,9 @@ def filter_example(
 def _filter_by_length(
     examples: ExampleFilter, record: Record, encoded: Encoded, section: "Data", fitted: FittedRecord
 ) -> None:
+    if fitted.examples and not fitted.truncated and not fitted.overlong_answers:  # the usual case
+        examples.keep(encoded, record.copies, fitted.examples)
+        return
     length = f"{len(encoded.example)} tokens, data.max_length is {section.max_length}"
     if fitted.truncated or not fitted.examples:
         examples.overlong_lengths.append(len(encoded.example))

@@ -15,6 +15,9 @@ def answer_counts(
 
     thoughts: for the index of each message with a thought, where the record has it; empty if the template gets it.
     """
+    if not thoughts and not masked.unlocated:  # the usual case
+        count = sum(conversation.trained)
+        return AnswerCounts(count, count), ()
     turn_of = {index: turn for turn, index in enumerate(i for i, m in enumerate(messages) if m.role != TOOLS)}
     selected = {turn for turn, trained in enumerate(conversation.trained) if trained}
     forms = {turn_of[index]: form for index, form in thoughts.items() if turn_of[index] in selected}

@@ -129,14 +129,23 @@ def verify_masks(records: Sequence[TokenPaths], tokenizer: SafeTokenizer) -> lis
     results: list[int | RecordError] = [0] * len(records)
     decoded = tokenizer.decode([item.ids for _, item in trained])
     for (index, (text, ids)), decoded_text in zip(trained, decoded, strict=True):
-        unknown = int((ids == tokenizer.unknown_id).sum())
         so_far = results[index]
         if isinstance(so_far, RecordError):
             continue
-        actual = without_whitespace(decoded_text)
-        same = actual == without_whitespace(text) or actual == without_whitespace(tokenizer.normalize(text))
-        results[index] = so_far + unknown if same or unknown else _not_verified(text, decoded_text)
+        unknown = 0 if tokenizer.unknown_id is None else np.count_nonzero(ids == tokenizer.unknown_id)
+        if unknown or _is_same(text, decoded_text, tokenizer):
+            results[index] = so_far + int(unknown)
+        else:
+            results[index] = _not_verified(text, decoded_text)
     return results
+
+
+def _is_same(text: str, decoded: str, tokenizer: SafeTokenizer) -> bool:
+    """Whether decoded ids read as their text, whitespace and the tokenizer's normalization aside."""
+    if decoded == text:
+        return True
+    actual = without_whitespace(decoded)
+    return actual == without_whitespace(text) or actual == without_whitespace(tokenizer.normalize(text))
 
 
 def _not_verified(text: str, decoded: str) -> RecordError:

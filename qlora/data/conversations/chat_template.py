@@ -5,10 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qlora.data.conversations.compiled_template import CompiledTemplate, compile_template
 from qlora.data.types import RecordError
 from qlora.errors import DataError, first_line
 
@@ -103,8 +105,11 @@ class Template:
 
     def render(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
         """The text of a conversation; with `prompt`, followed by the generation prompt. RecordError if refused."""
+        text = self._compiled.render(turns, prompt) if self._compiled and tools is None else None
+        if text is not None:
+            return _limit_size(text, turns, tools)
         try:
-            text: str = self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 turns,
                 tools=tools,
                 chat_template=self._pinned_text,
@@ -115,6 +120,10 @@ class Template:
         except Exception as error:  # a template is a program: it may raise anything
             raise RecordError("refused by the chat template", first_line(error, 200)) from None
         return _limit_size(text, turns, tools)
+
+    @cached_property
+    def _compiled(self) -> CompiledTemplate | None:
+        return compile_template(self._tokenizer, self._pinned_text, self._variables)
 
     def marked_text(self, turns: Sequence[Turn]) -> str | None:
         """The text of a conversation that the template's generation marks cover; None if it has none."""

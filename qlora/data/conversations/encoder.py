@@ -209,7 +209,7 @@ class Encoder:
             self._bos(masked),
             self._eos,
             replace(unused, thoughts=lost) if lost and self._options.thinking != "drop" else unused,
-            replace(counts, merges=(*own_rules, *rules)),
+            replace(counts, merges=(*own_rules, *rules)) if own_rules or rules else counts,
         )
 
     def _bos(self, masked: MaskedText) -> Ints:

@@ -36,7 +36,9 @@ def memory(memory_bytes: int = RECORD_LIMITS.memory_bytes) -> Iterator[None]:
         yield
 
 
-def within_time(records: Sequence[Item], function: Callable[[Item], Result]) -> list[Result | RecordError]:
+def within_time(
+    records: Sequence[Item], function: Callable[[Item], Result], seconds: float = RECORD_LIMITS.seconds
+) -> list[Result | RecordError]:
     """What `function` returns for each record; a RecordError for one that takes more processor time.
 
     A limit for each record would cost short ones a tenth of their time. So a few share one; together above it, they run
@@ -45,16 +47,16 @@ def within_time(records: Sequence[Item], function: Callable[[Item], Result]) -> 
     results = list[Result | RecordError]()
     for group in _groups(records):
         try:
-            with time_limit():
+            with time_limit(seconds):
                 results += [function(record) for record in group]
         except RecordError as error:
-            results += [error] if len(group) == 1 else [_alone(record, function) for record in group]
+            results += [error] if len(group) == 1 else [_alone(record, function, seconds) for record in group]
     return results
 
 
-def _alone(record: Item, function: Callable[[Item], Result]) -> Result | RecordError:
+def _alone(record: Item, function: Callable[[Item], Result], seconds: float) -> Result | RecordError:
     try:
-        with time_limit():
+        with time_limit(seconds):
             return function(record)
     except RecordError as error:
         return error

@@ -68,7 +68,11 @@ class SafeTokenizer:
         """Ids of each text of (text, break character): in one piece, but for the breaks in its control strings."""
         jobs, counts = list[tuple[str, str]](), list[int]()
         for text, break_char in batch:
-            parts = text.split(break_char) if break_char and break_char in text else [text]
+            if not break_char or break_char not in text:
+                jobs.append(("", text))
+                counts.append(1)
+                continue
+            parts = text.split(break_char)
             jobs.extend((self._context(before), part) for before, part in zip(["", *parts], parts, strict=False))
             counts.append(len(parts))
         ids = iter(self._encode_jobs(jobs))
@@ -85,9 +89,10 @@ class SafeTokenizer:
         jobs = [(self._context(last), part) for last, part in zip([before, *parts], parts, strict=False)]
         return np.concatenate(self._encode_jobs(jobs))
 
-    def control_positions(self, ids: Ints) -> Ints:
+    def control_positions(self, ids: Ints) -> list[int]:
         """The indices of the control tokens in `ids`."""
-        return np.flatnonzero(self._is_control[ids]).astype(np.int32)
+        positions: list[int] = self._is_control[ids].nonzero()[0].tolist()
+        return positions
 
     def starts_with_bos(self, text: str) -> bool:
         """Whether a text starts with the beginning-of-text token's string, if the tokenizer adds one."""

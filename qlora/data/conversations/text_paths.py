@@ -80,8 +80,10 @@ class PathBuilder:
 
     def paths(self, keep_full: bool) -> tuple[TextPath, ...]:
         """The paths. The rendering of all turns is left out where nothing in it is trained, unless `keep_full`."""
+        if len(self._texts) == 1:  # the usual case
+            return (TextPath(self._texts[0], tuple(reversed(self._stretches[0])), 0, self._unclosed[0]),)
         trained = any(stretch.trained for stretch in self._stretches[0])
-        first = 0 if trained or keep_full or len(self._texts) == 1 else 1
+        first = 0 if trained or keep_full else 1
         texts, unclosed = self._texts[first:], self._unclosed[first:]
         shared = [0, *(common_chars(text, base) for base, text in pairwise(texts))]
         stretches = [tuple(reversed(group)) for group in self._stretches[first:]]

@@ -87,6 +87,8 @@ def read_thought(message: Message, number: int) -> Thought | None:
 
     number: of the message, for errors. An empty thought is none, but it is taken out of the content.
     """
+    if not message.extra and not _may_have_block(message.content):
+        return None  # the usual case
     texts = {key: message.extra[key] for key in THOUGHT_KEYS if message.extra.get(key)}
     for key, text in texts.items():
         if not isinstance(text, str):
@@ -106,7 +108,7 @@ def read_thought(message: Message, number: int) -> Thought | None:
 def _block_of(message: Message, number: int) -> tuple[str, str] | None:
     """The thought at the start of a message's content, and what follows it; None if there is none."""
     content = message.content
-    if "think" not in content and "thought" not in content:
+    if not _may_have_block(content):
         return None
     opening = _OPENING.match(content)
     if opening:
@@ -123,6 +125,10 @@ def _block_of(message: Message, number: int) -> tuple[str, str] | None:
     if closing is None or "<think>" in content[: closing.start()]:
         return None
     return content[: closing.start()].strip(), content[closing.end() :].lstrip()
+
+
+def _may_have_block(content: str) -> bool:
+    return "think" in content or "thought" in content
 
 
 def _is_quoted(text: str, start: int, at: int) -> bool:

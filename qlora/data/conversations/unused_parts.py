@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from qlora.data.conversations.build_example import NOTHING
 from qlora.data.conversations.chat_messages import Conversation
 from qlora.data.conversations.chat_template import Template, Turn
 from qlora.data.conversations.safe_tokenizer import without_whitespace
@@ -32,9 +33,12 @@ class UnusedParts:
         """The unused parts of a record. text: the rendering of its conversation."""
         keys = {(turn["role"], key) for turn in conversation.turns for key in turn if key not in _KNOWN_KEYS}
         asked = {m.role for m in messages if m.train and m.role not in ("assistant", TOOLS)}
+        contents = self._lost_contents(conversation, text)
+        if not keys and not contents and not asked:
+            return NOTHING  # the usual case
         return Unused(
             keys=tuple(sorted({key for role, key in keys if not self.reads(role, key)})),
-            contents=self._lost_contents(conversation, text),
+            contents=contents,
             trained_roles=tuple(sorted(asked)) if train_on != "all" else (),
         )
 

@@ -10,6 +10,7 @@ from qlora.data.types import Message, Record, RecordError
 _READ_KEYS = frozenset(
     ("role", "content", "tool_calls", "function_call", *loss_keys.MESSAGE_KEYS, *loss_keys.PART_KEYS)
 )
+_TURN_KEYS = {"role", "content"}
 
 
 class Messages:
@@ -43,6 +44,8 @@ def _message(item: Any, location: str) -> Message:
     if "role" not in item:
         raise RecordError("missing field", f"{location}role")
     role = record_fields.role(item["role"], location)
+    if item.keys() == _TURN_KEYS and isinstance(item["content"], str):  # the usual case
+        return Message(role, item["content"])
     extra = {key: value for key, value in item.items() if key not in _READ_KEYS and value is not None}
     calls = tool_calls(item, location)
     if calls:

@@ -92,6 +92,8 @@ def _read_file(name: str) -> Iterator[Record | BadRecord]:
 
 def _rename_columns(record: Record, source: "Source", copies: int) -> Record | BadRecord:
     """`record` with the columns renamed. source.columns: {new name: name in the file}."""
+    if not source.columns and copies == record.copies:
+        return record
     fields = dict(record.fields)
     for new, old in (source.columns or {}).items():
         if old not in record.fields:

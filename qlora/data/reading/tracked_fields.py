@@ -15,6 +15,11 @@ class TrackedFields(Mapping[str, Any]):
         self._read.add(key)
         return self._fields[key]
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a field, or `default`."""
+        self._read.add(key)
+        return self._fields.get(key, default)
+
     def __contains__(self, key: object) -> bool:
         return key in self._fields
 
@@ -26,6 +31,8 @@ class TrackedFields(Mapping[str, Any]):
 
     def unread(self) -> tuple[str, ...]:
         """Keys with a value that was not read. An empty value (null, "", [], {}) holds nothing that could be lost."""
+        if self._fields.keys() <= self._read:
+            return ()
         return tuple(
             key
             for key, value in self._fields.items()

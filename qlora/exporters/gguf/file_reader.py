@@ -31,7 +31,7 @@ class GgufReader(CheckpointReader):
 
     def __getitem__(self, key: str) -> Tensor:
         parts = [place.undo(self._file.values(place.name, number)) for place, number in self._parts[key]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else self._parts[key][0][0].join(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)

@@ -18,7 +18,7 @@ from qlora.exporters.gguf.gguf_file import PlannedGguf, Value, file_type, storag
 from qlora.exporters.gguf.metadata import ROPE_FREQS, architecture_metadata, rope_divisors
 from qlora.exporters.gguf.planned_reader import PlannedReader
 from qlora.exporters.gguf.tensor_layout import Placement, placements
-from qlora.exporters.gguf.vocabulary import build_vocabulary
+from qlora.exporters.gguf.vocabulary import STOP_ROLES, build_vocabulary
 from qlora.exporters.merged import plan_merged
 from qlora.model.checkpoint_reader import CheckpointReader
 from qlora.model.layouts.checkpoint_layout import CheckpointLayout, read_layout
@@ -102,6 +102,9 @@ def _metadata(
         tokenizer = read_tokenizer(Path(temporary))
         vocabulary = build_vocabulary(tokenizer, config.vocab_size, source.stop_token_ids, source.chat_template)
         strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if len(source.stop_token_ids) > len(STOP_ROLES):
+        count = f"{len(source.stop_token_ids)} tokens end an answer, a GGUF file names {len(STOP_ROLES)}"
+        options.lines.append(f"careful: {count}: name the others as stop texts in the requests")
     name = general_name(options.model_name or "model", strips, vocabulary.tokens)
     general: dict[str, Value] = {"general.type": "model", "general.name": name, "general.file_type": file_type(storage)}
     if storage.startswith("q"):

@@ -35,6 +35,7 @@ class Architecture:
     name: str  # llama.cpp's
     permutes_heads: bool = False  # rows of q_proj and k_proj: the two halves of a head alternate
     splits_heads: bool = False  # rows of a fused qkv: head by head in transformers, q, k, v one after another here
+    alternates_gate: bool = False  # rows of gate and up alternate in transformers' experts, else they are halves
     norm_shift: float = 0.0  # added to every norm's weight
     keys: Mapping[str, str] = field(default_factory=lambda: RMS)  # key -> attribute of the configuration
     activation: str = SILU  # the only one that the graph has
@@ -75,7 +76,7 @@ class Architecture:
             return ""
         expected = [(i + 1) % self.sliding_every != 0 for i in range(config.num_hidden_layers)]
         if [kind == "sliding_attention" for kind in types] != expected:
-            return f"has a window in all layers but every {self.sliding_every}th, this model's layer_types differ"
+            return f"has full attention in one layer of {self.sliding_every}, the last, this model's layer_types differ"
         return ""
 
     def _scale(self, config: Any) -> str:
@@ -129,7 +130,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "Qwen3MoeForCausalLM": Architecture("qwen3moe", keys=RMS | EXPERTS),
     "GptOssForCausalLM": Architecture(
-        "gpt-oss", keys=RMS | WINDOW | OSS_EXPERTS, always_has_head=True, sliding_every=2
+        "gpt-oss", alternates_gate=True, keys=RMS | WINDOW | OSS_EXPERTS, always_has_head=True, sliding_every=2
     ),
 }  # fmt: skip
 

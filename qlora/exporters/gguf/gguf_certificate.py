@@ -38,7 +38,9 @@ def load_gguf(file: GgufFile, trained: Any, attention: str, device: torch.device
     """The model of a file, in float32; its matrices are read when they are used. `trained` has its class."""
     architecture = ARCHITECTURES.get(type(trained).__name__, Architecture(file.architecture))
     if architecture.name != file.architecture:
-        raise QloraError(f"{file.path} is a file of {file.architecture}, expected {architecture.name}.")
+        raise QloraError(
+            f"{file.path} is a file of {file.architecture}, expected {architecture.name}. Export it again."
+        )
     is_known = type(trained).__name__ in ARCHITECTURES
     config = config_of_file(file, architecture, trained.config) if is_known else trained.config
     skeleton = build_meta_model(config, torch.float32, attention, torch.device("cpu"))
@@ -58,8 +60,7 @@ def compare_file_prompts(
     if not template and conversations:
         return ConversationAgreement(len(conversations), 0, "the file has no chat template")
     own = FileTokenizer(file)
-    results = [_difference(own, tokenizer, str(template), conversation) for conversation in conversations]
-    return ConversationAgreement(len(results), results.count(""), next((text for text in results if text), ""))
+    return ConversationAgreement.of([_difference(own, tokenizer, str(template), item) for item in conversations])
 
 
 def _difference(own: FileTokenizer, tokenizer: Any, template: str, conversation: ServedConversation) -> str:

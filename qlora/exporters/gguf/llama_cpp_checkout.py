@@ -52,4 +52,7 @@ def _run(command: Sequence[str]) -> None:
     if result.returncode:
         lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()][-LAST_LINES:]
         program = next(Path(part).name for part in command if part != sys.executable)
-        raise QloraError(f"--llama-cpp: {program} failed (exit code {result.returncode}): {' | '.join(lines)}")
+        raise QloraError(
+            f"--llama-cpp: {program} failed (exit code {result.returncode}): {' | '.join(lines)}. Install the "
+            "checkout's requirements.txt into this environment, or update the checkout."
+        )

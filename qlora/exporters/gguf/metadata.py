@@ -72,9 +72,9 @@ def config_of_file(file: GgufFile, architecture: Architecture, config: Any) -> A
     values = {key.removeprefix(f"{architecture.name}."): file.get(key) for key in expected}
     for key, attribute in {**SIZES, **architecture.keys}.items():
         if key in values:
-            _set(text, attribute, values[key])
-    _set(text, "num_key_value_heads", values["attention.head_count_kv"])
-    _set(text, "head_dim", values["attention.key_length"])
+            _set_attribute(text, attribute, values[key])
+    _set_attribute(text, "num_key_value_heads", values["attention.head_count_kv"])
+    _set_attribute(text, "head_dim", values["attention.key_length"])
     ropes = {kind: _rope_of_file(values, kind, rope) for kind, rope in rope_sections(text).items()}
     text.rope_parameters = ropes.get("") or ropes
     _check_divisors(file, text)
@@ -85,11 +85,13 @@ def config_of_file(file: GgufFile, architecture: Architecture, config: Any) -> A
 
 def _rope_of_file(values: Mapping[str, Any], kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(rope)
-    _put(rope, "rope_theta", values["rope.freq_base_swa" if kind == SLIDING else "rope.freq_base"])
+    _set_rope(rope, "rope_theta", values["rope.freq_base_swa" if kind == SLIDING else "rope.freq_base"])
     for name in ("factor", "original_max_position_embeddings", *YARN):
         key = "rope.scaling." + {"original_max_position_embeddings": "original_context_length", **YARN}.get(name, name)
         if key in values and kind != SLIDING:
-            _put(rope, name, values[key])
+            _set_rope(rope, name, values[key])
+    if rope.get("rope_type") == "yarn":
+        rope["truncate"] = True  # llama.cpp rounds the bounds of the ramp; gpt-oss does not, so that it shows
     return rope
 
 
@@ -114,16 +116,19 @@ def _check_divisors(file: GgufFile, config: Any) -> None:
     if (expected is None) != (actual is None) or (
         expected is not None and actual is not None and not torch.allclose(expected, actual, rtol=1e-6)
     ):
-        raise QloraError(f"{file.path}: {ROPE_FREQS} is not this model's scaling of rotary frequencies.")
+        raise QloraError(
+            f"{file.path}: {ROPE_FREQS} is not this model's scaling of rotary frequencies. Export it again."
+        )
 
 
-def _set(config: Any, attribute: str, value: Any) -> None:
-    """Set an attribute, unless it differs by rounding to float32 only, or the class computes it itself."""
+def _set_attribute(config: Any, attribute: str, value: Any) -> None:
+    """Set an attribute, unless it is None, which the class replaces itself, or differs by float32's rounding only."""
     old = getattr(config, attribute, None)
     if old is not None and np.float32(old) != np.float32(value):
         setattr(config, attribute, value)
 
 
-def _put(rope: dict[str, Any], name: str, value: Any) -> None:
+def _set_rope(rope: dict[str, Any], name: str, value: Any) -> None:
+    """Set one of the rotary parameters in the same way."""
     if rope.get(name) is not None and np.float32(rope[name]) != np.float32(value):
         rope[name] = value

@@ -37,11 +37,11 @@ class SplitRule:
 
     name: str
     steps: tuple[str, ...]
-    ignores_merges: bool | None = None  # a whole word that is a token is not merged from bytes; None: as either
-    single_white_space: bool = False  # the same only where no token holds several white space characters
+    ignores_merges: bool | None = None  # whether a word that is a token is taken whole; None: both have this name
+    single_white_space: bool = False  # equal only where no token holds several white space characters
 
 
-# Of white space before a digit `smollm` keeps the whole run, SINGLE_DIGITS splits its last character off.
+# Two blanks before a digit: `smollm` keeps them together, SINGLE_DIGITS splits the last one off.
 SPLIT_RULES = (
     SplitRule("gpt-2", (GPT2,), False),
     SplitRule("gpt-2", (GPT2_SHORT,), False),

@@ -26,14 +26,15 @@ def _same(values: Tensor) -> Tensor:
 class Placement:
     """One tensor of a file. `sources`: the model's tensors that it holds, more than one for a stack of experts.
 
-    rows: the half of a gated expert's rows that lies here. `change` and `undo` keep the shape.
+    `change` puts values into the file's order of rows, `undo` back; both keep the shape.
     """
 
     name: str
     sources: tuple[str, ...]
     change: Change = _same
     undo: Change = _same
-    half: int | None = None  # of the rows of each source: 0, 1; None: all rows
+    half: int | None = None  # of the rows of a gated expert: 0 (gate), 1 (up); None: all rows
+    alternates: bool = False  # rows of gate and up alternate; else one half follows the other
 
     @property
     def is_stack(self) -> bool:
@@ -42,7 +43,13 @@ class Placement:
 
     def part(self, values: Tensor) -> Tensor:
         """What of a source's values lies in this tensor."""
-        return values if self.half is None else values.chunk(2)[self.half]
+        if self.half is None:
+            return values
+        return values[self.half :: 2] if self.alternates else values.chunk(2)[self.half]
+
+    def join(self, halves: Sequence[Tensor]) -> Tensor:
+        """A source's values from its halves in this tensor and the other one, gate first."""
+        return torch.stack(list(halves), 1).flatten(0, 1) if self.alternates else torch.cat(list(halves))
 
     def make(self, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor's values from the model's; `read` computes one of them."""
@@ -97,7 +104,8 @@ def _place(
         if target is None:
             raise InputError(f"--to gguf: llama.cpp's {architecture.name} has no place for {name}. {OTHER_WAY}")
         target = target if target.endswith((".weight", ".bias")) else f"{target}.weight"  # gpt-oss: sinks
-        result.append(Placement(target, tuple(sources), *row_changes(architecture, config, plain), half))
+        changes = row_changes(architecture, config, plain)
+        result.append(Placement(target, tuple(sources), *changes, half, architecture.alternates_gate))
     return result
 
 

@@ -17,6 +17,7 @@ from qlora.exporters.gguf.split_expressions import find_split_rule, is_byte_leve
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens in llama.h
 SPACE = "\u2581"  # sentencepiece's blank
 NO_MERGES = "[no] [merges]"  # a list must not be empty; this pair is never made, as merges start from single characters
+STOP_ROLES = ("eos", "eot", "eom")  # the tokens at which llama.cpp stops
 ADDED_SCORE = -1000.0  # of tokens that are matched as a whole, and never merged
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
@@ -42,7 +43,7 @@ def build_vocabulary(tokenizer: Any, rows: int, stop_ids: Sequence[int], chat_te
         metadata, texts, types = _byte_level(backend, added, rows)
     else:
         metadata, texts, types = _sentencepiece(backend, added, rows)
-    _refuse_twins(texts)
+    _refuse_equal_texts(texts)
     metadata |= {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
     metadata |= _special_ids(tokenizer, stop_ids, rows)
     metadata["tokenizer.ggml.add_bos_token"] = adds_bos(tokenizer)
@@ -176,13 +177,13 @@ def _adds_blank(backend: Mapping[str, Any]) -> bool:
 
 
 def _special_ids(tokenizer: Any, stop_ids: Sequence[int], rows: int) -> dict[str, Value]:
-    """Ids of the control tokens that llama.cpp knows by role; it stops at eos, eot and eom."""
+    """Ids of the control tokens that llama.cpp knows by role; of stop tokens the first ones that have a role."""
     ids = {
         name: getattr(tokenizer, f"{long}_token_id", None)
         for name, long in (("bos", "bos"), ("padding", "pad"), ("unknown", "unk"))
     }
     stops = sorted(stop_ids, key=lambda token: token != tokenizer.eos_token_id) or [tokenizer.eos_token_id]
-    ids |= dict(zip(("eos", "eot", "eom"), stops, strict=False))
+    ids |= dict(zip(STOP_ROLES, stops, strict=False))
     return {
         f"tokenizer.ggml.{name}_token_id": int(token)
         for name, token in ids.items()
@@ -190,7 +191,7 @@ def _special_ids(tokenizer: Any, stop_ids: Sequence[int], rows: int) -> dict[str
     }
 
 
-def _refuse_twins(texts: Sequence[str]) -> None:
+def _refuse_equal_texts(texts: Sequence[str]) -> None:
     """llama.cpp ends with an assertion if two tokens have one text."""
     seen: set[str] = set()
     for text in texts:

@@ -132,6 +132,9 @@ def _spread(layers: int) -> list[int]:
 def _first_that_fits(work: Workload, field: str, values: Sequence[int], budget: Budget) -> Plan:
     """The plan with the first of `values` that fits the GPU, else with the last. Later values take less memory."""
     low, high = 0, len(values) - 1
+    last = plan(_with(work, field, values[high]), budget)
+    if not low < high or not last.fits_device:
+        return last
     while low < high:
         middle = (low + high) // 2
         fits = plan(_with(work, field, values[middle]), budget).fits_device

@@ -17,11 +17,11 @@ from qlora.data.types import IGNORED, Example
 from qlora.distributed.single import Single
 from qlora.errors import DataError
 from qlora.recipe.dataset_profile import build_encoder, context_length
-from qlora.recipe.literature import suggest_rate
+from qlora.recipe.literature import LARGEST_RANK, suggest_rate
 from qlora.recipe.planning import Machine, Planner
 from qlora.recipe.recipe import Recipe
 from qlora.recipe.recommendations import recommend_adapter_settings
-from qlora.runs.advise.verdict import LARGEST_RANK, NEAR, NGRAM, Reason, judge
+from qlora.runs.advise.verdict import NEAR, NGRAM, Reason, judge
 from qlora.runs.memory_setup import Log, load_base, plan_if_known
 from qlora.training.eval_loss import evaluate
 from qlora.training.loss import TokenLoss

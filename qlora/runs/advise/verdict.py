@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.data.types import count_of
+from qlora.recipe.literature import LARGEST_RANK
 
 NGRAM, NEAR = 5, 0.8  # tokens of an n-gram; share of n-grams in one other example: Lee et al. 2022, arXiv:2107.06499
-LARGEST_RANK = 256  # as good as full fine-tuning on such data sets: Schulman et al. 2025 (LoRA Without Regret)
 FEW_RECORDS = 100  # rule of thumb: below, try a prompt first
 ENOUGH_RECORDS = 1_000  # of good quality teach a style: Zhou et al. 2023 (LIMA), arXiv:2305.11206
 KNOWN_LOSS = 0.3  # nats per token, rule of thumb: three of four of the base model's guesses are right

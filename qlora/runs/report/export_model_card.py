@@ -9,6 +9,8 @@ from qlora.runs.report.model_card import (
     front_matter,
     is_hub_name,
     loading_section,
+    model_front_matter,
+    model_loading_section,
     recipe_section,
     storage,
     training_section,
@@ -40,7 +42,7 @@ def export_model_card(
     base = string(manifest, "base", "name")
     name = base if is_hub_name(base) else "a local base model"
     is_model = facts["to"] not in ADAPTERS
-    head = _model_front_matter(base) if is_model else front_matter(base)
+    head = model_front_matter(base, facts["to"] == "merged") if is_model else front_matter(base)
     content = _merge(manifest, facts) if is_model else [*_adapter(manifest, facts), *base_warning(manifest)]
     lines = [*head, f"# {_title(facts['to'])} of {name}", "", *content, ""]
     if manifest:
@@ -49,7 +51,7 @@ def export_model_card(
     if facts["to"] in PEFT_FORMAT:
         lines += loading_section(name, loading)
     elif facts["to"] == "merged":
-        lines += _loading_model()
+        lines += model_loading_section()
     lines += recipe_section(recipe_text)
     sha256 = string(manifest, "base", "sha256")
     return "\n".join([*lines, *([f"The base model's fingerprint is sha256 `{sha256}`.", ""] if sha256 else [])])
@@ -83,12 +85,6 @@ def _title(target: str) -> str:
     return TITLES.get(target, "A fine-tuned model")
 
 
-def _model_front_matter(base: str) -> list[str]:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- qlora"]
-    lines += [f"base_model: {base}", "base_model_relation: finetune"] if is_hub_name(base) else []
-    return [*lines, "---", ""]
-
-
 def _merge(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     """What was merged into what, and the certificate."""
     bases = {
@@ -112,20 +108,6 @@ def _merge(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         ]
     lost = number(facts, "rounding", "lost") or None
     return lines if lost is None else [*lines, "", f"{100 * lost:.1f} % of the updates was lost to rounding."]
-
-
-def _loading_model() -> list[str]:
-    return [
-        "## Loading",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-        "```",
-        "",
-    ]
 
 
 def derived_model_card(manifest: Mapping[str, Any], loading: Loading) -> str:

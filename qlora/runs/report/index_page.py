@@ -24,6 +24,7 @@ class IndexedRun:
 
     run: RunData
     page: str
+    problem: str = ""  # why its files could not be read
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class _Cell:
 def index_page(title: str, runs: Sequence[IndexedRun]) -> str:
     """The page as an HTML document that makes no request."""
     settings = _different_settings([item.run for item in runs])
-    cells = [_cells(item.run) | settings[index] for index, item in enumerate(runs)]
+    cells = [_cells(item) | settings[index] for index, item in enumerate(runs)]
     names = [name for name in _FIGURES if any(name in row for row in cells)]
     names += [name for name in dict.fromkeys(name for row in cells for name in row) if name not in names]
     numeric = {name for name in names if all(row[name].value is not None for row in cells if name in row)}
@@ -49,9 +50,10 @@ def index_page(title: str, runs: Sequence[IndexedRun]) -> str:
     return html_document(title, STYLE + INDEX_STYLE, body, script=SCRIPT_SOURCE)
 
 
-def _cells(run: RunData) -> dict[str, _Cell]:
+def _cells(item: IndexedRun) -> dict[str, _Cell]:
     """The figures of a run by column; one that it does not have is left out."""
-    manifest, losses = run.manifest, facts.held_out_losses(run)
+    run, manifest = item.run, item.run.manifest
+    losses = facts.held_out_losses(run)
     train = points(run.metrics, "train", "loss")
     last = train[-1] if train else (None, None)
     steps, seconds = number(manifest, "result", "steps") or last[0], number(manifest, "seconds")
@@ -66,7 +68,7 @@ def _cells(run: RunData) -> dict[str, _Cell]:
     is_open = number(manifest, "running", "steps") is not None or not manifest
     words = {
         "created": string(manifest, "created")[:16].replace("T", " "),
-        "state": "not finished" if is_open else "finished",
+        "state": item.problem or ("not finished" if is_open else "finished"),
         "base": string(manifest, "base", "name"),
     }
     cells = {name: _Cell(text) for name, text in words.items() if text}
@@ -81,7 +83,7 @@ def _different_settings(runs: Sequence[RunData]) -> list[dict[str, _Cell]]:
     """Of each run, the settings that are not the same in all recipes."""
     recipes = [flat_settings(run.recipe_text) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in _OWN_SETTINGS)
-    different = [key for key in keys if len({recipe.get(key, "") for recipe in recipes}) > 1]
+    different = [key for key in keys if len({recipe.get(key, "") for recipe in recipes if recipe}) > 1]
     return [{key: _setting(recipe[key]) for key in different if recipe.get(key)} for recipe in recipes]
 
 

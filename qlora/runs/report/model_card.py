@@ -72,20 +72,10 @@ def base_warning(manifest: Mapping[str, Any]) -> list[str]:
 def full_model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
     """The model card of a run that trained every weight: a model, not an adapter."""
     base = string(manifest, "base", "name")
-    hub = [f"base_model: {base}", "base_model_relation: finetune"] if is_hub_name(base) else []
     count = _count(section(manifest, "adapter").get("trainable_parameters"))
     return "\n".join(
         [
-            *(
-                "---",
-                "library_name: transformers",
-                "pipeline_tag: text-generation",
-                "tags:",
-                "- qlora",
-                *hub,
-                "---",
-                "",
-            ),
+            *model_front_matter(base),
             f"# A fine-tuned model of {base if is_hub_name(base) else 'a local base model'}",
             "",
             f"All {count} parameters were trained, with float32 master weights; stored in "
@@ -94,8 +84,7 @@ def full_model_card(manifest: Mapping[str, Any], recipe_text: str) -> str:
             *training_section(manifest),
             "Nothing else was evaluated.",
             "",
-            *("## Loading", "", "```python", "from transformers import AutoModelForCausalLM", ""),
-            *('model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")', "```", ""),
+            *model_loading_section(),
             *recipe_section(recipe_text),
         ]
     )
@@ -123,6 +112,14 @@ def front_matter(base: str) -> list[str]:
     return [*lines, "---", ""]
 
 
+def model_front_matter(base: str, is_folder: bool = True) -> list[str]:
+    """The hub's metadata of a whole model; is_folder: transformers loads it, which it does not for a GGUF file."""
+    library = ["library_name: transformers"] if is_folder else []
+    lines = ["---", *library, "pipeline_tag: text-generation", "tags:", "- qlora"]
+    lines += [f"base_model: {base}", "base_model_relation: finetune"] if is_hub_name(base) else []
+    return [*lines, "---", ""]
+
+
 def _losses(result: Mapping[str, Any]) -> list[str]:
     before, after = result.get("eval_loss_before"), result.get("eval_loss")
     if not isinstance(before, float) or not isinstance(after, float):
@@ -144,6 +141,21 @@ def loading_section(base: str, loading: Loading) -> list[str]:
         "```",
         "",
         'Or `qlora generate THIS_FOLDER "..."`.',
+        "",
+    ]
+
+
+def model_loading_section() -> list[str]:
+    """How to load a whole model."""
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        "```",
         "",
     ]
 

@@ -28,7 +28,7 @@ RANGE = tuple(
 AROUND = (0.25, 0.5, 1.0, 2.0)  # times the best of the range
 SHORTEST, SHARE = 10, 4  # steps of the range: a quarter of the run's, at least so many
 LONGEST = 300  # steps of a run of the second part
-MOST_ROUNDS = 8  # of both parts
+MOST_BEYOND = 4  # rates below or above those that a part starts with
 FLAT = 0.01  # relative difference of losses that is hardly one
 RECIPE, CHOSEN = "recipe.yaml", "chosen"  # the written recipe, and its run folder
 
@@ -62,16 +62,17 @@ class RateSearch:
             self.steps = self._count_steps(shared)
             center = suggest_rate(self.recipe).rate
             return self._group("range", [center * factor for factor in RANGE], shared)
-        if len(self.points) > len(RANGE) + len(AROUND) + MOST_ROUNDS:
-            return []
+        stage, rates = self.next_rates()
+        return self._group(stage, rates, shared) if rates else []
+
+    def next_rates(self) -> tuple[str, list[float]]:
+        """The stage, and the rates to train in it: beyond the end where the best one is; then the refinement; none."""
         stage = "refinement" if any(point.stage == "refinement" for point in self.points.values()) else "range"
-        best = self.best(stage)
-        rates = sorted(point.rate for point in self.points.values() if point.stage == stage)
-        factor = 10**0.5 if stage == "range" else 2.0
-        if best.rate == rates[0] or best.rate == rates[-1]:
-            beyond = best.rate / factor if best.rate == rates[0] else best.rate * factor
-            return self._group(stage, [beyond], shared)
-        return [] if stage == "refinement" else self._group("refinement", [best.rate * f for f in AROUND], shared)
+        best, rates = self.best(stage), self._rates(stage)
+        factor, count = (10**0.5, len(RANGE)) if stage == "range" else (2.0, len(AROUND))
+        if best.rate in (rates[0], rates[-1]) and len(rates) < count + MOST_BEYOND:
+            return stage, [best.rate / factor if best.rate == rates[0] else best.rate * factor]
+        return "refinement", [] if stage == "refinement" else [best.rate * share for share in AROUND]
 
     def best(self, stage: str) -> RatePoint:
         """The point of a stage with the lowest held-out loss. QloraError if all of its runs failed."""
@@ -83,14 +84,15 @@ class RateSearch:
 
     def reason(self) -> str:
         """Why the rate was chosen, with its neighbors' losses."""
-        best = self.best("refinement")
+        best, rates = self.best("refinement"), self._rates("refinement")
         measured = {p.rate: p for p in self.points.values() if p.stage == "refinement"}
-        rates = sorted(measured)
         place = rates.index(best.rate)
         neighbors = [measured[rate] for rate in rates[max(0, place - 1) : place + 2] if rate != best.rate]
         others = ", ".join(f"{_loss(point)} at {point.rate:g}" for point in neighbors)
         close = [rate for rate in rates if (loss := measured[rate].eval_loss) is not None and loss <= _limit(best)]
         flat = f" Rates from {close[0]:g} to {close[-1]:g} are within {FLAT:.0%} of it." if len(close) > 1 else ""
+        end = {rates[0]: "lowest", rates[-1]: "highest"}.get(best.rate)
+        flat += f" It is the {end} of the rates that were tried: a better one may lie beyond it." if end else ""
         length = f" of {self.steps:,}; longer runs like somewhat lower rates" if best.steps < self.steps else ""
         lowest = f"{best.rate:g} has the lowest held-out loss, {_loss(best)} after {best.steps:,} steps{length}"
         return f"{lowest} ({others}).{flat}"
@@ -116,6 +118,9 @@ class RateSearch:
         summary = {**result.summary, "find_lr": search, "notes": [*result.summary["notes"], search["reason"]]}
         write_json(out / SWEEP_JSON, summary)
         return SweepResult(summary, None)
+
+    def _rates(self, stage: str) -> list[float]:
+        return sorted(point.rate for point in self.points.values() if point.stage == stage)
 
     def _count_steps(self, shared: SharedBase) -> int:
         data, _ = shared.read(self.recipe, open_processes(self.recipe), shared.base, shared.log)

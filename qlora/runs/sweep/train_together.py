@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora.adapters.round_robin import RoundRobin
-from qlora.distributed.processes import Processes
-from qlora.errors import BaseModelError, InputError
+from qlora.distributed.processes import require_one_process
+from qlora.errors import BaseModelError
 from qlora.memory.malloc import keep_freed_memory
 from qlora.memory.planner.memory_plan import Plan, plan_summary
 from qlora.model.frozen_digest import frozen_sha256
@@ -61,7 +61,7 @@ def train_together(
     `rounds`: what trains in place of `variants`, which are then those that memory is planned for.
     QloraError for errors before the first step; Stopped after a signal, each run with an exact checkpoint.
     """
-    refuse_several_processes()
+    require_one_process("sweep")
     try:
         with locked_folder(out, "--out"):
             variants = _with_kept_matrices(variants, out, quiet)
@@ -75,16 +75,6 @@ def _with_kept_matrices(variants: Sequence[Variant], out: Path, quiet: bool) -> 
     """The variants with what `quant.keep: auto` means, which is the same for all: it is a setting of their base."""
     quant = with_kept_matrices(variants[0].recipe, out, Log(out, quiet=quiet).print).quant
     return [replace(variant, recipe=variant.recipe.model_copy(update={"quant": quant})) for variant in variants]
-
-
-def refuse_several_processes() -> None:
-    """InputError under a launcher of several processes."""
-    world_size = Processes.launched_world_size()
-    if world_size > 1:
-        raise InputError(
-            f"a sweep trains in one process, but the launcher started {world_size}. Start `qlora sweep` without a "
-            "launcher; for several GPUs, one sweep per GPU: CUDA_VISIBLE_DEVICES=1 qlora sweep ..."
-        )
 
 
 def _train_together(variants: Sequence[Variant], rounds: Rounds, out: Path, quiet: bool) -> SweepResult:

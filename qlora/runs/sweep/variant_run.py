@@ -86,7 +86,7 @@ class VariantRun:
         """Build the training job on layers whose activation policies are set already."""
         with name_in_errors(self.name), self._active(self.name):
             self._job = build_job(self.setup, self.log, stop, step_down)
-        self.processes.start_trackers(self.name, self.variant.recipe.model_dump(mode="json"))
+        self.processes.start_trackers(self.folder, self.variant.recipe.model_dump(mode="json"))
 
     def resume(self) -> int:
         """Restore the newest checkpoint, if any; returns the bytes that the optimizer has yet to allocate."""

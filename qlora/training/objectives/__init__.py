@@ -62,6 +62,11 @@ class Objective(Section):
         """The data format that every record must have: preference or feedback; None: any other."""
         return _FORMATS.get(self.kind, "preference")
 
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether the cross entropy of the chosen answers is of their prompts too."""
+        return self.sided_format is not None and bool(OBJECTIVES[self.kind].learns_prompts)
+
     def without_effect(self) -> Mapping[str, str]:
         """Settings that other kinds read."""
         return {

@@ -46,9 +46,8 @@ class ComparisonStep:
     reference: Callable[[], AbstractContextManager[Any]]
     in_one_row: bool = True
     kl: float = 0.0  # the estimate of the present step
-    first_log_prob: float | None = (
-        None  # of the chosen answers, at the first evaluation; NaN once it has been warned of
-    )
+    # Of the chosen answers, at the first evaluation; NaN once its fall has been warned of.
+    first_log_prob: float | None = None
 
     @property
     def collate(self) -> Callable[[Sequence[Example], int], SideBatch]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora.data.batching.collate import Batch, collate
 from qlora.data.batching.packing import split_documents
 from qlora.data.compared import mismatched_of, reference_of
+from qlora.data.pairs import with_trained_prompts
 from qlora.data.types import CHOSEN, IGNORED, Example
 from qlora.utils.send import send
 
@@ -71,7 +72,7 @@ def collate_sides(
     with_prompts: all other tokens of the chosen conversations are trained too, under the role PROMPT.
     """
     rows = list(examples) if in_one_row else [row for example in examples for row in split_documents(example)]
-    learned = [_with_prompts(row) for row in rows] if with_prompts else rows
+    learned = [with_trained_prompts(row) for row in rows] if with_prompts else rows
     batch, length = collate(learned, pad_id), max(map(len, rows))
     sides = [(number * length + side.start, side.role) for number, row in enumerate(rows) for side in row.sides]
     starts = np.array([start for start, _ in sides])
@@ -97,12 +98,3 @@ def collate_sides(
     if with_prompts:  # answer by answer, the prompts last
         result.__dict__["trained"] = batch.trained[:, np.argsort(side_of_target, kind="stable")]
     return result
-
-
-def _with_prompts(row: Example) -> Example:
-    """A row whose chosen conversations are labeled whole."""
-    labels, starts = row.labels.copy(), [*(side.start for side in row.sides), len(row)]
-    for side, end in zip(row.sides, starts[1:], strict=True):
-        if side.role == CHOSEN:
-            labels[side.start : end] = row.input_ids[side.start : end]
-    return replace(row, labels=labels)

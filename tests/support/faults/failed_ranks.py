@@ -36,12 +36,12 @@ class Result:
         return not (self.hangs or self.survivors or self.orphans or self.unreported)
 
 
-def fail_ranks(model: Path, home: Path, count: int, seed: int, report: Callable[[Result], None]) -> Result:
-    """Fail one of two or three ranks, `count` times: DDP and FSDP, killed or raising, at a random moment."""
+def fail_ranks(model: Path, home: Path, numbers: range, seed: int, report: Callable[[Result], None]) -> Result:
+    """Fail one of two or three ranks: DDP and FSDP by turns, two killed and two raising, at a random moment."""
     rng, result = random.Random(seed), Result()
     data, file = write_records(home / "rows.jsonl", 12), home / "recipe.yaml"
     endless = ("train.max_steps=100000", "optim.warmup=0", "data.eval_fraction=0.2", "train.eval_every=2")
-    for number in range(count):
+    for number in numbers:
         world, kind, killed = 2 + (number // 4) % 2, ("ddp", "fsdp")[number % 2], number // 2 % 2 == 0
         options = (*endless, "data.train_on=all", f"distributed.kind={kind}", "train.resume=never")
         file.write_text(dump(recipe_of(model, data, home / f"run-{number}", *options)))

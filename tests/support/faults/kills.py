@@ -110,7 +110,9 @@ def kill_at_calls(home: Path, every: int, first: int, report: Callable[[Result],
 
 
 def recipe_of_kills(model: Path, data: Path, output: Path, keep: int = 2) -> Recipe:
-    return recipe_of(model, data, output, "train.save_every=1", f"train.keep={keep}", "adapter.dropout=0.1")
+    return recipe_of(
+        model, data, output, "train.max_steps=4", "train.save_every=1", f"train.keep={keep}", "adapter.dropout=0.1"
+    )
 
 
 def kill_at_moments(model: Path, home: Path, kills: int, seed: int, report: Callable[[Result], None]) -> Result:
