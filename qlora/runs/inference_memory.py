@@ -1,4 +1,4 @@
-"""Memory that commands which only answer spend on speed; training never does: its plan has no room for it."""
+"""Memory that commands which only answer spend on speed; training never does, as no plan counts it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -103,7 +103,7 @@ def test_both_dtype_keys_are_written() -> None:
     assert with_dtype({TEXT: {"a": 1}}, "bfloat16") == both | {TEXT: {"a": 1}}
 
 
-def test_a_rotated_part_of_a_head_is_named_outside_of_the_rotary_settings_too() -> None:
+def test_a_rotated_part_of_a_head_is_a_top_level_key_too() -> None:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
     written = with_rope({"model_type": "phi3"}, SimpleNamespace(rope_parameters=rope))
     assert written["partial_rotary_factor"] == 0.5 and written["rope_theta"] == 10_000.0
