@@ -19,6 +19,8 @@ from qlora.model.rotary import DocumentRotary
 NAMES = ("cache", "past_key_values", "cache_params")
 # Families in which padding on the left changes an answer; the prompts of their batches have one length.
 UNPADDED = frozenset({"dory", "falcon_mamba", "git", "mamba", "recurrent_gemma", "xlstm"})
+# Whose cache takes several tokens wrongly in some releases of transformers (5.17 among them).
+WHOLE_PROMPTS = frozenset({"big_bird", "megatron-bert", "moshi", "rembert"})
 MANY_HEADS = 64  # of a configuration that does not say how many
 PREFILL_SCORES = 2**28  # of a layer's attention in one forward: 1 GiB in float32, where a kernel keeps them
 
@@ -27,8 +29,11 @@ def takes_padding(model: Any) -> bool:
     """Whether prompts of different lengths can share a batch, padded on the left, without changing any of them."""
     names = _parameters(model)
     has_positions = "position_ids" in names or bool(mixers_of(model))  # a recurrence has none
-    family = getattr(model.config.get_text_config(), "model_type", "")
-    return "attention_mask" in names and has_positions and family not in UNPADDED
+    return "attention_mask" in names and has_positions and _family(model) not in UNPADDED
+
+
+def _family(model: Any) -> str:
+    return str(getattr(model.config.get_text_config(), "model_type", ""))
 
 
 class CachedModel:
@@ -40,7 +45,8 @@ class CachedModel:
         self._names = _parameters(model)
         self._cache_name = next((name for name in NAMES if name in self._names), None)
         self._heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or MANY_HEADS
-        self._continues = self._cache_name is not None and takes_padding(model) and not recurrent_mixers(model)
+        continues = self._cache_name is not None and takes_padding(model) and not recurrent_mixers(model)
+        self._continues = continues and _family(model) not in WHOLE_PROMPTS
         self._rotary = [module for module in model.modules() if isinstance(module, DocumentRotary)]
         self._cache: Any = None
         self._ids = self._mask = torch.empty(0)

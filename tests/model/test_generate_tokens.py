@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support.adapted_models import load_base, randomize_adapter
 from support.architecture_table import PACKED, UNPACKED
 from support.architectures import random_model, save_architecture
@@ -108,11 +110,14 @@ WHOLE = ("mamba2", "qwen3_5_text", "bart", "bloom")  # classes that compute a pr
 IN_PIECES = ("llama", "gemma2", "gemma3_text", "gpt_oss", "phi3", "cohere2", "gpt_neo", "opt")
 UNCACHED = ("dory", "qwen3_5", "xlstm")  # their tiny models do not run with padding or a cache
 OTHERS = sorted({*PACKED, *UNPACKED} - {*WHOLE, *IN_PIECES, *UNCACHED})
+OF_5_24 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="older releases lack classes")
 
 
 @torch.no_grad()
 @pytest.mark.sample(of=6)
-@pytest.mark.parametrize("kind", [*WHOLE, *IN_PIECES, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
+@pytest.mark.parametrize(
+    "kind", [*WHOLE, *IN_PIECES, *(pytest.param(kind, marks=[pytest.mark.slow, OF_5_24]) for kind in OTHERS)]
+)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_prompt_in_pieces_has_the_logits_of_the_whole(kind: str, rows: int) -> None:
     """Padding fills whole pieces of the shorter rows. A class that can't continue computes the prompt at once."""
