@@ -38,7 +38,7 @@ def test_the_kernels_equal_their_references_in_the_interpreter(name: str) -> Non
         [sys.executable, "-m", "pytest", *options], cwd=ROOT / "tests", env=environment, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert process.returncode == 0 and process.stdout.count(".") > 5, process.stdout[-3000:]
+    assert process.returncode == 0 and process.stdout.count(".") > 1, process.stdout[-3000:]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
