@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ def transformers_generate(model: Any, prompts: Sequence[Sequence[int]], count: i
 
 def contenders(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Callable[[int], Answers]]:
     """Name -> a function that answers all prompts with as many tokens."""
+    return {**qlora_contenders(folder, prompts), **transformers_contenders(folder, prompts)}
+
+
+def qlora_contenders(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Callable[[int], Answers]]:
+    """The project under test, as `qlora generate` answers, and its layers in transformers' loop."""
     from dataclasses import replace
 
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from qlora.adapters.inject import inject
-    from qlora.adapters.lora import Lora
-    from qlora.adapters.switch import AdapterSwitch
     from qlora.model import Model
     from qlora.model.generate_tokens import RowHooks, generate
     from qlora.model.load_base import load
@@ -51,15 +52,8 @@ def contenders(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Call
     section = Model(name=str(folder), dtype="float32")
     bases = [load(section, build_quantizer(Quant()), torch.device("cpu")) for _ in range(2)]
     base, adapted = (replace(base, stop_token_ids=()) for base in bases)
-    injection = inject(adapted.model, Lora(16, 32.0, 0.0), "all-linear", 0)
-    layers = {path: adapted.model.get_submodule(path) for path in injection.paths}
-    switch = AdapterSwitch(adapted.model)
-    switch.add("adapter", layers)
+    switch = adapter_switch(adapted.model)
     names = [None, "adapter"] * (len(prompts) // 2)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
 
     def with_adapters(count: int) -> Answers:
         with switch.per_row(names) as rows, inference_memory(adapted):
@@ -78,12 +72,35 @@ def contenders(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Call
         "qlora, one batch, base and adapter mixed by row": with_adapters,
         "qlora, one by one": one_by_one,
         "qlora, one batch, no dequantized weights kept": lambda count: generate(base, prompts, count),
-        "transformers' generate on qlora's layers, one batch": lambda count: transformers_generate(
-            base.model, prompts, count
-        ),
-        "transformers and bitsandbytes, one batch": lambda count: transformers_generate(theirs, prompts, count),
+        "transformers' generate on qlora's layers, one batch": partial(transformers_generate, base.model, prompts),
+    }
+
+
+def adapter_switch(model: Any) -> Any:
+    """The switch of a model to which an adapter of all linear layers is added."""
+    from qlora.adapters.inject import inject
+    from qlora.adapters.lora import Lora
+    from qlora.adapters.switch import AdapterSwitch
+
+    injection = inject(model, Lora(16, 32.0, 0.0), "all-linear", 0)
+    layers = {path: model.get_submodule(path) for path in injection.paths}  # before the switch takes their places
+    switch = AdapterSwitch(model)
+    switch.add("adapter", layers)
+    return switch
+
+
+def transformers_contenders(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Callable[[int], Answers]]:
+    """Bitsandbytes' layers in transformers' own loop."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
+    return {
+        "transformers and bitsandbytes, one batch": partial(transformers_generate, model, prompts),
         "transformers and bitsandbytes, one by one": lambda count: [
-            transformers_generate(theirs, [prompt], count)[0] for prompt in prompts
+            transformers_generate(model, [prompt], count)[0] for prompt in prompts
         ],
     }
 

@@ -23,7 +23,7 @@ from qlora.adapters.inject import inject
 from qlora.adapters.lora import Lora
 from qlora.adapters.switch import AdapterSwitch
 from qlora.model.generate_tokens import BATCH_TOKENS, RowHooks, _batches, _Sampler, generate, stream_tokens
-from qlora.model.kv_cache import NAMES, CachedModel, takes_padding
+from qlora.model.kv_cache import NAMES, WHOLE_PROMPTS, CachedModel, takes_padding
 from qlora.model.load_base import Base
 from qlora.model.module_tree import set_by_path
 
@@ -106,7 +106,13 @@ def test_a_cache_changes_no_token(kind: str) -> None:
     assert (cached._cache is None) == (kind == "recurrent_gemma")
 
 
-WHOLE = ("mamba2", "qwen3_5_text", "bart", "bloom")  # classes that compute a prompt in one forward
+WHOLE = (
+    "mamba2",
+    "qwen3_5_text",
+    "bart",
+    "bloom",
+    *sorted(WHOLE_PROMPTS),
+)  # classes that compute a prompt in one forward
 IN_PIECES = ("llama", "gemma2", "gemma3_text", "gpt_oss", "phi3", "cohere2", "gpt_neo", "opt")
 UNCACHED = ("dory", "qwen3_5", "xlstm")  # their tiny models do not run with padding or a cache
 OTHERS = sorted({*PACKED, *UNPACKED} - {*WHOLE, *IN_PIECES, *UNCACHED})

@@ -1,12 +1,18 @@
 """Dequantized weights while a model answers: the first layers keep theirs, up to a number of bytes, and free them."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from support.adapted_models import load_base
 from torch import nn
 
+from qlora.model.generate_tokens import RowHooks, generate
 from qlora.quant import Quant, build_quantizer
 from qlora.quant.fourbit_linear import FourBitLinear
 from qlora.quant.kept_weights import weights_kept
+from qlora.runs.inference_memory import inference_memory
 
 WIDTH = 64
 BYTES = 4 * WIDTH**2  # of one matrix
@@ -43,3 +49,13 @@ def test_a_fetched_layer_keeps_nothing_and_an_error_frees_all(model: nn.Sequenti
         assert kept_layers(model) == [True, False, True, True]
         raise RuntimeError
     assert kept_layers(model) == [False] * 4
+
+
+def test_commands_that_answer_keep_weights_and_training_does_not(zoo: Callable[..., Path]) -> None:
+    base, kept = load_base(zoo("llama")), list[bool]()
+    layer = next(module for module in base.model.modules() if isinstance(module, FourBitLinear))
+    hooks = RowHooks(report=lambda *_: kept.append(layer.kept_weight is not None))
+    generate(base, [[5, 6]], 2, hooks=hooks)
+    with inference_memory(base):
+        generate(base, [[5, 6]], 2, hooks=hooks)
+    assert kept == [False, True] and layer.kept_weight is None
